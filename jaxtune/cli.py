@@ -1,0 +1,310 @@
+"""The `jaxtune` command line: finds the command, reads its flags, and turns how it ended into an exit status.
+
+A command is a module of `jaxtune/commands/` with `main(argv) -> int | None` (None meaning 0) that imports what is heavy
+inside its functions. It reads its flags with `parse` (a config and flags) or `parse_options` (flags alone).
+
+`--config.section.key=value` is read by a small parser over the schema: `ml_collections.config_flags` can override only
+what the file holds, takes `c,d` for the tuple `("c,d",)`, wants `--config` first and shows a traceback for a wrong key.
+Nothing here imports jax, and `--help` does not even import ml_collections.
+"""
+
+import importlib
+import importlib.util
+import sys
+import textwrap
+import traceback
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.config import KINDS, REQUIRED, SECTIONS, SETTINGS, find_setting, load_file, namesakes, resolve
+from jaxtune.errors import Interrupted, UserError, nearest
+
+if TYPE_CHECKING:
+    from ml_collections import FrozenConfigDict
+
+COMMANDS = {
+    "init": ("jaxtune.commands.init", "look at a data file and write a config for it"),
+    "train": ("jaxtune.commands.train", "tune a model as a config file says; start again to go on"),
+    "generate": ("jaxtune.commands.generate", "continue prompts, or chat, with a run or a model"),
+    "export": ("jaxtune.commands.export", "write a run as a Hugging Face model directory"),
+    "report": ("jaxtune.commands.report", "write the report of a run again"),
+    "params": ("jaxtune.commands.params", "show which parameters a config would train"),
+}
+
+USAGE = """usage: jaxtune COMMAND [flags]
+
+Fine-tune pretrained transformers in JAX."""
+
+EXIT_STATUS = """exit status
+  0  done
+  1  an unexpected error, with a traceback
+  2  the input is wrong; one message says what, where and what to do
+  3  stopped by a signal with a checkpoint saved; the same command goes on"""
+
+
+def run() -> None:
+    """Console entry point."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: `sys.argv[1:]`) and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except Help as text:
+        print(text)
+        return 0
+    except UserError as error:
+        print(f"jaxtune: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"jaxtune: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("jaxtune: interrupted", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands = {name: entry for name, entry in COMMANDS.items() if _exists(entry[0])}
+    if argv and argv[0] in ("--help", "-h"):
+        raise Help(_help(commands))
+    if not argv:
+        raise UserError(f"which command? One of: {', '.join(commands)}. See jaxtune --help.")
+    name, *rest = argv
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}.{nearest(name, commands)} Commands: {', '.join(commands)}.")
+    return importlib.import_module(commands[name][0]).main(rest) or 0
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _help(commands: dict[str, tuple[str, str]]) -> str:
+    lines = [f"  {name:<10} {meaning}" for name, (_, meaning) in commands.items()]
+    return "\n".join([USAGE, "", "commands (each has its own --help)", *lines, "", EXIT_STATUS])
+
+
+# ------------------------------------------------------------------------------------------ the flags of a command
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag (or positional argument) of a command, besides the settings.
+
+    type: str, int, float or Path (a leading ~ is expanded); bool for a switch; list for strings, given again and again.
+    """
+
+    doc: str
+    type: type = str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    required: bool = False
+
+
+class Help(Exception):
+    """`--help` was given: the message is the text to print."""
+
+
+def parse(
+    argv: Sequence[str],
+    flags: Mapping[str, Flag] | None = None,
+    *,
+    usage: str = "",
+    required: Iterable[str] = REQUIRED,
+) -> tuple["FrozenConfigDict", SimpleNamespace]:
+    """Read the command line of a command that has a config.
+
+    Args:
+      argv: what follows the command's name.
+      flags: name without dashes (`"workdir"`, `"dry-run"`) -> Flag.
+      usage: the first lines of `--help`.
+      required: settings that must be given.
+
+    Returns:
+      (config, options): options has one attribute a flag (`options.dry_run`), and `config_file`, as given or None.
+
+    Raises:
+      Help: `--help` was given. Raised before ml_collections is imported.
+      UserError: an unknown flag, a flag without value, and all that `resolve` and `load_file` refuse.
+    """
+    options, settings = _scan(argv, dict(flags or {}), {}, usage, with_config=True)
+    overrides, source = load_file(options.config_file) if options.config_file else ({}, "the config")
+    return resolve(overrides, settings, source=source, required=required), options
+
+
+def parse_options(
+    argv: Sequence[str],
+    flags: Mapping[str, Flag] | None = None,
+    arguments: Mapping[str, Flag] | None = None,
+    *,
+    usage: str = "",
+) -> SimpleNamespace:
+    """Read the command line of a command without config: `flags`, and positional `arguments` in their order.
+
+    An argument of type list takes all that is left. Raises as `parse`.
+    """
+    return _scan(argv, dict(flags or {}), dict(arguments or {}), usage, with_config=False)[0]
+
+
+def _scan(
+    argv: Sequence[str], flags: dict[str, Flag], arguments: dict[str, Flag], usage: str, with_config: bool
+) -> tuple[SimpleNamespace, dict[str, str]]:
+    """Split argv into options and settings (path -> text)."""
+    if with_config:
+        flags = {"config": Flag("a Python file with get_config(), or the config.json of a run"), **flags}
+    if any(token in ("--help", "-h") for token in argv):
+        raise Help(_command_help(usage, flags, arguments, with_config))
+    options: dict[str, Any] = {}
+    settings: dict[str, str] = {}
+    positionals: list[str] = []
+    queue = deque(argv)
+    while queue:
+        token = queue.popleft()
+        name = token.removeprefix("--").partition("=")[0].replace("_", "-")
+        if not token.startswith("-") or token == "-":
+            positionals.append(token)
+        elif with_config and token.startswith(("--config.", "--noconfig.")):
+            path, text = _setting_text(token, queue)
+            settings[path] = text
+        elif not token.startswith("--") or name not in flags:
+            raise UserError(f"unknown flag {token.partition('=')[0]}.{_nearest_flag(name, flags, with_config)}")
+        elif flags[name].type is list:
+            options.setdefault(name, []).append(_flag_text(token, flags[name], queue))
+        elif name in options:
+            raise UserError(f"--{name} is given twice")
+        else:
+            text = _flag_text(token, flags[name], queue)
+            options[name] = _flag_value(f"--{name}={text}", flags[name], text)
+    options |= _positionals(positionals, arguments)
+    for name, flag in (flags | arguments).items():
+        if flag.required and name not in options:
+            raise UserError(f"{name if name in arguments else f'--{name}'} is missing: {flag.doc}")
+        options.setdefault(name, flag.default)
+    if with_config:
+        options["config_file"] = options.pop("config")
+    return SimpleNamespace(**{name.replace("-", "_"): value for name, value in options.items()}), settings
+
+
+def _setting_text(token: str, queue: deque[str]) -> tuple[str, str]:
+    """Read `--config.a.b=text`, `--config.a.b text`, and for a switch `--config.a.b` and `--noconfig.a.b`."""
+    head, equals, text = token.partition("=")
+    path = head.partition(".")[2]
+    switch = find_setting(path, token).type is bool
+    if token.startswith("--no"):
+        if equals or not switch:
+            raise UserError(f"{token}: only a true/false setting is negated, and without a value")
+        return path, "false"
+    if equals:
+        return path, text
+    if switch and not (queue and queue[0].lower() in ("true", "false", "none")):
+        return path, "true"
+    return path, _next(token, queue)
+
+
+def _flag_text(token: str, flag: Flag, queue: deque[str]) -> str:
+    head, equals, text = token.partition("=")
+    if equals:
+        return text
+    return "true" if flag.type is bool else _next(head, queue)
+
+
+def _next(token: str, queue: deque[str]) -> str:
+    if not queue or queue[0].startswith("--"):
+        raise UserError(f"{token} needs a value: {token}=VALUE")
+    return queue.popleft()
+
+
+def _positionals(tokens: Sequence[str], arguments: Mapping[str, Flag]) -> dict[str, Any]:
+    values, left = {}, deque(tokens)
+    for name, argument in arguments.items():
+        if left and argument.type is list:
+            values[name] = list(left)
+            left.clear()
+        elif left:
+            token = left.popleft()
+            values[name] = _flag_value(token, argument, token)
+    if left:
+        hint = " Settings are given as --config.section.key=value." if not arguments else ""
+        raise UserError(f"unexpected argument {left[0]!r}.{hint}")
+    return values
+
+
+def _flag_value(origin: str, flag: Flag, text: str) -> Any:
+    kind = KINDS[flag.type]
+    try:
+        value = kind.from_text(text)
+    except ValueError:
+        raise UserError(f"{origin}: expected {kind.expected}") from None
+    if flag.choices and value not in flag.choices:
+        raise UserError(f"{origin}: choose from {', '.join(flag.choices)}.{nearest(value, flag.choices, n=1)}")
+    return Path(value) if flag.type is Path else value
+
+
+def _nearest_flag(name: str, flags: Mapping[str, Flag], with_config: bool) -> str:
+    known = [*flags, "help"]
+    same = namesakes(name) if with_config else []
+    if same:
+        return f" Did you mean {' or '.join(f'--config.{path}' for path in same)}?"
+    close = nearest(name, known, n=1) and nearest(f"--{name}", [f"--{flag}" for flag in known], n=1)
+    return f"{close} Flags: {', '.join(f'--{flag}' for flag in known)}{', --config.section.key' * with_config}."
+
+
+# ------------------------------------------------------------------------------------------------- help of a command
+
+
+def describe() -> str:
+    """Return the schema as text: a block a section, a line a setting with its type, default, meaning and choices."""
+    blocks = []
+    for section, meaning in SECTIONS.items():
+        lines = [f"{section}: {meaning}"]
+        for s in (s for s in SETTINGS if s.section == section):
+            doc = s.doc + (f" [{' | '.join(s.choices)}]" if s.choices else "")
+            lines.append(_row(s.key, KINDS[s.type].label, _shown(s.default), doc))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _command_help(usage: str, flags: Mapping[str, Flag], arguments: Mapping[str, Flag], with_config: bool) -> str:
+    blocks = [usage] if usage else []
+    if arguments:
+        blocks.append("\n".join(["arguments", *(_row(name, "", "", a.doc) for name, a in arguments.items())]))
+    lines = ["flags"]
+    for name, flag in flags.items():
+        label = "" if flag.type is bool else "str..." if flag.type is list else KINDS[flag.type].label
+        doc = flag.doc + (f" [{' | '.join(flag.choices)}]" if flag.choices else "")
+        lines.append(_row(f"--{name}", label, "" if flag.type is bool else _shown(flag.default), doc))
+    blocks.append("\n".join([*lines, _row("--help", "", "", "show this and exit")]))
+    if with_config:
+        blocks.append(
+            "settings: name, type, default, meaning. Give them as --config.section.key=value; they override the file.\n"
+            "Also --config.data.packing and --noconfig.data.packing; none takes a setting back to its default."
+        )
+        blocks.append(describe())
+    return "\n\n".join(blocks)
+
+
+def _shown(default: Any) -> str:
+    """A default as the command line writes it."""
+    if default is None or default == {}:
+        return "-"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _row(name: str, kind: str, default: str, doc: str) -> str:
+    head = f"  {name:<17} {kind:<9} {default:<11} "
+    return textwrap.fill(doc, 110, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
