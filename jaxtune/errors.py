@@ -1,0 +1,21 @@
+"""The two ways a run ends that are not a defect: wrong input, and a signal."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong. The command line prints the message alone and exits with status 2.
+
+    The message names the file, row or field, what was found, what was expected, and what to do.
+    """
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint was saved. The command line exits with status 3."""
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+    """Return `" Did you mean 'x' or 'y'?"` for the closest candidates, or `""` when none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

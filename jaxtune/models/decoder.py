@@ -1,0 +1,212 @@
+"""One decoder for every causal family: an embedding, segments of stacked blocks under `scan`, a norm, a head.
+
+The parameters are a plain nested dict:
+
+    embed_tokens/embedding [V,D]        (embed_positions/embedding [P,D])
+    segment_0/block_0/self_attn/q_proj/kernel [n,D,H*C] ...    n = repeats of the segment, on axis 0
+    norm/scale [D]
+    lm_head/kernel [D,V]                absent when the head is tied to the embedding
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.errors import UserError
+from jaxtune.models.layers import Block, Context, Norm, leaf, rope_tables
+from jaxtune.models.spec import DecoderSpec, Segment
+from jaxtune.tree import split_stack
+from jaxtune.weights import Array, Keys, attend, dot, embed, fold
+
+# What the backward pass keeps of a block; the rest is computed again. Costs in bytes grow downwards.
+REMAT = {
+    "full": (),
+    "attention": ("qkv", "attention"),
+    "dots": ("qkv", "attention", "mlp"),
+}
+
+
+class Pattern(nn.Module):
+    """One repeat of a segment: its blocks in order. Scanned over the repeats."""
+
+    segment: Segment
+    first: int  # number of the segment's first layer in the model
+    implementation: str
+    std: float
+
+    @nn.compact
+    def __call__(self, carry, repeat: Array, ctx: Context):
+        x, caches = carry
+        caches = list(caches)
+        for j, block in enumerate(self.segment.pattern):
+            layer = self.first + repeat * len(self.segment.pattern) + j
+            here = ctx._replace(keys=fold(ctx.keys, layer))
+            x, caches[j] = Block(block, self.implementation, self.std, name=f"block_{j}")(x, here, caches[j], repeat)
+        return (x, tuple(caches)), None
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    `module.apply({"params": params}, tokens, ...)` gives logits; `method="hidden"` stops before the head and
+    `method="head"` is the rest. Leaves of `params` may be polymorphic (`jaxtune.weights`).
+
+    Attributes:
+        spec: the architecture.
+        dtype: of activations; parameters are cast to it where they are used.
+        attention: "auto", "mapped", "xla" or "cudnn".
+        remat: "none" keeps every activation for the backward pass; see `REMAT`.
+        unroll: blocks in one iteration of the scan.
+    """
+
+    spec: DecoderSpec
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Any = None,
+        keys: Keys = None,
+    ) -> Any:
+        """tokens i32[B, T] -> the normalised residual stream [B, T, D] (and the new cache, when one is given).
+
+        Args:
+            positions: i32[B, T]; default 0..T-1.
+            segments: i32[B, T], packed documents; None: one document a row, padding on the right.
+            cache: from `init_cache`; positions are then the slots that are written.
+            keys: one PRNG key a row, [B]; None switches every dropout off.
+        """
+        spec = self.spec
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
+        if spec.learned_positions:
+            x += embed(positions, self._table("embed_positions", spec.positions)).astype(self.dtype)
+        ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
+        ctx = Context(positions, segments, {str(r): rope_tables(r, positions) for r in ropes}, keys)
+        pattern = Pattern
+        if self.remat != "none" and cache is None:
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
+            pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
+        first, caches = 0, []
+        for i, segment in enumerate(spec.segments):
+            scanned = nn.scan(
+                pattern,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=segment.repeats,
+                unroll=min(self.unroll, segment.repeats),
+            )(segment, first, self.attention, spec.init_std, name=f"segment_{i}")
+            held = (None,) * len(segment.pattern) if cache is None else cache[i]
+            (x, held), _ = scanned((x, held), jnp.arange(segment.repeats), ctx)
+            caches.append(held)
+            first += segment.layers
+        x = Norm(spec.norm, spec.eps, name="norm")(x)
+        if self.is_initializing() and not spec.tied:
+            self._head_kernel()
+        return x if cache is None else (x, tuple(caches))
+
+    def head(self, x: Array) -> Array:
+        """Hidden states [..., D] -> logits f32[..., V]."""
+        return head_logits(head_leaf(self.variables["params"]), x)
+
+    def __call__(self, tokens: Array, positions=None, segments=None, cache=None, keys=None) -> Any:
+        """tokens i32[B, T] -> logits f32[B, T, V]; with a cache `(logits, cache)`. Arguments as in `hidden`."""
+        out = self.hidden(tokens, positions, segments, cache, keys)
+        if cache is None:
+            return self.head(out)
+        return self.head(out[0]), out[1]
+
+    def init_cache(self, batch: int, slots: int) -> Any:
+        """Zeros for `slots` positions: a tuple over segments and pattern of {k, v} [n, B, S, G, C]."""
+        return tuple(
+            tuple(
+                {n: jnp.zeros((s.repeats, batch, slots, b.kv_heads, b.head_dim), self.dtype) for n in ("k", "v")}
+                for b in s.pattern
+            )
+            for s in self.spec.segments
+        )
+
+    def init_params(self, key: Array) -> Any:
+        """Random float32 parameters, as for pretraining."""
+        return self.init(key, jnp.zeros((1, 2), jnp.int32), method="hidden")["params"]
+
+    def abstract_params(self) -> Any:
+        """Shapes and dtypes of `init_params`, nothing allocated."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def _table(self, name: str, rows: int) -> Any:
+        return Table(rows, self.spec.width, self.spec.init_std, name=name)()
+
+    def _head_kernel(self) -> Any:
+        return Kernel(self.spec.width, self.spec.vocab, self.spec.init_std, name="lm_head")()
+
+
+class Table(nn.Module):
+    rows: int
+    width: int
+    std: float
+
+    @nn.compact
+    def __call__(self):
+        return leaf(self, "embedding", nn.initializers.normal(self.std), (self.rows, self.width))
+
+
+class Kernel(nn.Module):
+    width: int
+    features: int
+    std: float
+
+    @nn.compact
+    def __call__(self):
+        return leaf(self, "kernel", nn.initializers.normal(self.std), (self.width, self.features))
+
+
+def head_leaf(params: Any) -> dict[str, Any]:
+    """The output head as a fact of the tree: `{"kernel": [D,V]}`, or `{"embedding": [V,D]}` where it is tied."""
+    return params["lm_head"] if "lm_head" in params else {"embedding": params["embed_tokens"]["embedding"]}
+
+
+def head_logits(head: dict[str, Any], x: Array) -> Array:
+    """x [..., D] -> logits f32[..., V]."""
+    logits = dot(x, head["kernel"]) if "kernel" in head else attend(x, head["embedding"])
+    return logits.astype(jnp.float32)
+
+
+def split(module: Decoder, params: Any, at: int) -> tuple[Decoder, Any]:
+    """Cut the segment that holds layer `at` in two, so that rules can tell what lies below from what lies above.
+
+    The model computes the same; only the tree has one segment more. `at` must fall between two repeats of a pattern.
+    """
+    segments, out = [], {k: v for k, v in params.items() if not k.startswith("segment_")}
+    first = 0
+    for i, segment in enumerate(module.spec.segments):
+        inside, remainder = divmod(at - first, len(segment.pattern))
+        tree = params[f"segment_{i}"]
+        parts = [(segment, tree)]
+        if 0 < inside < segment.repeats:
+            if remainder:
+                raise UserError(
+                    f"Layer {at} lies inside a pattern of {len(segment.pattern)} blocks; split at its edge."
+                )
+            low, high = split_stack(tree, inside)
+            parts = [
+                (dataclasses.replace(segment, repeats=inside), low),
+                (dataclasses.replace(segment, repeats=segment.repeats - inside), high),
+            ]
+        for part, subtree in parts:
+            out[f"segment_{len(segments)}"] = subtree
+            segments.append(part)
+        first += segment.layers
+    spec = dataclasses.replace(module.spec, segments=tuple(segments))
+    return module.clone(spec=spec), out

@@ -1,0 +1,13 @@
+"""Mistral (arXiv:2310.06825): Llama with a sliding window."""
+
+from jaxtune.models.llama import block, decoder
+from jaxtune.models.names import LLAMA as NAMES
+from jaxtune.models.spec import Config, DecoderSpec, uniform
+
+__all__ = ["NAMES", "spec"]
+
+
+def spec(c: Config) -> DecoderSpec:
+    # MistralConfig's own default; an explicit null means no window.
+    window = c.values.get("sliding_window", 4096)
+    return decoder(c, uniform(block(c, window=window), c.need("num_hidden_layers")))

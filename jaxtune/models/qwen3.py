@@ -1,0 +1,22 @@
+"""Qwen3 (arXiv:2505.09388): Llama with RMSNorm on each head's q and k, no biases."""
+
+import dataclasses
+
+from jaxtune.models.llama import decoder
+from jaxtune.models.names import LLAMA
+from jaxtune.models.qwen2 import windowed
+from jaxtune.models.spec import Config, DecoderSpec
+
+NAMES = dataclasses.replace(
+    LLAMA,
+    block=LLAMA.block
+    | {
+        "self_attn.q_norm.weight": "self_attn/q_norm/scale",
+        "self_attn.k_norm.weight": "self_attn/k_norm/scale",
+    },
+)
+
+
+def spec(c: Config) -> DecoderSpec:
+    bias = c.get("attention_bias", False)
+    return decoder(c, windowed(c, {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}))
