@@ -1,0 +1,179 @@
+"""Data: sources -> columns and formats -> chat templates -> tokens and masks -> packing -> batches. No jax here."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxtune.data.batches import Batches, EvalBatches, Prefetch
+from jaxtune.data.chat import DEFAULT_TEMPLATE
+from jaxtune.data.formats import make_reader
+from jaxtune.data.preview import render_plain, render_rows
+from jaxtune.data.sources import Source, read
+from jaxtune.data.tokenize import (
+    FORMAT_VERSION,
+    Encoder,
+    Report,
+    Rows,
+    SourceReport,
+    check_vocabulary,
+    fit,
+    load_tokenizer,
+    tokenise,
+    tokenizer_digest,
+)
+from jaxtune.errors import UserError
+
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "Batches",
+    "EvalBatches",
+    "Prefetch",
+    "Report",
+    "Rows",
+    "Source",
+    "SourceReport",
+    "load_tokenizer",
+    "prepare",
+    "read",
+    "render_plain",
+    "render_rows",
+]
+
+
+def prepare(
+    tokenizer,
+    train: str | Sequence[str],
+    *,
+    eval: str | Sequence[str] | None = None,
+    eval_fraction: float = 0.0,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+    completion_from: str | None = None,
+    system: str | None = None,
+    chat: bool | None = None,
+    max_length: int,
+    overlength: str = "drop",
+    vocab_size: int | None = None,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+) -> tuple[list[Rows], Rows | None, Report]:
+    """Read and tokenise data: (train rows of each source, evaluation rows or None, what became of them).
+
+    train, eval: sources as `read` takes them; several as a sequence or separated by commas.
+    eval_fraction: the share of the training rows held out, decided by a hash of a row's content: it depends on no seed and
+        no order, and equal rows are all on one side. At least one row is held out.
+    format, columns, template, completion_from, system: see `make_reader`; they hold for all sources.
+    chat: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
+        Otherwise prompt and completion are joined as they are, with a newline between them where neither has white space
+        at the seam.
+    max_length, overlength: see `fit`. vocab_size: rows of the model's embedding, to check the tokens against.
+    cache, cache_dir: tokens are kept on disk by content, by default in $JAXTUNE_CACHE or ~/.cache/jaxtune/tokens.
+
+    Raises UserError for anything wrong with the input, naming file, row or field.
+    """
+    if eval and eval_fraction:
+        raise UserError("give either data.eval or data.eval_fraction, not both.")
+    if not 0 <= eval_fraction < 1:
+        raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
+    if chat is None:
+        chat = bool(tokenizer.chat_template) and template is None
+    settings = dict(
+        format=format,
+        columns=dict(columns or {}),
+        template=template,
+        completion_from=completion_from,
+        system=system,
+        chat=chat,
+    )
+    encoder = Encoder(tokenizer)
+    common = [
+        FORMAT_VERSION,
+        tokenizer_digest(tokenizer),
+        DEFAULT_TEMPLATE,
+        settings,
+        [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
+    ]
+    keys = []
+
+    def load(name: str) -> tuple[Rows, SourceReport]:
+        source = read(name)
+        reader = make_reader(source, **settings)
+        key = _hash([*common, source.digest()])
+        rows, cached = tokenise(source, reader, encoder, key, cache=cache, cache_dir=cache_dir)
+        if vocab_size is not None:
+            check_vocabulary(rows, vocab_size, tokenizer)
+        keys.append(key)
+        return rows, SourceReport(name=name, format=reader.format, cached=cached)
+
+    def load_fitted(name: str) -> tuple[Rows, SourceReport]:
+        rows, report = load(name)
+        rows = fit(rows, max_length, overlength, report)
+        if not len(rows):
+            raise _nothing_left(report)
+        return rows, report
+
+    report = Report()
+    loaded = [load_fitted(name) for name in _names(train)]
+    report.sources = [r for _, r in loaded]
+    train_rows = [rows for rows, _ in loaded]
+    eval_rows = None
+    if eval:
+        loaded = [load_fitted(name) for name in _names(eval)]
+        report.eval_sources = [r for _, r in loaded]
+        eval_rows = Rows.concatenate([rows for rows, _ in loaded])
+    elif eval_fraction:
+        train_rows, eval_rows = _hold_out(train_rows, eval_fraction)
+    report.train_rows = sum(map(len, train_rows))
+    report.eval_rows = len(eval_rows) if eval_rows is not None else 0
+    report.fingerprint = _hash([keys, len(train_rows), max_length, overlength, eval_fraction])
+    return train_rows, eval_rows, report
+
+
+def _names(sources: str | Sequence[str]) -> list[str]:
+    if not isinstance(sources, str):
+        names = list(sources)
+    elif Path(sources).exists():  # a name with a comma in it
+        names = [sources]
+    else:
+        names = [name.strip() for name in sources.split(",") if name.strip()]
+    if not names:
+        raise UserError("data.train: no source given.")
+    return names
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _hold_out(train: list[Rows], fraction: float) -> tuple[list[Rows], Rows]:
+    """Split by the rows' digests: those below a threshold are held out, at least the lowest."""
+    digests = np.concatenate([rows.digest for rows in train])
+    threshold = max(int(fraction * 2**64), int(digests.min()) + 1)
+    held = [np.array([int(d) < threshold for d in rows.digest], bool) for rows in train]
+    kept = [rows.select(~h) for rows, h in zip(train, held)]
+    if not all(len(rows) for rows in kept):
+        raise UserError(f"data.eval_fraction: {fraction} of {len(digests)} rows leaves a source without training rows.")
+    return kept, Rows.concatenate([rows.select(h) for rows, h in zip(train, held) if h.any()])
+
+
+def _nothing_left(report: SourceReport) -> UserError:
+    if report.too_long == report.rows and report.overlength == "drop":
+        why = (
+            f"every row is over data.max_length={report.max_length} tokens (the longest has {report.longest}): raise it, or set "
+            "data.overlength to truncate or split"
+        )
+    elif report.too_long and report.overlength != "split":
+        why = (
+            f"{report.too_long:,} of them are over data.max_length={report.max_length}, and cut there or dropped nothing trained "
+            "is left: raise it, or set data.overlength=split"
+        )
+    elif report.format in ("chat", "sharegpt"):
+        why = "no conversation has an assistant's turn"
+    else:
+        why = "the completions are empty"
+    return UserError(f"{report.name}: none of its {report.rows:,} rows has a token to train on: {why}.")

@@ -1,0 +1,281 @@
+"""Batches as a pure function of (data, seed, step), and the thread that prepares them ahead.
+
+An epoch is a permutation of its rows (packed: of its bins), drawn from (seed, epoch) alone. Epochs follow one another
+without a gap: a batch may hold the end of one and the start of the next.
+"""
+
+import queue
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from jaxtune.data.packing import pack
+from jaxtune.data.tokenize import Rows
+from jaxtune.errors import UserError
+
+Plan = list[np.ndarray]  # one entry a batch row: the data rows in it, one, or several where they are packed
+
+
+def _shuffled(n: int, *key: int) -> np.ndarray:
+    """Return a permutation of n, from raw bits whose stream numpy keeps between versions."""
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+
+
+class _Assembler:
+    """Lays data rows into arrays [A, B, T]."""
+
+    def __init__(self, rows: list[Rows], batch_size: int, grad_accum: int, max_length: int, packing: bool):
+        if batch_size < 1 or grad_accum < 1:
+            raise UserError(f"train.batch_size={batch_size} and train.grad_accum={grad_accum} must be at least 1.")
+        if batch_size % grad_accum:
+            raise UserError(
+                f"train.batch_size={batch_size} cannot be split into train.grad_accum={grad_accum} equal parts."
+            )
+        self.rows = rows
+        self.source = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        self.index = np.concatenate([np.arange(len(r)) for r in rows])
+        self.length = np.concatenate([r.length for r in rows]).astype(np.int64)
+        self.batch_size, self.grad_accum, self.max_length, self.packing = batch_size, grad_accum, max_length, packing
+        longest = int(self.length.max())
+        if longest > max_length:
+            raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
+        # Four lengths at most, so that at most four programs are compiled.
+        self.bucket = max(32, -(-longest // 4 // 8) * 8)
+
+    def width(self, plan: Plan) -> int:
+        """Return T for a batch of these rows."""
+        if self.packing:
+            return self.max_length
+        longest = max((int(self.length[row].sum()) for row in plan), default=1)
+        return min(-(-longest // self.bucket) * self.bucket, self.max_length)
+
+    def assemble(self, plan: Plan) -> dict[str, np.ndarray]:
+        """Return the batch of `plan`; rows that are missing to batch_size are empty, with weight 0."""
+        n, t = self.batch_size, self.width(plan)
+        tokens, targets, positions, segments = (np.zeros((n, t), np.int32) for _ in range(4))
+        weights = np.zeros((n, t), np.float32)
+        for b, members in enumerate(plan):
+            at = 0
+            for segment, member in enumerate(members, 1):
+                ids, mask = self.rows[self.source[member]][self.index[member]]
+                end = at + len(ids)
+                tokens[b, at:end] = ids
+                targets[b, at : end - 1] = ids[1:]
+                weights[b, at : end - 1] = mask[1:]
+                positions[b, at:end] = np.arange(len(ids))
+                segments[b, at:end] = segment
+                at = end
+        batch = dict(tokens=tokens, targets=targets, positions=positions, segments=segments, weights=weights)
+        batch["row"] = np.arange(n, dtype=np.int32)
+        return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
+
+    def places(self, plan: Plan) -> list[str]:
+        return [self.rows[self.source[m]].where(self.index[m]) for members in plan for m in members]
+
+
+class Batches:
+    """An endless stream of training batches with random access.
+
+    sources: rows of each source. weights: the share of each source in an epoch's rows, normalised; None: each row once an
+    epoch. With weights an epoch still has as many rows as all sources together; each source goes on through its own
+    permutations, so no row comes again before all of its source were used. packing: rows are packed into `max_length`.
+    batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Rows],
+        *,
+        weights: Sequence[float] | None = None,
+        batch_size: int,
+        grad_accum: int = 1,
+        max_length: int,
+        seed: int = 0,
+        packing: bool = False,
+    ):
+        self.sources = list(sources)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.packing = packing
+        sizes = [len(s) for s in self.sources]
+        if not sum(sizes):
+            raise UserError("no training rows.")
+        self.draws = _draws(sizes, weights)
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self._assembler = _Assembler(self.sources, batch_size, grad_accum, max_length, packing)
+        self._plans: OrderedDict[int, Plan] = OrderedDict()
+        self._ends = [0]  # _ends[e]: batch rows in all epochs before e
+        self._lock = threading.Lock()  # batch() may be called by a prefetching thread and by the loop
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Data rows in an epoch."""
+        return sum(self.draws)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches in the first epoch, as a broken number: epochs are not padded to whole batches."""
+        return len(self._plan(0)) / self.batch_size
+
+    def steps(self, epochs: float) -> int:
+        """Return the number of whole or broken batches that hold `epochs` epochs; at least 1."""
+        return max(1, int(np.ceil(epochs * self.steps_per_epoch - 1e-9)))
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs lie before `step`."""
+        return step / self.steps_per_epoch
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Return the batch of `step` (from 0): tokens, targets, positions, segments i32[A,B,T], weights f32[A,B,T], row i32[A,B]."""
+        return self._assembler.assemble(self._members(step))
+
+    def places(self, step: int) -> list[str]:
+        """Return where the rows of `step` stand in the data, in words, in the order of the batch."""
+        return self._assembler.places(self._members(step))
+
+    def _members(self, step: int) -> Plan:
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        first, last = step * self.batch_size, (step + 1) * self.batch_size
+        members: Plan = []
+        with self._lock:
+            while first < last:
+                while self._ends[-1] <= first:
+                    epoch = len(self._ends) - 1
+                    same = epoch > 0 and self._same_size
+                    self._ends.append(self._ends[-1] + (self._ends[1] if same else len(self._plan(epoch))))
+                epoch = bisect_right(self._ends, first) - 1
+                part = self._plan(epoch)[first - self._ends[epoch] : last - self._ends[epoch]]
+                members += part
+                first += len(part)
+        return members
+
+    @property
+    def _same_size(self) -> bool:
+        """Whether all epochs have as many batch rows: the number of bins depends on which rows are drawn."""
+        return not self.packing or self.draws == [len(s) for s in self.sources]
+
+    def _plan(self, epoch: int) -> Plan:
+        if epoch not in self._plans:
+            self._plans[epoch] = self._make_plan(epoch)
+            while len(self._plans) > 2:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(epoch)
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> Plan:
+        drawn = np.concatenate([self._drawn(s, epoch) for s in range(len(self.sources))])
+        drawn = drawn[_shuffled(len(drawn), self.seed, 1, epoch)]
+        if not self.packing:
+            return list(drawn[:, None])
+        bins = pack(self._assembler.length[drawn], self._assembler.max_length)
+        return [drawn[bins[i]] for i in _shuffled(len(bins), self.seed, 2, epoch)]
+
+    def _drawn(self, source: int, epoch: int) -> np.ndarray:
+        """Return the rows that `source` gives to `epoch`: a stretch of its permutations laid end to end."""
+        size, count = len(self.sources[source]), self.draws[source]
+        first, last = epoch * count, (epoch + 1) * count
+        parts = []
+        while first < last:
+            turn, at = divmod(first, size)
+            part = _shuffled(size, self.seed, 0, source, turn)[at : at + last - first]
+            parts.append(part)
+            first += len(part)
+        return np.concatenate(parts, dtype=np.int64) + self.offsets[source] if parts else np.zeros(0, np.int64)
+
+
+def _draws(sizes: list[int], weights: Sequence[float] | None) -> list[int]:
+    """Return how many rows each source gives to an epoch of sum(sizes) rows, by largest remainder."""
+    if weights is None:
+        return sizes
+    weights = np.asarray(weights, float)
+    if len(weights) != len(sizes):
+        raise UserError(f"data.weights: {len(weights)} weights for {len(sizes)} sources.")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
+        raise UserError(f"data.weights: {weights.tolist()}: expected numbers of 0 or more, one of them above 0.")
+    for i, (weight, size) in enumerate(zip(weights, sizes)):
+        if weight and not size:
+            raise UserError(f"data.weights: source {i + 1} has weight {weight} but no rows left.")
+    exact = weights / weights.sum() * sum(sizes)
+    draws = np.floor(exact).astype(int)
+    for i in np.argsort(-(exact - draws), kind="stable")[: sum(sizes) - draws.sum()]:
+        draws[i] += 1
+    return draws.tolist()
+
+
+class EvalBatches:
+    """All rows once, in order: `len` batches, the last filled with rows of weight 0. Same arrays as `Batches`."""
+
+    def __init__(self, rows: Rows, *, batch_size: int, grad_accum: int = 1, max_length: int, packing: bool = False):
+        if not len(rows):
+            raise UserError("no evaluation rows.")
+        self._assembler = _Assembler([rows], batch_size, grad_accum, max_length, packing)
+        self._plan = (
+            [np.asarray(b) for b in pack(rows.length, max_length)] if packing else list(np.arange(len(rows))[:, None])
+        )
+
+    def __len__(self) -> int:
+        return -(-len(self._plan) // self._assembler.batch_size)
+
+    def batch(self, i: int) -> dict[str, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        n = self._assembler.batch_size
+        return self._assembler.assemble(self._plan[i * n : (i + 1) * n])
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return map(self.batch, range(len(self)))
+
+
+class Prefetch:
+    """Iterates fn(start), fn(start + 1), ... up to `stop`, computed up to `depth` ahead in a thread.
+
+    An error of fn is raised where its value would have come. Close it, or use it in a `with`, to end the thread.
+    """
+
+    def __init__(self, fn: Callable[[int], object], start: int = 0, stop: int | None = None, depth: int = 2):
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(fn, start, stop), daemon=True, name="prefetch")
+        self._thread.start()
+
+    def _work(self, fn, i: int, stop: int | None) -> None:
+        while not self._closed.is_set():
+            try:
+                item = (True, fn(i)) if stop is None or i < stop else (False, StopIteration())
+            except BaseException as error:  # handed over to the reader, whatever it is
+                item = (False, error)
+            self._queue.put(item)
+            if not item[0]:
+                return
+            i += 1
+
+    def __iter__(self) -> "Prefetch":
+        return self
+
+    def __next__(self):
+        if self._closed.is_set():
+            raise StopIteration
+        good, value = self._queue.get()
+        if good:
+            return value
+        self.close()
+        raise value
+
+    def close(self) -> None:
+        """End the thread; values not yet taken are dropped."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()  # a put may be waiting for room
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

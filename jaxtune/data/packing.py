@@ -1,0 +1,34 @@
+"""Best-fit decreasing bin packing: several short rows in one of `capacity` tokens."""
+
+import numpy as np
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Put items of `lengths` i[N] into bins of `capacity`; return the items of each bin.
+
+    The longest item comes first (equal ones in the given order) and goes into the fullest bin that has room, in
+    O(N * capacity / 64) at worst, with a bitmap of the rooms that are open. Raises ValueError for an item above capacity.
+    """
+    lengths = np.asarray(lengths)
+    if len(lengths) and int(lengths.max()) > capacity:
+        raise ValueError(f"an item of {int(lengths.max())} does not fit into {capacity}")
+    bins: list[list[int]] = []
+    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # room -> bins with exactly that much left
+    rooms = 0  # bit r is set where open_bins[r] is not empty
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[item])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            chosen = open_bins[room].pop()
+            if not open_bins[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        left = room - size
+        if left:
+            open_bins[left].append(chosen)
+            rooms |= 1 << left
+    return bins

@@ -1,0 +1,424 @@
+"""Examples to token ids with a mask, in flat arrays, cached on disk by content.
+
+What is cached is every row of a source, whole: `fit` then drops, truncates or splits by selecting spans, without a copy. So
+another `max_length` or evaluation split needs no new tokenisation.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from jaxtune.data.chat import ChatRenderer
+from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
+from jaxtune.data.sources import Source
+from jaxtune.errors import UserError
+
+FORMAT_VERSION = 1  # raise it when the same input would give other tokens
+CHUNK = 512  # rows tokenised at a time
+
+# One entry a row: its span in the flat arrays, its line or row number in the source, a hash of its content.
+ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("origin", "<i8"), ("digest", "<u8")])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows as spans of flat arrays, which may be memory-mapped and shared between several Rows.
+
+    tokens i32[N] and mask u8[N] (1: this token is to be predicted) are flat; per row: start i64[R], length i32[R],
+    origin i64[R] (its line, or its row counted from 1, in the source), source i32[R] (an index into `labels`) and digest
+    u64[R]. `labels[s].replace("{}", str(origin))` is the row's place in words.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    origin: np.ndarray
+    source: np.ndarray
+    digest: np.ndarray
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens i32[n], mask u8[n]) of row i."""
+        span = slice(int(self.start[i]), int(self.start[i]) + int(self.length[i]))
+        return self.tokens[span], self.mask[span]
+
+    def select(self, index: np.ndarray) -> "Rows":
+        """Return the rows of an index or boolean array, over the same flat arrays."""
+        pick = {name: getattr(self, name)[index] for name in ("start", "length", "origin", "source", "digest")}
+        return Rows(self.tokens, self.mask, labels=self.labels, **pick)
+
+    def where(self, i: int) -> str:
+        return self.labels[int(self.source[i])].replace("{}", str(int(self.origin[i])))
+
+    @staticmethod
+    def concatenate(parts: Sequence["Rows"]) -> "Rows":
+        """Join rows of several sources; more than one part is copied."""
+        if len(parts) == 1:
+            return parts[0]
+        labels: list[str] = []
+        tokens, masks, sources = [], [], []
+        for part in parts:
+            tokens += [part[i][0] for i in range(len(part))]
+            masks += [part[i][1] for i in range(len(part))]
+            sources.append(part.source + len(labels))
+            labels += part.labels
+        join = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("length", "origin", "digest")}
+        return Rows(
+            tokens=np.concatenate(tokens),
+            mask=np.concatenate(masks),
+            start=np.concatenate([[0], np.cumsum(join["length"][:-1], dtype=np.int64)]).astype(np.int64),
+            source=np.concatenate(sources).astype(np.int32),
+            labels=tuple(labels),
+            **join,
+        )
+
+
+@dataclass
+class SourceReport:
+    """What became of the rows of one source."""
+
+    name: str
+    format: str
+    rows: int = 0  # in the source
+    kept: int = 0  # after `fit`; pieces, where rows were split
+    too_long: int = 0
+    untrained: int = 0
+    max_length: int = 0
+    overlength: str = "drop"
+    longest: int = 0  # tokens in the longest row, before `fit`
+    tokens: int = 0  # in the rows kept
+    trained: int = 0
+    cached: bool = False
+
+    def line(self) -> str:
+        """Return one sentence: `gsm8k.jsonl (prompt_completion): 7,473 rows: 6,901 kept, 572 over 512 tokens dropped, ...`."""
+        done = {"drop": "dropped", "truncate": "truncated", "split": "split"}[self.overlength]
+        share = f" ({self.trained / self.tokens:.0%})" if self.tokens else ""
+        return (
+            f"{self.name} ({self.format}): {self.rows:,} rows: {self.kept:,} kept, "
+            f"{self.too_long:,} over {self.max_length:,} tokens {done}, {self.untrained:,} without a trained token dropped; "
+            f"{self.tokens:,} tokens, {self.trained:,}{share} trained"
+        )
+
+
+@dataclass
+class Report:
+    """What became of the data. `fingerprint` (hex) changes with anything that changes the rows of a batch."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    eval_sources: list[SourceReport] = field(default_factory=list)
+    train_rows: int = 0
+    eval_rows: int = 0
+    fingerprint: str = ""
+
+    def lines(self) -> list[str]:
+        """Return human sentences, one a source, and the size of the evaluation set."""
+        held_out = (
+            [f"evaluation: {self.eval_rows:,} rows held out of training"]
+            if self.eval_rows and not self.eval_sources
+            else []
+        )
+        evaluation = [f"evaluation: {report.line()}" for report in self.eval_sources]
+        return [report.line() for report in self.sources] + evaluation + held_out
+
+
+def load_tokenizer(path: str, chat_template: str | None = None):
+    """Load the tokenizer of a directory or hub id; `chat_template` is a file that replaces its own.
+
+    Raises UserError if there is none, if it is not a fast one (those have no character offsets) or the file is missing.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        raise UserError(f"{path}: no tokenizer here (tokenizer.json). Name one with model.tokenizer.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: cannot load a tokenizer: {first}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; a tokenizer.json is needed.")
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise UserError(f"model.chat_template: no such file: {chat_template}")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Return a hex hash of all of a tokenizer that decides ids: vocabulary, added and special tokens, chat template."""
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+        json.dumps(tokenizer.chat_template, sort_keys=True),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+class Encoder:
+    """Examples to (ids, mask), many at a time.
+
+    A document is [BOS, if the tokenizer adds one] + its pieces + EOS. Pieces are tokenised apart, so that the prompt's
+    tokens, made at generation from the prompt alone, are a prefix of the row's; a piece that continues another never gets
+    the space that sentencepiece tokenizers put before a text.
+    """
+
+    # Put before a piece and cut off again, so that it is not the start of a text. The second is for a piece that would
+    # merge with the first.
+    ANCHORS = ("\n", "\x02")
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()  # a tokenizer.json may carry both; neither may act unseen
+        self.backend.no_padding()
+        self.chat = ChatRenderer(tokenizer)
+        self.eos = tokenizer.eos_token_id
+        with_special, without = (self.backend.encode("x", add_special_tokens=s).ids for s in (True, False))
+        self.prefix = next(
+            (with_special[:i] for i in range(len(with_special)) if with_special[i:][: len(without)] == without), []
+        )
+        self.prefix = [i for i in self.prefix if i in tokenizer.all_special_ids]
+        anchored = self.backend.encode(self.ANCHORS[0] + "x", add_special_tokens=False)
+        tail = [i for i, (start, _) in zip(anchored.ids, anchored.offsets) if start >= 1]
+        self.prepends = tail != without  # a text starts otherwise than it goes on
+
+    def encode(self, places: list[str], examples: list) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield (ids, mask) for each example, in order. `places` name the rows in errors."""
+        if self.eos is None and any(isinstance(e, Document) for e in examples):
+            raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn to stop.")
+        documents = iter(self._documents([e for e in examples if isinstance(e, Document)]))
+        chats = [(p, e) for p, e in zip(places, examples) if isinstance(e, Conversation)]
+        conversations = iter(self._conversations(*zip(*chats)) if chats else ())
+        for example in examples:
+            yield next(documents) if isinstance(example, Document) else next(conversations)
+
+    def _documents(self, documents: list[Document]) -> Iterator[tuple[list[int], list[int]]]:
+        pieces = [[p for p in d.pieces if p[0]] for d in documents]
+        starts = iter(self._ids([row[0][0] for row in pieces if row]))
+        rest = iter(self._continuations([text for row in pieces for text, _ in row[1:]]))
+        for row in pieces:
+            ids, mask = list(self.prefix), [0] * len(self.prefix)
+            for i, (_, trained) in enumerate(row):
+                piece = next(rest) if i else next(starts)
+                if not i and piece[: len(ids)] == ids:
+                    ids, mask = [], []  # the text brings its own BOS
+                ids += piece
+                mask += [int(trained)] * len(piece)
+            ends_itself = ids[-1:] == [self.eos] and len(ids) > len(self.prefix)
+            trained_end = int(row[-1][1]) if row else 0
+            yield (ids, mask) if ends_itself else ([*ids, self.eos], [*mask, trained_end])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _continuations(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise texts as they would go on after another, without the space before the start of a text."""
+        if not self.prepends:
+            return self._ids(texts)
+        result: list[list[int] | None] = [None] * len(texts)
+        for anchor in self.ANCHORS:
+            todo = [i for i, done in enumerate(result) if done is None]
+            batch = self.backend.encode_batch([anchor + texts[i] for i in todo], add_special_tokens=False)
+            for i, encoding in zip(todo, batch):
+                if all(start >= 1 or end <= 1 for start, end in encoding.offsets):
+                    result[i] = [t for t, (_, end) in zip(encoding.ids, encoding.offsets) if end > 1]
+        return [ids if ids is not None else self._ids([text])[0] for ids, text in zip(result, texts)]
+
+    def _conversations(self, places: Sequence[str], conversations: Sequence[Conversation]):
+        rendered = [self.chat.render(p, c) for p, c in zip(places, conversations)]
+        encodings = self.backend.encode_batch([text for text, _, _ in rendered], add_special_tokens=False)
+        for (text, spans, unended), encoding in zip(rendered, encodings):
+            ids, offsets = encoding.ids, encoding.offsets
+            if any(s < start < e for start, _ in spans for s, e in offsets):
+                ids, offsets = self._seamed(text, [cut for span in spans for cut in span])
+            mask = [0] * len(ids)
+            token = 0
+            for start, end in spans:  # both in order: one pass over the tokens
+                while token < len(ids) and offsets[token][1] <= start:
+                    token += 1
+                while token < len(ids) and offsets[token][0] < end:
+                    mask[token] = int(offsets[token][1] > start)
+                    token += 1
+            if unended and self.eos is not None:
+                ids, mask = [*ids, self.eos], [*mask, 1]
+            yield ids, mask
+
+    def _seamed(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenise in parts, cut at `cuts`: there the model is given a prompt, and no token may span that place."""
+        ids, offsets = [], []
+        cuts = sorted({0, *cuts, len(text)})
+        for a, b in zip(cuts, cuts[1:]):
+            part = self._continuations([text[a:b]])[0] if a else self._ids([text[a:b]])[0]
+            ids += part
+            offsets += [(a, b)] * len(part)  # coarse, but no part is trained in part
+        return ids, offsets
+
+
+def default_cache_dir() -> Path:
+    """Return $JAXTUNE_CACHE, or ~/.cache/jaxtune/tokens."""
+    return Path(os.environ.get("JAXTUNE_CACHE") or "~/.cache/jaxtune/tokens").expanduser()
+
+
+def tokenise(
+    source: Source,
+    reader: Reader,
+    encoder: Encoder,
+    key: str,
+    *,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+) -> tuple[Rows, bool]:
+    """Return all rows of a source, whole, and whether they came from the cache.
+
+    `key` (hex) stands for everything that decides the tokens; rows are cached in `cache_dir/key` under a temporary name
+    until they are complete and on the disk.
+    """
+    folder = Path(cache_dir or default_cache_dir()) / key
+    if not cache:
+        tokens, mask = io.BytesIO(), io.BytesIO()
+        rows = _write(source, reader, encoder, tokens, mask)
+        flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), "u1")
+        return _rows(source, *flat, rows), False
+    if not (folder / "rows.npy").is_file():
+        _build(folder, source, reader, encoder)
+        cached = False
+    else:
+        cached = True
+    rows = np.load(folder / "rows.npy")
+    flat = (np.memmap(folder / name, dtype, mode="r") for name, dtype in (("tokens.bin", "<i4"), ("mask.bin", "u1")))
+    return _rows(source, *flat, rows), cached
+
+
+def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> Rows:
+    return Rows(
+        tokens=tokens,
+        mask=mask,
+        source=np.zeros(len(rows), np.int32),
+        labels=(source.label,),
+        **{name: np.ascontiguousarray(rows[name]) for name in ("start", "length", "origin", "digest")},
+    )
+
+
+def _build(folder: Path, source: Source, reader: Reader, encoder: Encoder) -> None:
+    """Tokenise into a temporary folder beside `folder`, then rename it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot write the token cache ({error.strerror}). Set JAXTUNE_CACHE or data.cache=False."
+        ) from None
+    try:
+        with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "mask.bin", "wb") as mask:
+            rows = _write(source, reader, encoder, tokens, mask)
+            _sync(tokens, mask)
+        with open(temporary / "rows.npy", "wb") as file:
+            np.save(file, rows)
+            _sync(file)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "rows.npy").is_file():  # else another process was first, with the same content
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot write the token cache ({error.strerror}). Set JAXTUNE_CACHE or data.cache=False."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(*files) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_file) -> np.ndarray:
+    """Append the tokens and masks of all rows to two binary files; return the table of ROW."""
+    types = ColumnTypes(source, reader.columns)
+    table, start = [], 0
+    numbered = iter(source)
+    while chunk := list(islice(numbered, CHUNK)):
+        places = [source.where(number) for number, _ in chunk]
+        for number, row in chunk:
+            types.check(number, row)
+        examples = [reader.convert(place, row) for place, (_, row) in zip(places, chunk)]
+        for (number, row), (ids, mask) in zip(chunk, encoder.encode(places, examples)):
+            tokens_file.write(np.asarray(ids, "<i4").tobytes())
+            mask_file.write(bytes(mask))
+            table.append((start, len(ids), number, reader.digest(row)))
+            start += len(ids)
+    return np.array(table, ROW)
+
+
+def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport) -> Rows:
+    """Bring rows to at most `max_length` tokens and drop those without a token to predict; count both in `report`.
+
+    overlength: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that every
+    token of the row but the first is still predicted.
+    """
+    if overlength not in ("drop", "truncate", "split"):
+        raise UserError(f"data.overlength: unknown {overlength!r}. Known: drop, truncate, split.")
+    if max_length < 2:
+        raise UserError(f"data.max_length: {max_length} leaves no token to predict; at least 2.")
+    long = rows.length > max_length
+    report.rows += len(rows)
+    report.too_long += int(long.sum())
+    report.max_length, report.overlength = max_length, overlength
+    report.longest = max(report.longest, int(rows.length.max(initial=0)))
+    if overlength == "drop":
+        rows = rows.select(~long)
+    elif overlength == "truncate":
+        rows = replace(rows, length=np.minimum(rows.length, max_length))
+    elif long.any():
+        rows = _split(rows, max_length)
+    trained = trained_counts(rows)
+    kept = rows.select(trained > 0)
+    report.untrained += len(rows) - len(kept)
+    report.kept += len(kept)
+    report.tokens += int(kept.length.sum())
+    report.trained += int(trained.sum())
+    return kept
+
+
+def _split(rows: Rows, max_length: int) -> Rows:
+    stride = (
+        max_length - 1
+    )  # the last token of a piece is the first of the next: predicted in one, context in the other
+    pieces = np.maximum(1, -(-(rows.length.astype(np.int64) - 1) // stride))
+    index = np.repeat(np.arange(len(rows)), pieces)
+    nth = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    split = rows.select(index)
+    start = split.start + nth * stride
+    length = np.minimum(max_length, split.length - nth * stride).astype(np.int32)
+    return replace(split, start=start, length=length)
+
+
+def trained_counts(rows: Rows) -> np.ndarray:
+    """Count the tokens of each row that are predicted, i64[R]."""
+    return np.array([np.count_nonzero(rows[i][1][1:]) for i in range(len(rows))], np.int64)
+
+
+def check_vocabulary(rows: Rows, vocab_size: int, tokenizer) -> None:
+    """Raise UserError if a token has no row in an embedding of `vocab_size` rows."""
+    largest = int(rows.tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer ({len(tokenizer):,} tokens) is larger than the model's embedding ({vocab_size:,} rows): the data "
+            f"has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). Use the tokenizer that belongs to the model."
+        )

@@ -1,0 +1,14 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real models, tokenizers and data, from the folder $JAXTUNE_ASSETS (default: ../shared/assets beside the repository)."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("JAXTUNE_ASSETS") or default)
+    if not folder.is_dir():
+        pytest.skip(f"no real data: JAXTUNE_ASSETS={folder} is not a folder")
+    return folder
