@@ -119,7 +119,7 @@ _LEAF_FIELDS = {"kernel", "bias", "scale", "embedding", "w", "a", "b", "q", "dro
 
 
 def _group(path: str) -> str:
-    """The module a leaf belongs to, without its place in the depth: "segment_0/block_0/mlp/up_proj/kernel/a" -> "mlp/up_proj"."""
+    """A leaf's module without its depth: "segment_0/block_0/mlp/up_proj/kernel/a" -> "mlp/up_proj"."""
     parts = [p for p in path.split("/") if not re.fullmatch(r"(segment|block)_\d+", p)]
     while len(parts) > 1 and parts[-1] in _LEAF_FIELDS:
         parts.pop()

@@ -1,0 +1,36 @@
+"""Next-token prediction: pretraining text, supervised fine-tuning, chat."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtune.models.decoder import head_leaf, head_logits
+from jaxtune.objectives.cross_entropy import cross_entropy
+from jaxtune.weights import row_keys
+
+
+def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0) -> Callable[..., Any]:
+    """Return `loss_fn(params, batch, key) -> ((sum, weight), aux)` for a decoder.
+
+    `batch` holds tokens, targets, positions, segments i32[B, T], weights f32[B, T] and row i32[B]. `key` None switches
+    dropout off. The sum is of nats over trained tokens, the weight their number.
+
+    Args:
+        packed: rows hold several documents, told apart by `segments`; otherwise attention is causal over the row, and
+            padding lies on the right where nothing looks at it.
+        z_loss: see `cross_entropy`.
+    """
+
+    def loss_fn(params, batch, key):
+        keys = None if key is None else row_keys(key, batch["row"])
+        x = module.apply(
+            {"params": params},
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"] if packed else None,
+            keys=keys,
+            method="hidden",
+        )
+        total = cross_entropy(head_logits, head_leaf(params), x, batch["targets"], batch["weights"], z_loss=z_loss)
+        return (total, batch["weights"].sum()), {}
+
+    return loss_fn

@@ -1,0 +1,90 @@
+"""Optimizers and schedules from optax. What varies between sweep members is an array in the optimizer's state."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtune.errors import UserError
+from jaxtune.tree import path_str
+
+
+def schedule(
+    name: str = "constant", *, steps: int, warmup: float = 0.0, min_lr_ratio: float = 0.0
+) -> Callable[[Any], Any]:
+    """Return the shape of a learning rate over the run: step -> multiplier in (0, 1].
+
+    Args:
+        name: "constant", "linear" or "cosine" decay after the warmup, to `min_lr_ratio` at the last step.
+        steps: optimizer steps of the whole run.
+        warmup: steps of linear warmup; below 1, a share of `steps`.
+    """
+    up = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    span = max(1, steps - up)
+
+    def shape(step):
+        rise = jnp.minimum(1.0, (step + 1) / max(1, up))
+        done = jnp.clip((step - up) / span, 0.0, 1.0)
+        fall = {
+            "constant": jnp.ones_like(done),
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+        }[name]
+        if name != "constant":
+            fall = min_lr_ratio + (1.0 - min_lr_ratio) * fall
+        return rise * fall
+
+    return shape
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices (LoRA factors too); norms and biases, stacked or not, are not decayed."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim >= 2 and path_str(path).rpartition("/")[2] not in ("scale", "bias"), params
+    )
+
+
+def optimizer(
+    name: str = "adamw",
+    *,
+    lr: float,
+    shape: Callable[[Any], Any] = lambda step: 1.0,
+    weight_decay: float = 0.0,
+    grad_clip: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+) -> optax.GradientTransformation:
+    """Return an optax transformation whose `lr` and `weight_decay` live in `opt_state.hyperparams`.
+
+    Args:
+        name: "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov-free momentum, or "lion" (Chen et al. 2023).
+        lr: the peak rate, multiplied by `shape(step)`.
+        weight_decay: decoupled, on matrices only.
+        grad_clip: largest global norm of the gradient; 0: no clipping.
+
+    Raises:
+        UserError: unknown name.
+    """
+    directions = {
+        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
+        "sgd": lambda: optax.trace(momentum) if momentum else optax.identity(),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+    }
+    if name not in directions:
+        raise UserError(f"optim.name={name!r} is not supported; supported: {', '.join(directions)}.")
+
+    def build(lr, weight_decay):
+        return optax.chain(
+            optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
+            directions[name](),
+            optax.add_decayed_weights(weight_decay, mask=decay_mask),
+            optax.scale_by_schedule(shape),
+            optax.scale_by_learning_rate(lr),
+        )
+
+    return optax.inject_hyperparams(build)(lr=lr, weight_decay=weight_decay)

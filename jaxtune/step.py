@@ -1,0 +1,100 @@
+"""The train step: differentiate the trainable part, sum over micro-batches and devices, divide once, update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtune.parallel import DATA
+from jaxtune.tree import PyTree, combine
+
+LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]]
+
+
+class TrainState(NamedTuple):
+    """All that changes, and all that a sweep member has of its own. The frozen parameters are not in it."""
+
+    step: jax.Array  # i32[], optimizer steps done
+    trainable: PyTree
+    member: PyTree
+    opt_state: Any
+    key: jax.Array  # PRNG key of dropout
+
+
+def init_state(trainable: PyTree, member: PyTree, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Return the state before the first step."""
+    return TrainState(jnp.int32(0), trainable, member, tx.init(trainable), key)
+
+
+def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """Return `f(trainable, member, frozen, batch, key) -> (sum, weight, grads)`, sums over the whole batch.
+
+    `batch` has leading axes [A, B]: A micro-batches one after another, B rows split over the mesh. Gradients are of
+    the sum, in float32, and exist for `trainable` only. Nothing is divided here, so any split gives the same numbers.
+    """
+
+    def local(trainable, member, frozen, batch, key):
+        def loss(trainable, micro):
+            (total, weight), _ = loss_fn(combine(trainable, member, frozen), micro, key)
+            return total, weight
+
+        def one(micro):
+            (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(trainable, micro)
+            return total, weight, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        micros = jax.tree.leaves(batch)[0].shape[0]
+        sums = one(jax.tree.map(lambda x: x[0], batch))
+        if micros > 1:
+            rest = jax.tree.map(lambda x: x[1:], batch)
+            sums, _ = jax.lax.scan(lambda s, m: (jax.tree.map(jnp.add, s, one(m)), None), sums, rest)
+        return sums if mesh is None else jax.lax.psum(sums, DATA)
+
+    if mesh is None:
+        return local
+    whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, whole, rows, whole), out_specs=whole, check_vma=False
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh | None = None, *, jit: bool = True
+) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return `step(state, frozen, batch) -> (state, metrics)`.
+
+    `state` is donated, `frozen` never is. `metrics` are f32[]: loss (mean over trained tokens), weight (their number),
+    grad_norm (before clipping). `jit=False` leaves compilation to the caller, who may `vmap` over the state first.
+    """
+    gradients = value_and_grad(loss_fn, mesh)
+
+    def step(state, frozen, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        total, weight, grads = gradients(state.trainable, state.member, frozen, batch, key)
+        weight = jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0) if jit else step
+
+
+def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:
+    """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight)` over a batch [A, B, ...], without dropout."""
+
+    def local(trainable, member, frozen, batch):
+        def one(micro):
+            return loss_fn(combine(trainable, member, frozen), micro, None)[0]
+
+        total, weight = jax.lax.map(one, batch)
+        sums = total.sum(), weight.sum()
+        return sums if mesh is None else jax.lax.psum(sums, DATA)
+
+    if mesh is not None:
+        whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
+        local = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False)
+    return jax.jit(local) if jit else local
