@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Real models, tokenizers and data, from the folder $JAXTUNE_ASSETS (default: ../shared/assets beside the repository)."""
+    """Real models, tokenizers and data, from the folder $JAXTUNE_ASSETS (default: ../shared/assets)."""
     default = Path(__file__).resolve().parents[2] / "shared" / "assets"
     folder = Path(os.environ.get("JAXTUNE_ASSETS") or default)
     if not folder.is_dir():

@@ -65,12 +65,12 @@ def prepare(
     """Read and tokenise data: (train rows of each source, evaluation rows or None, what became of them).
 
     train, eval: sources as `read` takes them; several as a sequence or separated by commas.
-    eval_fraction: the share of the training rows held out, decided by a hash of a row's content: it depends on no seed and
-        no order, and equal rows are all on one side. At least one row is held out.
+    eval_fraction: the share of the training rows held out: those with the lowest hashes of their content, at least one.
+        It depends on no seed and no order, and equal rows are all on one side.
     format, columns, template, completion_from, system: see `make_reader`; they hold for all sources.
     chat: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
-        Otherwise prompt and completion are joined as they are, with a newline between them where neither has white space
-        at the seam.
+        Otherwise prompt and completion are joined as they are, with a newline between them where neither has white
+        space at the seam.
     max_length, overlength: see `fit`. vocab_size: rows of the model's embedding, to check the tokens against.
     cache, cache_dir: tokens are kept on disk by content, by default in $JAXTUNE_CACHE or ~/.cache/jaxtune/tokens.
 
@@ -82,14 +82,14 @@ def prepare(
         raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
     if chat is None:
         chat = bool(tokenizer.chat_template) and template is None
-    settings = dict(
-        format=format,
-        columns=dict(columns or {}),
-        template=template,
-        completion_from=completion_from,
-        system=system,
-        chat=chat,
-    )
+    settings = {
+        "format": format,
+        "columns": dict(columns or {}),
+        "template": template,
+        "completion_from": completion_from,
+        "system": system,
+        "chat": chat,
+    }
     encoder = Encoder(tokenizer)
     common = [
         FORMAT_VERSION,
@@ -151,10 +151,10 @@ def _hash(value: object) -> str:
 
 
 def _hold_out(train: list[Rows], fraction: float) -> tuple[list[Rows], Rows]:
-    """Split by the rows' digests: those below a threshold are held out, at least the lowest."""
-    digests = np.concatenate([rows.digest for rows in train])
-    threshold = max(int(fraction * 2**64), int(digests.min()) + 1)
-    held = [np.array([int(d) < threshold for d in rows.digest], bool) for rows in train]
+    """Hold out the rows with the lowest digests, at least one."""
+    digests = np.sort(np.concatenate([rows.digest for rows in train]))
+    highest = digests[max(1, round(fraction * len(digests))) - 1]
+    held = [rows.digest <= highest for rows in train]
     kept = [rows.select(~h) for rows, h in zip(train, held)]
     if not all(len(rows) for rows in kept):
         raise UserError(f"data.eval_fraction: {fraction} of {len(digests)} rows leaves a source without training rows.")
@@ -164,13 +164,13 @@ def _hold_out(train: list[Rows], fraction: float) -> tuple[list[Rows], Rows]:
 def _nothing_left(report: SourceReport) -> UserError:
     if report.too_long == report.rows and report.overlength == "drop":
         why = (
-            f"every row is over data.max_length={report.max_length} tokens (the longest has {report.longest}): raise it, or set "
-            "data.overlength to truncate or split"
+            f"every row is over data.max_length={report.max_length} tokens (the longest has {report.longest}): "
+            "raise it, or set data.overlength to truncate or split"
         )
     elif report.too_long and report.overlength != "split":
         why = (
-            f"{report.too_long:,} of them are over data.max_length={report.max_length}, and cut there or dropped nothing trained "
-            "is left: raise it, or set data.overlength=split"
+            f"{report.too_long:,} of them are over data.max_length={report.max_length}, and nothing trained is left "
+            "without what lies beyond: raise it, or set data.overlength=split"
         )
     elif report.format in ("chat", "sharegpt"):
         why = "no conversation has an assistant's turn"

@@ -16,7 +16,7 @@ from jaxtune.data.packing import pack
 from jaxtune.data.tokenize import Rows
 from jaxtune.errors import UserError
 
-Plan = list[np.ndarray]  # one entry a batch row: the data rows in it, one, or several where they are packed
+Plan = Sequence[np.ndarray]  # one entry a batch row: the data rows in it, one, or several where they are packed
 
 
 def _shuffled(n: int, *key: int) -> np.ndarray:
@@ -68,8 +68,14 @@ class _Assembler:
                 positions[b, at:end] = np.arange(len(ids))
                 segments[b, at:end] = segment
                 at = end
-        batch = dict(tokens=tokens, targets=targets, positions=positions, segments=segments, weights=weights)
-        batch["row"] = np.arange(n, dtype=np.int32)
+        batch = {
+            "tokens": tokens,
+            "targets": targets,
+            "positions": positions,
+            "segments": segments,
+            "weights": weights,
+            "row": np.arange(n, dtype=np.int32),
+        }
         return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
 
     def places(self, plan: Plan) -> list[str]:
@@ -79,10 +85,12 @@ class _Assembler:
 class Batches:
     """An endless stream of training batches with random access.
 
-    sources: rows of each source. weights: the share of each source in an epoch's rows, normalised; None: each row once an
-    epoch. With weights an epoch still has as many rows as all sources together; each source goes on through its own
-    permutations, so no row comes again before all of its source were used. packing: rows are packed into `max_length`.
+    sources: the rows of each source.
+    weights: the share of each source in an epoch's rows, normalised; None: each row once an epoch. With weights an
+        epoch still has as many rows as all sources together, and each source goes on through its own permutations, so
+        that no row comes again before all of its source were used.
     batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
+    packing: lay several rows, as segments, into one of `max_length` tokens.
     """
 
     def __init__(
@@ -129,7 +137,11 @@ class Batches:
         return step / self.steps_per_epoch
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Return the batch of `step` (from 0): tokens, targets, positions, segments i32[A,B,T], weights f32[A,B,T], row i32[A,B]."""
+        """Return the batch of `step`, counted from 0.
+
+        tokens, targets (the next token, 0 where there is none), positions (from 0 in each segment), segments (from 1;
+        0 is padding) i32[A,B,T]; weights f32[A,B,T] (1 where the target is trained); row i32[A,B] (0..A*B-1).
+        """
         return self._assembler.assemble(self._members(step))
 
     def places(self, step: int) -> list[str]:
@@ -140,7 +152,7 @@ class Batches:
         if step < 0:
             raise ValueError(f"step {step} is negative")
         first, last = step * self.batch_size, (step + 1) * self.batch_size
-        members: Plan = []
+        members: list[np.ndarray] = []
         with self._lock:
             while first < last:
                 while self._ends[-1] <= first:
@@ -149,7 +161,7 @@ class Batches:
                     self._ends.append(self._ends[-1] + (self._ends[1] if same else len(self._plan(epoch))))
                 epoch = bisect_right(self._ends, first) - 1
                 part = self._plan(epoch)[first - self._ends[epoch] : last - self._ends[epoch]]
-                members += part
+                members.extend(part)
                 first += len(part)
         return members
 
@@ -170,7 +182,7 @@ class Batches:
         drawn = np.concatenate([self._drawn(s, epoch) for s in range(len(self.sources))])
         drawn = drawn[_shuffled(len(drawn), self.seed, 1, epoch)]
         if not self.packing:
-            return list(drawn[:, None])
+            return drawn[:, None]
         bins = pack(self._assembler.length[drawn], self._assembler.max_length)
         return [drawn[bins[i]] for i in _shuffled(len(bins), self.seed, 2, epoch)]
 

@@ -1,9 +1,9 @@
 """Conversations through a chat template, with the characters that are trained.
 
 Only what the assistant says is trained, with the token that ends its turn. Most templates do not mark these parts
-(`{% generation %}`), and the rendering of a prefix of a conversation is often not a prefix of its rendering (Qwen3 drops the
-thoughts of earlier turns and adds empty ones to the last). So each assistant's turn is found by rendering the conversation
-once more with a marker in that turn: what follows the marker is, letter for letter, what follows the turn in the real text.
+(`{% generation %}`), and the rendering of a prefix of a conversation is often not a prefix of its rendering (Qwen3
+drops the thoughts of earlier turns and adds empty ones to the last). So each assistant's turn is found by rendering the
+conversation once more with a marker in that turn: what follows the marker also follows the turn in the real text.
 
     ...<|im_start|>assistant\\n  Paris.    <|im_end|>\\n<|im_start|>user\\n...      the real text
     ...<|im_start|>assistant\\n  MARKER    <|im_end|>\\n<|im_start|>user\\n...      the tail is the same
@@ -18,7 +18,11 @@ from jaxtune.errors import UserError
 # Used where a tokenizer has no chat template, and exported with the tuned model. Plain text, for any vocabulary.
 DEFAULT_TEMPLATE = """\
 {{- bos_token if bos_token else '' -}}
-{%- if tools %}{{ '### Tools:\\n' }}{% for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}{{ '\\n' }}{% endif -%}
+{%- if tools -%}
+{{- '### Tools:\\n' -}}
+{%- for tool in tools -%}{{- (tool | tojson) + '\\n' -}}{%- endfor -%}
+{{- '\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
 {{- '### Assistant:\\n' + (message.content or '') -}}
@@ -42,8 +46,8 @@ Span = tuple[int, int]
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template, or DEFAULT_TEMPLATE where it has none.
 
-    `render(where, conversation)` returns the text, the trained spans (start, end) in characters, in order, and whether the
-    last turn is the assistant's and leaves its end to the end-of-sequence token (the template writes nothing after it).
+    `render(where, conversation)` returns the text, the trained spans (start, end) in characters, in order, and whether
+    the last turn is the assistant's and the template writes nothing after it, which leaves its end to the EOS token.
     """
 
     def __init__(self, tokenizer):
@@ -62,12 +66,13 @@ class ChatRenderer:
             return text, [], False
         if _GENERATION.search(self.template(tools)):
             spans = self._tagged_spans(where, text, messages, tools)
+            _, closing = self._around_marker(where, messages, tools, turns[-1])
         else:
             spans, end = [], 0
             for i in turns:
-                start, end = self._span(where, text, messages, tools, i, end)
+                start, end, closing = self._span(where, text, messages, tools, i, end)
                 spans.append((start, end))
-        return text, spans, turns[-1] == len(messages) - 1 and not self._closes(where, messages, tools)
+        return text, spans, turns[-1] == len(messages) - 1 and not closing.strip()
 
     def _render(self, where: str, messages: list[dict], tools: list[dict] | None, prompt: bool = False) -> str:
         try:
@@ -90,8 +95,11 @@ class ChatRenderer:
             self._opening = prompted[len(bare) :] if prompted.startswith(bare) else ""
         return self._opening
 
-    def _span(self, where, text: str, messages: list[dict], tools, i: int, after: int) -> Span:
-        """Return the characters of message i that are trained; the turn before ends at `after`."""
+    def _span(self, where, text: str, messages: list[dict], tools, i: int, after: int) -> tuple[int, int, str]:
+        """Return where the trained characters of message i start and end, and what the template closes the turn with.
+
+        The assistant's turn before ends at `after`.
+        """
         before, tail = self._around_marker(where, messages, tools, i)
         if not text.endswith(tail):
             raise self._lost(where, i, "what the template writes after it depends on it")
@@ -112,7 +120,7 @@ class ChatRenderer:
             start = len(before) if fits else len(before.rstrip())
         if text[:start] != before[:start] or not after <= start <= end:
             raise self._lost(where, i, "what the template writes before it depends on it")
-        return start, end
+        return start, end, closing
 
     def _around_marker(self, where, messages: list[dict], tools, i: int) -> tuple[str, str]:
         """Render with a marker as the content of message i (with tool calls: as the name of the last) and cut there."""
@@ -129,12 +137,6 @@ class ChatRenderer:
             what = "tool calls" if marked.get("tool_calls") else "content"
             raise self._lost(where, i, f"the template writes its {what} {len(tails)} times")
         return before, tails[0]
-
-    def _closes(self, where, messages: list[dict], tools) -> bool:
-        """Whether the template writes anything but white space after a last turn (it always does after tool calls)."""
-        return bool(messages[-1].get("tool_calls")) or bool(
-            self._around_marker(where, messages, tools, len(messages) - 1)[1].strip()
-        )
 
     def _tagged_spans(self, where, text: str, messages: list[dict], tools) -> list[Span]:
         """The template's own marks, each extended over the end-of-sequence token where that follows directly."""
@@ -154,8 +156,8 @@ class ChatRenderer:
 
     def _lost(self, where: str, i: int, reason: str) -> UserError:
         return UserError(
-            f"{where}, message {i + 1}: cannot tell which tokens of the chat template's output are the assistant's: {reason}. "
-            "Give a template with {% generation %} marks as model.chat_template."
+            f"{where}, message {i + 1}: cannot tell which tokens of the chat template's output are the assistant's: "
+            f"{reason}. Give a template with {{% generation %}} marks as model.chat_template."
         )
 
 

@@ -53,7 +53,7 @@ MESSAGES = {"messages", "conversations", "conversation", "dialog", "dialogue", "
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the form chat templates take: `role`, `content` (text), for calls `tool_calls`; tool schemas or None."""
+    """Messages as chat templates take them (`role`, `content` as text, `tool_calls`), and tool schemas or None."""
 
     messages: list[dict]
     tools: list[dict] | None = None
@@ -73,8 +73,8 @@ Example = Conversation | Document
 class Reader:
     """How the rows of one source are read.
 
-    `format` is one of FORMATS or "template"; `columns` are the file's columns that are used; `convert(where, row)` gives
-    the example and raises UserError for a row that does not fit.
+    `format` is one of FORMATS or "template"; `columns` are the file's columns that are used; `convert(where, row)`
+    gives the example and raises UserError for a row that does not fit.
     """
 
     format: str
@@ -116,7 +116,8 @@ def make_reader(
         known = sorted({c for needs, may in FORMATS.values() for c in needs + may})
         if ours not in known:
             raise UserError(
-                f"data.columns: no column of ours is called {ours!r} (ours=theirs).{nearest(ours, known)} Known: {', '.join(known)}."
+                f"data.columns: no column of ours is called {ours!r} (ours=theirs).{nearest(ours, known)} "
+                f"Known: {', '.join(known)}."
             )
         if theirs not in row:
             raise UserError(
@@ -141,11 +142,12 @@ def make_reader(
         reader = _format_reader(format, columns, row, completion_from, system, chat)
 
     conversational = format in ("chat", "sharegpt") or (format in ("prompt_completion", "instruction") and chat)
-    if system and template is not None or system and format == "text":
+    if system and (template is not None or format == "text"):
         raise UserError("data.system has no effect on plain text: leave it out, or write it into data.template.")
     if completion_from and (conversational or (template is None and format != "text")):
         raise UserError(
-            f"data.completion_from has no effect on {format} rows, whose completion is known: it is for text and data.template."
+            f"data.completion_from has no effect on {format} rows, whose completion is known: "
+            "it is for text and data.template."
         )
     return reader
 
@@ -250,7 +252,8 @@ def _template_reader(where: str, template: str, first: dict, completion_from: st
     for name in names:
         if name not in first:
             raise UserError(
-                f"data.template: {where} has no column {name!r}.{nearest(name, first)} Columns found: {', '.join(first)}."
+                f"data.template: {where} has no column {name!r}.{nearest(name, first)} "
+                f"Columns found: {', '.join(first)}."
             )
     last = max(i for i, (_, name, _) in enumerate(parts) if name is not None)
 
@@ -278,8 +281,8 @@ def with_system(messages: list[dict], system: str | None) -> list[dict]:
 def normalise_messages(where: str, column: str, messages: object) -> list[dict]:
     """Return messages with `role`, `content` and, for calls, `tool_calls`, from OpenAI's or sharegpt's names.
 
-    A `function_call` becomes an assistant's message with `tool_calls`, an `observation` a tool's message; arguments given
-    as a JSON string are parsed, as chat templates expect.
+    A `function_call` becomes an assistant's message with `tool_calls`, an `observation` a tool's message; arguments
+    given as a JSON string are parsed, as chat templates expect.
     """
     if isinstance(messages, str):
         messages = _parse_json(where, f"column {column!r}", messages)
@@ -298,7 +301,8 @@ def _message(where: str, message: object) -> dict:
     content = message.pop("value", None) if content is None else content
     if not isinstance(role, str):
         raise UserError(
-            f"{where}: no role. Fields found: {', '.join(message) or 'none'}; expected role and content (or from and value)."
+            f"{where}: no role. Fields found: {', '.join(message) or 'none'}; "
+            "expected role and content (or from and value)."
         )
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}.{nearest(role, ROLES)} Known: {', '.join(ROLES)}.")
@@ -375,6 +379,7 @@ class ColumnTypes:
             expected, first = self.seen.setdefault(column, (found, number))
             if found != expected:
                 raise UserError(
-                    f"{self.source.where(number)}: column {column!r} is {found} ({json.dumps(value, default=str)[:40]}), "
-                    f"but {expected} at {self.source.where(first)}. One type a column: mend the rows."
+                    f"{self.source.where(number)}: column {column!r} is {found} "
+                    f"({json.dumps(value, default=str)[:40]}), but {expected} at {self.source.where(first)}. "
+                    "A column has one type: mend the rows."
                 )

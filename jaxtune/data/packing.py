@@ -6,8 +6,8 @@ import numpy as np
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Put items of `lengths` i[N] into bins of `capacity`; return the items of each bin.
 
-    The longest item comes first (equal ones in the given order) and goes into the fullest bin that has room, in
-    O(N * capacity / 64) at worst, with a bitmap of the rooms that are open. Raises ValueError for an item above capacity.
+    The longest item comes first (equal ones in the given order) and goes into the fullest bin that has room, which is
+    found in a bitmap of the rooms that are open. Raises ValueError for an item above capacity.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and int(lengths.max()) > capacity:

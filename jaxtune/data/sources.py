@@ -1,7 +1,7 @@
 """Where rows come from: files, saved data sets and the hub, all as an iterator of numbered dictionaries.
 
-`read("train.jsonl")` gives a `Source`. Iterating it yields `(number, row)`, and `Source.where(number)` says in words where
-that row stands. Files are read as they are iterated, so a large JSON-lines file never lies in memory as a whole.
+`read("train.jsonl")` gives a `Source`. Iterating it yields `(number, row)`, and `Source.where(number)` says in words
+where that row stands. Files are read as they are iterated: a large JSON-lines file never lies in memory as a whole.
 """
 
 import csv
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from jaxtune.errors import UserError, nearest
@@ -48,13 +49,13 @@ class Source:
 def read(source: str) -> Source:
     """Open a data set: a file, a directory written by `Dataset.save_to_disk`, or a hub id.
 
-    Files: `.jsonl`; `.json` (a list of objects, or one object a line); `.csv` and `.tsv` with a header; `.parquet`; `.txt`,
-    which has one column `text` and one document a block of text between blank lines, or, where the file has lines that
-    are exactly `<|endoftext|>`, between those. Saved data sets and hub ids take a split after a colon
+    Files: `.jsonl`; `.json` (a list of objects, or one object a line); `.csv` and `.tsv` with a header; `.parquet`;
+    `.txt`, which has one column `text`: one document a block of text between blank lines, or, where the file has lines
+    that are exactly `<|endoftext|>`, between those. Saved data sets and hub ids take a split after a colon
     (`"openai/gsm8k:test"`); without one it is `train`.
 
-    Raises UserError for a missing file (naming the nearest ones), an unknown or pickled format, and, while iterated, for
-    an empty file, a malformed line or a row that is not an object, with the file and line.
+    Raises UserError for a missing file (naming the nearest ones), an unknown or pickled format, and, while iterated,
+    for an empty file, a malformed line or a row that is not an object, with the file and line.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -101,13 +102,13 @@ def _read_file(name: str, path: Path) -> Source:
         name,
         f"{name}, row {{}}" if by_row else f"{name}:{{}}",
         lambda: _not_empty(name, _decoded(name, readers[suffix](name, path))),
-        lambda: hash_files([path]),
+        lambda: suffix + hash_files([path]),  # the suffix decides how the bytes are read
     )
 
 
 def _not_empty(name: str, rows: Numbered) -> Numbered:
     number = None
-    for number, row in rows:  # noqa: B007 (whether the loop ran at all)
+    for number, row in rows:
         yield number, row
     if number is None:
         raise UserError(f"{name}: no rows in it.")
@@ -200,7 +201,7 @@ def _text(name: str, path: Path) -> Numbered:
         ends = {DOCUMENT_SEPARATOR} if marked else {""}
         lines.seek(0)
         block, start = [], 1
-        for number, line in enumerate([*lines, DOCUMENT_SEPARATOR if marked else ""], 1):
+        for number, line in enumerate(chain(lines, [DOCUMENT_SEPARATOR if marked else ""]), 1):
             if line.strip() not in ends:
                 block.append(line)
                 continue
@@ -266,7 +267,7 @@ def _read_hub(name: str, hub_id: str, split: str) -> Source:
             except Exception as error:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise UserError(
-                    f"{name}: no such file here, and as a hub id {hub_id!r} with split {split!r} it cannot be loaded: {first}"
+                    f"{name}: no such file here, and as a hub id with split {split!r} it cannot be loaded: {first}"
                 ) from None
         return loaded[0]
 

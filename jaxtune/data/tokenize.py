@@ -1,7 +1,7 @@
 """Examples to token ids with a mask, in flat arrays, cached on disk by content.
 
-What is cached is every row of a source, whole: `fit` then drops, truncates or splits by selecting spans, without a copy. So
-another `max_length` or evaluation split needs no new tokenisation.
+What is cached is every row of a source, whole: `fit` then drops, truncates or splits by selecting spans, without a
+copy. So another `max_length` or evaluation split needs no new tokenisation.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ class Rows:
     """Tokenised rows as spans of flat arrays, which may be memory-mapped and shared between several Rows.
 
     tokens i32[N] and mask u8[N] (1: this token is to be predicted) are flat; per row: start i64[R], length i32[R],
-    origin i64[R] (its line, or its row counted from 1, in the source), source i32[R] (an index into `labels`) and digest
-    u64[R]. `labels[s].replace("{}", str(origin))` is the row's place in words.
+    origin i64[R] (its line, or its row counted from 1, in the source), source i32[R] (an index into `labels`) and
+    digest u64[R] (of its content). `labels[s].replace("{}", str(origin))` is the row's place in words.
     """
 
     tokens: np.ndarray
@@ -104,12 +104,13 @@ class SourceReport:
     cached: bool = False
 
     def line(self) -> str:
-        """Return one sentence: `gsm8k.jsonl (prompt_completion): 7,473 rows: 6,901 kept, 572 over 512 tokens dropped, ...`."""
+        """Return one sentence: `FILE (prompt_completion): 7,473 rows: 6,901 kept, 572 over 512 tokens dropped, ...`."""
         done = {"drop": "dropped", "truncate": "truncated", "split": "split"}[self.overlength]
         share = f" ({self.trained / self.tokens:.0%})" if self.tokens else ""
         return (
             f"{self.name} ({self.format}): {self.rows:,} rows: {self.kept:,} kept, "
-            f"{self.too_long:,} over {self.max_length:,} tokens {done}, {self.untrained:,} without a trained token dropped; "
+            f"{self.too_long:,} over {self.max_length:,} tokens {done}, "
+            f"{self.untrained:,} without a trained token dropped; "
             f"{self.tokens:,} tokens, {self.trained:,}{share} trained"
         )
 
@@ -172,8 +173,8 @@ class Encoder:
     """Examples to (ids, mask), many at a time.
 
     A document is [BOS, if the tokenizer adds one] + its pieces + EOS. Pieces are tokenised apart, so that the prompt's
-    tokens, made at generation from the prompt alone, are a prefix of the row's; a piece that continues another never gets
-    the space that sentencepiece tokenizers put before a text.
+    tokens, made at generation from the prompt alone, are a prefix of the row's; a piece that continues another never
+    gets the space that sentencepiece tokenizers put before a text.
     """
 
     # Put before a piece and cut off again, so that it is not the start of a text. The second is for a piece that would
@@ -198,8 +199,12 @@ class Encoder:
 
     def encode(self, places: list[str], examples: list) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (ids, mask) for each example, in order. `places` name the rows in errors."""
-        if self.eos is None and any(isinstance(e, Document) for e in examples):
+        if self.eos is None and not (self.chat.own and all(isinstance(e, Conversation) for e in examples)):
             raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn to stop.")
+        for place, example in zip(places, examples):
+            if isinstance(example, Document):
+                for text, _ in example.pieces:
+                    _check_unicode(place, text)
         documents = iter(self._documents([e for e in examples if isinstance(e, Document)]))
         chats = [(p, e) for p, e in zip(places, examples) if isinstance(e, Conversation)]
         conversations = iter(self._conversations(*zip(*chats)) if chats else ())
@@ -240,6 +245,8 @@ class Encoder:
 
     def _conversations(self, places: Sequence[str], conversations: Sequence[Conversation]):
         rendered = [self.chat.render(p, c) for p, c in zip(places, conversations)]
+        for place, (text, _, _) in zip(places, rendered):
+            _check_unicode(place, text)
         encodings = self.backend.encode_batch([text for text, _, _ in rendered], add_special_tokens=False)
         for (text, spans, unended), encoding in zip(rendered, encodings):
             ids, offsets = encoding.ids, encoding.offsets
@@ -261,11 +268,21 @@ class Encoder:
         """Tokenise in parts, cut at `cuts`: there the model is given a prompt, and no token may span that place."""
         ids, offsets = [], []
         cuts = sorted({0, *cuts, len(text)})
-        for a, b in zip(cuts, cuts[1:]):
+        for a, b in pairwise(cuts):
             part = self._continuations([text[a:b]])[0] if a else self._ids([text[a:b]])[0]
             ids += part
             offsets += [(a, b)] * len(part)  # coarse, but no part is trained in part
         return ids, offsets
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """Raise UserError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {text[error.start]!r} is half a character (a lone surrogate), after {text[: error.start][-40:]!r}"
+        ) from None
 
 
 def default_cache_dir() -> Path:
@@ -419,6 +436,7 @@ def check_vocabulary(rows: Rows, vocab_size: int, tokenizer) -> None:
     largest = int(rows.tokens.max(initial=0))
     if largest >= vocab_size:
         raise UserError(
-            f"the tokenizer ({len(tokenizer):,} tokens) is larger than the model's embedding ({vocab_size:,} rows): the data "
-            f"has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). Use the tokenizer that belongs to the model."
+            f"the tokenizer ({len(tokenizer):,} tokens) is larger than the model's embedding ({vocab_size:,} rows): "
+            f"the data has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). "
+            "Use the tokenizer that belongs to the model."
         )
