@@ -280,8 +280,9 @@ def _check_unicode(where: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        before = text[: error.start][-40:]
         raise UserError(
-            f"{where}: {text[error.start]!r} is half a character (a lone surrogate), after {text[: error.start][-40:]!r}"
+            f"{where}: {text[error.start]!r} is half a character (a surrogate), after {before!r}."
         ) from None
 
 
