@@ -92,7 +92,8 @@ class ChatRenderer:
         if self._opening is None:
             user = [{"role": "user", "content": "x"}]
             bare, prompted = self._render(where, user, None), self._render(where, user, None, prompt=True)
-            self._opening = prompted[len(bare) :] if prompted.startswith(bare) else ""
+            shared = bare if prompted.startswith(bare) else _common(self.tokenizer, prompted, bare)
+            self._opening = prompted[len(shared) :]
         return self._opening
 
     def _span(self, where, text: str, messages: list[dict], tools, i: int, after: int) -> tuple[int, int, str]:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from data_zoo import write_jsonl
 
@@ -59,13 +61,21 @@ def test_columns_map_our_names_to_theirs(convert):
 
 def test_a_template_trains_from_its_last_placeholder(convert):
     row = {"q": "hi", "a": "ho", "n": 3}
-    assert convert(row, template="Q{n}: {q}\nA: {a}.") == ("template", [Document((("Q3: hi\nA: ", False), ("ho.", True)))])
+    assert convert(row, template="Q{n}: {q}\nA: {a}.") == (
+        "template",
+        [Document((("Q3: hi\nA: ", False), ("ho.", True)))],
+    )
     assert convert(row, template="{{{a}}}")[1] == [Document((("{", False), ("ho}", True)))]
-    assert convert(row, template="Q: {q}\nA: {a}", completion_from="Q:")[1][0].pieces == (("Q:", False), (" hi\nA: ho", True))
+    assert convert(row, template="Q: {q}\nA: {a}", completion_from="Q:")[1][0].pieces == (
+        ("Q:", False),
+        (" hi\nA: ho", True),
+    )
 
 
 def test_completion_from_marks_the_start_of_what_is_trained(convert):
-    assert convert({"text": "Q\nA: x A: y"}, completion_from="A:")[1] == [Document((("Q\nA:", False), (" x A: y", True)))]
+    assert convert({"text": "Q\nA: x A: y"}, completion_from="A:")[1] == [
+        Document((("Q\nA:", False), (" x A: y", True)))
+    ]
     with pytest.raises(UserError, match=r"a\.jsonl:1: data.completion_from='B:' does not occur"):
         convert({"text": "Q\nA: x"}, completion_from="B:")
 
@@ -100,8 +110,6 @@ def test_tools_and_calls_take_the_form_chat_templates_expect(convert):
         [user("go"), assistant("", tool_calls=[call]), {"role": "tool", "content": "[2]"}, assistant("done")],
         [{"type": "function", "function": schema}],
     )
-    import json
-
     assert convert({"conversations": shared, "tools": json.dumps([schema])})[1] == [wanted]
     assert convert({"messages": openai, "tools": [{"type": "function", "function": schema}]})[1] == [wanted]
     assert convert({"messages": openai, "tools": "[]"})[1][0].tools is None
@@ -136,7 +144,11 @@ def test_content_parts_are_joined_and_pictures_refused(convert):
         ({"messages": []}, {}, r"column 'messages' is an empty list"),
         ({"messages": ["x"]}, {}, r"message 1: expected an object with role and content, found text"),
         ({"messages": [{"content": "x"}]}, {}, r"message 1: no role"),
-        ({"messages": [user("x"), {"role": "asistant", "content": "x"}]}, {}, r"a\.jsonl:1, message 2: unknown role 'asistant'.*'assistant'"),
+        (
+            {"messages": [user("x"), {"role": "asistant", "content": "x"}]},
+            {},
+            r"a\.jsonl:1, message 2: unknown role 'asistant'.*'assistant'",
+        ),
         ({"messages": [{"role": "user"}]}, {}, r"message 1 \(user\): content is null"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, {}, r"a function_call is not JSON"),
         ({"conversations": [{"from": "function_call", "value": '{"x": 1}'}]}, {}, r"a tool call needs a name"),
@@ -165,7 +177,9 @@ def test_a_column_of_mixed_types(tmp_path):
 
 
 def test_the_digest_sees_the_columns_in_use_only(tmp_path):
-    source = read(write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "id": 1}, {"id": 2, "text": "x"}, {"id": 1, "text": "y"}]))
+    source = read(
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "id": 1}, {"id": 2, "text": "x"}, {"id": 1, "text": "y"}])
+    )
     reader = make_reader(source)
     a, b, c = (reader.digest(row) for _, row in source)
     assert a == b != c

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -6,7 +7,7 @@ from data_zoo import write_jsonl
 from jaxtune.data import read
 from jaxtune.errors import UserError
 
-ROWS = [{"prompt": "a\nb", "completion": "c,\"d\""}, {"prompt": "é", "completion": ""}]
+ROWS = [{"prompt": "a\nb", "completion": 'c,"d"'}, {"prompt": "é", "completion": ""}]
 
 
 def rows(path):
@@ -14,8 +15,6 @@ def rows(path):
 
 
 def test_every_file_format_gives_the_same_rows(tmp_path):
-    import csv
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
