@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.config import KINDS, REQUIRED, SECTIONS, SETTINGS, find_setting, load_file, namesakes, resolve
-from jaxtune.errors import Interrupted, UserError, nearest
+from jaxtune.errors import Interrupted, RunFailed, UserError, nearest
 
 if TYPE_CHECKING:
     from ml_collections import FrozenConfigDict
@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxtune: error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"jaxtune: error: {error}", file=sys.stderr)
+        return 1
     except Interrupted as error:
         print(f"jaxtune: {error}", file=sys.stderr)
         return 3

@@ -19,3 +19,7 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """Return `" Did you mean 'x' or 'y'?"` for the closest candidates, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+class RunFailed(Exception):
+    """The run itself failed: a non-finite loss, no device memory. The message alone is printed; status 1."""

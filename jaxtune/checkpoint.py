@@ -1,0 +1,107 @@
+"""Checkpoints of a run: the train state and the loop's own counters, by orbax, asynchronous and atomic.
+
+The state is stored flat, `{"trainable/segment_0/...": array}`: a checkpoint can be read without the code that wrote
+it, and the polymorphic leaves need no registration.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxtune.errors import UserError
+from jaxtune.step import TrainState
+from jaxtune.tree import flatten
+
+
+def _flat(state: TrainState) -> dict[str, Any]:
+    return flatten(state._replace(key=jax.random.key_data(state.key)))
+
+
+def _unflat(arrays: dict[str, Any], like: TrainState) -> TrainState:
+    wanted = _flat(like)
+    if set(arrays) != set(wanted):
+        raise ValueError(f"checkpoint and run differ in {sorted(set(arrays) ^ set(wanted))[:5]}")
+    raw = jax.tree.unflatten(jax.tree.structure(like._replace(key=0)), [arrays[k] for k in wanted])
+    return raw._replace(key=jax.random.wrap_key_data(raw.key))
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    The newest `keep` are kept, and the one that `best` names in the counters, if any.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
+        self.folder, self.keep, self.say = folder.absolute(), keep, say
+        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
+        """Start writing; returns once the arrays are copied from the device."""
+        self.manager.wait_until_finished()
+        if step in self.manager.all_steps():
+            return
+        self._prune(counters)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(state)), counters=ocp.args.JsonSave(counters))
+        self.manager.save(step, args=args, force=True)
+
+    def _prune(self, counters: dict[str, Any]) -> None:
+        """Delete what is neither new nor best, while nothing is being written."""
+        steps = sorted(self.manager.all_steps())
+        wanted = {*steps[-self.keep :], (counters.get("best") or {}).get("step")}
+        for step in steps:
+            if step not in wanted:
+                self.manager.delete(step)
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return sorted(self.manager.all_steps())
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the state and counters of `step`, or of the newest checkpoint that can be read; None: there is none.
+
+        A checkpoint that cannot be read is reported, set aside and the one before it taken.
+        """
+        flat = _flat(like)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flat)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), counters=ocp.args.JsonRestore())
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                found = self.manager.restore(candidate, args=args)
+                return _unflat(found["state"], like), found["counters"]
+            except Exception as e:  # orbax raises many kinds for a damaged directory
+                if step is not None:
+                    raise
+                self.say(
+                    f"The checkpoint of step {candidate} cannot be read ({type(e).__name__}); using the one before."
+                )
+                damaged = self.folder / str(candidate)
+                damaged.rename(damaged.with_name(f"damaged-{candidate}"))
+                self.manager.reload()
+        return None
+
+    def close(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def state_bytes(state: TrainState) -> int:
+    """Bytes of one checkpoint."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in _flat(state).values())
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise UserError unless the disk of `folder` has room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {folder} has {free / 2**30:.2f} GiB free; this run writes up to {needed / 2**30:.2f} GiB "
+            "(checkpoints and the result). Free some, lower train.keep, or give another --workdir."
+        )

@@ -1,0 +1,64 @@
+"""`jaxtune export`: a run, an adapter or a model, written for others to load."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxtune.cli import Flag, parse_options
+from jaxtune.errors import UserError
+
+USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter] [--dtype=bfloat16]
+
+Write a run, a PEFT adapter or a model as a Hugging Face directory: adapters are merged into their base, or kept as a
+PEFT directory with --adapter. OUT must not exist."""
+
+ARGUMENTS = {
+    "source": Flag("run directory, adapter directory, model directory or hub id", required=True),
+    "out": Flag("directory to write", Path, required=True),
+}
+FLAGS = {
+    "merge": Flag("merge the adapter into its base (what is done anyway)", bool, False),
+    "adapter": Flag("write the adapter alone", bool, False),
+    "dtype": Flag("of the weights; default: the base's", choices=("float32", "bfloat16", "float16")),
+    "base": Flag("directory or hub id of the adapter's base; default: the one that it names"),
+    "allow-other-base": Flag("also where the adapter was made for a base of another name", bool, False),
+}
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(argv, FLAGS, ARGUMENTS, usage=USAGE)
+    if options.merge and options.adapter:
+        raise UserError("--merge and --adapter exclude each other.")
+    if options.adapter and options.dtype:
+        raise UserError("--dtype has no effect with --adapter: adapters are float32, as peft writes them.")
+    from jaxtune.files import refuse_existing
+
+    refuse_existing(options.out)
+    from jaxtune.hf.export import export_model
+    from jaxtune.hf.peft import export_adapter
+    from jaxtune.hf.tuned import find, open_source
+
+    source = find(options.source, options.base)
+    if source.adapter is None and (options.merge or options.adapter):
+        flag = "--merge" if options.merge else "--adapter"
+        raise UserError(f"{flag}: {options.source} holds a whole model, not an adapter; leave the flag out.")
+    module, params, config = open_source(source, any_base=options.allow_other_base)
+    shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": source.tokenizer}
+    if options.adapter:
+        notes = export_adapter(module, params, options.out, base=source.base, config=config, **shared)
+    else:
+        notes = export_model(
+            module, params, options.out, base=source.model, tuned_from=source.base, dtype=options.dtype, **shared
+        )
+    for note in notes:
+        print(note)
+    print(f"written: {options.out}")
+
+
+def read_run_facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a run for the model card, from what it wrote."""
+    from jaxtune.card import run_facts
+    from jaxtune.hf.tensors import read_json
+    from jaxtune.log import read_metrics
+
+    metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    return run_facts(config, metrics, read_json(run / "summary.json") if (run / "summary.json").is_file() else None)

@@ -1,0 +1,149 @@
+"""The end of a run: the tuned weights in the formats others load, the facts, the page, and what to do next."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxtune.commands.job import has_adapter, method_settings
+from jaxtune.files import atomic_write_text
+from jaxtune.log import read_metrics
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    names = ("jaxtune", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            from jaxtune import __version__
+
+            found[name] = __version__
+    return found
+
+
+def export_bytes(trainable: Any) -> int:
+    """Bytes of the exported trainable part, as a lower bound for the disk check."""
+    return sum(x.size * 4 for x in jax.tree.leaves(trainable))
+
+
+def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, generated) -> None:
+    """Write adapter/ or model/, summary.json and report.html; print the table and the next commands."""
+    from jaxtune.hf.export import export_model
+    from jaxtune.hf.peft import export_adapter
+    from jaxtune.report import write_report
+
+    adapter = has_adapter(params)
+    out = workdir / ("adapter" if adapter else "model")
+    rows = read_metrics(workdir)
+    summary = {
+        "trainable": j.counts.trainable,
+        "all": j.counts.all,
+        "groups": j.counts.groups,
+        "seconds": {k: round(v, 2) for k, v in clock.parts.items()},
+        "device": jax.devices()[0].device_kind,
+        "data": j.data.report.lines(),
+        "argv": ["jaxtune", "train", *argv],
+        "best": result.best,
+        "early_stop": result.early,
+        "samples": _samples(generated),
+    }
+    facts = _facts(cfg, j, rows, result)
+    if adapter:
+        export_adapter(
+            j.model.module,
+            params,
+            out,
+            mask=j.mask,
+            base=str(cfg.model.path),
+            config=dict(method_settings(cfg)),
+            facts=facts,
+            overwrite=True,
+        )
+    else:
+        export_model(j.model.module, params, out, base=j.model.folder, facts=facts, overwrite=True)
+    clock("export")
+    summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
+    atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    page = write_report(workdir)
+    _show(cfg, j, rows, clock, out, page, adapter)
+
+
+def _samples(generated) -> list[dict[str, str]]:
+    if generated is None or not generated.answers:
+        return []
+    before = generated.answers[0] if len(generated.answers) > 1 else [""] * len(generated.examples)
+    after = generated.answers[-1]
+    return [
+        {"prompt": e.text, "expected": e.expected, "before": b, "after": a}
+        for e, b, a in list(zip(generated.examples, before, after, strict=True))[:20]
+    ]
+
+
+def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
+    """First and last value of a metric."""
+    values = [m[name] for m in rows if name in m]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _facts(cfg, j, rows, result) -> dict[str, Any]:
+    """What the model card says of the run."""
+    return {
+        "method": cfg.tune.method,
+        "data": j.data.report.lines(),
+        "steps": j.steps,
+        "batch_size": cfg.train.batch_size,
+        "lr": cfg.optim.lr,
+        "optimizer": cfg.optim.name,
+        "seed": cfg.train.seed,
+        "trainable": j.counts.trainable,
+        "all": j.counts.all,
+        "train_loss": _column(rows, "train/loss"),
+        "eval_loss": _column(rows, "eval/loss"),
+        "best": result.best,
+        "versions": versions(),
+    }
+
+
+def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table("", "before", "after")
+    shown = {"eval/loss": "held-out loss", "eval/json_valid": "valid JSON", "eval/json_exact": "all fields right"}
+    for name, label in shown.items():
+        before, after = _column(rows, name)
+        if before is not None:
+            text = "{:.4f}" if name == "eval/loss" else "{:.1%}"
+            table.add_row(label, text.format(before), text.format(after))
+    if table.row_count:
+        console.print(table)
+    first, last = _column(rows, "train/loss")
+    console.print(str(j.counts))
+    console.print(f"train loss {first:.4f} -> {last:.4f} in {j.steps} steps; {sum(clock.parts.values()):.1f} s in all "
+                  f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
+    console.print(f"\nresult: {out}\nreport: {page}\n")
+    base, quoted = str(cfg.model.path), str(out)
+    if adapter:
+        console.print(
+            "load it with peft:\n"
+            "  from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
+            f"  model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {quoted!r})\n"
+            "with jaxtune:\n"
+            f"  import jaxtune; module, params = jaxtune.load({base!r})\n"
+            f"  params, mask, config = jaxtune.load_adapter(module, params, {quoted!r})",
+            markup=False,
+        )
+    else:
+        console.print(
+            "load it with transformers:\n"
+            f"  from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained({quoted!r})\n"
+            "with jaxtune:\n"
+            f"  import jaxtune; module, params = jaxtune.load({quoted!r})",
+            markup=False,
+        )
+    console.print(f"or try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)

@@ -1,0 +1,169 @@
+"""Whole models out: an HF directory that transformers, vLLM and jaxtune load."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import models
+from jaxtune.card import model_card
+from jaxtune.files import atomic_dir, require_space
+from jaxtune.hf import tensors
+from jaxtune.models.names import Tensor
+from jaxtune.tree import path_str
+from jaxtune.weights import LoraWeight, is_weight, merge_leaf
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
+
+
+def export_model(
+    module: Any,
+    params: Any,
+    out: str | Path,
+    *,
+    base: str | Path,
+    dtype: Any = None,
+    tokenizer: str | Path | None = None,
+    chat_template: str | None = None,
+    tuned_from: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 5 * 10**9,
+) -> list[str]:
+    """Merge adapters and write the model as an HF directory, atomically.
+
+    Adapters are merged in float32 and every tensor is cast once. A tied output head stays tied, except where that would
+    change the model: a LoRA on the embedding does not reach the tied head, so the head becomes a matrix of its own.
+
+    Args:
+        module: the zoo module; `module.spec.hf_config` is what config.json starts from.
+        params: its parameters; leaves may be LoraWeight or QuantWeight.
+        out: must not exist, unless `overwrite`.
+        base: directory of the model that was tuned. Gives the dtypes, the generation config and the tokenizer.
+        dtype: of all tensors, "float32", "bfloat16" or "float16"; default: each as in `base`, else as in `params`.
+        tokenizer: directory of the tokenizer, if it is not in `base`.
+        chat_template: Jinja text, if it is not the tokenizer's own.
+        tuned_from: what the model card names as base; default: `base`.
+        facts: label -> value for the model card; see `jaxtune.card.run_facts`.
+        shard_bytes: size above which the weights are split over several files.
+
+    Returns:
+        Sentences that the user should read: a head that was untied, a tokenizer that was not found.
+
+    Raises:
+        UserError: `out` exists, or the disk is full.
+    """
+    base, out = Path(base).expanduser(), Path(out).expanduser()
+    notes = []
+    if untied_head := _head_to_untie(params):
+        params = {**params, "lm_head": {"kernel": untied_head}}
+        notes.append(
+            "The output head was tied to the embedding and is now a matrix of its own: the embedding was adapted."
+        )
+    elif module.spec.tied and "lm_head" in params:
+        notes.append("The output head was tied to the embedding and is now a matrix of its own: it was trained.")
+    leaves = weights_by_path(params)
+    wanted = list(models.names(module).tensors(module.spec, set(leaves)))
+    dtypes = _dtypes(wanted, leaves, models.names(module).prefix, base, dtype)
+    with atomic_dir(out, overwrite=overwrite) as folder:
+        require_space(folder, sum(_size(t, leaves) * dtypes[t.hf].itemsize for t in wanted))
+        tensors.write(folder, {t.hf: _array(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
+        config = _config(module.spec.hf_config, "lm_head" not in params, dtypes)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if (base / "generation_config.json").is_file():
+            shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
+        notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
+        card = model_card(name=out.name, base=tuned_from or public_name(base), adapter=False, facts=facts, notes=notes)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return notes
+
+
+def _head_to_untie(params: Any) -> jax.Array | None:
+    """The base table, transposed [D, V], where the tied embedding is adapted; else None."""
+    table = params["embed_tokens"]["embedding"]
+    if "lm_head" in params or not isinstance(table, LoraWeight):
+        return None
+    return merge_leaf(table.w).T
+
+
+def weights_by_path(params: Any) -> dict[str, Any]:
+    """Leaves by path "a/b/c", a polymorphic leaf as one."""
+    return {path_str(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]}
+
+
+def plain(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the array that a leaf stands for; nothing is computed."""
+    return jax.eval_shape(merge_leaf, leaf)
+
+
+def _size(tensor: Tensor, leaves: Mapping[str, Any]) -> int:
+    shape = plain(leaves[tensor.path]).shape
+    return int(np.prod(shape if tensor.index is None else shape[1:]))
+
+
+def _array(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    """One HF tensor. One layer at a time is merged, so no second copy of the model is made in float32."""
+    leaf = leaves[tensor.path]
+    if tensor.index is not None:
+        leaf = jax.tree.map(lambda x: x[tensor.index], leaf)
+    if isinstance(leaf, LoraWeight):
+        leaf = dataclasses.replace(leaf, w=merge_leaf(leaf.w).astype(jnp.float32))  # merged in float32, cast once
+    array = np.asarray(merge_leaf(leaf)).astype(dtype)
+    return array.T if tensor.transpose else array
+
+
+def _dtypes(
+    wanted: list[Tensor], leaves: Mapping[str, Any], prefix: str, base: Path, dtype: Any
+) -> dict[str, np.dtype]:
+    """The dtype of each HF tensor."""
+    if dtype is not None:
+        return {t.hf: np.dtype(jnp.dtype(dtype)) for t in wanted}
+    stored = {}
+    if any(base.glob("model*.safetensors*")):
+        stored = {name: entry.dtype for name, entry in tensors.index_dir(base).items()}
+        stored |= {prefix + name: dtype for name, dtype in stored.items() if not name.startswith(prefix)}
+    new = next(iter(stored.values())) if stored else None  # for a head that the base has not
+    return {t.hf: stored.get(t.hf, new) or plain(leaves[t.path]).dtype for t in wanted}
+
+
+def _config(base: Mapping[str, Any], tied: bool, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
+    """config.json: the base's, with what the export may have changed."""
+    name = max(dtypes.values(), key=list(dtypes.values()).count).name
+    config = {k: v for k, v in base.items() if k not in ("dtype", "torch_dtype")}
+    # transformers 4 reads torch_dtype, 5 either.
+    return config | {"tie_word_embeddings": tied, "torch_dtype" if "torch_dtype" in base else "dtype": name}
+
+
+def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None) -> list[str]:
+    """Copy tokenizer and chat templates; return a sentence if there is none."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (extra := source / "additional_chat_templates").is_dir():
+        shutil.copytree(extra, folder / extra.name)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
+        return [f"No tokenizer was copied: {source} has none."]
+    return []
+
+
+def public_name(base: str | Path) -> str:
+    """What others should know a model by: its hub id, also for a folder of the hub's cache, else an absolute path."""
+    path = Path(base).expanduser()
+    if not path.exists():
+        return str(base)
+    path = path.absolute()
+    if found := re.search(r"/models--([^/]+)/snapshots/", f"{path}/"):
+        return found[1].replace("--", "/", 1)
+    return str(path)
