@@ -119,7 +119,9 @@ class ChatRenderer:
         else:  # the template opens with thoughts only when it prompts: take as much of the opening as stands there
             fits = max((k for k in range(len(opening)) if before.endswith(opening[:k])), default=0)
             start = len(before) if fits else len(before.rstrip())
-        if text[:start] != before[:start] or not after <= start <= end:
+            if fits and text.startswith(opening, start - fits):  # the answer itself begins with such thoughts
+                start += len(opening) - fits
+        if not text.startswith(before[:start]) or not after <= start <= end:
             raise self._lost(where, i, "what the template writes before it depends on it")
         return start, end, closing
 

@@ -254,11 +254,11 @@ class Encoder:
                 ids, offsets = self._seamed(text, [cut for span in spans for cut in span])
             mask = [0] * len(ids)
             token = 0
-            for start, end in spans:  # both in order: one pass over the tokens
-                while token < len(ids) and offsets[token][1] <= start:
+            for start, end in spans:  # both in order, and no token lies across a start: one pass over the tokens
+                while token < len(ids) and offsets[token][0] < start:
                     token += 1
                 while token < len(ids) and offsets[token][0] < end:
-                    mask[token] = int(offsets[token][1] > start)
+                    mask[token] = 1
                     token += 1
             if unended and self.eos is not None:
                 ids, mask = [*ids, self.eos], [*mask, 1]
@@ -415,9 +415,8 @@ def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport) -> R
 
 
 def _split(rows: Rows, max_length: int) -> Rows:
-    stride = (
-        max_length - 1
-    )  # the last token of a piece is the first of the next: predicted in one, context in the other
+    # The last token of a piece is the first of the next: predicted in the one, context in the other.
+    stride = max_length - 1
     pieces = np.maximum(1, -(-(rows.length.astype(np.int64) - 1) // stride))
     index = np.repeat(np.arange(len(rows)), pieces)
     nth = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -112,6 +112,15 @@ def test_user_text_that_looks_like_the_assistant_is_not_trained():
     ]
 
 
+def test_thoughts_that_the_prompt_opens_are_not_trained_twice():
+    """The opening of a thought belongs to the prompt where there is one, and turns without are found all the same."""
+    opens = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert opens != CHATML
+    tokenizer = byte_tokenizer(opens, eos="<|im_end|>")
+    conversation = talk("a", "<think>\nhm</think>Ho", "b", "So")
+    assert runs(tokenizer, conversation) == ["hm</think>Ho<|im_end|>", "So<|im_end|>"]
+
+
 def test_a_conversation_that_does_not_end_with_the_assistant():
     tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
     assert runs(tokenizer, talk("a", "b", "c")) == ["b<|im_end|>"]
