@@ -1,0 +1,197 @@
+"""What a run directory says: its settings, its metrics by step, and the facts of its summary."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune.config import BY_PATH, DERIVED, load_file
+from jaxtune.errors import UserError
+from jaxtune.log import read_metrics
+
+
+class Point(NamedTuple):
+    """A value at a step."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        folder: as it was given, for commands to paste.
+        settings: all of them, "section.key" -> the value that applied.
+        overrides: those of them that are not at their defaults.
+        versions: package -> version.
+        metrics: the lines of metrics.jsonl that have a step.
+        summary: summary.json; empty where there is none.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    overrides: dict[str, Any]
+    versions: dict[str, str]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def model(self) -> str:
+        """The base, short: a hub id, or the last two parts of a path."""
+        path = str(self.settings["model.path"] or "a model")
+        return "/".join([part for part in path.split("/") if part][-2:])
+
+    def fact(self, name: str) -> float | None:
+        """A number of the summary."""
+        value = self.summary.get(name)
+        return value if is_number(value) else None
+
+    def facts(self, name: str, kind: type) -> list:
+        """The entries of a list of the summary that are of this kind."""
+        value = self.summary.get(name)
+        return [entry for entry in value if isinstance(entry, kind)] if isinstance(value, list) else []
+
+    def series(self, key: str) -> list[Point]:
+        """A metric by step. A step that was logged twice counts as it was logged last; NaN and infinity stay out."""
+        values = {line["step"]: line[key] for line in self.metrics if _in_curve(line) and is_number(line.get(key))}
+        return [Point(step, values[step]) for step in sorted(values)]
+
+    def best(self) -> Point | None:
+        """The evaluation with the lowest loss, the first of equals."""
+        return min(self.series("eval/loss"), key=lambda point: point.value, default=None)
+
+    def last_step(self) -> int:
+        return max((line["step"] for line in self.metrics), default=0)
+
+    def before(self) -> dict[str, float]:
+        """Evaluation metrics of the untuned model: those of step 0, and lines that say so."""
+        at_zero = [line for line in self.metrics if line["step"] == 0 and "phase" not in line]
+        return _evaluations([*at_zero, *(line for line in self.metrics if line.get("phase") == "before")])
+
+    def after(self) -> dict[str, float]:
+        """Evaluation metrics of the result: those of the best evaluation, and lines that say so.
+
+        A metric that no evaluation of the loss holds counts where it was written last, after step 0.
+        """
+        best = self.best()
+        tuned = [line for line in self.metrics if line["step"] > 0 and "phase" not in line]
+        rare = [{k: v for k, v in line.items() if k not in ("eval/loss", "eval/perplexity")} for line in tuned]
+        at_best = [line for line in tuned if best and line["step"] == best.step]
+        said = [line for line in self.metrics if line.get("phase") == "after"]
+        return _evaluations([*rare, *at_best, *said])
+
+    def seconds(self) -> float | None:
+        """Wall time of the run: a number in the summary, or the sum of its parts."""
+        parts = self.seconds_by_part()
+        return sum(parts.values()) if parts else self.fact("seconds")
+
+    def seconds_by_part(self) -> dict[str, float]:
+        value = self.summary.get("seconds")
+        return {str(k): v for k, v in value.items() if is_number(v)} if isinstance(value, dict) else {}
+
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (trainable, all) parameters."""
+        value = self.summary.get("groups")
+        pairs = value.items() if isinstance(value, dict) else ()
+        return {str(k): tuple(v) for k, v in pairs if isinstance(v, list) and len(v) == 2 and all(map(is_number, v))}
+
+    def speed(self) -> float | None:
+        """Median of the logged tokens per second."""
+        values = [point.value for point in self.series("train/tokens_per_second")]
+        return statistics.median(values) if values else None
+
+    def tokens(self) -> int | None:
+        """Tokens read from the start to the end."""
+        return max((int(point.value) for point in self.series("train/tokens")), default=None)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _in_curve(line: Mapping[str, Any]) -> bool:
+    """The evaluation of the finished result belongs to no step of the curve."""
+    return line.get("phase") != "after"
+
+
+def _evaluations(lines: list[dict[str, Any]]) -> dict[str, float]:
+    return {k: v for line in lines for k, v in line.items() if k.startswith("eval/") and is_number(v)}
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Read a run directory.
+
+    Raises:
+      UserError: it is none, nothing is logged in it yet, or one of its files is not what a run writes.
+    """
+    folder = Path(folder).expanduser()
+    _check(folder)
+    if folder.name in ("", ".."):  # commands to paste name what lies beside the run
+        folder = folder.resolve()
+    overrides, _ = load_file(str(folder / "config.json"))
+    metrics = [line for line in read_metrics(folder) if isinstance(line, dict) and _is_step(line.get("step"))]
+    if not metrics:
+        raise UserError(f"{folder / 'metrics.jsonl'}: no step is logged yet; there is nothing to report")
+    versions = _read_object(folder / "config.json").get("versions")
+    summary = folder / "summary.json"
+    overrides = _flat(overrides)
+    return Run(
+        folder=folder,
+        settings=_settings(overrides),
+        overrides=overrides,
+        versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
+        metrics=metrics,
+        summary=_read_object(summary) if summary.exists() else {},
+    )
+
+
+def _check(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory; give the --workdir of a run")
+    missing = [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]
+    if missing:
+        inside = sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))
+        hint = f". It holds runs; give those: {' '.join(inside[:4])}{' ...' * (len(inside) > 4)}" if inside else ""
+        raise UserError(f"{folder} is not the directory of a run: it has no {' and no '.join(missing)}{hint}")
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, as a run writes it; found {type(value).__name__}")
+    return value
+
+
+def _settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    values = {path: overrides.get(path, setting.default) for path, setting in BY_PATH.items()}
+    return values | {path: rule(values) for path, rule in DERIVED.items() if values[path] is None}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"tune": {"lora": {"r": 16}}} -> {"tune.lora.r": 16}; a mapping that is a setting's value stays whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if path in BY_PATH:
+            flat[path] = value
+        else:
+            flat |= _flat(value, f"{path}.")
+    return flat

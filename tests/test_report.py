@@ -1,0 +1,454 @@
+"""Reports of made-up runs: they say what is in the files, stand alone, and show no markup that a run brings in."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from jaxtune import config
+from jaxtune.cli import main
+from jaxtune.errors import UserError
+from jaxtune.report import write_comparison, write_report
+from jaxtune.report.chart import linear_axis, log_axis, smooth, step_axis, thin
+from jaxtune.report.html import duration, number, percent
+from jaxtune.report.run import Point, read_run
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\ud800"
+VOID = {"meta", "link", "img", "br"}
+OVERRIDES = {
+    "model": {"path": "models/tiny/base"},
+    "tune": {"lora": {"r": 16}},
+    "data": {"train": "data/train.jsonl", "eval": "data/eval.jsonl"},
+    "train": {"steps": 40},
+    "evaluate": {"json": True},
+}
+SUMMARY = {
+    "trainable": 2_500,
+    "all": 100_000,
+    "groups": {"mlp/up_proj": [2_500, 40_000], "embed": [0, 60_000]},
+    "seconds": {"train": 70.0, "export": 22.0},
+    "device": "TPU v9",
+    "data": ["data/train.jsonl: 123 rows"],
+    "samples": [
+        {
+            "prompt": "two red mugs",
+            "expected": '{"n": 2, "c": "red"}',
+            "before": "mugs",
+            "after": '{"c": "red", "n": 2}',
+        },
+        {"prompt": "one blue mug", "expected": '{"n": 1, "c": "blue"}', "before": "", "after": '{"n": 1, "c": "pink"}'},
+    ],
+    "argv": ["jaxtune", "train", "--config=my config.py"],
+}
+
+
+def metrics(best=20):
+    lines = [{"step": 0, "eval/json_valid": 0.0, "eval/json_exact": 0.0}, {"step": 0, "eval/loss": 3.5}]
+    for step in range(1, 41):
+        lines.append(
+            {
+                "step": step,
+                "train/loss": 4 - step / 20,
+                "train/lr": 1e-3,
+                "train/grad_norm": 1.5,
+                "train/tokens": step * 100,
+                "train/tokens_per_second": 1234.0,
+            }
+        )
+        if step % 10 == 0:
+            lines.append({"step": step, "eval/loss": 1.25 if step == best else 2.0 + step / 100})
+    return [*lines, {"step": 40, "eval/json_valid": 0.99, "eval/json_exact": 0.915}]
+
+
+def make_run(folder, overrides=OVERRIDES, lines=None, summary=SUMMARY, tail=""):
+    folder.mkdir(parents=True)
+    resolved = config.resolve(overrides)
+    (folder / "config.json").write_text(config.to_json(resolved, {"jaxtune": "0.1.0", "jax": "9.8.7"}))
+    lines = metrics() if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: elements are closed in order. Keeps tags, rows of tables and text."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.open, self.tags, self.rows, self.texts, self.scripts = [], [], [], [], []
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append((self.tags[-1][1].get("type"), data))
+        elif self.open and self.open[-1] != "style":
+            self.texts.append(data)
+            if self.rows and {"td", "th"} & set(self.open):
+                self.rows[-1][-1] += data
+
+    def row(self, head):
+        return next(row for row in self.rows if row[0] == head)
+
+    def charts(self):
+        """Curves by name, as the read-out has them: {chart: {curve: {step: value}}}."""
+        titles = re.findall(r"<figcaption><b>(.*?)</b>", self.source)
+        data = [json.loads(text) for kind, text in self.scripts if kind == "application/json"]
+        return {t: {s["name"]: dict(s["points"]) for s in d["series"]} for t, d in zip(titles, data, strict=True)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "quick")
+
+
+def test_the_figures_are_those_of_the_run(run):
+    assert write_report(run) == run / "report.html"
+    page = Page(run / "report.html")
+    assert "LoRA adapters (rank 16, alpha 8, on all linear layers) for tiny/base were tuned on train.jsonl" in page.text
+    assert "for 40 steps: 2,500 of 100,000 parameters, 2.5%." in page.text
+    assert "Held-out loss fell from 3.5 before tuning to 1.25 at step 20 and ended at 2.4" in page.text
+    assert "every JSON field right went from 0% to 91.5%." in page.text
+    assert "It took 1 min 32 s and read 4,000 tokens at 1,234 tokens a second on TPU v9." in page.text
+    assert page.row("Held-out loss") == ["Held-out loss", "3.5", "1.25", "−2.25 better"]
+    assert page.row("Valid JSON") == ["Valid JSON", "0%", "99%", "+99.0 points better"]
+    assert page.row("tune.lora.r") == ["tune.lora.r", "16", "8", "rank"]
+    assert page.row("mlp/up_proj") == ["mlp/up_proj", "2,500", "40,000", "6.2%"]
+    assert page.row("jax") == ["jax", "9.8.7"]
+    assert page.row("train") == ["train", "1 min 10 s", "76.1%"]
+    assert "data/train.jsonl: 123 rows" in page.text
+    assert not any(row and row[0] == "optim.lr" for row in page.rows), "a setting at its default"
+
+
+def test_the_curves_are_those_of_the_metrics(run):
+    charts = Page(write_report(run)).charts()
+    assert list(charts) == ["Loss", "Learning rate", "Gradient norm", "Tokens a second"]
+    assert charts["Loss"]["training"] == {step: 4 - step / 20 for step in range(1, 41)}
+    assert charts["Loss"]["held out"] == {0: 3.5, 10: 2.1, 20: 1.25, 30: 2.3, 40: 2.4}
+    assert set(charts["Learning rate"]["learning rate"].values()) == {1e-3}
+
+
+def test_points_are_drawn_where_their_values_are(run):
+    """The best evaluation's ring: step 20 of 0..40 is half way; the loss axis says where 1.25 is."""
+    page = Page(write_report(run))
+    svg = page.source.partition("<svg")[2].partition("</svg>")[0]
+    x, y = map(float, re.search(r'class="ring c2" d="M([\d.]+) ([\d.]+)h0"', svg).groups())
+    figure = page.source.partition("</figure>")[0]
+    ticks = {float(v): float(top) for top, v in re.findall(r'class="ty" style="top:([\d.]+)%">([\d.]+)<', figure)}
+    assert x == 500
+    assert {0.0, 4.0} <= set(ticks)
+    assert y / 10 == pytest.approx(ticks[4.0] + (ticks[0.0] - ticks[4.0]) * (4 - 1.25) / 4, abs=0.1)
+
+
+def test_the_page_stands_alone(run):
+    for page in (Page(write_report(run)), Page(write_comparison([run, make_run(run.parent / "other")]))):
+        assert page.source.startswith("<!doctype html>")
+        assert ("meta", {"charset": "utf-8"}) in page.tags
+        for _, attributes in page.tags:
+            assert not {"src", "srcset", "action", "onclick"} & set(attributes)
+            assert attributes.get("href", "data:,") in ("data:,", "quick/report.html")
+        assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", page.source)
+        policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+        assert policy.startswith("default-src 'none'")
+        assert "prefers-color-scheme:dark" in page.source
+
+
+def test_samples_are_judged_and_their_differences_marked(run):
+    source = write_report(run).read_text(encoding="utf-8")
+    cards = re.findall(r"<article.*?</article>", source)
+    assert len(cards) == 2
+    assert cards[0].count("as expected") == 1, "JSON in another order is the same"
+    assert cards[1].count("differs") == 2
+    assert re.findall(r"<mark>(.*?)</mark>", cards[1]) == ["pink"]
+    assert "(nothing)" in cards[1]
+
+
+def test_what_the_summary_lacks_is_left_out(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "run", summary=None)))
+    assert "40 steps. Held-out loss fell" in page.text
+    assert "It read 4,000 tokens at 1,234 tokens a second." in page.text
+    for heading in ("Samples", "Trained parameters", "Where the time went", "Data"):
+        assert f"<h2>{heading}</h2>" not in page.source
+    assert "None" not in page.text
+
+
+@pytest.mark.parametrize("tail", ['{"step": 41, "train/lo', '{"step": 41, "train/loss": 1e', "{", "\n\n"])
+def test_a_torn_last_line_changes_nothing(run, tail):
+    whole = write_report(run).read_text(encoding="utf-8")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    assert write_report(run).read_text(encoding="utf-8") == whole
+
+
+def test_nothing_in_a_run_is_markup(tmp_path):
+    overrides = {
+        "model": {"path": HOSTILE.replace("\x00\ud800", "")},
+        "tune": {"lora": {"target_modules": ("</td><script>alert(3)</script>",)}},
+        "data": {"train": "</title><script>alert(4)</script>.jsonl", "template": "{a}</pre><svg onload=alert(5)>"},
+    }
+    summary = {
+        "device": HOSTILE,
+        "data": [HOSTILE],
+        "groups": {HOSTILE: [1, 2]},
+        "seconds": {HOSTILE: 1.0},
+        "argv": ["jaxtune", "train", HOSTILE],
+        "samples": [{"prompt": HOSTILE, "expected": "x " + HOSTILE, "before": HOSTILE, "after": HOSTILE + " y"}],
+    }
+    lines = [*metrics(), {"step": 40, "eval/" + HOSTILE: 1.0, "phase": "after"}]
+    run = make_run(tmp_path / "<b>run", overrides, lines, summary)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"versions": {HOSTILE: HOSTILE}}))
+    page = Page(write_report(run))
+    plain = Page(write_report(make_run(tmp_path / "plain")))
+    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags}
+    assert not {"onerror", "onload"} & {name for _, attributes in page.tags for name in attributes}
+    assert sum(tag == "script" for tag, _ in page.tags) == sum(tag == "script" for tag, _ in plain.tags)
+    assert page.text.count("<script>alert(1)</script>") > 10, "said as text"
+    for file in (run / "report.html", write_comparison([run, tmp_path / "plain"])):
+        assert "script>alert" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ([3.0, 3.5, 4.0], "Held-out loss never fell below the 3 before tuning and ended at 4."),
+        ([3.0, 2.5, 2.0], "Held-out loss fell from 3 before tuning to 2 at step 2."),
+        ([3.0, float("nan"), 2.0], "Held-out loss fell from 3 before tuning to 2 at step 2."),
+    ],
+)
+def test_the_loss_in_words(tmp_path, loss, said):
+    lines = [{"step": step, "eval/loss": value} for step, value in enumerate(loss)]
+    assert said in Page(write_report(make_run(tmp_path / "run", lines=lines))).text
+
+
+def test_without_held_out_data_the_training_loss_is_told(tmp_path):
+    lines = [line for line in metrics() if "train/loss" in line]
+    page = Page(write_report(make_run(tmp_path / "run", lines=lines)))
+    assert "Training loss fell from 3.95 (step 1) to 2 (step 40); there was no held-out data." in page.text
+    assert "<h2>Before and after</h2>" not in page.source
+
+
+def test_lines_may_say_before_and_after(tmp_path):
+    lines = [
+        {"step": 40, "phase": "after", "eval/loss": 9.0, "eval/json_valid": 0.5},
+        {"step": 0, "phase": "before", "eval/loss": 8.0, "eval/json_valid": 0.75},
+        {"step": 40, "eval/loss": 7.0},
+    ]
+    page = Page(write_report(make_run(tmp_path / "run", lines=lines)))
+    assert page.row("Held-out loss") == ["Held-out loss", "8", "9", "+1 worse"]
+    assert page.row("Valid JSON") == ["Valid JSON", "75%", "50%", "−25.0 points worse"]
+    assert page.charts()["Loss"]["held out"] == {0: 8.0, 40: 7.0}
+
+
+def test_what_to_paste(run):
+    def snippets():
+        return re.findall(r"<pre>(.*?)</pre>", write_report(run).read_text(), re.DOTALL)
+
+    loading = next(text for text in snippets() if "PeftModel." in text)
+    assert f"{run}/adapter" in loading and "models/tiny/base" in loading
+    compile(loading.replace("&#x27;", "'"), "snippet", "exec")
+    assert "jaxtune train &#x27;--config=my config.py&#x27;" in snippets()
+    assert f"jaxtune train --config={run}/config.json --workdir={run}-again" in snippets()
+    (run / "model").mkdir()
+    assert not any("PeftModel" in text for text in snippets()), "what was exported decides"
+
+
+# --------------------------------------------------------------------------------------------------- several runs
+
+
+def test_several_runs_on_one_page(tmp_path):
+    rates = {"a": 1e-4, "b": 1e-3, "c": 1e-2}
+    for name, lr in rates.items():
+        lines = metrics()
+        lines[1] = {"step": 0, "eval/loss": 3.5}
+        lines += [{"step": 20, "eval/loss": 1.0 + abs(lr - 1e-3) * 10}]
+        make_run(tmp_path / "sweep" / name, OVERRIDES | {"optim": {"lr": lr}}, lines)
+    write_report(tmp_path / "sweep" / "b")
+    out = write_comparison([tmp_path / "sweep" / name for name in rates])
+    assert out == tmp_path / "sweep" / "report.html"
+    page = Page(out)
+    assert "The runs differ in optim.lr. b has the lowest held-out loss, 1 at step 20." in page.text
+    assert page.rows[0][:4] == ["run", "optim.lr", "held-out loss", "at step"]
+    assert [row[0] for row in page.rows[1:]] == ["b", "a", "c"]
+    assert page.row("a")[1:4] == ["1e-4", "1.009", "20"]
+    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["b/report.html"]
+    charts = page.charts()
+    assert set(charts["Held-out loss"]) == set(charts["Training loss, smoothed"]) == set(rates)
+    assert charts["Held-out loss"]["a"][20] == pytest.approx(1.009)
+
+
+def test_the_best_eight_of_many_runs_have_a_colour(tmp_path):
+    runs = []
+    for i in range(11):
+        lines = [{"step": 0, "eval/loss": 50.0}, {"step": 1, "eval/loss": 1.0 + (i * 7) % 11}]
+        runs.append(make_run(tmp_path / f"run{i}", OVERRIDES | {"train": {"steps": 1, "seed": i}}, lines))
+    source = write_comparison(runs).read_text()
+    colours = {s["name"]: s["colour"] for s in json.loads(re.search(r'json">(.*?)</script>', source)[1])["series"]}
+    assert sorted(colours.values()) == [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert all((colour == 0) == ((int(name[3:]) * 7) % 11 >= 8) for name, colour in colours.items())
+
+
+# ------------------------------------------------------------------------------------------------- the command, errors
+
+
+def test_the_command(run, tmp_path, capsys):
+    other = make_run(tmp_path / "other")
+    assert main(["report", str(run)]) == 0
+    assert main(["report", str(run), str(other)]) == 0
+    assert main(["report", str(run), str(other), f"--out={tmp_path / 'both.html'}"]) == 0
+    pages = [run / "report.html", tmp_path / "report.html", tmp_path / "both.html"]
+    assert capsys.readouterr().out.split() == list(map(str, pages))
+    assert all(page.is_file() for page in pages)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def refused(capsys, *argv):
+    assert main(["report", *map(str, argv)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("jaxtune: error: ") and "Traceback" not in err
+    return err
+
+
+def test_what_is_refused(run, tmp_path, capsys):
+    assert "RUN is missing" in refused(capsys)
+    assert "no such directory" in refused(capsys, tmp_path / "nowhere")
+    assert f"It holds runs; give those: {run}" in refused(capsys, tmp_path)
+    assert "is given twice" in refused(capsys, run, run.parent / "." / run.name)
+    assert "ends in .html" in refused(capsys, run, f"--out={run / 'config.json'}")
+    assert "there is no directory" in refused(capsys, run, f"--out={tmp_path / 'no' / 'a.html'}")
+    (run / "metrics.jsonl").write_text('{"step": 1')
+    assert "no step is logged yet" in refused(capsys, run)
+    (run / "metrics.jsonl").unlink()
+    assert "it has no metrics.jsonl" in refused(capsys, run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": "\\'])
+def test_a_broken_summary_is_named(run, text):
+    (run / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"summary\.json: "):
+        write_report(run)
+
+
+def test_values_of_other_types_are_left_out(tmp_path):
+    summary = {"trainable": "many", "all": None, "groups": [1], "seconds": "long", "device": 7, "data": {}, "argv": [1]}
+    lines = [{"step": 1, "train/loss": "high"}, {"step": "2"}, ["step"], 3, {"step": 2, "train/loss": 1.0}]
+    run = make_run(tmp_path / "run", lines=lines, summary=summary | {"samples": ["x", {}]})
+    assert read_run(run).series("train/loss") == [(2, 1.0)]
+    Page(write_report(run))
+
+
+def test_a_report_needs_no_jax(run):
+    code = (
+        "import sys; from jaxtune.report import write_report; write_report(sys.argv[1]);"
+        "assert not {'jax', 'numpy', 'transformers', 'ml_collections', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True, cwd=Path(__file__).parent.parent)
+
+
+# --------------------------------------------------------------------------------------------------- charts, numbers
+
+
+def test_axes_hold_their_values_between_round_ticks():
+    for values in ([0.06, 3.4], [3.0, 3.0], [0.0, 0.0], [-2.0, 5.0], [1e-7, 1e7], [99.0, 101.0]):
+        axis = linear_axis(values)
+        assert axis.lo <= min(values) and max(values) <= axis.hi and 2 <= len(axis.ticks) <= 12
+    for values in ([0.06, 3.4], [2.0, 2.0], [1e-9, 1e9], [1e-300, 1e300]):
+        axis = log_axis(values)
+        assert axis.lo <= min(values) and max(values) <= axis.hi and 1 <= len(axis.ticks) <= 8
+        assert 0 <= axis.at(values[0]) <= axis.at(values[1]) <= 1
+    assert step_axis([0, 240]).ticks == (0, 50, 100, 150, 200)
+    assert step_axis([7]).ticks == (7,)
+
+
+def test_smoothing_has_no_lag_at_the_start_and_keeps_a_constant():
+    assert smooth([Point(1, 8.0)]) == [(1, 8.0)]
+    assert [p.value for p in smooth([Point(i, 2.5) for i in range(500)])] == pytest.approx([2.5] * 500)
+
+
+def test_thinning_keeps_the_ends_and_the_spikes():
+    points = [Point(i, 1.0 + i % 7) for i in range(10_000)]
+    points[4_321] = Point(4_321, 99.0)
+    points[8_765] = Point(8_765, -99.0)
+    kept = thin(points, 600)
+    assert len(kept) <= 600
+    assert {points[0], points[-1], points[4_321], points[8_765]} <= set(kept)
+    assert kept == sorted(kept)
+
+
+def test_numbers_in_words():
+    assert list(map(number, (3.41234, 0.0002, 12345.6, 0.0))) == ["3.412", "2e-4", "12,346", "0"]
+    assert list(map(percent, (0.0, 0.915, 1.0, 1e-6))) == ["0%", "91.5%", "100%", "below 0.01%"]
+    assert list(map(duration, (45.23, 59.97, 92, 3599.7, 11100))) == [
+        *("45.2 s", "1 min 00 s", "1 min 32 s", "1 h 00 min", "3 h 05 min"),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- in a browser
+
+PROBE = """<script>
+const said = {errors: []};
+for (const kind of ['error', 'securitypolicyviolation'])
+  addEventListener(kind, e => said.errors.push(e.message || e.violatedDirective));
+addEventListener('load', () => {
+  const plot = document.querySelector('.plot'), box = plot.getBoundingClientRect();
+  plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2, clientY: box.top + 5}));
+  said.tip = document.querySelector('.tip').innerText;
+  plot.dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}));
+  said.end = document.querySelector('.tip').innerText;
+  plot.dispatchEvent(new PointerEvent('pointerleave'));
+  said.hidden = document.querySelector('.tip').hidden;
+  const table = document.querySelector('table.sortable');
+  const column = () => [...table.tBodies[0].rows].map(row => row.cells[2].textContent);
+  const button = table.tHead.rows[0].cells[2].querySelector('button');
+  button.click(); said.up = column();
+  button.click(); said.down = column();
+  said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.body.replaceChildren(JSON.stringify(said));
+});
+</script>"""
+
+
+def test_the_read_out_and_the_sorting_in_a_browser(run, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium to open the page in")
+    page = tmp_path / "probe.html"
+    page.write_text(write_report(run).read_text().replace("<body>", "<body>" + PROBE))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --window-size=400,900 --user-data-dir={tmp_path / 'profile'}"
+    command = [browser, *flags.split(), "--dump-dom", page.as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    said = json.loads(re.search(r"<body>(.*?)</body>", dumped, re.DOTALL)[1])
+    assert said["errors"] == []
+    assert said["tip"].split() == [
+        *("step", "20", "training", "3"),
+        *said["tip"].split()[4:-3],
+        *("held", "out", "1.25"),
+    ]
+    assert said["end"].split()[:4] == ["step", "40", "training", "2"]
+    assert said["hidden"] is True
+    assert said["up"] == ["1.25", "2.1", "2.3", "2.4", "3.5"]
+    assert said["down"] == said["up"][::-1]
+    assert said["overflow"] <= 0
