@@ -116,7 +116,7 @@ def scratch() -> Path:
 
 @functools.cache
 def directory(name: str) -> Path:
-    """The HF directory of a zoo model (config.json, model.safetensors; no tokenizer), once a session. Do not change it."""
+    """The HF directory of a zoo model, without a tokenizer, once a session. Do not change it."""
     folder = scratch() / name
     model(name).save_pretrained(folder)
     return folder

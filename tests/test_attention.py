@@ -1,0 +1,191 @@
+"""Every form of attention against a naive float64 oracle in numpy, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+
+from jaxtune.models.attention import attend_cache, attend_tokens, choose
+
+FORMS = ["mapped", "xla"]
+C = 8
+SCALE = 0.4
+
+
+class Oracle:
+    """Causal attention one query at a time; and its derivative, by the textbook."""
+
+    def __init__(self, q, k, v, segments=None, window=None, positions=None):
+        self.q, self.k, self.v = (np.asarray(x, np.float64) for x in (q, k, v))
+        b, t, h, _ = q.shape
+        s, group = k.shape[1], h // k.shape[2]
+        self.group = group
+        self.p = np.zeros((b, h, t, s))
+        for row in range(b):
+            for i in range(t):
+                at = i if positions is None else positions[row, i]
+                sees = [j for j in range(at + 1) if window is None or j > at - window]
+                if segments is not None:
+                    sees = [j for j in sees if segments[row, i] == segments[row, j]]
+                for head in range(h):
+                    scores = self.k[row, sees, head // group] @ self.q[row, i, head] * SCALE
+                    weights = np.exp(scores - scores.max())
+                    self.p[row, head, i, sees] = weights / weights.sum()
+        self.keys, self.values = (x.repeat(group, axis=2) for x in (self.k, self.v))
+
+    @property
+    def out(self):
+        return np.einsum("bhts,bshc->bthc", self.p, self.values)
+
+    def gradient(self, g):
+        """The derivative of sum(out * g) by q, k and v."""
+        g = np.asarray(g, np.float64)
+        dv = np.einsum("bhts,bthc->bshc", self.p, g)
+        dp = np.einsum("bthc,bshc->bhts", g, self.values)
+        ds = self.p * (dp - (dp * self.p).sum(-1, keepdims=True)) * SCALE
+        dq = np.einsum("bhts,bshc->bthc", ds, self.keys)
+        dk = np.einsum("bhts,bthc->bshc", ds, self.q)
+        b, s = self.k.shape[:2]
+        return dq, *(x.reshape(b, s, -1, self.group, C).sum(3) for x in (dk, dv))
+
+
+def inputs(b, t, h, g, s=None, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = [(b, t, h, C), (b, s or t, g, C), (b, s or t, g, C), (b, t, h, C)]
+    return [jnp.asarray(2 * rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def documents(t):
+    """Two packed rows: lengths that start and end inside blocks, and padding at the end of the first."""
+    first = np.repeat([1, 2, 3, 0], [t // 3, 1, t - t // 3 - 6, 5])
+    second = np.repeat([1, 2], [t - 2, 2])
+    return np.stack([first, second]).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "implementation"))
+def forward_and_gradient(q, k, v, g, segments, window, implementation):
+    def attend(q, k, v):
+        return attend_tokens(q, k, v, segments=segments, scale=SCALE, window=window, implementation=implementation)
+
+    out, back = jax.vjp(attend, q, k, v)
+    return out, back(g)
+
+
+def check(oracle, g, out, gradient):
+    assert zoo.apart(out, oracle.out) < 2e-6
+    for got, want in zip(gradient, oracle.gradient(g), strict=True):
+        assert zoo.apart(got, want) < 2e-6
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "t, window, packed",
+    [
+        (129, None, False),
+        (129, 37, True),
+        (300, 37, False),
+        (300, None, True),
+        slow(129, None, True),
+        slow(129, 37, False),
+        slow(300, 37, True),
+        slow(300, None, False),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_lengths_that_no_block_divides(form, t, window, packed):
+    q, k, v, g = inputs(2, t, 2, 1)
+    segments = documents(t) if packed else None
+    check(Oracle(q, k, v, segments, window), g, *forward_and_gradient(q, k, v, g, segments, window, form))
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_heads(form, heads, groups):
+    q, k, v, g = inputs(2, 17, heads, groups)
+    segments = documents(17)
+    check(Oracle(q, k, v, segments, 5), g, *forward_and_gradient(q, k, v, g, segments, 5, form))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("t", [1, 2, 127, 128, 256, 1025])
+@pytest.mark.parametrize("window", [None, 1, 128, 129, 2000])
+@pytest.mark.parametrize("form", FORMS)
+def test_edges_of_blocks_and_windows(form, t, window):
+    q, k, v, g = inputs(1, t, 2, 1)
+    check(Oracle(q, k, v, None, window), g, *forward_and_gradient(q, k, v, g, None, window, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_keeps_its_type_and_softmaxes_in_float32(form):
+    q, k, v, g = inputs(2, 40, 4, 2, dtype=jnp.bfloat16)
+    out, gradient = forward_and_gradient(q, k, v, g, documents(40), 7, form)
+    assert {out.dtype, *(x.dtype for x in gradient)} == {jnp.dtype(jnp.bfloat16)}
+    oracle = Oracle(q, k, v, documents(40), 7)
+    assert zoo.apart(out, oracle.out) < 0.01
+    assert all(zoo.apart(got, want) < 0.02 for got, want in zip(gradient, oracle.gradient(g), strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
+def test_the_cache_sees_slots_up_to_each_query_and_nothing_later(heads, groups, window):
+    q, k, v, g = inputs(3, 4, heads, groups, s=21)
+    positions = np.array([[0, 1, 2, 3], [9, 10, 11, 12], [17, 18, 19, 20]], np.int32)
+
+    @jax.jit
+    def run(q, k, v):
+        out, back = jax.vjp(lambda *x: attend_cache(*x, positions, scale=SCALE, window=window), q, k, v)
+        return out, back(g)
+
+    out, gradient = run(q, k, v)
+    check(Oracle(q, k, v, None, window, positions), g, out, gradient)
+    # What lies in later slots does not matter.
+    beyond = np.arange(21) > positions[:, -1:]
+    spoil = jnp.where(beyond[..., None, None], 1e3, 0.0)
+    assert np.array_equal(run(q, k + spoil, v + spoil)[0], out)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_segment_sees_another(form, window):
+    """Outputs and gradients of one document are the same bytes whatever its neighbours hold."""
+    t = 140
+    q, k, v, g = inputs(2, t, 4, 2)
+    segments = documents(t)
+    for victim in (1, 2, 3):
+        mine = (segments == victim)[..., None, None]
+        if not mine.any():
+            continue
+        # A loss over the victim alone: only its own tokens may have a gradient.
+        out, gradient = forward_and_gradient(q, k, v, g * mine, segments, window, form)
+        for x in gradient:
+            assert np.all(np.where(mine, 0, x) == 0)
+            assert np.any(np.where(mine, x, 0) != 0)
+        noise = [jnp.where(mine, x, 30.0 - 2 * x) for x in (q, k, v)]
+        other_out, other_gradient = forward_and_gradient(*noise, g * mine, segments, window, form)
+        assert np.array_equal(np.where(mine, out, 0), np.where(mine, other_out, 0))
+        assert not np.array_equal(out, other_out)
+        for x, y in zip(gradient, other_gradient, strict=True):
+            assert np.array_equal(x, y)
+
+
+def test_segments_are_never_silently_ignored(monkeypatch):
+    q, k, v, _ = inputs(1, 8, 2, 1)
+    with pytest.raises(ValueError, match="does not separate packed segments"):
+        attend_tokens(q, k, v, segments=np.ones((1, 8)), scale=1.0, window=None, implementation="cudnn")
+    with pytest.raises(ValueError, match="Unknown attention implementation 'flash'"):
+        attend_tokens(q, k, v, segments=None, scale=1.0, window=None, implementation="flash")
+
+    assert choose("auto", True, jnp.float32, 8) == choose("auto", False, jnp.bfloat16, 64) == "mapped"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose("auto", False, jnp.bfloat16, 64) == "cudnn"
+    assert choose("auto", True, jnp.bfloat16, 64) == "xla"
+    assert choose("auto", False, jnp.float32, 64) == "xla"
+    assert choose("auto", False, jnp.bfloat16, 60) == "xla"
+    assert choose("mapped", True, jnp.bfloat16, 64) == "mapped"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose("auto", False, jnp.bfloat16, 64) == "xla"
