@@ -52,9 +52,9 @@ def match(rules: Sequence[tuple[str, Any]], tree: PyTree) -> PyTree:
     A rule is `(regex, value)`; the regex must match the whole path "a/b/c"; the first that does wins.
 
     Raises:
-        UserError: a rule matches no leaf, or a leaf is matched by no rule.
+        UserError: a rule is no regular expression or matches no leaf, or a leaf is matched by no rule.
     """
-    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    compiled = [(_compile(pattern), value) for pattern, value in rules]
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path_str(path) for path, _ in leaves]
     for pattern, _ in compiled:
@@ -72,6 +72,13 @@ def match(rules: Sequence[tuple[str, Any]], tree: PyTree) -> PyTree:
         else:
             raise UserError(f"No rule covers the parameter {path!r}; end the rules with ('.*', value).")
     return jax.tree.unflatten(structure, values)
+
+
+def _compile(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"The rule {pattern!r} is not a regular expression: {e}.") from None
 
 
 def partition(params: PyTree, mask: PyTree) -> Partition:

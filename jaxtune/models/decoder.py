@@ -191,10 +191,10 @@ def split(module: Decoder, params: Any, at: int) -> tuple[Decoder, Any]:
     segments, out = [], {k: v for k, v in params.items() if not k.startswith("segment_")}
     first = 0
     for i, segment in enumerate(module.spec.segments):
-        inside, remainder = divmod(at - first, len(segment.pattern))
         tree = params[f"segment_{i}"]
         parts = [(segment, tree)]
-        if 0 < inside < segment.repeats:
+        if 0 < at - first < segment.layers:
+            inside, remainder = divmod(at - first, len(segment.pattern))
             if remainder:
                 raise UserError(
                     f"Layer {at} lies inside a pattern of {len(segment.pattern)} blocks; split at its edge."
