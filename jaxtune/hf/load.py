@@ -1,6 +1,6 @@
 """HF model directories in: config.json and safetensors -> (module, params)."""
 
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ def resolve(path_or_id: str | Path) -> Path:
     if path.exists():
         raise UserError(f"model.path={text!r} is a file; give the directory that holds config.json.")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"The model directory {text!r} does not exist (looked in {Path.cwd()}).")
+        raise UserError(
+            f"The model directory {text!r} does not exist (looked in {Path.cwd()}); a hub id has the form 'owner/name'."
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+    except (HFValidationError, OSError) as e:  # OSError: every answer of the hub, and having no network
         raise UserError(f"{text!r} is neither a directory nor a model that the hub gives: {e}") from None
 
 
@@ -44,10 +46,7 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{folder} is no model directory: it has no config.json.")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}:{e.lineno}: not JSON: {e.msg}.") from None
+    return tensors.read_json(file)
 
 
 def load(path_or_id: str | Path, dtype: Any = None, param_dtype: Any = None, **settings: Any) -> tuple[Any, Any]:
@@ -90,6 +89,8 @@ def plan(
             problems.append(f"missing    {tensor.hf} {list(expected)}")
         elif entries[tensor.hf].shape != expected:
             problems.append(f"misshapen  {tensor.hf} {list(entries[tensor.hf].shape)}, expected {list(expected)}")
+        elif not jnp.issubdtype(entries[tensor.hf].dtype, jnp.floating):
+            problems.append(f"quantised  {tensor.hf} {entries[tensor.hf].dtype}, expected floating point")
         else:
             places.append((tensor, entries[tensor.hf]))
     tied = {"lm_head.weight"} if module.spec.tied else set()
@@ -109,7 +110,8 @@ def read_tree(wanted: Any, places: list[tuple[Tensor, tensors.Entry]], dtype: An
     leaves = {}
     for path, leaf in flatten(wanted).items():
         parts = by_path[path]
-        host = np.empty(leaf.shape, dtype or parts[0][1].dtype)
+        stored = functools.reduce(np.promote_types, (entry.dtype for _, entry in parts))
+        host = np.empty(leaf.shape, dtype or stored)
         jobs = []
         for tensor, entry in parts:
             target = host if tensor.index is None else host[tensor.index]

@@ -1,6 +1,7 @@
 """safetensors files (github.com/huggingface/safetensors#format): one or many, read in parallel, written atomically."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,11 +39,28 @@ class Entry(NamedTuple):
     nbytes: int
 
 
+def read_json(file: Path) -> dict:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        value = json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{file}:{e.lineno}: not JSON: {e.msg}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a {type(value).__name__}, expected a JSON object.")
+    return value
+
+
 def index(file: Path) -> dict[str, Entry]:
     """Read the header of one safetensors file.
 
     Raises:
-        UserError: the file is cut short or is not safetensors.
+        UserError: the file is cut short, malformed or not safetensors.
     """
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -56,16 +74,21 @@ def index(file: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, item in header.items():
-        start, stop = item["data_offsets"]
-        if item["dtype"] not in DTYPES:
-            raise UserError(f"{file}: tensor {name!r} has dtype {item['dtype']}, which is not supported.")
+        try:
+            kind, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{file}: the header's entry for tensor {name!r} is malformed: {item}.") from None
+        if kind not in DTYPES:
+            raise UserError(f"{file}: tensor {name!r} has dtype {kind}, which is not supported.")
+        dtype = np.dtype(DTYPES[kind])
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{file}: tensor {name!r} is {kind}{list(shape)} but takes {stop - start} bytes.")
         if 8 + length + stop > size:
             raise UserError(
                 f"{file} is cut short: tensor {name!r} ends at byte {8 + length + stop}, the file at {size}. "
                 "Fetch it again."
             )
-        dtype = np.dtype(DTYPES[item["dtype"]])
-        entries[name] = Entry(file, dtype, tuple(item["shape"]), 8 + length + start, stop - start)
+        entries[name] = Entry(file, dtype, shape, 8 + length + start, stop - start)
     return entries
 
 
@@ -78,7 +101,9 @@ def index_dir(folder: Path, stem: str = "model") -> dict[str, Entry]:
     listing = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
     if listing.exists():
-        shards = sorted(set(json.loads(listing.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(listing).get("weight_map", {}).values()))
+        if not shards:
+            raise UserError(f"{listing} lists no shards: it has no 'weight_map'.")
         absent = [s for s in shards if not (folder / s).exists()]
         if absent:
             raise UserError(f"{listing} lists {len(absent)} missing shard(s): {', '.join(absent)}.")

@@ -29,6 +29,13 @@ def build(config: dict, **settings: Any) -> Any:
     """Return the Flax module that an HF config describes, without parameters. `settings` are `Decoder`'s fields."""
     from jaxtune.models.decoder import Decoder
 
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise UserError(
+            f"config.json: the weights are quantised (quantization_config, {method!r}), which is not supported; "
+            "give the model they were made from."
+        )
+
     return Decoder(family(config).spec(Config(config)), **settings)
 
 

@@ -31,7 +31,7 @@ def decoder(c: Config, segments, **changes) -> DecoderSpec:
         "vocab": c.need("vocab_size"),
         "width": c.need("hidden_size"),
         "segments": segments,
-        "positions": c.get("max_position_embeddings", 2048),
+        "positions": c.need("max_position_embeddings"),
         "tied": c.get("tie_word_embeddings", False),
         "config": json.dumps(c.values, sort_keys=True),
         "eps": c.get("rms_norm_eps", 1e-6),

@@ -10,4 +10,5 @@ __all__ = ["NAMES", "spec"]
 def spec(c: Config) -> DecoderSpec:
     # MistralConfig's own default; an explicit null means no window.
     window = c.values.get("sliding_window", 4096)
-    return decoder(c, uniform(block(c, window=window), c.need("num_hidden_layers")))
+    b = block(c, kv_heads=c.need("num_key_value_heads"), window=window)
+    return decoder(c, uniform(b, c.need("num_hidden_layers")))

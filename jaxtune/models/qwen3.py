@@ -19,4 +19,5 @@ NAMES = dataclasses.replace(
 
 def spec(c: Config) -> DecoderSpec:
     bias = c.get("attention_bias", False)
+    c.need("head_dim")  # where it is absent transformers takes 128, whatever the width
     return decoder(c, windowed(c, {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}))

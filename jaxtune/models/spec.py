@@ -140,14 +140,15 @@ class Config:
         if kind == "default":
             return Rope(theta, dim)
         if kind == "llama3":
+            rule = Config({"model_type": f"{self.model_type}, rope llama3"} | scaling)
             return Rope(
                 theta,
                 dim,
                 (
-                    float(scaling["factor"]),
-                    float(scaling["low_freq_factor"]),
-                    float(scaling["high_freq_factor"]),
-                    int(scaling["original_max_position_embeddings"]),
+                    float(rule.need("factor")),
+                    float(rule.need("low_freq_factor")),
+                    float(rule.need("high_freq_factor")),
+                    int(rule.need("original_max_position_embeddings")),
                 ),
             )
         raise UserError(
