@@ -15,7 +15,7 @@ from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.report import write_comparison, write_report
 from jaxtune.report.chart import linear_axis, log_axis, smooth, step_axis, thin
-from jaxtune.report.html import duration, number, percent
+from jaxtune.report.html import compact, duration, number, percent
 from jaxtune.report.run import Point, read_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\ud800"
@@ -72,6 +72,7 @@ def make_run(folder, overrides=OVERRIDES, lines=None, summary=SUMMARY, tail=""):
     lines = metrics() if lines is None else lines
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
     if summary is not None:
+        (folder / "adapter").mkdir()
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -191,6 +192,7 @@ def test_what_the_summary_lacks_is_left_out(tmp_path):
     for heading in ("Samples", "Trained parameters", "Where the time went", "Data"):
         assert f"<h2>{heading}</h2>" not in page.source
     assert "None" not in page.text
+    assert f"its result will be in {tmp_path / 'run' / 'adapter'} ." in page.text
 
 
 @pytest.mark.parametrize("tail", ['{"step": 41, "train/lo', '{"step": 41, "train/loss": 1e', "{", "\n\n"])
@@ -216,7 +218,7 @@ def test_nothing_in_a_run_is_markup(tmp_path):
         "samples": [{"prompt": HOSTILE, "expected": "x " + HOSTILE, "before": HOSTILE, "after": HOSTILE + " y"}],
     }
     lines = [*metrics(), {"step": 40, "eval/" + HOSTILE: 1.0, "phase": "after"}]
-    run = make_run(tmp_path / "<b>run", overrides, lines, summary)
+    run = make_run(tmp_path / "<" / "script><script>alert(6)", overrides, lines, summary)
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"versions": {HOSTILE: HOSTILE}}))
     page = Page(write_report(run))
@@ -225,8 +227,10 @@ def test_nothing_in_a_run_is_markup(tmp_path):
     assert not {"onerror", "onload"} & {name for _, attributes in page.tags for name in attributes}
     assert sum(tag == "script" for tag, _ in page.tags) == sum(tag == "script" for tag, _ in plain.tags)
     assert page.text.count("<script>alert(1)</script>") > 10, "said as text"
-    for file in (run / "report.html", write_comparison([run, tmp_path / "plain"])):
-        assert "script>alert" not in file.read_text(encoding="utf-8")
+    together = write_comparison([run, tmp_path / "plain"])
+    assert "</script><script>alert(6)" in Page(together).charts()["Held-out loss"]
+    for file in (run / "report.html", together):
+        assert "script>alert" not in file.read_text(encoding="utf-8").replace("\\u003cscript>", "")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +274,7 @@ def test_what_to_paste(run):
     compile(loading.replace("&#x27;", "'"), "snippet", "exec")
     assert "jaxtune train &#x27;--config=my config.py&#x27;" in snippets()
     assert f"jaxtune train --config={run}/config.json --workdir={run}-again" in snippets()
-    (run / "model").mkdir()
+    (run / "adapter").rename(run / "model")
     assert not any("PeftModel" in text for text in snippets()), "what was exported decides"
 
 
@@ -399,6 +403,9 @@ def test_thinning_keeps_the_ends_and_the_spikes():
 
 def test_numbers_in_words():
     assert list(map(number, (3.41234, 0.0002, 12345.6, 0.0))) == ["3.412", "2e-4", "12,346", "0"]
+    assert [compact(v, 2e-3) for v in (0, 5e-4, 2e-3)] == ["0", "0.0005", "0.002"]
+    assert [compact(v, 2e-4) for v in (0, 5e-5, 2e-4)] == ["0", "5e-5", "2e-4"]
+    assert [compact(v, 2e6) for v in (5e3, 2e4, 2e6)] == ["5,000", "20k", "2M"]
     assert list(map(percent, (0.0, 0.915, 1.0, 1e-6))) == ["0%", "91.5%", "100%", "below 0.01%"]
     assert list(map(duration, (45.23, 59.97, 92, 3599.7, 11100))) == [
         *("45.2 s", "1 min 00 s", "1 min 32 s", "1 h 00 min", "3 h 05 min"),

@@ -49,6 +49,9 @@ class Axis:
             return (math.log(value) - math.log(self.lo)) / (math.log(self.hi) - math.log(self.lo))
         return (value - self.lo) / (self.hi - self.lo)
 
+    def label(self, tick: float) -> str:
+        return compact(tick, largest=abs(tick) if self.log else max(map(abs, self.ticks)))
+
 
 def linear_axis(values: Sequence[float], count: int = 5, *, zero: bool = False) -> Axis:
     """An axis with round ticks around `values`; it starts at 0 if asked to, or if that costs little."""
@@ -144,8 +147,8 @@ def chart(title: str, series: Sequence[Series], *, zero: bool = False, wide: boo
         role="img",
         aria_label=f"{title}, by step",
     )
-    labels = [h("span", compact(t), class_="ty", style=f"top:{100 * (1 - y.at(t)):.2f}%") for t in y.ticks]
-    labels += [h("span", compact(t), class_="tx", style=f"left:{100 * x.at(t):.2f}%") for t in x.ticks]
+    labels = [h("span", y.label(t), class_="ty", style=f"top:{100 * (1 - y.at(t)):.2f}%") for t in y.ticks]
+    labels += [h("span", x.label(t), class_="tx", style=f"left:{100 * x.at(t):.2f}%") for t in x.ticks]
     readout = h("div", class_="cursor", hidden=True), h("div", class_="tip", hidden=True, role="status")
     return h(
         "figure",

@@ -52,12 +52,12 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def compact(value: float) -> str:
-    """A label of an axis: 0.02, 5,000, 20k, 1.5M, 2e-4."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
-    if 0 < abs(value) < 1e-3:
+def compact(value: float, largest: float) -> str:
+    """A label of an axis: 0.0005, 5,000, 20k, 1.5M; 5e-5 where the `largest` beside it is below 0.001 too."""
+    for least, size, unit in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g}{unit}"
+    if value and largest < 1e-3:
         return scientific(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

@@ -372,9 +372,9 @@ def _marked(expected: Any, answer: Any) -> Html:
 def how_to_load(run: Run) -> dict[str, str]:
     """Code to paste that loads the result: with what -> lines. Paths are as the run has them."""
     base = repr(str(run.settings["model.path"]))
-    folder = run.folder / ("adapter" if _is_adapter(run) else "model")
-    here = repr(str(folder))
-    if _is_adapter(run):
+    result = _result(run)
+    here = repr(str(result))
+    if result.name == "adapter":
         return {
             "peft": "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -392,14 +392,15 @@ def how_to_load(run: Run) -> dict[str, str]:
     }
 
 
-def _is_adapter(run: Run) -> bool:
-    """What was exported decides, and before that the method."""
-    if (run.folder / "adapter").is_dir() or (run.folder / "model").is_dir():
-        return (run.folder / "adapter").is_dir()
-    return run.settings["tune.method"] == "lora"
+def _result(run: Run) -> Path:
+    """The exported directory: the one that is there, and before that the one that the method will write."""
+    there = [run.folder / name for name in ("adapter", "model") if (run.folder / name).is_dir()]
+    return there[0] if there else run.folder / ("adapter" if run.settings["tune.method"] == "lora" else "model")
 
 
 def _use(run: Run) -> Html:
+    if not _result(run).is_dir():
+        return h("p", "The run has not come to its end; its result will be in ", h("code", _result(run)), ".")
     generate = f"jaxtune generate {shlex.quote(str(run.folder))} --prompt='...'"
     lines = {"on the command line": generate, **{f"with {name}": code for name, code in how_to_load(run).items()}}
     return join(join([h("h3", title), snippet(code)]) for title, code in lines.items())

@@ -19,7 +19,7 @@ p{margin:.4rem 0}
 .mute,.note{color:var(--mute);font-size:.85rem}
 .note{max-width:46rem}
 .tiles{display:grid;gap:.8rem;margin:1.5rem 0 0;
-grid-template-columns:repeat(auto-fit,minmax(max(9.5rem,100%/(var(--most) + 1) + 1px),1fr))}
+grid-template-columns:repeat(auto-fill,minmax(max(9.5rem,100%/(var(--most) + 1) + 1px),1fr))}
 .tile,.chart,.sample,.box{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .tile{padding:.75rem .95rem}
 .tile b{display:block;font-size:1.45rem;font-weight:600;line-height:1.3;letter-spacing:-.01em}
@@ -48,7 +48,7 @@ figcaption{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;align-items:baseline;fon
 .plot .dot{stroke-width:6.5}.plot .ring{stroke-width:16}.plot .hole{stroke-width:12;stroke:var(--card)}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}
 .c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}.c8{--c:var(--c8)}
-.ty,.tx{position:absolute;color:var(--mute);font-size:.75rem;line-height:1;font-variant-numeric:tabular-nums}
+.ty,.tx{position:absolute;white-space:nowrap;color:var(--mute);font-size:.75rem;line-height:1;font-variant-numeric:tabular-nums}
 .ty{right:100%;margin-right:.6rem;transform:translateY(-50%)}
 .tx{top:100%;margin-top:.55rem;transform:translateX(-50%)}
 .cursor{position:absolute;top:0;bottom:0;border-left:1px solid var(--mute);pointer-events:none}
@@ -160,6 +160,7 @@ for (const figure of document.querySelectorAll('.chart')) {
   });
   plot.addEventListener('pointerleave', hide);
   plot.addEventListener('blur', hide);
+  addEventListener('resize', hide);
   plot.addEventListener('keydown', e => {
     const move = {ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity}[e.key];
     if (move === undefined) return;
