@@ -230,7 +230,7 @@ def test_nothing_in_a_run_is_markup(tmp_path):
     together = write_comparison([run, tmp_path / "plain"])
     assert "</script><script>alert(6)" in Page(together).charts()["Held-out loss"]
     for file in (run / "report.html", together):
-        assert "script>alert" not in file.read_text(encoding="utf-8").replace("\\u003cscript>", "")
+        assert "<script>alert" not in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
