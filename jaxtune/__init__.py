@@ -5,7 +5,10 @@ import importlib
 __version__ = "0.1.0"
 
 _API = {
+    "export_adapter": "jaxtune.hf.peft",
+    "export_model": "jaxtune.hf.export",
     "load": "jaxtune.hf.load",
+    "load_adapter": "jaxtune.hf.peft",
 }
 __all__ = list(_API)
 

@@ -67,13 +67,17 @@ def model_card(
 
 
 def _cell(value: Any) -> str:
+    return _text(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
-        value = ", ".join(map(_cell, value))
+        return ", ".join(map(_text, value))
     if isinstance(value, Mapping):
-        value = ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
-    return str(value).replace("|", "\\|").replace("\n", " ")
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    return str(value)
 
 
 def run_facts(

@@ -65,7 +65,7 @@ def export_model(
     """
     base, out = Path(base).expanduser(), Path(out).expanduser()
     notes = []
-    if untied_head := _head_to_untie(params):
+    if (untied_head := _head_to_untie(params)) is not None:
         params = {**params, "lm_head": {"kernel": untied_head}}
         notes.append(
             "The output head was tied to the embedding and is now a matrix of its own: the embedding was adapted."

@@ -374,6 +374,8 @@ def export_adapter(
     """
     out = Path(out).expanduser()
     config = _complete(module, params, mask, config or {})
+    if refused := _unsupported(config):
+        raise ValueError("config: " + "; ".join(refused))
     chosen = adapted(config, places(params, module))
     _check_tree(module, params, mask, chosen, config["bias"])
     config |= {"base_model_name_or_path": public_name(base)}

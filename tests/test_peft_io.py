@@ -1,0 +1,378 @@
+"""PEFT adapters in and out, against live peft on the live transformers model."""
+
+import copy
+import functools
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from safetensors.numpy import load_file, save_file
+
+import jaxtune
+from jaxtune.errors import UserError
+from jaxtune.hf.peft import DEFAULTS, load_adapter
+from jaxtune.methods import full, lora
+from jaxtune.tree import TRAIN, flatten, partition
+from jaxtune.weights import LoraWeight, is_weight, map_weights
+
+TOKENS = zoo.tokens(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def quiet_peft():
+    """peft warns of what it corrects by itself (fan_in_fan_out), and torch of its own future."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft  # noqa: F401
+
+        yield
+
+
+def shake(params, mask, seed=0):
+    """Stand in for training: move every trainable leaf."""
+    rng = np.random.default_rng(seed)
+
+    def move(leaf, role):
+        return leaf + 0.2 * jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) if role is TRAIN else leaf
+
+    def still(leaf, original):
+        if not isinstance(leaf, LoraWeight):
+            return leaf
+        on = (original.scale != 0).astype(jnp.float32)[..., None, None]  # layers that are not adapted have no gradient
+        return LoraWeight(leaf.w, leaf.a * on, leaf.b * on, leaf.scale, leaf.dropout)
+
+    return jax.tree.map(still, jax.tree.map(move, params, mask), params, is_leaf=is_weight)
+
+
+def tuned(name, **settings):
+    """A zoo model with trained adapters: (module, params, mask)."""
+    module, params = zoo.ours(name)
+    params, mask = lora(params, jax.random.key(0), module=module, **settings)
+    return module, shake(params, mask), mask
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module, params):
+    return module.apply({"params": params}, TOKENS)
+
+
+def our_logits(module, params):
+    return np.asarray(_apply(module, params))
+
+
+def peft_model(name, folder):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(copy.deepcopy(zoo.model(name)), str(folder)).eval()
+
+
+def peft_adapter(name, folder, seed=0, **settings):
+    """An adapter that live peft made and saved; returns its logits."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(copy.deepcopy(zoo.model(name)), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if p.requires_grad:
+                p += 0.2 * torch.randn_like(p)
+            assert p.requires_grad == ("lora_" in key or (key.endswith("bias") and p.requires_grad))
+    model.peft_config["default"].base_model_name_or_path = str(zoo.directory(name))
+    model.save_pretrained(folder)
+    return zoo.torch_logits(model, TOKENS)
+
+
+def rewrite(folder, change=None, **config):
+    """Edit an adapter: `change` edits its tensors in place, `config` its adapter_config.json."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if change:
+        change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A good adapter for the zoo's "llama", to be spoiled."""
+    module, params, mask = tuned("llama", r=2, target_modules=["q_proj", "v_proj"])
+    out = tmp_path / "adapter"
+    jaxtune.export_adapter(module, params, out, base=zoo.directory("llama"), mask=mask)
+    return out
+
+
+def refused(folder, name="llama", **settings) -> str:
+    """The message with which an adapter is refused."""
+    with pytest.raises(UserError) as error:
+        load_adapter(*zoo.ours(name), folder, **settings)
+    return str(error.value)
+
+
+def test_defaults_are_pefts():
+    from peft import LoraConfig
+
+    theirs = LoraConfig(task_type="CAUSAL_LM").to_dict() | {"inference_mode": True}
+    assert json.loads(json.dumps(theirs, default=str)) | {"peft_version": None} == DEFAULTS | {"peft_version": None}
+
+
+OUT = {
+    "all-linear": ("llama", {"r": 4}),
+    "list": ("llama", {"target_modules": ("q_proj", "v_proj"), "lora_alpha": 12, "r": 3}),
+    "regex, some layers": ("llama", {"target_modules": r".*layers\.[02]\.mlp\.(up|down)_proj", "r": 2}),
+    "rslora": ("qwen2", {"use_rslora": True, "lora_alpha": 16, "r": 4}),
+    "bias of targets": ("qwen2", {"bias": "lora_only", "target_modules": ("q_proj", "o_proj")}),
+    "all biases": ("llama-mha-biases", {"bias": "all", "target_modules": ("k_proj",)}),
+    "embedding, tied head": ("qwen3", {"target_modules": ("embed_tokens", "q_proj"), "r": 4}),
+    "untied head": ("llama", {"target_modules": ("lm_head",), "r": 4}),
+    "several segments": ("qwen2-mixed-windows", {"r": 2}),
+    "gpt2 all-linear": ("gpt2", {"r": 4, "lora_alpha": 16}),
+    "gpt2 fused qkv and embeddings": ("gpt2", {"target_modules": ("c_attn", "wte", "wpe"), "r": 4}),
+    "gpt2 biases": ("gpt2", {"bias": "all", "target_modules": ("mlp.c_proj",)}),
+}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["config given", "config from the tree"])
+@pytest.mark.parametrize("name, settings", OUT.values(), ids=OUT)
+def test_peft_loads_ours_with_our_logits(name, settings, given, tmp_path):
+    module, params, mask = tuned(name, **settings)
+    out = tmp_path / "adapter"
+    rslora = {"use_rslora": True} if "use_rslora" in settings else {}
+    config = settings if given else rslora
+    jaxtune.export_adapter(module, params, out, base=zoo.directory(name), config=config, mask=mask)
+    expected = our_logits(module, params)
+    assert zoo.apart(our_logits(*zoo.ours(name)), expected) > 0.01  # the adapter matters
+    model = peft_model(name, out)
+    assert zoo.apart(zoo.torch_logits(model, TOKENS), expected) < 1e-4
+    # peft is silent about tensors it does not know: compare what it would save itself.
+    from peft import get_peft_model_state_dict
+
+    theirs = get_peft_model_state_dict(model, save_embedding_layers=False)
+    ours = load_file(out / "adapter_model.safetensors")
+    assert {k: tuple(v.shape) for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
+    assert {v.dtype for v in ours.values()} == {np.dtype(np.float32)}
+    # And back again, to the bit.
+    module, base = zoo.ours(name)
+    again, mask_again, _ = jaxtune.load_adapter(module, base, out, base=zoo.directory(name))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert mask_again == mask
+
+
+IN = {
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "r": 4,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 3},
+            "alpha_pattern": {r"layers\.[01]\..*": 32},
+        },
+    ),
+    "patterns, rslora": ("qwen2", {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}, "use_rslora": True}),
+    "layers and exclusion": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "layers_to_transform": [0, 2],
+            "exclude_modules": ["2.self_attn.k_proj"],
+        },
+    ),
+    "a target of another family": ("llama", {"target_modules": ["q_proj", "query_key_value"]}),
+    "biases": ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "wte"], "bias": "all", "fan_in_fan_out": True}),
+}
+
+
+@pytest.mark.parametrize("name, settings", IN.values(), ids=IN)
+def test_we_load_pefts_with_its_logits_and_write_it_back(name, settings, tmp_path):
+    expected = peft_adapter(name, tmp_path / "theirs", **settings)
+    module, base = zoo.ours(name)
+    params, mask, config = jaxtune.load_adapter(module, base, tmp_path / "theirs", base=zoo.directory(name))
+    assert zoo.apart(our_logits(module, params), expected) < 1e-4
+    trainable = sum(x.size for x in jax.tree.leaves(partition(params, mask).trainable))
+    assert trainable >= sum(v.size for v in load_file(tmp_path / "theirs/adapter_model.safetensors").values())
+
+    jaxtune.export_adapter(module, params, tmp_path / "again", base=zoo.directory(name), config=config, mask=mask)
+    theirs, ours = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "again"))
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[k], ours[k]) for k in theirs)
+    read = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("theirs", "again")]
+    assert read[0] == read[1]
+
+
+def test_config_says_what_the_tree_holds(tmp_path):
+    module, params, mask = tuned("gpt2", r=4, lora_alpha=10, lora_dropout=0.05)
+    jaxtune.export_adapter(module, params, tmp_path / "a", base=zoo.directory("gpt2"), mask=mask)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config.keys() == DEFAULTS.keys()
+    differing = {k: v for k, v in config.items() if v != DEFAULTS[k]}
+    assert differing == {
+        "r": 4,
+        "lora_alpha": 10,
+        "lora_dropout": 0.05,
+        "target_modules": ["c_attn", "c_fc", "c_proj"],
+        "fan_in_fan_out": True,
+        "base_model_name_or_path": str(zoo.directory("gpt2")),
+    }
+
+
+def test_old_files_lack_newer_fields_and_base_layer(tmp_path):
+    expected = peft_adapter("qwen2", tmp_path / "a", target_modules=["q_proj"], bias="lora_only")
+
+    def old(tensors):
+        for key in [k for k in tensors if "base_layer" in k]:
+            tensors[key.replace("base_layer.", "")] = tensors.pop(key)
+
+    rewrite(tmp_path / "a", old)
+    file = tmp_path / "a/adapter_config.json"
+    known = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "peft_type", "task_type")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k in known}))
+    module, base = zoo.ours("qwen2")
+    params, _, _ = jaxtune.load_adapter(module, base, tmp_path / "a")
+    assert zoo.apart(our_logits(module, params), expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_published_adapter_on_a_random_gpt2(assets, tmp_path):
+    """The real file of another's making: 12 layers, 768 wide, on random weights with a small vocabulary."""
+    import torch
+    from peft import PeftModel
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=zoo.VOCAB, n_positions=32)).eval()
+    base.save_pretrained(tmp_path / "gpt2")
+    folder = assets / "adapters/gpt2-tigrinya-lora"
+    with torch.no_grad():
+        expected = zoo.torch_logits(PeftModel.from_pretrained(base, str(folder)).eval(), TOKENS)
+    module, params = jaxtune.load(tmp_path / "gpt2")
+    plain = our_logits(module, params)
+    params, _, config = jaxtune.load_adapter(module, params, folder, base=tmp_path / "gpt2")
+    assert config["lora_alpha"] == 32
+    assert zoo.apart(plain, expected) > 0.01
+    assert zoo.apart(our_logits(module, params), expected) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_one_message_names_every_tensor_that_does_not_fit(adapter):
+    def spoil(tensors):
+        keys = sorted(tensors)
+        del tensors[keys[0]]
+        tensors[keys[1]] = tensors[keys[1]][:, :1].copy()
+        tensors["base_model.model.score.weight"] = np.zeros((2, 2), np.float32)
+
+    keys = sorted(load_file(adapter / "adapter_model.safetensors"))
+    message = refused(rewrite(adapter, spoil))
+    assert f"missing      {keys[0]} [2, 32]" in message
+    assert f"misshapen    {keys[1]} [64, 1], expected [64, 2]" in message
+    assert "extra        base_model.model.score.weight [2, 2]" in message
+
+
+def test_base_of_another_depth_or_shape(adapter, tmp_path):
+    for layers, word in (
+        (2, "extra        base_model.model.model.layers.2."),
+        (4, "missing      base_model.model.model.layers.3."),
+    ):
+        zoo.build("llama", num_hidden_layers=layers).save_pretrained(tmp_path / str(layers))
+        with pytest.raises(UserError, match="does not fit") as error:
+            load_adapter(*jaxtune.load(tmp_path / str(layers)), adapter)
+        assert word in str(error.value)
+    assert "misshapen" in refused(adapter, "qwen2")
+    assert "wrong base" in refused(adapter, "gpt2") and "q_proj" in refused(adapter, "gpt2")
+
+
+def test_base_of_another_name(adapter):
+    module, params = zoo.ours("llama")
+    message = refused(adapter, base="other/model")
+    assert "other base" in message and str(zoo.directory("llama")) in message and "other/model" in message
+    load_adapter(module, params, adapter, base=None)
+    load_adapter(module, params, rewrite(adapter, base_model_name_or_path="meta/llama"), base=zoo.directory("llama"))
+    assert "other base" in refused(
+        rewrite(adapter, base_model_name_or_path="meta/llama-2"), base=zoo.directory("llama")
+    )
+    cached = "/home/x/.cache/huggingface/hub/models--meta--llama-2/snapshots/0123"
+    assert "other base" in refused(adapter, base=cached)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "LOHA"},
+        {"trainable_token_indices": [1]},
+        {"something_newer": 3},
+        {"r": "8"},
+        {"lora_alpha": None, "target_modules": []},
+        {"bias": "some"},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_supported(adapter, config):
+    message = refused(rewrite(adapter, **config))
+    assert all(f"{key}=" in message for key in config if config[key] is not None)
+
+
+def test_dora_of_peft_is_refused_by_name(tmp_path):
+    peft_adapter("llama", tmp_path / "a", target_modules=["q_proj"], use_dora=True)
+    assert "use_dora=True" in refused(tmp_path / "a")
+
+
+def test_directories_that_hold_no_adapter(adapter, tmp_path):
+    assert "adapter_config.json" in refused(tmp_path)
+    (adapter / "adapter_config.json").write_text("{")
+    assert "not JSON" in refused(adapter)
+    rewrite_config = DEFAULTS | {"target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(rewrite_config))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "pickle" in refused(adapter)
+    (adapter / "adapter_model.bin").unlink()
+    assert "no weights" in refused(adapter)
+
+
+def test_tree_that_an_adapter_cannot_carry(tmp_path):
+    module, params, mask = tuned("llama", r=2)
+    out, base = tmp_path / "a", zoo.directory("llama")
+    for wrong in ({"r": 4}, {"lora_alpha": 9}, {"target_modules": ["q_proj"]}, {"use_dora": True}):
+        with pytest.raises(ValueError):
+            jaxtune.export_adapter(module, params, out, base=base, config=wrong, mask=mask)
+    more = mask | {"norm": {"scale": TRAIN}}
+    with pytest.raises(ValueError, match="norm/scale"):
+        jaxtune.export_adapter(module, params, out, base=base, mask=more)
+    with pytest.raises(ValueError, match="no adapters"):
+        jaxtune.export_adapter(module, full(zoo.ours("llama")[1])[0], out, base=base)
+    assert not out.exists()
+
+
+def test_replaced_only_on_request_and_whole(adapter):
+    module, params, mask = tuned("llama", r=2, target_modules=["q_proj"])
+    base = zoo.directory("llama")
+    before = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    with pytest.raises(UserError, match="exists"):
+        jaxtune.export_adapter(module, params, adapter, base=base, mask=mask)
+    assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
+    jaxtune.export_adapter(module, params, adapter, base=base, mask=mask, overwrite=True)
+    assert json.loads((adapter / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+    assert [p.name for p in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_the_base_is_untouched_and_shared(adapter):
+    module, base = zoo.ours("llama")
+    params, _, _ = load_adapter(module, base, adapter)
+    bare = flatten(map_weights(lambda w: w.w if is_weight(w) else w, params))
+    assert all(bare[path] is leaf for path, leaf in flatten(base).items())
+
+
+def test_card(adapter):
+    text = (adapter / "README.md").read_text()
+    assert text.startswith("---\nbase_model: ") and "library_name: peft" in text and "PeftModel.from_pretrained" in text
