@@ -116,7 +116,7 @@ def fit(
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             rows = ", ".join((places(number - 1) if places else [])[:8])
             raise RunFailed(
-                f"The loss is not finite at step {number} (loss {values['loss']}, gradient norm {values['grad_norm']}). "
+                f"The loss is not finite at step {number} (loss {values['loss']}, gradient {values['grad_norm']}). "
                 + (f"Its rows: {rows}. " if rows else "")
                 + f"The last good checkpoint is of step {max(checkpoints.steps(), default=0)}. "
                 "Lower optim.lr, set optim.grad_clip, or look at these rows."

@@ -84,7 +84,7 @@ def make_train_step(
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:
-    """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight)` over a batch [A, B, ...], without dropout."""
+    """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight)`, batch [A, B, ...], no dropout."""
 
     def local(trainable, member, frozen, batch):
         def one(micro):

@@ -64,7 +64,7 @@ class LoraWeight(Weight):
 
     def dot(self, x, keys=None):
         h = x if keys is None or self.dropout is None else drop(x, self.dropout, keys)
-        delta = (h @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
+        delta = matmul(matmul(h, self.a.astype(x.dtype)), self.b.astype(x.dtype))
         return dot(x, self.w) + delta * self.scale.astype(x.dtype)
 
     def embed(self, ids):
@@ -103,7 +103,7 @@ class QuantWeight(Weight):
         return cls(jnp.round(w / scale).astype(jnp.int8), scale)
 
     def dot(self, x, keys=None):
-        return (x @ self.q.astype(x.dtype)) * self.scale[..., 0, :].astype(x.dtype)
+        return matmul(x, self.q.astype(x.dtype)) * self.scale[..., 0, :].astype(x.dtype)
 
     def embed(self, ids):
         return self.q[ids].astype(jnp.float32) * self.scale[0]
@@ -122,7 +122,16 @@ def is_weight(x: Any) -> bool:
 
 def dot(x: Array, w: Array | Weight, keys: Keys = None) -> Array:
     """x [..., K] times w [K, N] in x's dtype -> [..., N]. `keys` [B], one a row of x, switch dropout on."""
-    return w.dot(x, keys) if is_weight(w) else x @ w.astype(x.dtype)
+    return w.dot(x, keys) if is_weight(w) else matmul(x, w.astype(x.dtype))
+
+
+def matmul(x: Array, w: Array) -> Array:
+    """x [..., K] times w [K, N], as one matrix product.
+
+    With the leading axes kept, XLA's CPU backend transposes both operands of the weight's gradient, which costs several
+    times the product itself.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def embed(ids: Array, w: Array | Weight) -> Array:

@@ -141,7 +141,8 @@ def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool) -> None:
     else:
         console.print(
             "load it with transformers:\n"
-            f"  from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained({quoted!r})\n"
+            "  from transformers import AutoModelForCausalLM\n"
+            f"  model = AutoModelForCausalLM.from_pretrained({quoted!r})\n"
             "with jaxtune:\n"
             f"  import jaxtune; module, params = jaxtune.load({quoted!r})",
             markup=False,

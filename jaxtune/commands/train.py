@@ -92,7 +92,7 @@ def _run(cfg, argv, workdir: Path, j, clock: Clock) -> None:
 
     from jaxtune import config, loop, tree
     from jaxtune.checkpoint import Checkpoints, check_disk, state_bytes
-    from jaxtune.commands import job, results
+    from jaxtune.commands import results
     from jaxtune.files import atomic_write_text
     from jaxtune.log import Metrics, Progress, read_metrics
     from jaxtune.parallel import shard_batch

@@ -122,9 +122,12 @@ def _mapped(q, k, v, segments, scale, window):
                 mask &= i[rows, None] - i[cols] < window
             if segments is not None:
                 mask &= seg[rows, None] == seg[cols]
-            scores = jnp.einsum("ntc,sc->nts", q[:, rows], k[cols], preferred_element_type=jnp.float32)
+            # Products of plain matrices: with the group's axis kept, their gradients are transposed by copying.
+            heads, size = q.shape[0], stop - start
+            flat = q[:, rows].reshape(heads * size, -1)
+            scores = jnp.dot(flat, k[cols].T, preferred_element_type=jnp.float32).reshape(heads, size, -1)
             weights = jax.nn.softmax(jnp.where(mask, scores * scale, NEG), axis=-1).astype(v.dtype)
-            outs.append(jnp.einsum("nts,sc->ntc", weights, v[cols]))
+            outs.append((weights.reshape(heads * size, -1) @ v[cols]).reshape(heads, size, -1))
         return jnp.concatenate(outs, axis=1)
 
     qs = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, t, c)
