@@ -9,8 +9,10 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxtune.card import run_facts
 from jaxtune.commands.job import has_adapter, method_settings
 from jaxtune.files import atomic_write_text
+from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
 
 
@@ -54,25 +56,35 @@ def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, genera
         "early_stop": result.early,
         "samples": _samples(generated),
     }
-    facts = _facts(cfg, j, rows, result)
+    facts = run_facts(json.loads((workdir / "config.json").read_text()), rows, summary)
+    where = {
+        "tokenizer": resolve(cfg.model.tokenizer),
+        "chat_template": _chat_template(cfg, j),
+        "facts": facts,
+        "overwrite": True,
+    }
     if adapter:
-        export_adapter(
-            j.model.module,
-            params,
-            out,
-            mask=j.mask,
-            base=str(cfg.model.path),
-            config=dict(method_settings(cfg)),
-            facts=facts,
-            overwrite=True,
-        )
+        settings = dict(method_settings(cfg))
+        notes = export_adapter(j.model.module, params, out, base=cfg.model.path, config=settings, mask=j.mask, **where)
     else:
-        export_model(j.model.module, params, out, base=j.model.folder, facts=facts, overwrite=True)
+        notes = export_model(j.model.module, params, out, base=j.model.folder, tuned_from=str(cfg.model.path), **where)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
     atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = write_report(workdir)
     _show(cfg, j, rows, clock, out, page, adapter)
+    for note in notes:
+        print(note)
+
+
+def _chat_template(cfg, j) -> str | None:
+    """The template to write beside the weights, where it is not the tokenizer's own."""
+    from jaxtune.data import DEFAULT_TEMPLATE
+
+    if cfg.model.chat_template:
+        return j.data.tokenizer.chat_template
+    chat = any(source.format in ("chat", "sharegpt") for source in j.data.report.sources)
+    return DEFAULT_TEMPLATE if chat and not j.data.tokenizer.chat_template else None
 
 
 def _samples(generated) -> list[dict[str, str]]:
@@ -90,25 +102,6 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
     """First and last value of a metric."""
     values = [m[name] for m in rows if name in m]
     return (values[0], values[-1]) if values else (None, None)
-
-
-def _facts(cfg, j, rows, result) -> dict[str, Any]:
-    """What the model card says of the run."""
-    return {
-        "method": cfg.tune.method,
-        "data": j.data.report.lines(),
-        "steps": j.steps,
-        "batch_size": cfg.train.batch_size,
-        "lr": cfg.optim.lr,
-        "optimizer": cfg.optim.name,
-        "seed": cfg.train.seed,
-        "trainable": j.counts.trainable,
-        "all": j.counts.all,
-        "train_loss": _column(rows, "train/loss"),
-        "eval_loss": _column(rows, "eval/loss"),
-        "best": result.best,
-        "versions": versions(),
-    }
 
 
 def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool) -> None:
@@ -135,7 +128,7 @@ def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool) -> None:
             f"  model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {quoted!r})\n"
             "with jaxtune:\n"
             f"  import jaxtune; module, params = jaxtune.load({base!r})\n"
-            f"  params, mask, config = jaxtune.load_adapter(module, params, {quoted!r})",
+            f"  params, mask, config = jaxtune.load_adapter(module, params, {quoted!r}, base={base!r})",
             markup=False,
         )
     else:
