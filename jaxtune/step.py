@@ -24,8 +24,15 @@ class TrainState(NamedTuple):
     key: jax.Array  # PRNG key of dropout
 
 
-def init_state(trainable: PyTree, member: PyTree, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """Return the state before the first step."""
+def init_state(
+    trainable: PyTree, member: PyTree, tx: optax.GradientTransformation, key: jax.Array, *, copy: bool = True
+) -> TrainState:
+    """Return the state before the first step.
+
+    The step donates its state; `copy=False` hands it the caller's own arrays, which are then gone.
+    """
+    if copy:
+        trainable, member, key = jax.tree.map(jnp.copy, (trainable, member, key))
     return TrainState(jnp.int32(0), trainable, member, tx.init(trainable), key)
 
 

@@ -201,7 +201,7 @@ def build(cfg: Any, model: Model, d: Data) -> Job:
     del params
     tx, shape = make_tx(cfg, steps)
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), 2)
-    state = replicate(init_state(part.trainable, part.member, tx, key), mesh)
+    state = replicate(init_state(part.trainable, part.member, tx, key, copy=False), mesh)
     loss_fn = causal_lm(model.module, packed=cfg.data.packing, z_loss=cfg.objective.z_loss)
     return Job(
         model=model,

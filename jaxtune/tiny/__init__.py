@@ -2,3 +2,10 @@
 
 `python -m jaxtune.tiny.build --out=DIR` writes all of it; `configs/pretrain_tiny.py` has the commands that follow.
 """
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
+BASE = ASSETS / "base"  # a Hugging Face directory
+TRAIN = ASSETS / "train.jsonl"
+EVAL = ASSETS / "eval.jsonl"
