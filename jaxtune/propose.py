@@ -1,0 +1,503 @@
+"""From a data file and a model to a proposed config: how rows are read, what is held out, and the settings that follow.
+
+    recognise     the format and the columns, from the names people give them
+    held_out      an evaluation file beside the training file, or the share of rows to hold out
+    propose       settings from the lengths of the rows and the size of the model
+    write_config  the proposal as a Python file with a comment for each choice
+
+Only what can be tuned today is proposed; data for another objective is named and refused. Nothing here imports jax.
+"""
+
+import json
+import math
+import re
+import shlex
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.formats import FORMATS, MESSAGES, make_reader
+from jaxtune.data.sources import Source, kind, read
+from jaxtune.errors import UserError
+
+# What people call the two sides of a pair, the surest names first.
+PROMPTS = (
+    *("prompt", "instruction", "question", "query", "input", "problem", "source", "article", "document"),
+    *("text", "sentence", "message", "utterance", "review", "content"),
+)
+LABELS = ("label", "category", "intent", "class", "sentiment", "topic")
+COMPLETIONS = (
+    *("completion", "response", "answer", "output", "target", "solution", "summary", "highlights", "sql"),
+    *LABELS,
+)
+# What stands before the answer where prompt and answer are one text. A space after it belongs to the answer.
+MARKERS = ("\n### Response:", "\n### Assistant:", "\nAssistant:", "\nResponse:", "\nAnswer:", "\nSQL:", "\nA:")
+
+EVAL_WORDS = ("valid", "validation", "val", "dev", "eval", "test")
+TAGGED_TOKENS = (".conll", ".conllu", ".bio", ".iob", ".iob2")
+
+MULTIPLE = 32  # of tokens: max_length is rounded up to it
+CORPUS_LENGTH = 1024  # tokens in a packed sequence
+FULL_LIMIT = 1e9  # parameters up to which all weights are trained on plain text
+RANK = 16
+LR_WIDTH = 2048
+LR = {"lora": 2e-4, "full": 1e-5}  # for models at least LR_WIDTH wide
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a file are read: the settings of section `data`, and what to tell the person."""
+
+    format: str
+    columns: Mapping[str, str]
+    completion_from: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As `data.prepare` and `make_reader` take them."""
+        return {"format": self.format, "columns": dict(self.columns), "completion_from": self.completion_from}
+
+    @property
+    def is_corpus(self) -> bool:
+        """Whether all of each text is trained."""
+        return self.format == "text" and not self.completion_from
+
+    def __str__(self) -> str:
+        pairs = [f"{ours}={theirs}" for ours, theirs in self.columns.items()]
+        return ", ".join([self.format, *pairs])
+
+
+# ------------------------------------------------------------------------------------------ what the rows are
+
+
+def open_source(name: str) -> Source:
+    """Open `name` as `data.read` does, with the way out for formats that are recognised but cannot be read."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.stat().st_size:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}.") from None
+        if path.suffix.lower() in TAGGED_TOKENS:
+            raise UserError(
+                f"{name}: tokens with tags (CoNLL), for token classification, which jaxtune cannot tune yet. To let a "
+                'model write the entities instead, save rows {"prompt": the sentence, "completion": the answer} as '
+                ".jsonl."
+            )
+        if not path.suffix:
+            _refuse_bare_table(name, path)
+    return read(name)
+
+
+def _refuse_bare_table(name: str, path: Path) -> None:
+    """Raise UserError, with the command that mends it, for lines of tab-separated cells."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [line.rstrip("\n").split("\t") for line in islice(file, 200)]
+    except UnicodeDecodeError:
+        return  # `read` says what is wrong
+    if not all(len(row) >= 2 for row in rows):
+        return
+    distinct = [len({row[i] for row in rows}) for i in (0, 1)]
+    header = "label\\ttext" if distinct[0] < distinct[1] else "text\\tlabel"
+    file, table = shlex.quote(str(path)), shlex.quote(f"{path}.tsv")
+    raise UserError(
+        f"{name}: tab-separated lines without a header, such as {rows[0][:2]}. Give them a header and a suffix, for "
+        f"example: (printf '{header}\\n'; cut -f1,2 {file}) > {table}"
+    )
+
+
+def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Layout:
+    """Find how the rows of `source` are read, from the names and types of the columns of its first row.
+
+    columns: our name -> the file's, where the person has said it.
+
+    Raises UserError for rows that no objective of today can use (preferences, tagged tokens), prompts without answers,
+    and columns whose names are not known.
+    """
+    number, row = next(iter(source))
+    where = source.where(number)
+    _refuse_other_objectives(where, row)
+    if columns:
+        format, columns = make_reader(source, columns=columns).format, dict(columns)
+    else:
+        format, columns = _match(where, row)
+    layout = Layout(format, columns)
+    reader = make_reader(source, **layout.settings)
+    marker = _marker(source, reader.columns[0]) if format == "text" else None
+    notes = [*_label_notes(source, columns), *_unused(row, reader.columns)]
+    if marker:
+        notes.append(f"{marker.strip()!r} stands once in every text: what follows it is trained")
+    return Layout(format, columns, marker, tuple(notes))
+
+
+def _refuse_other_objectives(where: str, row: dict) -> None:
+    found = f"Columns found: {', '.join(row)}."
+    instead = 'To tune on the good answers alone, write them as {"messages": [...]} rows to a file of their own.'
+    if {"chosen", "rejected"} <= set(row):
+        raise UserError(
+            f"{where}: preference pairs (chosen, rejected). Preference tuning (DPO) is not there yet, and plain "
+            f"tuning on both would teach the rejected answers. {instead} {found}"
+        )
+    if isinstance(row.get("label"), bool) and {"messages", "conversations", "completion"} & set(row):
+        raise UserError(
+            f"{where}: answers judged good or bad (KTO: 'label' is true or false). Preference tuning is not there yet, "
+            f"and plain tuning on all rows would teach the bad answers. {instead} {found}"
+        )
+    if isinstance(row.get("tokens"), list) and {"tags", "ner_tags", "labels", "pos_tags"} & set(row):
+        raise UserError(f"{where}: tokens with tags, for token classification, which jaxtune cannot tune yet. {found}")
+
+
+def _match(where: str, row: dict) -> tuple[str, dict[str, str]]:
+    """Return the format and the mapping of columns (our name -> the file's) where they differ."""
+    theirs = {name.lower(): name for name in row}  # names are compared without regard to case
+
+    def mapped(format: str, **columns: str) -> tuple[str, dict[str, str]]:
+        return format, {ours: name for ours, name in columns.items() if ours != name}
+
+    for format in ("chat", "sharegpt"):
+        (column,) = FORMATS[format][0]
+        if column in row:
+            return format, {}
+    for name in sorted(MESSAGES & set(theirs)):
+        if _is_conversation(row[theirs[name]]):
+            return mapped("chat", messages=theirs[name])
+    prompt, completion = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
+    if prompt and completion and prompt.lower() == "instruction":
+        context = _first_text(row, theirs, ("input", "context"))
+        return mapped("instruction", instruction=prompt, **({"input": context} if context else {}), output=completion)
+    if prompt and completion:
+        return mapped("prompt_completion", prompt=prompt, completion=completion)
+    if text := _first_text(row, theirs, ("text",)):
+        return mapped("text", text=text)
+    raise _unknown(where, row, theirs)
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _first_text(row: dict, theirs: Mapping[str, str], names: Sequence[str]) -> str | None:
+    """Return the file's name of the first of `names` that holds a text or number."""
+    return next((theirs[n] for n in names if n in theirs and kind(row[theirs[n]]) in ("text", "a number")), None)
+
+
+def _unknown(where: str, row: dict, theirs: Mapping[str, str]) -> UserError:
+    found = f"Columns found: {', '.join(row)}."
+    asked = next((theirs[n] for n in (*PROMPTS, *sorted(MESSAGES)) if n in theirs), None)
+    answer = next((theirs[n] for n in (*COMPLETIONS, "answers") if n in theirs), None)
+    if asked and not (answer and _first_text(row, theirs, (asked.lower(),))):
+        return UserError(
+            f"{where}: prompts ({asked!r}) without answers: there is nothing to train on. {found} Add a column with "
+            "the answer, or if one of these is it: --columns=prompt=THEIRS,completion=THEIRS."
+        )
+    if asked:
+        return UserError(f"{where}: column {answer!r} is {kind(row[answer])}, expected text as the answer. {found}")
+    if len(row) == 1:
+        (column,) = row
+        say = f"If it is the text to train on: --columns={shlex.quote(f'text={column}')}."
+    else:
+        say = "Say what they are: --columns=prompt=THEIRS,completion=THEIRS, or --columns=text=THEIRS for plain text."
+    header = " Is the first line a header?" if re.search(r"\.[ct]sv:\d+$", where) else ""
+    return UserError(f"{where}: no column has a name that says what it is. {found}{header} {say}")
+
+
+def _marker(source: Source, column: str) -> str | None:
+    """Return the marker that stands exactly once in every text."""
+    markers = MARKERS
+    for _, row in source:
+        text = row.get(column)
+        markers = [m for m in markers if isinstance(text, str) and text.count(m) == 1]
+        if not markers:
+            return None
+    return markers[0]
+
+
+def _label_notes(source: Source, columns: Mapping[str, str]) -> list[str]:
+    label = columns.get("completion", "")
+    if label.lower() not in LABELS:
+        return []
+    counts = Counter(str(row.get(label)) for _, row in source)
+    shown = ", ".join(name for name, _ in counts.most_common(3)) + (", ..." if len(counts) > 3 else "")
+    notes = [f"{label!r} has {len(counts)} labels ({shown}): the model learns to write the label after the text"]
+    if all(name.lstrip("-").isdigit() for name in counts):
+        notes.append("the labels are numbers: names say more to a language model")
+    if columns.get("prompt", "").lower() == "text":
+        notes.append("data.format='text' without data.columns would train on the texts alone")
+    return notes
+
+
+def _unused(row: dict, used: Sequence[str]) -> list[str]:
+    unused = [name for name in row if name not in used]
+    return [f"columns not used: {', '.join(unused)}"] if unused else []
+
+
+# ------------------------------------------------------------------------------------------ what is held out
+
+
+class HeldOut(NamedTuple):
+    """`eval` names a source, or `fraction` of the training rows is held out, or neither."""
+
+    eval: str | None
+    fraction: float
+    notes: tuple[str, ...]
+
+
+def held_out(data: str, layout: Layout, rows: int) -> HeldOut:
+    """Choose the evaluation set: an evaluation file beside `data` that reads the same way, else a share of `rows`."""
+    notes = []
+    for name in siblings(data):
+        try:
+            reader = make_reader(read(name), **layout.settings)
+            if layout.completion_from and _marker(read(name), reader.columns[0]) is None:
+                raise UserError(f"{name}: not every text has {layout.completion_from!r}")
+        except UserError as error:
+            notes.append(f"{Path(name).name} lies beside it but is not read the same way ({str(error).split('.')[0]})")
+            continue
+        if re.search(r"\btest\b", Path(name).name.replace("_", " ")):
+            notes.append(f"{Path(name).name} serves as evaluation data: it chooses the best weights, so it is no test")
+        return HeldOut(name, 0.0, tuple(notes))
+    words = _words(Path(data).name)
+    if set(words) & set(EVAL_WORDS) and "train" not in words:
+        notes.append(f"{Path(data).name} is named like evaluation data, and would be trained on")
+    fraction = eval_fraction(rows)
+    if not fraction:
+        notes.append(f"{rows} rows are too few to hold some out: there is no evaluation")
+    return HeldOut(None, fraction, tuple(notes))
+
+
+def siblings(data: str) -> list[str]:
+    """Return the evaluation files beside a training file (the splits of a saved data set), validation before test."""
+    path = Path(data).expanduser()
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return [f"{data}:{word}" for word in EVAL_WORDS if word in splits and "train" in splits]
+    words = _words(path.stem)
+    if not path.is_file() or ("train" not in words and set(words) & set(EVAL_WORDS)):
+        return []
+    pattern = r"(?i)(?<![a-z])train(?![a-z])" if "train" in words else ".+"
+    names = [str(Path(data).with_name(re.sub(pattern, word, path.stem, count=1) + path.suffix)) for word in EVAL_WORDS]
+    return [name for name in names if Path(name).expanduser().is_file() and name != data]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", name.lower())
+
+
+def eval_fraction(rows: int) -> float:
+    """Return 0.05, or what holds out at least 20 and at most 1,000 rows; 0 where there are fewer than 20 in all."""
+    if rows < 20:
+        return 0.0
+    return float(f"{min(max(0.05, 20 / rows), 0.2, 1000 / rows):.1g}")
+
+
+# ------------------------------------------------------------------------------------------ the settings
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model decides the proposal. shapes: of its tensors; None where they are not on this machine."""
+
+    path: str
+    tokenizer: str | None
+    positions: int
+    width: int
+    shapes: tuple[tuple[int, ...], ...] | None
+    has_template: bool
+
+    @property
+    def parameters(self) -> int | None:
+        return None if self.shapes is None else sum(map(math.prod, self.shapes))
+
+    @property
+    def rank(self) -> int:
+        """The rank to propose: no matrix may be narrower."""
+        narrowest = min((min(shape) for shape in self.shapes or () if len(shape) == 2), default=RANK)
+        return min(RANK, narrowest)
+
+
+class Choice(NamedTuple):
+    """A setting, its value, and why."""
+
+    path: str
+    value: Any
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings in the order of the schema, and what to tell the person."""
+
+    choices: tuple[Choice, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, path: str) -> Any:
+        return next(c.value for c in self.choices if c.path == path)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        return next((c.value for c in self.choices if c.path == path), default)
+
+
+def max_length(lengths: np.ndarray, positions: int) -> int:
+    """Return the length that 99% of the rows have at most, rounded up, or the model's `positions` if that is less."""
+    high = int(np.percentile(lengths, 99, method="inverted_cdf"))
+    return min(-(-high // MULTIPLE) * MULTIPLE, positions)
+
+
+def learning_rate(method: str, width: int) -> float:
+    """Return the peak rate, to one digit: Adam's best rate goes with 1/width (Yang et al. 2022, arXiv:2203.03466)."""
+    return float(f"{LR[method] * max(1.0, LR_WIDTH / width):.1g}")
+
+
+def propose(data: str, layout: Layout, lengths: np.ndarray, model: Model) -> Proposal:
+    """Choose the settings. `lengths` i[R] are the tokens of each training row, whole.
+
+    Raises UserError if no row fits the model.
+    """
+    corpus = layout.is_corpus
+    length = min(CORPUS_LENGTH, model.positions) if corpus else max_length(lengths, model.positions)
+    long = int((lengths > length).sum())
+    if long == len(lengths) and not corpus:
+        raise UserError(
+            f"{data}: every row is longer than the {model.positions:,} positions of {model.path} (the shortest has "
+            f"{int(lengths.min()):,} tokens). Shorten the rows or take another model."
+        )
+    held = held_out(data, layout, len(lengths) if corpus else len(lengths) - long)
+    notes = [*layout.notes, *_template_notes(layout, model), *held.notes]
+    if long > 0.1 * len(lengths) and not corpus:
+        notes.append(
+            f"{long / len(lengths):.0%} of the rows are longer than the model's {model.positions:,} positions and are "
+            "dropped; data.overlength='truncate' would keep their beginnings"
+        )
+    full = corpus and model.parameters is not None and model.parameters <= FULL_LIMIT
+    method = "full" if full else "lora"
+    rows = round(lengths.sum() / length) if corpus else len(lengths) - long
+    choices = [
+        Choice("model.path", model.path),
+        *([Choice("model.tokenizer", model.tokenizer)] if model.tokenizer else []),
+        *_method(method, corpus, model),
+        Choice("data.train", _one_source(data)),
+        *_evaluation(held),
+        Choice("data.format", layout.format),
+        *([Choice("data.columns", dict(layout.columns), "our name: the file's")] if layout.columns else []),
+        *(
+            [Choice("data.completion_from", layout.completion_from, "what follows it is trained")]
+            if layout.completion_from
+            else []
+        ),
+        Choice("data.max_length", length, _length_reason(lengths, length, long, model.positions, corpus)),
+        *_corpus(corpus),
+        Choice("optim.lr", learning_rate(method, model.width), _lr_reason(method, model.width)),
+        Choice("train.epochs", 3 if rows < 10_000 and not corpus else 1),
+        Choice("train.batch_size", 8 if rows < 1000 else 16, "rows a step; train.grad_accum splits it to save memory"),
+    ]
+    return Proposal(tuple(choices), tuple(notes))
+
+
+def _template_notes(layout: Layout, model: Model) -> list[str]:
+    if layout.format in ("chat", "sharegpt"):
+        if model.has_template:
+            return ["rendered with the tokenizer's chat template; only the assistant's turns are trained"]
+        return ["the tokenizer has no chat template: a plain one is used and exported with the model"]
+    if layout.format != "text" and model.has_template:
+        return ["a row becomes a user's and an assistant's turn of the tokenizer's chat template"]
+    return []
+
+
+def _method(method: str, corpus: bool, model: Model) -> list[Choice]:
+    if method == "full":
+        return [Choice("tune.method", "full", f"all {model.parameters:,} weights: plain text, and a small model")]
+    why = "adapters; 'full' tunes all weights, at about 16 bytes a parameter" if corpus else "adapters; or full, head"
+    return [
+        Choice("tune.method", "lora", why),
+        Choice("tune.lora.r", model.rank),
+        Choice("tune.lora.lora_alpha", 2 * model.rank),
+        Choice("tune.lora.target_modules", "all-linear", 'or names: ("q_proj", "v_proj")'),
+    ]
+
+
+def _evaluation(held: HeldOut) -> list[Choice]:
+    if held.eval:
+        return [Choice("data.eval", _one_source(held.eval), "found beside the training data")]
+    if held.fraction:
+        return [Choice("data.eval_fraction", held.fraction, "of the training rows, chosen by their content")]
+    return []
+
+
+def _one_source(name: str) -> str | tuple[str]:
+    """A comma separates sources, except in a tuple."""
+    return (name,) if "," in name else name
+
+
+def _corpus(corpus: bool) -> list[Choice]:
+    if not corpus:
+        return []
+    return [
+        Choice("data.overlength", "split", "longer texts become several rows"),
+        Choice("data.packing", True, "several texts in one sequence; none sees another"),
+    ]
+
+
+def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, corpus: bool) -> str:
+    if corpus:
+        return f"tokens in a packed sequence; the model knows {positions:,}"
+    mean, longest = round(float(lengths.mean())), int(lengths.max())
+    dropped = f"{long:,} of {len(lengths):,} rows are longer and dropped" if long else "no row is longer"
+    return f"rows have {mean:,} tokens on average, at most {longest:,}; {dropped}"
+
+
+def _lr_reason(method: str, width: int) -> str:
+    return f"{LR[method]:g} from width {LR_WIDTH:,}, more for a narrower model (this: {width:,})"
+
+
+# ------------------------------------------------------------------------------------------ the file
+
+
+def write_config(proposal: Proposal, title: str, command: str, findings: Sequence[str]) -> str:
+    """Return the proposal as the text of a config file.
+
+    title, command, findings: for its docstring: a sentence, the command to run, and what was found in the data.
+    """
+    found = [textwrap.fill(line, 118, initial_indent="- ", subsequent_indent="  ") for line in findings]
+    docstring = "\n".join([title, "", f"    {command}", "", *found])
+    lines = [f'"""{_in_docstring(docstring)}\n"""', "", "from ml_collections import ConfigDict", "", ""]
+    sections = {c.path.partition(".")[0]: {} for c in proposal.choices}
+    if proposal["tune.method"] == "lora":
+        sections["tune"] = {"lora": {}}
+    lines += ["def get_config():", f"    config = ConfigDict({_literal(sections)})"]
+    for _, choices in groupby(proposal.choices, key=lambda c: c.path.partition(".")[0]):
+        lines.append("")
+        for choice in choices:
+            lines += _assignment(choice)
+    return "\n".join([*lines, "", "    return config", ""])
+
+
+def _assignment(choice: Choice) -> list[str]:
+    line = f"    config.{choice.path} = {_literal(choice.value)}"
+    why = " ".join(choice.why.split())
+    if not why:
+        return [line]
+    whole = f"{line}  # {why}"
+    return [whole] if len(whole) <= 120 else [f"    # {why}", line]
+
+
+def _literal(value: Any) -> str:
+    """Return Python source of a value, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_literal, value)) + ("," if len(value) == 1 else "") + ")"
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def _in_docstring(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')

@@ -1,0 +1,466 @@
+"""`jaxtune init`: what it makes of a file, and that the config it writes is one that training takes."""
+
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import jaxtune
+from jaxtune import cli, config, data, propose
+from jaxtune.errors import UserError
+
+POSITIONS = 256
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A model directory whose tokenizer makes a token of each byte; of its weights the narrowest matrix is there."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
+    settings = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 257,
+        "max_position_embeddings": POSITIONS,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file({"model.layers.0.self_attn.k_proj.weight": np.zeros((8, 16), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(n, start=0):
+    return [{"question": f"What is {i}?", "answer": str(i)} for i in range(start, start + n)]
+
+
+def init(model, file, *more):
+    return cli.main(["init", f"--model={model}", f"--data={file}", *more])
+
+
+def written(path="config.py"):
+    overrides, source = config.load_file(str(path))
+    return config.resolve(overrides, source=source)
+
+
+# ---------------------------------------------------------------------------------------------- the written file
+
+
+def test_a_written_config_resolves_to_what_the_file_holds(model, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", pairs(100))
+    assert init(model, file) == 0
+    cfg = written()
+    assert cfg.model.path == str(model)
+    assert cfg.data.train == (str(file),)
+    assert dict(cfg.data.columns) == {"prompt": "question", "completion": "answer"}
+    assert cfg.data.format == "prompt_completion"
+    assert cfg.tune.method == "lora"
+    assert cfg.tune.lora.target_modules == "all-linear"
+    assert (cfg.tune.lora.r, cfg.tune.lora.lora_alpha) == (8, 16)  # no more than the narrowest matrix
+
+    _, held_out, report = data.prepare(
+        data.load_tokenizer(cfg.model.tokenizer),
+        cfg.data.train,
+        eval_fraction=cfg.data.eval_fraction,
+        format=cfg.data.format,
+        columns=cfg.data.columns,
+        max_length=cfg.data.max_length,
+        overlength=cfg.data.overlength,
+    )
+    assert len(held_out) == 20  # where 5% would be fewer
+    assert report.train_rows == 80
+
+    shown = capsys.readouterr().out
+    steps = math.ceil(cfg.train.epochs * 80 / cfg.train.batch_size)
+    assert f"{steps} steps of {cfg.train.batch_size} rows" in shown
+    assert shown.count("⟦") == 2  # two rows, of which the answers are trained
+    answers = [part.partition("⟧")[0] for part in shown.split("⟦")[1:]]
+    assert all(answer.removesuffix("</s>").isdigit() and answer.endswith("</s>") for answer in answers)
+
+
+def test_training_takes_the_written_config(model, tmp_path):
+    assert init(model, write(tmp_path / "rows.jsonl", pairs(30))) == 0
+    train = ["train", "--config=config.py", "--config.model.init=random", "--dry-run"]
+    assert cli.main(train) == 0
+
+
+def test_the_docstring_holds_the_command_and_the_file_imports_only_ml_collections(model, tmp_path):
+    assert init(model, write(tmp_path / "my rows.jsonl", pairs(30)), "--out=sub folder/c.py") == 0
+    tree = ast.parse((tmp_path / "sub folder" / "c.py").read_text())
+    assert "jaxtune train --config='sub folder/c.py' --workdir=runs/c" in ast.get_docstring(tree)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [node.module for node in imports] == ["ml_collections"]
+
+
+@pytest.mark.parametrize("name", ['a"""b\\n.jsonl', "a,b.jsonl", "it's \\ {x}.jsonl"])
+def test_any_file_name_survives_in_the_config(model, tmp_path, name):
+    file = write(tmp_path / name, pairs(30))
+    assert init(model, file, "--out=c.py") == 0
+    assert written("c.py").data.train == (str(file),)
+
+
+def test_init_does_not_import_jax(model, tmp_path):
+    write(tmp_path / "rows.jsonl", pairs(30))
+    code = (
+        "import sys; from jaxtune.cli import main\n"
+        f"status = main(['init', '--model={model}', '--data=rows.jsonl'])\n"
+        "sys.exit(status or 'jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _environment():
+    return os.environ | {"PYTHONPATH": str(Path(jaxtune.__file__).parents[1])}
+
+
+# ---------------------------------------------------------------------------------------------- lengths, settings
+
+
+def test_the_length_is_the_99th_percentile_rounded_up_and_what_is_dropped_is_said(model, tmp_path, capsys):
+    # Tokens of a row: the bytes, a newline between them, EOS.
+    rows = [{"prompt": "p" * 30, "completion": "c" * 18}] * 197 + [{"prompt": "p", "completion": "c" * 200}] * 1
+    rows = [{**row, "prompt": f"{i:03}{row['prompt']}"} for i, row in enumerate(rows)]  # 53 tokens, one of 206
+    assert init(model, write(tmp_path / "rows.jsonl", rows)) == 0
+    assert written().data.max_length == 64
+    assert "1 over 64 tokens dropped" in capsys.readouterr().out
+    assert "at most 206; 1 of 198 rows" in (tmp_path / "config.py").read_text()
+
+
+def test_the_length_is_at_most_the_positions_of_the_model(model, tmp_path, capsys):
+    rows = [{"prompt": f"{i}", "completion": "c" * (100 if i % 2 else 300)} for i in range(240)]
+    assert init(model, write(tmp_path / "rows.jsonl", rows)) == 0
+    assert written().data.max_length == POSITIONS
+    shown = capsys.readouterr().out
+    assert "50% of the rows are longer than the model's 256 positions and are dropped" in shown
+    assert "evaluation: 24 rows" in shown  # a fifth of the 120 that are left
+
+
+@pytest.mark.parametrize("lengths", [[5], [33] * 10, [100] * 99 + [5000], list(range(1, 2000))])
+def test_max_length_keeps_99_rows_of_100_where_the_model_can(lengths):
+    lengths = np.array(lengths)
+    length = propose.max_length(lengths, positions=4096)
+    assert (lengths <= length).mean() >= 0.99
+    assert length % 32 == 0
+    assert (lengths <= length - 32).mean() < 0.99
+
+
+def test_plain_text_is_packed_and_split_and_all_weights_of_a_small_model_are_trained(model, tmp_path):
+    file = tmp_path / "stories.txt"
+    file.write_text("\n\n".join(f"Story {i}. " + "It went on. " * 40 for i in range(40)))
+    assert init(model, file) == 0
+    cfg = written()
+    assert (cfg.tune.method, cfg.data.format, cfg.data.packing, cfg.data.overlength) == ("full", "text", True, "split")
+    assert cfg.data.max_length == POSITIONS
+    assert cfg.train.epochs == 1
+
+
+def test_the_rate_follows_the_width_and_the_method():
+    assert propose.learning_rate("lora", 4096) == propose.learning_rate("lora", 2048) == 2e-4
+    assert propose.learning_rate("lora", 1024) == 4e-4
+    assert propose.learning_rate("full", 1024) == 2e-5
+
+
+@pytest.mark.parametrize("rows", [0, 19, 20, 57, 100, 399, 1000, 19_999, 50_000, 3_000_000])
+def test_the_evaluation_share(rows):
+    held = propose.eval_fraction(rows) * rows
+    assert (held > 0) == (rows >= 20)
+    assert held <= min(0.2 * rows, 1000)
+    if rows >= 100:
+        assert held >= 19  # the share is rounded to one digit
+
+
+# ---------------------------------------------------------------------------------------------- the evaluation file
+
+
+def test_a_validation_file_beside_the_data_is_taken_before_a_test_file(model, tmp_path):
+    file = write(tmp_path / "gsm_train.jsonl", pairs(30))
+    write(tmp_path / "gsm_test.jsonl", pairs(5, 100))
+    valid = write(tmp_path / "gsm_valid.jsonl", pairs(5, 200))
+    assert init(model, file) == 0
+    assert written().data.eval == (str(valid),)
+    assert written().data.eval_fraction == 0
+
+
+def test_a_test_file_with_training_rows_in_it_is_used_with_a_warning(model, tmp_path, capsys):
+    file = write(tmp_path / "train.jsonl", pairs(30))
+    test = write(tmp_path / "test.jsonl", pairs(5, 27))
+    assert init(model, file) == 0
+    assert written().data.eval == (str(test),)
+    shown = capsys.readouterr().out
+    assert "3 of the 5 evaluation rows are also among the training rows" in shown
+    assert "so it is no test" in shown
+
+
+def test_a_test_file_with_other_columns_is_left_alone(model, tmp_path, capsys):
+    file = write(tmp_path / "train.jsonl", pairs(30))
+    write(tmp_path / "test.jsonl", [{"question": "no answer"}])
+    assert init(model, file) == 0
+    assert written().data.eval is None
+    assert written().data.eval_fraction == 0.2
+    assert "test.jsonl lies beside it but is not read the same way" in capsys.readouterr().out
+
+
+def test_a_few_rows_are_all_trained(model, tmp_path, capsys):
+    assert init(model, write(tmp_path / "rows.jsonl", pairs(5))) == 0
+    assert written().data.eval_fraction == 0
+    assert "5 rows are too few" in capsys.readouterr().out
+
+
+def test_no_training_file_is_taken_for_evaluation(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "retrain.jsonl"):
+        write(tmp_path / name, pairs(1))
+    assert propose.siblings("train.jsonl") == ["test.jsonl"]
+    assert propose.siblings("test.jsonl") == []
+    assert propose.siblings("retrain.jsonl") == ["test.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------- recognising rows
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PAIR = "prompt_completion"
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "columns"),
+    [
+        ({"messages": MESSAGES}, "chat", {}),
+        ({"dialog": MESSAGES, "id": 1}, "chat", {"messages": "dialog"}),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sharegpt", {}),
+        ({"prompt": "a", "completion": "b"}, PAIR, {}),
+        ({"answer": "b", "question": "a"}, PAIR, {"prompt": "question", "completion": "answer"}),
+        ({"Input": "a", "Output": "b"}, PAIR, {"prompt": "Input", "completion": "Output"}),
+        ({"query": "a", "response": "b"}, PAIR, {"prompt": "query", "completion": "response"}),
+        ({"text": "a", "label": "b"}, PAIR, {"prompt": "text", "completion": "label"}),
+        ({"text": "a", "label": 1}, PAIR, {"prompt": "text", "completion": "label"}),
+        ({"instruction": "a", "input": "", "output": "b", "text": "ab"}, "instruction", {}),
+        (
+            {"instruction": "a", "context": "c", "response": "b", "category": "d"},
+            "instruction",
+            {"input": "context", "output": "response"},
+        ),
+        ({"text": "a", "url": "b"}, "text", {}),
+        ({"Text": "a"}, "text", {"text": "Text"}),
+    ],
+)
+def test_columns_are_known_by_their_names(tmp_path, row, format, columns):
+    layout = propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", [row, row]))))
+    assert (layout.format, layout.columns) == (format, columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference tuning (DPO) is not there yet"),
+        ({"messages": MESSAGES, "label": True}, "KTO"),
+        ({"prompt": "a", "completion": "b", "label": False}, "KTO"),
+        ({"tokens": ["a"], "ner_tags": [0]}, "token classification"),
+        ({"prompt": "a", "id": 1}, "prompts ('prompt') without answers"),
+        ({"turns": ["a", "b"], "category": "c"}, "prompts ('turns') without answers"),
+        ({"question": [[MESSAGES[0]]], "function": []}, "prompts ('question') without answers"),
+        ({"question": "a", "answer": {"text": ["b"]}}, "column 'answer' is an object, expected text"),
+        ({"body": "a"}, "--columns=text=body"),
+        ({"x": "a", "y": "b"}, "--columns=prompt=THEIRS,completion=THEIRS"),
+    ],
+)
+def test_rows_that_cannot_be_tuned_on_are_named(tmp_path, row, said):
+    file = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError) as error:
+        propose.recognise(data.read(str(file)))
+    assert said in str(error.value)
+    assert f"{file}:1: " in str(error.value)
+
+
+def test_preferences_are_refused_also_where_columns_are_named(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(UserError, match="Preference tuning"):
+        propose.recognise(data.read(str(file)), {"prompt": "prompt", "completion": "chosen"})
+
+
+def test_named_columns_are_used(model, tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"x": f"{i}", "y": f"{i * i}"} for i in range(30)])
+    assert init(model, file, "--columns=prompt=x,completion=y") == 0
+    assert dict(written().data.columns) == {"prompt": "x", "completion": "y"}
+
+
+def test_a_marker_before_every_answer_is_found(model, tmp_path):
+    rows = [{"text": f"Q: {i}?\nA: {i}"} for i in range(30)]
+    assert init(model, write(tmp_path / "rows.jsonl", rows)) == 0
+    assert written().data.completion_from == "\nA:"
+    assert not written().data.packing
+
+
+@pytest.mark.parametrize("odd", ["no answer", "Q\nA: 1\nA: 2"])
+def test_a_marker_that_is_not_once_in_every_text_is_none(tmp_path, odd):
+    rows = [{"text": f"Q: {i}?\nA: {i}"} for i in range(30)] + [{"text": odd}]
+    assert propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).completion_from is None
+
+
+def test_labels_are_counted(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"t{i},{i % 3}\n" for i in range(9)))
+    notes = " ".join(propose.recognise(data.read(str(file))).notes)
+    assert "'label' has 3 labels" in notes
+    assert "the labels are numbers" in notes
+
+
+def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
+    file = tmp_path / "SMS Collection"
+    file.write_text("".join(f"{'spam' if i % 3 else 'ham'}\tmessage {i}\t\t{i}\n" for i in range(50)))
+    with pytest.raises(UserError, match="tab-separated lines without a header") as error:
+        propose.open_source(str(file))
+    subprocess.run(["sh", "-c", str(error.value).partition("for example: ")[2]], check=True)
+    source = data.read(f"{file}.tsv")
+    assert [row for _, row in source][1] == {"label": "spam", "text": "message 1"}
+    assert propose.recognise(source).columns == {"prompt": "text", "completion": "label"}
+
+
+# ---------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("empty.jsonl", b"", "the file is empty"),
+        ("blank.jsonl", b"\n\n", "no rows in it"),
+        ("binary.jsonl", b"\xff\xfe\x00\x01", "not UTF-8"),
+        ("broken.jsonl", b'{"text": ', "broken.jsonl:1: malformed JSON"),
+        ("one.csv", b"body\nhello\n", "--columns=text=body"),
+        ("bare.csv", b"hello,world\na,b\n", "Is the first line a header?"),
+        ("tags.conll", b"Paris\tB-location\n", "token classification"),
+        ("rows.pkl", b"x", "never read"),
+        ("rows.xml", b"<a/>", "cannot read a .xml"),
+    ],
+)
+def test_a_wrong_file_is_one_message(model, tmp_path, capsys, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert init(model, tmp_path / name) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert name in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "config.py").exists()
+
+
+def _without(model, tmp_path, *names, **settings):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.name not in names:
+            (folder / file.name).write_bytes(file.read_bytes())
+    if settings:
+        held = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(held | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "said"),
+    [
+        (("tokenizer.json", "tokenizer_config.json"), {}, "--tokenizer=DIR_OR_ID"),
+        (("model.safetensors",), {}, "safetensors"),
+        (("config.json",), {}, "no config.json"),
+        ((), {"architectures": ["BertForMaskedLM"]}, "causal language models"),
+        ((), {"max_position_embeddings": None}, "max_position_embeddings"),
+        ((), {"vocab_size": 5}, "larger than the model's embedding"),
+        ((), {"max_position_embeddings": 4}, "every row is longer than the 4 positions"),
+    ],
+)
+def test_a_wrong_model_is_one_message(model, tmp_path, capsys, names, settings, said):
+    broken = _without(model, tmp_path, *names, **settings)
+    assert init(broken, write(tmp_path / "rows.jsonl", pairs(30))) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "config.py").exists()
+
+
+def test_a_tokenizer_from_elsewhere_is_used_and_written_down(model, tmp_path):
+    bare = _without(model, tmp_path, "tokenizer.json", "tokenizer_config.json")
+    assert init(bare, write(tmp_path / "rows.jsonl", pairs(30)), f"--tokenizer={model}") == 0
+    assert written().model.tokenizer == str(model)
+
+
+def test_a_missing_model_is_one_message(tmp_path, capsys):
+    assert init("./nowhere", write(tmp_path / "rows.jsonl", pairs(3))) == 2
+    assert "no such directory" in capsys.readouterr().err
+
+
+def test_an_existing_file_is_never_overwritten(model, tmp_path, capsys):
+    (tmp_path / "config.py").write_text("mine")
+    assert init(model, write(tmp_path / "rows.jsonl", pairs(30))) == 2
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "config.py").read_text() == "mine"
+
+
+def test_the_target_is_a_python_file(model, tmp_path, capsys):
+    assert init(model, write(tmp_path / "rows.jsonl", pairs(30)), "--out=config.json") == 2
+    assert "ends in .py" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("banking77/train.csv", "prompt_completion, prompt=text, completion=category"),
+        ("gsm8k/train.jsonl", "prompt_completion, prompt=question, completion=answer"),
+        ("tinystories/tinystories_sample.txt", "text"),
+        ("toolcall/glaive_toolcall_en_demo.json", "sharegpt"),
+        ("wikisql/train.jsonl", "text"),
+        ("wikitext2/valid.txt", "text"),
+    ],
+)
+def test_real_data_is_recognised(assets, file, found):
+    layout = propose.recognise(propose.open_source(str(assets / "data" / file)))
+    assert str(layout) == found
+    assert layout.completion_from == ("\nA:" if "wikisql" in file else None)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("bfcl/BFCL_v4_simple_python.json", "prompts ('question') without answers"),
+        ("bfcl/simple_python_answers.json", "no column has a name that says what it is"),
+        ("ifeval/input_data.jsonl", "prompts ('prompt') without answers"),
+        ("mt_bench/question.jsonl", "prompts ('turns') without answers"),
+        ("preference/dpo_en_demo.json", "preference pairs"),
+        ("preference/kto_en_demo.json", "KTO"),
+        ("sms_spam/SMSSpamCollection", r"printf 'label\ttext\n'; cut -f1,2"),
+        ("wnut17/train.conll", "token classification"),
+    ],
+)
+def test_real_data_for_other_objectives_is_refused(assets, file, said):
+    with pytest.raises(UserError) as error:
+        propose.recognise(propose.open_source(str(assets / "data" / file)))
+    assert said in str(error.value)
