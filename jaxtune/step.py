@@ -84,7 +84,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
