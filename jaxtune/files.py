@@ -127,3 +127,8 @@ def _plain_errors(out: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{out} cannot be written: {error.strerror}.") from None
         raise
+
+
+def cache_root() -> Path:
+    """Where tokens and compiled programs are kept: $JAXTUNE_CACHE or ~/.cache/jaxtune."""
+    return Path(os.environ.get("JAXTUNE_CACHE") or "~/.cache/jaxtune").expanduser()

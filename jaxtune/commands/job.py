@@ -1,7 +1,6 @@
 """From a resolved config to the pieces of a run. Each check comes before the compile, the cheapest first."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxtune import data, models, optim, tree
 from jaxtune.errors import UserError
+from jaxtune.files import cache_root
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
 from jaxtune.methods import tune
@@ -24,15 +24,10 @@ from jaxtune.weights import LoraWeight, is_weight
 DEFAULT_LENGTH = 1024  # of data.max_length, where the model's own limit is higher
 
 
-def cache_dir() -> Path:
-    """Where tokens and compiled programs are kept: $JAXTUNE_CACHE or ~/.cache/jaxtune."""
-    return Path(os.environ.get("JAXTUNE_CACHE") or Path.home() / ".cache" / "jaxtune")
-
-
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, unless the user has set JAX's own cache."""
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -113,7 +108,6 @@ def open_data(cfg: Any, module: Decoder) -> Data:
         overlength=cfg.data.overlength,
         vocab_size=module.spec.vocab,
         cache=cfg.data.cache,
-        cache_dir=cache_dir() / "tokens",
     )
     return Data(tokenizer, train, held_out, report, length)
 
@@ -225,6 +219,11 @@ def has_adapter(params: Any) -> bool:
     return any(isinstance(w, LoraWeight) for w in jax.tree.leaves(params, is_leaf=is_weight))
 
 
+def _left_behind(name: str) -> bool:
+    """Whether a file may be there before config.json: the log, and a config.json that was being written at a kill."""
+    return name == "jaxtune.log" or (name.startswith(".config.json.") and name.endswith(".tmp"))
+
+
 def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None) -> bool:
     """Return whether the workdir holds a run of this config to go on with.
 
@@ -235,7 +234,7 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None) -> bo
 
     file = workdir / "config.json"
     if not file.exists():
-        if workdir.exists() and any(p.name != "jaxtune.log" for p in workdir.iterdir()):
+        if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
             raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); nothing was changed.")
         return False
     text = file.read_text()
@@ -247,6 +246,14 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None) -> bo
             f"{fingerprint[:12]}); nothing was changed. Restore the files or give another --workdir."
         )
     return True
+
+
+def check_room(workdir: Path, cfg: Any, j: Job) -> None:
+    """Raise UserError unless the disk has room for the checkpoints (kept, best, being written) and the result."""
+    from jaxtune.checkpoint import check_disk, state_bytes
+
+    result = sum(leaf.size * 4 for leaf in jax.tree.leaves(j.state.trainable))
+    check_disk(workdir, (cfg.train.keep + 2) * state_bytes(j.state) + result)
 
 
 def remedies(cfg: Any, rows: int, length: int) -> list[str]:

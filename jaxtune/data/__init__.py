@@ -72,7 +72,7 @@ def prepare(
         Otherwise prompt and completion are joined as they are, with a newline between them where neither has white
         space at the seam.
     max_length, overlength: see `fit`. vocab_size: rows of the model's embedding, to check the tokens against.
-    cache, cache_dir: tokens are kept on disk by content, by default in $JAXTUNE_CACHE or ~/.cache/jaxtune/tokens.
+    cache, cache_dir: tokens are kept on disk by content, by default in tokens/ of $JAXTUNE_CACHE or ~/.cache/jaxtune.
 
     Raises UserError for anything wrong with the input, naming file, row or field.
     """

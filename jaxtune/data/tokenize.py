@@ -21,6 +21,7 @@ from jaxtune.data.chat import ChatRenderer
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
 from jaxtune.data.sources import Source
 from jaxtune.errors import UserError
+from jaxtune.files import cache_root
 
 FORMAT_VERSION = 1  # raise it when the same input would give other tokens
 CHUNK = 512  # rows tokenised at a time
@@ -286,11 +287,6 @@ def _check_unicode(where: str, text: str) -> None:
         ) from None
 
 
-def default_cache_dir() -> Path:
-    """Return $JAXTUNE_CACHE, or ~/.cache/jaxtune/tokens."""
-    return Path(os.environ.get("JAXTUNE_CACHE") or "~/.cache/jaxtune/tokens").expanduser()
-
-
 def tokenise(
     source: Source,
     reader: Reader,
@@ -305,7 +301,7 @@ def tokenise(
     `key` (hex) stands for everything that decides the tokens; rows are cached in `cache_dir/key` under a temporary name
     until they are complete and on the disk.
     """
-    folder = Path(cache_dir or default_cache_dir()) / key
+    folder = Path(cache_dir or cache_root() / "tokens") / key
     if not cache:
         tokens, mask = io.BytesIO(), io.BytesIO()
         rows = _write(source, reader, encoder, tokens, mask)

@@ -20,9 +20,8 @@ PAIRS = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in ran
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("JAXTUNE_CACHE", str(folder))
-    return folder
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
 
 
 @pytest.fixture(scope="module")
