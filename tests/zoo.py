@@ -40,7 +40,7 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 128,
 }
 GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4} | dict.fromkeys(
     ("bos_token_id", "eos_token_id"), 0
@@ -54,7 +54,10 @@ ZOO: dict[str, tuple[str, dict]] = {
         "llama",
         LLAMA | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
-    "llama-mqa-rope3": ("llama", LLAMA | {"num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE}),
+    "llama-mqa-rope3": (
+        "llama",
+        LLAMA | {"num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 256},
+    ),
     "mistral": ("mistral", LLAMA | {"sliding_window": 6}),
     "mistral-global": ("mistral", LLAMA | {"sliding_window": None, "head_dim": 4, "tie_word_embeddings": True}),
     "qwen2": ("qwen2", LLAMA | {"tie_word_embeddings": True}),
@@ -94,8 +97,8 @@ def build(name: str, seed: int = 0, **changes: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config(name, **changes), attn_implementation="eager").float().eval()
         for parameter_name, p in model.named_parameters():
             if p.ndim >= 2:
-                # The residual stream stays small enough for the norms' epsilon to matter.
-                p *= 1 if "embed" in parameter_name or ".wte" in parameter_name else 6
+                # Activations of size 1 at this width; a residual stream small enough for the norms' epsilon to matter.
+                p *= 1 if "embed" in parameter_name or ".wte" in parameter_name else 16
             else:
                 p += 0.3 * torch.randn_like(p)
     return model

@@ -71,6 +71,8 @@ def index(file: Path) -> dict[str, Entry]:
             header = json.loads(f.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise UserError(f"{file} is not a safetensors file: its header is no JSON ({e}).") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{file} is not a safetensors file: its header is no JSON object.")
     header.pop("__metadata__", None)
     entries = {}
     for name, item in header.items():

@@ -1,0 +1,347 @@
+"""HF directories in: every layout that holds the same numbers gives the same tree; every other is refused by name."""
+
+import json
+import re
+import shlex
+import shutil
+import struct
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import zoo
+from safetensors.numpy import load_file, save_file
+
+from jaxtune.errors import UserError
+from jaxtune.hf import tensors
+from jaxtune.hf.load import load, resolve
+from jaxtune.tree import flatten
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a zoo model's directory to damage."""
+    return shutil.copytree(zoo.directory("llama"), tmp_path / "model")
+
+
+def rewrite(folder, change, file="model.safetensors"):
+    """Pass the tensors of a directory through `change`."""
+    arrays = load_file(folder / file)
+    save_file(change(arrays), folder / file, metadata={"format": "pt"})
+
+
+def same_tree(got, want):
+    got, want = flatten(got), flatten(want)
+    assert got.keys() == want.keys()
+    for path, leaf in want.items():
+        assert np.array_equal(got[path], leaf), path
+        assert got[path].dtype == leaf.dtype, path
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_file_and_many_give_the_same_tree(name, tmp_path):
+    zoo.model(name).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    same_tree(load(tmp_path)[1], zoo.ours(name)[1])
+
+
+def test_every_tensor_lands_in_its_layer_and_orientation():
+    module, params = zoo.ours("llama")
+    torch_state = zoo.model("llama").state_dict()
+    for i in range(3):
+        want = torch_state[f"model.layers.{i}.mlp.up_proj.weight"].numpy().T
+        assert np.array_equal(params["segment_0"]["block_0"]["mlp"]["up_proj"]["kernel"][i], want)
+    assert np.array_equal(params["lm_head"]["kernel"], torch_state["lm_head.weight"].numpy().T)
+    assert module.spec.layers == 3
+
+
+def test_bfloat16_checkpoints_keep_their_type_unless_asked(tmp_path):
+    import torch
+
+    zoo.build("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), zoo.ours("llama")[1])
+    same_tree(load(tmp_path)[1], rounded)
+    same_tree(load(tmp_path, param_dtype=jnp.float32)[1], jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+    module, params = load(tmp_path, dtype=jnp.bfloat16)
+    assert module.apply({"params": params}, zoo.tokens(1, 4), method="hidden").dtype == jnp.bfloat16
+
+
+def test_layers_stored_in_two_types_are_stacked_in_the_wider(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t | {name: t[name].astype(ml_dtypes.bfloat16)})
+    leaf = load(folder)[1]["segment_0"]["block_0"]["mlp"]["up_proj"]["kernel"]
+    want = zoo.ours("llama")[1]["segment_0"]["block_0"]["mlp"]["up_proj"]["kernel"]
+    assert leaf.dtype == jnp.float32
+    assert np.array_equal(leaf[1:], want[1:])
+    assert np.array_equal(leaf[0], want[0].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("name, body", [("gpt2", "transformer"), ("qwen3", "model")])
+def test_checkpoints_of_the_bare_body_lack_the_prefix(name, body, tmp_path):
+    getattr(zoo.model(name), body).save_pretrained(tmp_path)
+    assert not any(key.startswith(body + ".") for key in load_file(tmp_path / "model.safetensors"))
+    same_tree(load(tmp_path)[1], zoo.ours(name)[1])
+
+
+def test_a_redundant_head_of_a_tied_model_is_passed_over(tmp_path):
+    folder = shutil.copytree(zoo.directory("qwen2"), tmp_path / "model")
+    rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].copy()})
+    _, params = load(folder)
+    assert "lm_head" not in params
+    same_tree(params, zoo.ours("qwen2")[1])
+
+
+def test_buffers_of_old_checkpoints_are_passed_over(folder, tmp_path):
+    rewrite(folder, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    same_tree(load(folder)[1], zoo.ours("llama")[1])
+    gpt2 = shutil.copytree(zoo.directory("gpt2"), tmp_path / "gpt2")
+    rewrite(gpt2, lambda t: t | {"transformer.h.0.attn.bias": np.ones((1, 1, 64, 64), np.bool_)})
+    same_tree(load(gpt2)[1], zoo.ours("gpt2")[1])
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_what_we_write_the_safetensors_library_reads(shard_bytes, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.normal(size=(3, 4)).astype(np.float32).T,
+        "b": rng.normal(size=7).astype(ml_dtypes.bfloat16),
+        "c": np.arange(6, dtype=np.int64),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    tensors.write(tmp_path, arrays, shard_bytes=shard_bytes)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) == (1 if shard_bytes > 100 else 2)
+    theirs = {k: v for f in files for k, v in load_file(f).items()}
+    ours = {k: tensors.read(e) for k, e in tensors.index_dir(tmp_path).items()}
+    for found in (theirs, ours):
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in arrays.items())
+
+
+# --- weights that do not fit
+
+
+def test_all_that_does_not_fit_is_listed_at_once(folder):
+    def damage(t):
+        t = dict(t)
+        t["model.norm.wait"] = t.pop("model.norm.weight")
+        t["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 31), np.float32)
+        t["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+        t["model.layers.2.mlp.down_proj.weight"] = t["model.layers.2.mlp.down_proj.weight"].astype(np.int8)
+        return t
+
+    rewrite(folder, damage)
+    with pytest.raises(UserError) as e:
+        load(folder)
+    lines = str(e.value).splitlines()
+    assert str(folder) in lines[0]
+    assert {" ".join(line.split()) for line in lines[1:]} == {
+        "missing model.norm.weight [32]",
+        "extra model.norm.wait [32]",
+        "misshapen model.layers.1.mlp.up_proj.weight [48, 31], expected [48, 32]",
+        "extra model.layers.0.self_attn.q_proj.bias [64]",
+        "quantised model.layers.2.mlp.down_proj.weight int8, expected floating point",
+    }
+
+
+def test_a_long_list_is_cut(folder):
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if ".layers." not in k})
+    with pytest.raises(UserError, match="and 7 more"):  # 3 layers of 9 tensors
+        load(folder)
+
+
+def test_a_deeper_checkpoint_than_the_config_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"extra +model\.layers\.2\."):
+        load(folder)
+
+
+def test_an_untied_model_without_its_head_is_refused(folder):
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"})
+    with pytest.raises(UserError, match=r"missing +lm_head\.weight \[96, 32\]"):
+        load(folder)
+
+
+# --- files that are not what they should be
+
+
+def test_pickles_are_never_read_and_the_command_that_converts_them_works(tmp_path):
+    import torch
+
+    zoo.config("qwen3").save_pretrained(tmp_path / "old")
+    torch.save(zoo.model("qwen3").state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickle \(pytorch_model\.bin\), which can run code") as e:
+        load(tmp_path / "old")
+    python, flag, code = shlex.split(re.search(r"python -c .*", str(e.value)).group())
+    assert (python, flag) == ("python", "-c")
+    exec(code, {})
+    same_tree(load(tmp_path / "old-safetensors")[1], zoo.ours("qwen3")[1])
+
+
+def test_a_directory_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no weights: neither model\.safetensors nor model\.safetensors\.index"):
+        load(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    zoo.model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"1 missing shard\(s\): {gone.name}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_file_cut_short_is_refused(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors is .*cut short.*Fetch it again"):
+        load(folder)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(folder):
+    file = folder / "model.safetensors"
+    entry = list(tensors.index(file).values())[-1]
+    file.write_bytes(file.read_bytes()[: entry.offset + 4])
+    with pytest.raises(UserError, match="became shorter"):
+        tensors.read(entry)
+
+
+def write_raw(file, header, body=b"\0" * 16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+HEADERS = {
+    "no json": (b"\x80\x02}q\x00.", "its header is no JSON"),
+    "no object": ([1], "its header is no JSON object"),
+    "no offsets": ({"w": {"dtype": "F32", "shape": [4]}}, "entry for tensor 'w' is malformed"),
+    "unknown dtype": ({"w": F32 | {"dtype": "F4"}}, "tensor 'w' has dtype F4, which is not supported"),
+    "beyond the end": ({"w": F32 | {"shape": [8], "data_offsets": [0, 32]}}, "cut short: tensor 'w'"),
+    "another size": ({"w": F32 | {"shape": [3, 2]}}, r"'w' is F32\[3, 2\] but takes 16 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_malformed_headers_are_refused(case, tmp_path):
+    header, message = HEADERS[case]
+    write_raw(tmp_path / "model.safetensors", header)
+    with pytest.raises(UserError, match=message):
+        tensors.index_dir(tmp_path)
+
+
+def test_a_well_formed_header_is_read(tmp_path):
+    body = np.arange(4, dtype="<f4").tobytes()
+    write_raw(tmp_path / "model.safetensors", {"w": F32, "__metadata__": {"format": "pt"}}, body)
+    (entry,) = tensors.index_dir(tmp_path).values()
+    assert np.array_equal(tensors.read(entry), [[0, 1], [2, 3]])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"a": 1,\n "b" 2}', r"config\.json:2: not JSON"),
+        ("[1, 2]", r"config\.json holds a list, expected a JSON object"),
+        (b"\xff\xfe\x00", r"config\.json is not a text file"),
+    ],
+)
+def test_a_malformed_config_is_named_with_its_line(folder, text, message):
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("text, message", [("{", "not JSON"), ("{}", "has no 'weight_map'")])
+def test_a_malformed_index_is_named(folder, text, message):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json.*{message}"):
+        load(folder)
+
+
+def test_unsupported_families_are_refused_before_the_weights_are_looked_at(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen"}))
+    with pytest.raises(UserError, match=r"model_type='qwen' is not supported.*Did you mean 'qwen[23]'"):
+        load(folder)
+
+
+# --- paths and hub ids
+
+
+def test_paths_that_are_no_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; give the directory"):
+        load(tmp_path / "file")
+    with pytest.raises(UserError, match=r"it has no config\.json"):
+        load(tmp_path)
+    for absent in (tmp_path / "none", "./runs/model", "~/no-such-model", "a/b/c", "gpt2"):
+        with pytest.raises(UserError, match=r"does not exist \(looked in"):
+            load(absent)
+
+
+def test_a_hub_id_is_downloaded_without_pickles_or_code(monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, **settings):
+        asked.update(settings, repo=repo)
+        return str(zoo.directory("llama"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    same_tree(load("someone/llama")[1], zoo.ours("llama")[1])
+    assert asked["repo"] == "someone/llama"
+    assert not any("bin" in p or ".py" in p or p == "*" for p in asked["allow_patterns"])
+
+
+def hub_errors():
+    from huggingface_hub import errors
+
+    class NotFound(errors.RepositoryNotFoundError):
+        def __init__(self):  # the real one wants an HTTP response
+            pass
+
+    return [
+        errors.LocalEntryNotFoundError("no snapshot"),
+        errors.OfflineModeIsEnabled("offline"),
+        NotFound(),
+        OSError(28, "No space left on device"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_a_hub_that_does_not_answer_is_one_message(case, monkeypatch):
+    error = hub_errors()[case]
+
+    def snapshot_download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="'no-one/no-model' is neither a directory nor a model that the hub gives"):
+        resolve("no-one/no-model")
+
+
+def test_an_offline_hub_answers_at_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="neither a directory nor a model that the hub gives"):
+        resolve("no-one/no-model")
+    assert time.perf_counter() - start < 5
+
+
+def test_a_name_that_the_hub_cannot_have(tmp_path):
+    with pytest.raises(UserError, match="'my models/llama 3' is neither a directory nor a model"):
+        resolve("my models/llama 3")
