@@ -115,10 +115,13 @@ def fit(
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             rows = ", ".join((places(number - 1) if places else [])[:8])
+            checkpoints.wait()
+            steps = checkpoints.steps()
+            kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "No checkpoint was saved."
             raise RunFailed(
                 f"The loss is not finite at step {number} (loss {values['loss']}, gradient {values['grad_norm']}). "
                 + (f"Its rows: {rows}. " if rows else "")
-                + f"The last good checkpoint is of step {max(checkpoints.steps(), default=0)}. "
+                + f"{kept} "
                 "Lower optim.lr, set optim.grad_clip, or look at these rows."
             )
         window = counters["window"]
@@ -147,12 +150,15 @@ def fit(
         loss = values["eval/loss"]
         progress.say(f"step {number}  eval loss {loss:.4f}")
         best = counters["best"]
-        if best is None or loss < best["loss"]:
+        if best is None or loss < best["loss"] or math.isnan(best["loss"]):
             counters["best"], counters["waited"] = {"step": number, "loss": loss}, 0
-            return True
-        counters["waited"] += 1
-        return False
+        else:
+            counters["waited"] += 1
 
+    def patience_ended():
+        return bool(plan.early_stop and counters["waited"] >= plan.early_stop)
+
+    counters["stopped"] = patience_ended()  # of a run that goes on; its patience may have been changed
     if start == 0 and evaluate is not None and not checkpoints.steps():
         metrics.write(0, evaluate(state))
     with stop_on_signal() as stopped, Prefetch(batch_at, start, plan.steps) as batches:
@@ -168,17 +174,19 @@ def fit(
             pending = (number, values)
             last = number == plan.steps
             evaluating = evaluate is not None and (last or (plan.eval_every and number % plan.eval_every == 0))
-            saving = last or evaluating or (plan.save_every and number % plan.save_every == 0) or stopped()
+            stopping = stopped()  # asked once: a signal that comes after this is seen in the next step
+            saving = last or evaluating or (plan.save_every and number % plan.save_every == 0) or stopping
             if saving or number % plan.log_every == 0:
                 settle(pending)
                 pending = None
             if evaluating:
+                began = time.monotonic()
                 assess(number)
-                clock = time.monotonic()
-                counters["stopped"] = bool(plan.early_stop and counters["waited"] >= plan.early_stop)
+                clock += time.monotonic() - began  # not the training's time
+                counters["stopped"] = patience_ended()
             if saving:
                 save(number)
-            if stopped() and not last and not counters["stopped"]:
+            if stopping and not last and not counters["stopped"]:
                 checkpoints.wait()
                 raise Interrupted(
                     f"Stopped by a signal after step {number}; the checkpoint is saved. Start again to go on."
