@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.errors import UserError, nearest
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, PyTree, flatten, match
@@ -163,12 +164,13 @@ def lora(
         if r > min(k, n):
             raise UserError(f"r={r} exceeds the smaller side of {path} ({k} x {n}); choose r <= {min(k, n)}.")
         a, b = _factors(jax.random.fold_in(key, zlib.crc32(path.encode())), path, tuple(axes), k, n, r)
-        on = jnp.ones(axes, jnp.float32)
-        if rows[path] is not None and len(rows[path]) < axes[0]:
+        on = np.zeros(axes, np.float32)
+        on[... if rows[path] is None else rows[path]] = 1.0
+        if not on.all():
             # Zero factors are a fixed point of training, so rows that are not chosen need no mask.
-            on = jnp.zeros(axes, jnp.float32).at[jnp.array(rows[path])].set(1.0)
             a, b = a * on[:, None, None], b * on[:, None, None]
-        return LoraWeight(leaf, a, b, on * scale, on * lora_dropout if lora_dropout else None)
+        # On the host, so that `tree.count` knows which rows are adapted while the rest is abstract.
+        return LoraWeight(leaf, a, b, np.float32(scale) * on, np.float32(lora_dropout) * on if lora_dropout else None)
 
     def role(path, leaf):
         if path in rows:

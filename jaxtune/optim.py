@@ -18,7 +18,7 @@ def schedule(
     """Return the shape of a learning rate over the run: step -> multiplier in (0, 1].
 
     Args:
-        name: "constant", "linear" or "cosine" decay after the warmup, to `min_lr_ratio` at the last step.
+        name: "constant", "linear" or "cosine" decay after the warmup, to `min_lr_ratio` when the last step is done.
         steps: optimizer steps of the whole run.
         warmup: steps of linear warmup; below 1, a share of `steps`.
     """

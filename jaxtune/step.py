@@ -33,7 +33,7 @@ def init_state(
     """
     if copy:
         trainable, member, key = jax.tree.map(jnp.copy, (trainable, member, key))
-    return TrainState(jnp.int32(0), trainable, member, tx.init(trainable), key)
+    return TrainState(jnp.int32(0), trainable, jax.tree.map(jnp.asarray, member), tx.init(trainable), key)
 
 
 def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxtune.errors import UserError, nearest
 
@@ -133,13 +134,27 @@ def _group(path: str) -> str:
     return "/".join(parts)
 
 
+def _adapted(scale: Any) -> float:
+    """The share of layers whose scale is not 0."""
+    known = not isinstance(scale, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return float(np.mean(np.asarray(scale) != 0)) if known else 1.0
+
+
 def count(params: PyTree, mask: PyTree) -> Counts:
-    """Count trainable and all parameters, in total and by module name. Works on abstract arrays too."""
+    """Count trainable and all parameters, in total and by module name.
+
+    Works on abstract arrays too. Of a stacked LoRA factor, the rows with a scale of 0 are not adapted and not counted,
+    as long as the scales are known.
+    """
     trainable, total = Counter(), Counter()
-    for (path, leaf), role in zip(flatten(params).items(), jax.tree.leaves(mask), strict=True):
-        if role is not MEMBER:
-            group = _group(path)
-            total[group] += leaf.size
-            trainable[group] += leaf.size * (role is TRAIN)
+    leaves, roles = flatten(params), flatten(mask)
+    for path, leaf in leaves.items():
+        if roles[path] is not MEMBER:
+            group, scale = _group(path), path.rpartition("/")[0] + "/scale"
+            size = leaf.size
+            if roles[path] is TRAIN and roles.get(scale) is MEMBER:
+                size = round(size * _adapted(leaves[scale]))
+            total[group] += size
+            trainable[group] += size * (roles[path] is TRAIN)
     groups = {name: (trainable[name], n) for name, n in total.items()}
     return Counts(sum(trainable.values()), sum(total.values()), groups)

@@ -18,15 +18,13 @@ def main(argv: list[str]) -> None:
     from jaxtune.commands import job
 
     cfg_model = job.Model(*_abstract_model(cfg))
-    masks = []
+    found = []
 
     def build(params):
-        params, mask = job.tuned(cfg, cfg_model, params)
-        masks.append(mask)
-        return params
+        found.append(tree.count(*job.tuned(cfg, cfg_model, params)))
 
-    params = jax.eval_shape(build, cfg_model.module.abstract_params())
-    counts = tree.count(params, masks[0])
+    jax.eval_shape(build, cfg_model.module.abstract_params())
+    [counts] = found
     if not counts.trainable:
         raise UserError("Nothing is left to train.")
     table = Table("module", "trainable", "all", "%", title=cfg.model.path)
