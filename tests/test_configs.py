@@ -1,0 +1,50 @@
+"""Every config of configs/ passes every check of `--dry-run` on a small model, and its docstring says how to run it."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxtune import cli, tiny
+
+CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "common")
+TEXT = {"text": "The shop sells mugs and lamps. Today a customer asked for two blue mugs."}
+ROWS = {
+    "pretrain_tiny": TEXT,
+    "continued_pretraining": TEXT,
+    "chat_lora": {
+        "messages": [{"role": "user", "content": "Two mugs?"}, {"role": "assistant", "content": "Of course."}]
+    },
+}
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """What a config leaves to the user: a model and data in its format."""
+
+    def make(name: str) -> list[str]:
+        if name == "quickstart":
+            return []
+        rows = [ROWS.get(name, {"prompt": "Two mugs?", "completion": "Of course."})] * 8
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [f"--config.model.path={tiny.BASE}", f"--config.data.train={file}", "--config.data.eval_fraction=0.0"]
+
+    return make
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_dry_run(config, flags, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    status = cli.main(["train", f"--config={config}", *flags(config.stem), "--dry-run"])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    assert "trainable params: " in out.out and "every check passed" in out.out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_docstring_has_the_command_and_what_to_expect(config):
+    text = ast.get_docstring(ast.parse(config.read_text()))
+    assert f"--config=configs/{config.name}" in text
+    assert "Expected:" in text
