@@ -82,17 +82,19 @@ class Decoder(nn.Module):
         Args:
             positions: i32[B, T]; default 0..T-1.
             segments: i32[B, T], packed documents; None: one document a row, padding on the right.
-            cache: from `init_cache`; positions are then the slots that are written.
+            cache: from `init_cache`; positions are then the slots that are written, all of them below its size, and
+                what lies below them is seen. Without positions the tokens are the first, and see themselves only.
             keys: one PRNG key a row, [B]; None switches every dropout off.
         """
         spec = self.spec
+        slots = positions
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
         if spec.learned_positions:
             x += embed(positions, self._table("embed_positions", spec.positions)).astype(self.dtype)
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
-        ctx = Context(positions, segments, {str(r): rope_tables(r, positions) for r in ropes}, keys)
+        ctx = Context(slots, segments, {str(r): rope_tables(r, positions) for r in ropes}, keys)
         pattern = Pattern
         if self.remat != "none" and cache is None:
             policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
