@@ -40,8 +40,8 @@ _API = {
     "make_mesh": "jaxtune.parallel",
     "replicate": "jaxtune.parallel",
     "shard_batch": "jaxtune.parallel",
-    "generate": "jaxtune.generate",
-    "generate_text": "jaxtune.generate",
+    "generate": "jaxtune.generation",
+    "generate_text": "jaxtune.generation",
 }
 __all__ = list(_API)
 

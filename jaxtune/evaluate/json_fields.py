@@ -66,7 +66,7 @@ class JsonEvaluation:
         self.answers: list[list[str]] = []
 
     def __call__(self, params: Any) -> dict[str, float]:
-        from jaxtune.generate import generate
+        from jaxtune.generation import generate
         from jaxtune.weights import merge
 
         out = generate(
