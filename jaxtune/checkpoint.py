@@ -4,6 +4,7 @@ The state is stored flat, `{"trainable/segment_0/...": array}`: a checkpoint can
 it, and the polymorphic leaves need no registration.
 """
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,33 +34,33 @@ def _unflat(arrays: dict[str, Any], like: TrainState) -> TrainState:
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    The newest `keep` are kept, and the one that `best` names in the counters, if any.
+    The newest `keep` are kept, and the one that `best` names in the counters of the newest, if any. Nothing is deleted
+    before what replaces it is complete, so one more is there while one is written.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
         self.folder, self.keep, self.say = folder.absolute(), keep, say
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self._counters: dict[str, Any] = {}  # of the newest checkpoint
 
     def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
         """Start writing; returns once the arrays are copied from the device."""
-        self.manager.wait_until_finished()
+        self.wait()
         if step in self.manager.all_steps():
             return
-        self._prune(counters)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(state)), counters=ocp.args.JsonSave(counters))
+        self._counters = copy.deepcopy(counters)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(state)), counters=ocp.args.JsonSave(self._counters))
         self.manager.save(step, args=args, force=True)
 
-    def _prune(self, counters: dict[str, Any]) -> None:
-        """Delete what is neither new nor best, while nothing is being written."""
-        steps = sorted(self.manager.all_steps())
-        wanted = {*steps[-self.keep :], (counters.get("best") or {}).get("step")}
+    def wait(self) -> None:
+        """Return once nothing is being written; then delete what is neither new nor best."""
+        self.manager.wait_until_finished()
+        steps = self.steps()
+        wanted = {*steps[-self.keep :], (self._counters.get("best") or {}).get("step")}
         for step in steps:
             if step not in wanted:
                 self.manager.delete(step)
-
-    def wait(self) -> None:
-        self.manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
@@ -75,7 +76,7 @@ class Checkpoints:
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
                 found = self.manager.restore(candidate, args=args)
-                return _unflat(found["state"], like), found["counters"]
+                state, counters = _unflat(found["state"], like), found["counters"]
             except Exception as e:  # orbax raises many kinds for a damaged directory
                 if step is not None:
                     raise
@@ -85,10 +86,16 @@ class Checkpoints:
                 damaged = self.folder / str(candidate)
                 damaged.rename(damaged.with_name(f"damaged-{candidate}"))
                 self.manager.reload()
+                continue
+            if step is None:
+                if counters.get("best") and counters["best"]["step"] not in self.steps():
+                    counters["best"] = None  # it was deleted for a better one, which is found again
+                self._counters = copy.deepcopy(counters)
+            return state, counters
         return None
 
     def close(self) -> None:
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
 
 
@@ -98,8 +105,9 @@ def state_bytes(state: TrainState) -> int:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise UserError unless the disk of `folder` has room for `needed` bytes."""
-    free = shutil.disk_usage(folder).free
+    """Raise UserError unless the disk of `folder`, which need not be there yet, has room for `needed` bytes."""
+    folder = folder.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if free < needed:
         raise UserError(
             f"The disk of {folder} has {free / 2**30:.2f} GiB free; this run writes up to {needed / 2**30:.2f} GiB "

@@ -132,3 +132,23 @@ def _plain_errors(out: Path) -> Iterator[None]:
 def cache_root() -> Path:
     """Where tokens and compiled programs are kept: $JAXTUNE_CACHE or ~/.cache/jaxtune."""
     return Path(os.environ.get("JAXTUNE_CACHE") or "~/.cache/jaxtune").expanduser()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it against other processes; the lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is running in {folder}; wait for it, or give another directory."
+            ) from None
+        yield

@@ -220,8 +220,8 @@ def has_adapter(params: Any) -> bool:
 
 
 def _left_behind(name: str) -> bool:
-    """Whether a file may be there before config.json: the log, and a config.json that was being written at a kill."""
-    return name == "jaxtune.log" or (name.startswith(".config.json.") and name.endswith(".tmp"))
+    """Whether a file may be there before config.json: the log, the lock, and a config.json half written at a kill."""
+    return name in ("jaxtune.log", ".lock") or (name.startswith(".config.json.") and name.endswith(".tmp"))
 
 
 def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None) -> bool:

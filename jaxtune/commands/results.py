@@ -30,11 +30,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def export_bytes(trainable: Any) -> int:
-    """Bytes of the exported trainable part, as a lower bound for the disk check."""
-    return sum(x.size * 4 for x in jax.tree.leaves(trainable))
-
-
 def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, generated) -> None:
     """Write adapter/ or model/, summary.json and report.html; print the table and the next commands."""
     from jaxtune.hf.export import export_model
@@ -72,7 +67,7 @@ def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, genera
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
     atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = write_report(workdir)
-    _show(cfg, j, rows, clock, out, page, adapter)
+    _show(cfg, j, rows, clock, out, page, adapter, int(result.state.step))
     for note in notes:
         print(note)
 
@@ -104,7 +99,7 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
     return (values[0], values[-1]) if values else (None, None)
 
 
-def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool) -> None:
+def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool, steps: int) -> None:
     console = Console(soft_wrap=True, highlight=False)
     table = Table("", "before", "after")
     shown = {"eval/loss": "held-out loss", "eval/json_valid": "valid JSON", "eval/json_exact": "all fields right"}
@@ -117,7 +112,8 @@ def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool) -> None:
         console.print(table)
     first, last = _column(rows, "train/loss")
     console.print(str(j.counts))
-    console.print(f"train loss {first:.4f} -> {last:.4f} in {j.steps} steps; {sum(clock.parts.values()):.1f} s in all "
+    losses = "" if first is None else f"train loss {first:.4f} -> {last:.4f}; "  # none was logged before it stopped
+    console.print(f"{losses}{steps} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")
     base, quoted = str(cfg.model.path), str(out)

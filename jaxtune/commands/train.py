@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     j = job.build(cfg, model, data)
     clock("load")
     progress.say(str(j.counts))
+    if workdir is not None:
+        job.check_room(workdir, cfg, j)
     if options.dry_run:
         from rich.console import Console
 
@@ -61,8 +63,11 @@ def main(argv: list[str]) -> None:
         console.print(shown, markup=False, highlight=False)
         console.print(f"{j.steps} steps of {cfg.train.batch_size} rows; every check passed, nothing was compiled.")
         return
+    from jaxtune.files import exclusive
+
     try:
-        _run(cfg, argv, workdir, j, clock)
+        with exclusive(workdir):
+            _run(cfg, argv, workdir, j, clock)
     except Exception as error:
         from jaxtune.loop import out_of_memory
 
@@ -91,21 +96,25 @@ def _run(cfg, argv, workdir: Path, j, clock: Clock) -> None:
     import jax
 
     from jaxtune import config, loop, tree
-    from jaxtune.checkpoint import Checkpoints, check_disk, state_bytes
+    from jaxtune.checkpoint import Checkpoints
     from jaxtune.commands import results
     from jaxtune.files import atomic_write_text
     from jaxtune.log import Metrics, Progress, read_metrics
     from jaxtune.parallel import shard_batch
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    # keep + best + the one being written, and the exported weights
-    check_disk(workdir, (cfg.train.keep + 2) * state_bytes(j.state) + results.export_bytes(j.state.trainable))
-    versions = results.versions() | {"data": j.data.report.fingerprint}
-    atomic_write_text(workdir / "config.json", config.to_json(cfg, versions))
+    resolved = config.to_json(cfg, results.versions() | {"data": j.data.report.fingerprint})
+    if not (workdir / "config.json").exists():  # before anything else, so that what follows is known as a run
+        atomic_write_text(workdir / "config.json", resolved)
     checkpoints = Checkpoints(workdir / "checkpoints", cfg.train.keep, print)
     found = checkpoints.restore(j.state)
     state, counters = found or (j.state, None)
     start = int(state.step)
+    if start > j.steps:
+        raise UserError(
+            f"The run in {workdir} has done {start} steps, and this config asks for {j.steps}; nothing was changed. "
+            "Raise train.steps or train.epochs, or give another --workdir."
+        )
+    atomic_write_text(workdir / "config.json", resolved)
     progress = Progress(j.steps, start, bar=cfg.log.progress)
     if found:
         progress.say(f"Going on after step {start} of {j.steps}.")
