@@ -134,7 +134,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("JAXTUNE_CACHE") or "~/.cache/jaxtune").expanduser()
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Make `folder` and hold it against other processes; the lock goes with the process, however that ends.
 
