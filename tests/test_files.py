@@ -21,6 +21,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_an_existing_directory_is_refused(tmp_path):
+    (tmp_path / "a").write_text("kept")
     with pytest.raises(UserError, match="exists"), atomic_dir(tmp_path):
         pass
 
