@@ -120,14 +120,26 @@ def method_settings(cfg: Any) -> Mapping[str, Any]:
 
 def tuned(cfg: Any, model: Model, params: Any) -> tuple[Any, Any]:
     """Apply the method; what stays frozen is kept in the compute dtype."""
-    key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
-    params, mask = tune(cfg.tune.method, params, key, model.module, method_settings(cfg))
+    params, mask = _apply(cfg, model, params)
 
     def cast(leaf, role):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(model.module.dtype) if role is tree.FROZEN and floating else leaf
 
     return jax.tree.map(cast, params, mask), mask
+
+
+def as_stored(cfg: Any, model: Model, params: Any, mask: Any) -> Any:
+    """Undo `tuned`'s cast for a whole model that is written: frozen leaves come from the base again, unrounded."""
+    if tree.FROZEN not in jax.tree.leaves(mask):
+        return params
+    stored, _ = _apply(cfg, model, model.load(cfg.train.seed))
+    return jax.tree.map(lambda new, old, role: old if role is tree.FROZEN else new, params, stored, mask)
+
+
+def _apply(cfg: Any, model: Model, params: Any) -> tuple[Any, Any]:
+    key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
+    return tune(cfg.tune.method, params, key, model.module, method_settings(cfg))
 
 
 @dataclass

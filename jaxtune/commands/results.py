@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.card import run_facts
-from jaxtune.commands.job import has_adapter, method_settings
+from jaxtune.commands.job import as_stored, has_adapter, method_settings
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
@@ -62,6 +62,7 @@ def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, genera
         settings = dict(method_settings(cfg))
         notes = export_adapter(j.model.module, params, out, base=cfg.model.path, config=settings, mask=j.mask, **where)
     else:
+        params = as_stored(cfg, j.model, params, j.mask)
         notes = export_model(j.model.module, params, out, base=j.model.folder, tuned_from=str(cfg.model.path), **where)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
