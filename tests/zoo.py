@@ -10,7 +10,6 @@ import copy
 import functools
 import shutil
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +152,22 @@ def apart(got: Any, want: Any) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+def random_like(abstract: Any, seed: int = 0, std: float = 0.2) -> Any:
+    """Normal float32 arrays of an abstract tree's shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(std * rng.standard_normal(s.shape), jnp.float32), abstract)
+
+
 def with_lora(params: Any, key: jax.Array, r: int = 2, dropout: float | None = None, scale: float = 0.5) -> Any:
     """`params` with a LoraWeight, a and b random, at every matrix of the body (stacked `kernel` leaves)."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # numpy: nothing to compile
 
     def wrap(path, w):
         if path[-1].key != "kernel" or w.ndim != 3:
             return w
         n, k, m = w.shape
-        ka, kb = jax.random.split(jax.random.fold_in(key, zlib.crc32(str(path).encode())))
+        a, b = (jnp.asarray(0.3 * rng.standard_normal(s), jnp.float32) for s in ((n, k, r), (n, r, m)))
         rate = None if dropout is None else jnp.full((n,), dropout)
-        a, b = 0.3 * jax.random.normal(ka, (n, k, r)), 0.3 * jax.random.normal(kb, (n, r, m))
         return LoraWeight(w, a, b, jnp.full((n,), scale), rate)
 
     return jax.tree_util.tree_map_with_path(wrap, params)
