@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 Keys = Array | None  # one PRNG key a row, [B]; None: no dropout
@@ -64,7 +65,8 @@ class LoraWeight(Weight):
 
     def dot(self, x, keys=None):
         h = x if keys is None or self.dropout is None else drop(x, self.dropout, keys)
-        delta = matmul(matmul(h, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        low = checkpoint_name(matmul(h, self.a.astype(x.dtype)), "lora")
+        delta = matmul(low, self.b.astype(x.dtype))
         return dot(x, self.w) + delta * self.scale.astype(x.dtype)
 
     def embed(self, ids):
@@ -175,6 +177,6 @@ def fold(keys: Keys, site: int | Array | str) -> Keys:
 def drop(x: Array, rate: Array | float, keys: Array) -> Array:
     """Inverted dropout (Srivastava et al. 2014) of x [B, ...] with one key a row."""
     keep = 1.0 - rate
-    mask = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))(keys)
+    mask = checkpoint_name(jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[1:]))(keys), "dropout")
     # A rate of 1 would divide by zero; every entry is dropped then, whatever the divisor.
     return jnp.where(mask, x / jnp.maximum(keep, 1e-6).astype(x.dtype), 0).astype(x.dtype)

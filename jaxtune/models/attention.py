@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 NEG = float(jnp.finfo(jnp.float32).min)
@@ -88,6 +89,7 @@ def _masked(q, k, v, mask, scale):
     q = q.reshape(b, t, g, h // g, c)
     scores = jnp.einsum("btgnc,bsgc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG), axis=-1).astype(v.dtype)
+    weights = checkpoint_name(weights, "scores")
     return jnp.einsum("bgnts,bsgc->btgnc", weights, v).reshape(b, t, h, c)
 
 
@@ -132,7 +134,6 @@ def _mapped(q, k, v, segments, scale, window):
 
     qs = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, t, c)
     flat = functools.partial(jnp.reshape, shape=(b * g, t, c))
-    out = jax.lax.map(
-        one, (qs, flat(k.transpose(0, 2, 1, 3)), flat(v.transpose(0, 2, 1, 3)), jnp.repeat(segs, g, axis=0))
-    )
+    qkv = (qs, flat(k.transpose(0, 2, 1, 3)), flat(v.transpose(0, 2, 1, 3)))
+    out = jax.lax.map(one, (*(checkpoint_name(x, "heads") for x in qkv), jnp.repeat(segs, g, axis=0)))
     return out.reshape(b, g, h // g, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)

@@ -27,6 +27,9 @@ REMAT = {
     "attention": ("qkv", "attention"),
     "dots": ("qkv", "attention", "mlp"),
 }
+# On a CPU "none" keeps what took a matrix product or random bits, once: the rest is cheaper to compute again than to
+# write and read, and every use of it would be kept as an array of its own.
+PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "lora", "dropout")
 
 
 class Pattern(nn.Module):
@@ -96,8 +99,9 @@ class Decoder(nn.Module):
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
         ctx = Context(slots, segments, {str(r): rope_tables(r, positions) for r in ropes}, keys)
         pattern = Pattern
-        if self.remat != "none" and cache is None:
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
+        kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
+        if kept is not None and cache is None:
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
             pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
         first, caches = 0, []
         for i, segment in enumerate(spec.segments):

@@ -197,6 +197,6 @@ class Block(nn.Module):
         s = self.spec
         h = Norm(s.norm, s.eps, name="input_norm")(x)
         h, cache = Attention(s, self.implementation, self.std, name="self_attn")(h, ctx, cache, layer)
-        x = x + h
+        x = checkpoint_name(x + h, "residual")
         h = Norm(s.norm, s.eps, name="post_attention_norm")(x)
         return x + Mlp(s, self.std, name="mlp")(h, ctx.keys), cache
