@@ -74,10 +74,16 @@ def forward_and_gradient(q, k, v, g, segments, window, implementation):
     return out, back(g)
 
 
+def close(got, want):
+    """Within float32's rounding of numbers of size 1 (a lone token's softmax has no gradient to be relative to)."""
+    return np.abs(np.asarray(got, np.float64) - want).max() < 2e-6 * max(1.0, np.abs(want).max())
+
+
 def check(oracle, g, out, gradient):
-    assert zoo.apart(out, oracle.out) < 2e-6
+    assert close(out, oracle.out)
     for got, want in zip(gradient, oracle.gradient(g), strict=True):
-        assert zoo.apart(got, want) < 2e-6
+        assert got.shape == want.shape
+        assert close(got, want)
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
