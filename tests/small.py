@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxtune import models
 from jaxtune.methods import METHODS
@@ -37,17 +38,24 @@ def weights(seed=0):
     return jax.jit(decoder().init_params)(jax.random.key(seed))
 
 
-def tuned(method="lora", seed=1, nonzero_b=True, **settings):
-    """`(partition, mask)` of a method on `weights()`; b is moved off zero, so that a has a gradient."""
+@functools.cache
+def tuned(method="lora", seed=1, **settings):
+    """`(partition, mask)` of a method on `weights()`; b is moved off zero, so that a has a gradient. Do not donate."""
     params, mask = METHODS[method](weights(), jax.random.key(seed), decoder(), settings)
-    if nonzero_b and method == "lora":
-        params = jax.tree_util.tree_map_with_path(
-            lambda p, x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape) if p[-1] == B_FIELD else x, params
-        )
-    return partition(params, mask), mask
+
+    def move(path, x):
+        is_b = path[-1] == jax.tree_util.GetAttrKey("b")
+        return jnp.asarray(0.3 * np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32) if is_b else x
+
+    return partition(jax.tree_util.tree_map_with_path(move, params), mask), mask
 
 
-B_FIELD = jax.tree_util.GetAttrKey("b")
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compile without most optimisations, in half the time: import this where speed of execution does not matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def batch(step=0, rows=8, accum=1, length=T):

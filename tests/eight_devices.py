@@ -1,0 +1,104 @@
+"""Run by test_step.py in a process of its own, with eight simulated devices: numbers to compare, as an npz file."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import small
+from jax.sharding import Mesh
+
+from jaxtune.objectives.causal_lm import causal_lm
+from jaxtune.optim import optimizer
+from jaxtune.parallel import make_mesh, replicate, shard_batch
+from jaxtune.step import init_state, make_train_step, value_and_grad
+from jaxtune.tree import TRAIN, combine
+
+STEPS, ORACLE_STEPS = 50, 8
+LORA = {"r": 2, "lora_dropout": 0.2}
+METHODS = {"full": {}, "head": {}, "lora": LORA}
+
+
+def gradients(mesh: Mesh | None, accum: int):
+    """(sum, weight, grads) of one batch of eight rows with dropout, in `accum` micro-batches over the mesh."""
+    part, _ = small.tuned(**LORA)
+    fn = jax.jit(value_and_grad(causal_lm(small.decoder()), mesh))
+    batch = small.batch(accum=accum)
+    return fn(*part, batch if mesh is None else shard_batch(batch, mesh), jax.random.key(5))
+
+
+def losses(mesh: Mesh | None, method: str = "lora", steps: int = STEPS, accum: int = 1) -> np.ndarray:
+    """Losses of our step, AdamW at 1e-3."""
+    part, _ = small.tuned(method, **METHODS[method])
+    tx = optimizer("adamw", lr=1e-3, weight_decay=0.1, grad_clip=1.0)
+    step = make_train_step(causal_lm(small.decoder()), tx, mesh)
+    # The weights are shared between calls, and what is trained is donated.
+    state = jax.tree.map(jnp.array, init_state(part.trainable, part.member, tx, jax.random.key(5)))
+    frozen = part.frozen
+    if mesh is not None:
+        state, frozen = replicate(state, mesh), replicate(frozen, mesh)
+    found = []
+    for i in range(steps):
+        batch = small.batch(i, accum=accum)
+        state, metrics = step(state, frozen, batch if mesh is None else shard_batch(batch, mesh))
+        found.append(float(metrics["loss"]))
+    return np.array(found)
+
+
+def pmap_losses(method: str) -> np.ndarray:
+    """The step as one wrote it before jit met meshes: pmap, every gradient, and optax that discards the frozen ones."""
+    part, mask = small.tuned(method, **METHODS[method])
+    params = combine(*part)
+    labels = jax.tree.map(lambda role: "train" if role is TRAIN else "freeze", mask)
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim >= 2 and "norm" not in jax.tree_util.keystr(path), params
+    )
+    train = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1, mask=lambda p: masked_like(decayed, p)),
+    )
+    tx = optax.multi_transform({"train": train, "freeze": optax.set_to_zero()}, labels)
+    loss_fn = causal_lm(small.decoder())
+
+    def step(params, opt_state, batch, key):
+        def loss(params):
+            (total, weight), _ = loss_fn(params, batch, key)
+            return total, weight
+
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        total, weight, grads = jax.lax.psum((total, weight, grads), "devices")
+        updates, opt_state = tx.update(jax.tree.map(lambda g: g / weight, grads), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, total / weight
+
+    pmapped = jax.pmap(step, axis_name="devices", in_axes=(None, None, 0, None), out_axes=(None, None, None))
+    opt_state, found = tx.init(params), []
+    for i in range(ORACLE_STEPS):
+        batch = {k: v[0].reshape(8, 1, *v.shape[2:]) for k, v in small.batch(i).items()}
+        params, opt_state, loss = pmapped(params, opt_state, batch, jax.random.fold_in(jax.random.key(5), i))
+        found.append(float(loss))
+    return np.array(found)
+
+
+def masked_like(mask, params):
+    """The mask where multi_transform shows the parameters, its own placeholder elsewhere."""
+    hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda p, m: p if hidden(p) else m, params, mask, is_leaf=hidden)
+
+
+def main(out: str) -> None:
+    assert jax.device_count() == 8
+    found = {}
+    for name, mesh, accum in (("8 devices", make_mesh(), 1), ("4 devices 2x4", make_mesh(4), 2)):
+        total, weight, grads = gradients(mesh, accum)
+        found |= {f"{name}/{i}": x for i, x in enumerate(jax.tree.leaves((total, weight, grads)))}
+    found["losses"] = losses(make_mesh())
+    for method in METHODS:
+        ours = found["losses"][:ORACLE_STEPS] if method == "lora" else losses(make_mesh(), method, ORACLE_STEPS)
+        found[f"ours/{method}"] = ours
+        found[f"pmap/{method}"] = pmap_losses(method)
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

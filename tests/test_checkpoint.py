@@ -1,0 +1,203 @@
+"""Checkpoints by orbax: what comes back, what is kept, what happens to damaged ones."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxtune.checkpoint import Checkpoints, check_disk, state_bytes
+from jaxtune.errors import UserError
+from jaxtune.optim import optimizer
+from jaxtune.step import TrainState, init_state
+from jaxtune.tree import MEMBER, TRAIN, partition
+from jaxtune.weights import LoraWeight
+
+
+def state(seed=0.0) -> TrainState:
+    """A state with holes, a polymorphic leaf, bfloat16 and integers."""
+    weight = LoraWeight(jnp.ones((2, 4, 4)), jnp.full((2, 4, 1), float(seed)), jnp.ones((2, 1, 4)), jnp.ones(2))
+    params = {"proj": {"kernel": weight, "bias": jnp.full(3, seed, jnp.bfloat16)}}
+    mask = {"proj": {"kernel": LoraWeight(None, TRAIN, TRAIN, MEMBER), "bias": TRAIN}}
+    mask["proj"]["kernel"].w = MEMBER
+    part = partition(params, mask)
+    return init_state(part.trainable, part.member, optimizer("adamw", lr=0.1), jax.random.key(7))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path, said):
+    manager = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
+    yield manager
+    manager.close()
+
+
+def counters(best=None, **more):
+    return {"best": None if best is None else {"step": best, "loss": 0.1 + 0.2}, "waited": 0, **more}
+
+
+def assert_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got._replace(key=jax.random.key_data(got.key))),
+                    jax.tree.leaves(want._replace(key=jax.random.key_data(want.key)))):  # fmt: skip
+        assert g.dtype == w.dtype
+        assert np.array_equal(g, w)
+
+
+def test_all_comes_back(checkpoints):
+    window = {"loss": 1 / 3, "weight": 7.0, "tokens": 3}
+    checkpoints.save(5, state(3.0), counters(best=5, window=window))
+    checkpoints.wait()
+    found, kept = checkpoints.restore(state())
+    assert_equal(found, state(3.0))
+    assert kept == counters(best=5, window=window)
+    assert jax.random.uniform(found.key) == jax.random.uniform(state().key)
+
+
+def test_nothing_to_restore(checkpoints):
+    assert checkpoints.restore(state()) is None
+
+
+def test_the_names_in_a_checkpoint_need_no_code_to_be_read(checkpoints):
+    checkpoints.save(1, state(2.0), counters())
+    checkpoints.wait()
+    with ocp.StandardCheckpointer() as reader:
+        found = reader.restore(checkpoints.folder / "1" / "state")
+    assert set(found) >= {"step", "key", "trainable/proj/kernel/a", "trainable/proj/bias", "member/proj/kernel/scale"}
+    assert not any(name.startswith("frozen") for name in found)
+    assert np.array_equal(found["trainable/proj/kernel/a"], np.full((2, 4, 1), 2.0))
+    assert json.loads((checkpoints.folder / "1" / "counters" / "metadata").read_text()) == counters()
+
+
+def on_disk(checkpoints):
+    return sorted(int(p.name) for p in checkpoints.folder.iterdir() if p.name.isdigit())
+
+
+def test_the_newest_are_kept_and_the_best(checkpoints):
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 6)):
+        checkpoints.save(step, state(step), counters(best))
+        checkpoints.wait()
+    assert on_disk(checkpoints) == [6, 7]
+    checkpoints.save(8, state(8), counters(6))
+    checkpoints.save(9, state(9), counters(6))
+    checkpoints.wait()
+    assert on_disk(checkpoints) == [6, 8, 9]
+    assert_equal(checkpoints.restore(state(), step=6)[0], state(6))
+
+
+def test_the_best_stays_until_a_better_one_is_complete(checkpoints):
+    """Killed while 3 is written, the run goes on from 2, whose counters name 1."""
+    checkpoints.keep = 1
+    checkpoints.save(1, state(1), counters(1))
+    checkpoints.save(2, state(2), counters(1))
+    seen = []
+    real = checkpoints.manager.save
+    checkpoints.manager.save = lambda *a, **k: seen.append(on_disk(checkpoints)) or real(*a, **k)
+    checkpoints.save(3, state(3), counters(3))
+    checkpoints.wait()
+    assert seen == [[1, 2]]
+    assert on_disk(checkpoints) == [3]
+
+
+def test_a_run_that_goes_on_keeps_the_best_of_the_one_before(checkpoints, tmp_path):
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step), counters(1))
+    checkpoints.wait()
+    again = Checkpoints(tmp_path / "checkpoints", keep=1)
+    found, kept = again.restore(state())
+    assert (kept["best"]["step"], on_disk(again)) == (1, [1, 2, 3])
+    again.save(4, found, kept)
+    again.close()
+    assert on_disk(again) == [1, 4]
+
+
+def test_a_step_is_saved_once(checkpoints):
+    checkpoints.save(1, state(1), counters())
+    checkpoints.save(1, state(2), counters())
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(state())[0], state(1))
+
+
+def halve(folder):
+    """Cut the largest file of arrays in two."""
+    file = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+DAMAGES = {
+    "arrays cut short": halve,
+    "no arrays": lambda folder: shutil.rmtree(folder / "state"),
+    "counters cut short": lambda folder: (folder / "counters" / "metadata").write_text('{"best":'),
+    "no counters": lambda folder: shutil.rmtree(folder / "counters"),
+    "empty": lambda folder: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, checkpoints, tmp_path, said):
+    for step in (3, 6):
+        checkpoints.save(step, state(step), counters())
+    checkpoints.close()
+    DAMAGES[damage](checkpoints.folder / "6")
+    again = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
+    found, _ = again.restore(state())
+    assert_equal(found, state(3))
+    assert len(said) == 1
+    assert "checkpoint of step 6 cannot be read" in said[0]
+    assert "using the one before" in said[0]
+    again.save(6, state(60), counters())
+    again.wait()
+    assert_equal(again.restore(state())[0], state(60))
+    again.close()
+
+
+def test_all_checkpoints_damaged(checkpoints, tmp_path, said):
+    for step in (3, 6):
+        checkpoints.save(step, state(step), counters())
+    checkpoints.close()
+    for step in (3, 6):
+        halve(checkpoints.folder / str(step))
+    again = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
+    assert again.restore(state()) is None
+    assert len(said) == 2
+    again.close()
+
+
+def test_what_a_kill_left_half_written_is_not_found(checkpoints, tmp_path):
+    checkpoints.save(3, state(3), counters())
+    checkpoints.close()
+    shutil.copytree(checkpoints.folder / "3", checkpoints.folder / "6.orbax-checkpoint-tmp-0")
+    again = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert again.steps() == [3]
+    again.close()
+
+
+def test_a_best_whose_checkpoint_is_gone_is_forgotten(checkpoints, tmp_path):
+    checkpoints.save(2, state(2), counters(1))
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert again.restore(state())[1]["best"] is None
+    again.close()
+
+
+def test_bytes_of_a_state():
+    weights, moments = (8 + 8) * 4 + 3 * 2, 2 * ((8 + 8) * 4 + 3 * 2)
+    members, small = (2 * 4 * 4 + 2) * 4, 64
+    assert weights + moments + members < state_bytes(state()) < weights + moments + members + small
+
+
+def test_no_room_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**40, 2**40, 2**30))
+    check_disk(tmp_path / "not" / "there", 2**30)
+    with pytest.raises(UserError) as refused:
+        check_disk(tmp_path / "not" / "there", 3 * 2**30)
+    assert "has 1.00 GiB free; this run writes up to 3.00 GiB" in str(refused.value)
+    assert "train.keep" in str(refused.value)
