@@ -1,0 +1,132 @@
+"""Whole runs of the command line on a model of two narrow layers: its directory, its data, its commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+from safetensors.numpy import save_file
+
+from jaxtune import models
+from jaxtune.tree import flatten
+
+REPO = Path(__file__).parent.parent
+CONFIG = small.CONFIG | {"vocab_size": 258, "architectures": ["LlamaForCausalLM"], "eos_token_id": 257}
+STEPS = 12
+
+
+def write_model(folder, **changes):
+    """An HF directory: config.json, random weights and a tokenizer with one token a byte, "</s>" at the end."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<pad>", "</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    config = CONFIG | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    module = models.build(config)
+    params = jax.tree.map(np.asarray, jax.jit(module.init_params)(jax.random.key(0)))
+    leaves = flatten(params)
+    tensors = {}
+    for t in models.names(module).tensors(module.spec, set(leaves)):
+        leaf = leaves[t.path] if t.index is None else leaves[t.path][t.index]
+        tensors[t.hf] = np.ascontiguousarray(leaf.T if t.transpose else leaf)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sums(first, last):
+    """Rows of 12 to 16 tokens."""
+    return [{"prompt": f"{i} and {i + 3} make ", "completion": str(2 * i + 3)} for i in range(first, last)]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with model/, train.jsonl and eval.jsonl. Do not change it."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "model").mkdir()
+    write_model(folder / "model")
+    write_jsonl(folder / "train.jsonl", sums(0, 40))
+    write_jsonl(folder / "eval.jsonl", sums(40, 48))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Keep compiled programs and tokens in a folder of the session: most runs here are the same program."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXTUNE_CACHE", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        compilation_cache.reset_cache()
+        yield
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+    compilation_cache.reset_cache()
+
+
+def command(home, workdir, *flags, **settings):
+    """`train ...` for the runs here; settings are written with two underscores for a dot, None takes one away."""
+    chosen = {
+        "model__path": home / "model",
+        "data__train": home / "train.jsonl",
+        "data__eval": home / "eval.jsonl",
+        "tune__lora__r": 2,
+        "tune__lora__lora_dropout": 0.1,
+        "optim__lr": 0.01,
+        "train__steps": STEPS,
+        "train__batch_size": 4,
+        "train__eval_every": 4,
+        "train__save_every": 3,
+        "log__every": 1,
+        "log__tensorboard": "false",
+        "log__progress": "false",
+    } | settings
+    words = [f"--config.{k.replace('__', '.')}={v}" for k, v in chosen.items() if v is not None]
+    return ["train", *words, *([] if workdir is None else [f"--workdir={workdir}"]), *flags]
+
+
+def start(argv):
+    """The command in a process of its own, which shares the cache and the level of optimisation."""
+    env = os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxtune", *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def read(workdir):
+    """metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if k != "train/tokens_per_second"} for m in lines]
+
+
+def adapter(workdir):
+    """The bytes of the result."""
+    return (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def checkpoints(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def everything(folder):
+    """{path: bytes} below a folder; {} where there is none."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

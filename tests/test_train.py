@@ -1,0 +1,545 @@
+"""`jaxtune train` from the command line to the bytes on the disk, killed, resumed, and refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import runs
+from runs import STEPS, adapter, checkpoints, command, compiled, everything, home, read, sums, write_jsonl  # noqa: F401
+from safetensors.numpy import load_file, save_file
+from small import quick_compiles  # noqa: F401
+
+from jaxtune import log, loop
+from jaxtune.cli import main
+from jaxtune.commands import job
+
+
+@pytest.fixture(scope="module")
+def alone(home, tmp_path_factory):  # noqa: F811
+    """The workdir of a run that nothing disturbed. Copy it before changing it."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    assert main(command(home, workdir, log__tensorboard="true")) == 0
+    return workdir
+
+
+@pytest.fixture
+def copy(alone, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(alone, tmp_path / "copy")
+
+
+@pytest.fixture
+def run(home, capsys):  # noqa: F811
+    """`run(workdir, **settings) -> (status, stdout, stderr)`."""
+
+    def call(workdir, *flags, **settings):
+        capsys.readouterr()
+        status = main(command(home, workdir, *flags, **settings))
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def same(workdir, alone):
+    return adapter(workdir) == adapter(alone) and read(workdir) == read(alone)
+
+
+# --- a run
+
+
+def test_metrics_are_those_of_the_contract(alone):
+    lines = read(alone)
+    steps = [m for m in lines if "train/loss" in m]
+    assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
+    assert all(set(m) == {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens"} for m in steps)
+    raw = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["train/tokens_per_second"] > 0 for m in raw if "train/loss" in m)
+    evaluations = [m for m in lines if "eval/loss" in m]
+    assert [m["step"] for m in evaluations] == [0, 4, 8, 12]
+    assert all(set(m) == {"step", "eval/loss", "eval/perplexity", "eval/tokens"} for m in evaluations)
+    assert all(m["eval/perplexity"] == pytest.approx(np.exp(m["eval/loss"])) for m in evaluations)
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+    # completions "83" .. "97" and the end token
+    assert evaluations[0]["eval/tokens"] == sum(len(row["completion"]) + 1 for row in sums(40, 48))
+    assert steps[0]["train/lr"] == pytest.approx(0.01)
+
+
+def test_a_run_directory_is_complete(alone):
+    assert {p.name for p in alone.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "checkpoints",
+        "adapter",
+        "tensorboard",
+        ".lock",
+    }
+    config = json.loads((alone / "config.json").read_text())
+    assert config["tune"]["lora"]["r"] == 2
+    assert config["optim"]["lr"] == 0.01
+    assert config["versions"]["jax"] == jax.__version__
+    assert json.loads((alone / "summary.json").read_text())["best"]["step"] == 12
+
+
+def test_tensorboard_events_say_what_the_metrics_say(alone):
+    from tensorboardX.proto.event_pb2 import Event
+
+    [file] = (alone / "tensorboard").iterdir()
+    data, found = file.read_bytes(), {}
+    while data:
+        length = int.from_bytes(data[:8], "little")  # a record: length, its checksum, data, checksum
+        event = Event.FromString(data[12 : 12 + length])
+        found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        data = data[16 + length :]
+    for line in read(alone):
+        for name, value in line.items():
+            if name != "step":
+                assert found[name, line["step"]] == pytest.approx(value, rel=1e-5)
+
+
+def test_two_runs_are_the_same_bytes(run, alone, tmp_path):
+    assert run(tmp_path / "again")[0] == 0
+    assert same(tmp_path / "again", alone)
+
+
+def test_batches_split_in_two_have_the_same_losses(run, alone, tmp_path):
+    assert run(tmp_path / "split", train__grad_accum=2)[0] == 0
+    for a, b in zip(read(tmp_path / "split"), read(alone), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def best_at(monkeypatch, best):
+    """Let every evaluation find the step's distance from `best`."""
+    evaluate = lambda state: {"eval/loss": float(abs(int(state.step) - best))}  # noqa: E731
+    monkeypatch.setattr(loop, "make_evaluate", lambda *args: evaluate)
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(alone, run, tmp_path, monkeypatch):
+    assert checkpoints(alone) == [9, 12]
+    best_at(monkeypatch, 4)
+    status, out, _ = run(tmp_path / "one", train__keep=1)
+    assert status == 0
+    assert checkpoints(tmp_path / "one") == [4, 12]
+    # What is exported are the weights of the best, not the last.
+    assert "The best evaluation was at step 4;" in out
+    assert exported(tmp_path / "one") == saved(tmp_path / "one", 4) != saved(tmp_path / "one", 12)
+
+
+def exported(workdir):
+    """The numbers of all factors in an adapter, sorted."""
+    found = load_file(workdir / "adapter" / "adapter_model.safetensors")
+    return sorted(np.concatenate([x.ravel() for x in found.values()]).tolist())
+
+
+def saved(workdir, step):
+    """The numbers of all factors in a checkpoint, sorted."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        found = reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    return sorted(np.concatenate([np.ravel(x) for k, x in found.items() if k.startswith("trainable/")]).tolist())
+
+
+# --- killed, stopped, gone on
+
+
+def test_killed_at_random_steps_it_ends_with_the_same_bytes(home, run, alone, tmp_path):  # noqa: F811
+    workdir, seed = tmp_path / "killed", random.SystemRandom().randrange(10**6)
+    steps = sorted(random.Random(seed).sample(range(1, STEPS - 2), 2))
+    print(f"killed at steps {steps} (seed {seed})")
+    assert any([kill_at(command(home, workdir), workdir, at) for at in steps])
+    assert run(workdir)[0] == 0
+    assert same(workdir, alone)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(home, run, alone, tmp_path):  # noqa: F811
+    for trial in range(4):
+        workdir, rng = tmp_path / f"killed{trial}", random.Random(trial)
+        assert any([kill_at(command(home, workdir), workdir, at) for at in sorted(rng.sample(range(1, STEPS), 3))])
+        assert run(workdir)[0] == 0
+        assert same(workdir, alone), trial
+
+
+def kill_at(argv, workdir, step):
+    """Start a run and kill it as soon as metrics.jsonl holds a line of `step`; return whether it was still running.
+
+    It prints a line when it has written one.
+    """
+    process = runs.start(argv)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step ") and any(m["step"] >= step for m in read(workdir)):
+            break
+    process.kill()
+    process.stdout.close()
+    assert process.wait() in (-signal.SIGKILL, 0), "".join(said)
+    return process.returncode != 0
+
+
+def during(monkeypatch, step, act):
+    """Call `act` when `step` is logged."""
+    update = log.Progress.update
+
+    def acting(self, number, values):
+        update(self, number, values)
+        if number == step:
+            act()
+
+    monkeypatch.setattr(log.Progress, "update", acting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_3_and_the_same_command_goes_on(number, run, alone, tmp_path, monkeypatch):
+    workdir = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        during(patch, 5, lambda: os.kill(os.getpid(), number))
+        status, _, err = run(workdir)
+    assert status == 3
+    assert "Start again to go on." in err
+    assert "Traceback" not in err
+    assert checkpoints(workdir)[-1] in (5, 6)
+    assert not (workdir / "adapter").exists()
+    status, out, _ = run(workdir)
+    assert status == 0
+    assert f"Going on after step {6} of {STEPS}" in out
+    assert same(workdir, alone)
+
+
+def test_a_finished_run_started_again_changes_no_number(run, alone, copy):
+    before = everything(copy / "checkpoints")
+    status, out, _ = run(copy, log__tensorboard="true")
+    assert status == 0
+    assert f"Going on after step {STEPS} of {STEPS}" in out
+    assert same(copy, alone)
+    assert everything(copy / "checkpoints") == before
+
+
+def test_a_checkpoint_cut_short_gives_way_to_the_one_before(run, alone, copy):
+    files = [p for p in (copy / "checkpoints" / "12" / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-20])
+    shutil.rmtree(copy / "adapter")
+    status, out, _ = run(copy)
+    assert status == 0
+    assert "The checkpoint of step 12 cannot be read" in out
+    assert "Going on after step 9" in out
+    assert same(copy, alone)
+
+
+def test_more_steps_and_other_logging_may_go_on(run, copy):
+    status, out, _ = run(copy, train__steps=STEPS + 4, log__every=2, train__eval_every=8, train__keep=1)
+    assert status == 0
+    assert "Going on after step 12 of 16" in out
+    lines = read(copy)
+    assert [m["step"] for m in lines if "train/loss" in m] == [*range(1, 13), 14, 16]
+    assert json.loads((copy / "config.json").read_text())["train"]["steps"] == 16
+
+
+def test_every_other_difference_is_refused_by_name(run, copy):
+    before = everything(copy)
+    status, _, err = run(copy, optim__lr=0.02, tune__lora__r=4, train__seed=1, log__every=3)
+    assert status == 2
+    for line in ("optim.lr: 0.01 -> 0.02", "tune.lora.r: 2 -> 4", "train.seed: 0 -> 1", "nothing was changed"):
+        assert line in err
+    assert "log.every" not in err
+    assert everything(copy) == before
+
+
+def test_fewer_steps_than_were_done_are_refused(run, copy):
+    before = everything(copy)
+    status, _, err = run(copy, train__steps=7)
+    assert status == 2
+    assert "has done 12 steps, and this config asks for 7" in err
+    assert everything(copy) == before
+
+
+def test_data_that_changed_on_the_disk_are_refused(run, home, tmp_path):  # noqa: F811
+    file, workdir = write_jsonl(tmp_path / "train.jsonl", sums(0, 30)), tmp_path / "run"
+    assert run(workdir, data__train=file)[0] == 0
+    write_jsonl(file, [*sums(0, 29), {"prompt": "29 and 32 make ", "completion": "62"}])
+    before = everything(workdir)
+    status, _, err = run(workdir, data__train=file)
+    assert status == 2
+    assert "has changed since it started" in err
+    assert everything(workdir) == before
+
+
+def test_early_stopping_exports_the_best(run, tmp_path, monkeypatch):
+    """Also where it stops before the first line of losses is due."""
+    workdir = tmp_path / "early"
+    best_at(monkeypatch, 3)
+    status, out, err = run(workdir, train__eval_every=1, train__early_stop=2, log__every=100)
+    assert status == 0, err
+    assert [m["step"] for m in read(workdir)] == [0, 1, 2, 3, 4, 5]
+    assert exported(workdir) == saved(workdir, 3)
+    assert "\n5 steps" in out
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["early_stop"], summary["best"]) == (True, {"step": 3, "loss": 0.0})
+
+
+# --- what fails while it runs
+
+
+def test_a_loss_that_is_not_finite(run, home, tmp_path):  # noqa: F811
+    workdir = tmp_path / "nan"
+    status, _, err = run(workdir, optim__lr=1e30, train__save_every=1)
+    assert status == 1
+    assert "not finite at step 2" in err
+    assert "train.jsonl:" in err
+    assert "last good checkpoint is of step 1" in err
+    assert "Traceback" not in err
+    assert checkpoints(workdir) == [1]
+    assert not (workdir / "adapter").exists()
+
+
+def test_out_of_device_memory(run, tmp_path, monkeypatch):
+    def make(*args):
+        def step(*args):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 GiB")
+
+        return step
+
+    monkeypatch.setattr(job, "make_train_step", make)
+    status, _, err = run(tmp_path / "oom")
+    assert status == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[1:] == [
+        "  --config.train.grad_accum=2 (the same result, half the activations)",
+        "  --config.model.remat=full (the same result, about a third slower)",
+        "  --config.data.max_length=32 (longer rows are dropped)",
+    ]
+
+
+def test_remedies_fit_the_config():
+    cfg = SimpleNamespace(
+        train=SimpleNamespace(grad_accum=4, batch_size=4),
+        model=SimpleNamespace(remat="full", dtype="bfloat16"),
+        tune=SimpleNamespace(method="full"),
+    )
+    ways = job.remedies(cfg, rows=1, length=1024)
+    assert [w.split(" ")[0] for w in ways] == [
+        "--config.tune.method=lora",
+        "--config.data.max_length=512",
+        "--config.train.batch_size=2",
+    ]
+
+
+# --- wrong input: exit 2, one message, nothing written
+
+
+@pytest.fixture
+def refused(run, tmp_path, monkeypatch):
+    """`refused(**settings) -> message`: nothing may be compiled or written."""
+
+    def never(*args):
+        raise AssertionError("a step was called")
+
+    def call(**settings):
+        workdir = tmp_path / "refused"
+        monkeypatch.setattr(job, "make_train_step", lambda *args: never)
+        monkeypatch.setattr(job, "make_eval_step", lambda *args: never)
+        status, _, err = run(workdir, **settings)
+        assert status == 2, err
+        assert err.startswith("jaxtune: error: ")
+        assert "Traceback" not in err
+        assert not workdir.exists()
+        return err
+
+    return call
+
+
+def test_max_length_above_the_positions(refused):
+    assert "data.max_length=65 exceeds the 64 positions" in refused(data__max_length=65)
+
+
+def test_a_missing_model(refused, tmp_path):
+    assert f"The model directory '{tmp_path / 'none'}' does not exist" in refused(model__path=tmp_path / "none")
+
+
+@pytest.fixture
+def other_model(home, tmp_path):  # noqa: F811
+    """A copy of the model, to spoil."""
+    return shutil.copytree(home / "model", tmp_path / "model")
+
+
+def test_a_pickled_checkpoint(refused, other_model):
+    (other_model / "model.safetensors").unlink()
+    (other_model / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    err = refused(model__path=other_model)
+    assert "pytorch_model.bin" in err
+    assert "safetensors" in err
+
+
+def test_weights_cut_short(refused, other_model):
+    file = other_model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cut short" in refused(model__path=other_model)
+
+
+def test_an_unsupported_family(refused, other_model):
+    (other_model / "config.json").write_text(json.dumps(runs.CONFIG | {"model_type": "lama"}))
+    err = refused(model__path=other_model)
+    assert "'lama' is not supported" in err
+    assert "Did you mean 'llama'" in err
+
+
+def test_a_tokenizer_larger_than_the_embedding(refused, other_model):
+    weights = load_file(other_model / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:200]
+    save_file(weights, other_model / "model.safetensors")
+    (other_model / "config.json").write_text(json.dumps(runs.CONFIG | {"vocab_size": 200}))
+    err = refused(model__path=other_model)
+    assert "tokenizer (258 tokens) is larger than the model's embedding (200 rows)" in err
+
+
+def test_a_missing_file(refused, tmp_path):
+    assert "none.jsonl" in refused(data__train=tmp_path / "none.jsonl")
+
+
+def test_a_missing_column(refused, tmp_path):
+    file = write_jsonl(tmp_path / "qa.jsonl", [{"question": "a", "answer": "b"}])
+    err = refused(data__train=file)
+    assert "question" in err
+    assert "Set data.columns, for example prompt=question,completion=answer" in err
+
+
+def test_a_malformed_line(refused, tmp_path):
+    file = write_jsonl(tmp_path / "torn.jsonl", sums(0, 3))
+    file.write_text(file.read_text() + '{"prompt": "4')
+    assert f"{file}:4" in refused(data__train=file)
+
+
+def test_no_trained_token_at_all(refused, tmp_path):
+    rows = [{"prompt": "a" * 70, "completion": "b"}] * 3
+    err = refused(data__train=write_jsonl(tmp_path / "long.jsonl", rows))
+    assert "none of its 3 rows has a token to train on" in err
+
+
+def test_a_target_that_matches_nothing(refused):
+    err = refused(tune__lora__target_modules="q_proj,qproj")
+    assert "'qproj'" in err
+    assert "Did you mean 'q_proj'" in err
+
+
+def test_an_unknown_setting(refused):
+    assert "optim.lr" in refused(optim__learning_rate=1)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(refused, monkeypatch):
+    monkeypatch.setattr(job, "make_mesh", lambda: SimpleNamespace(size=8))
+    err = refused(train__batch_size=12)
+    assert "micro-batch of 12 rows" in err
+    assert "8 devices; choose a multiple of 8" in err
+
+
+def test_no_room_on_the_disk(refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2**40, used=0, free=1000))
+    assert "0.00 GiB free" in refused()
+
+
+def test_a_workdir_that_is_no_run(run, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    before = everything(tmp_path)
+    status, _, err = run(tmp_path / "thesis")
+    assert status == 2
+    assert "is not empty and holds no run" in err
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", [".lock", ".config.json.1f2e.tmp"])
+def test_what_a_kill_before_the_first_step_left_is_no_obstacle(left, tmp_path):
+    (tmp_path / left).write_text("{")
+    assert job.check_workdir(tmp_path, None) is False
+
+
+def test_no_workdir(run):
+    status, _, err = run(None)
+    assert status == 2
+    assert "--workdir=DIR is missing" in err
+
+
+# --- before the run
+
+
+def test_a_dry_run_checks_all_shows_rows_and_compiles_nothing(run, tmp_path, monkeypatch):
+    for name in ("make_train_step", "make_eval_step"):
+        monkeypatch.setattr(job, name, lambda *args: None)
+    status, out, _ = run(tmp_path / "dry", "--dry-run")
+    assert status == 0
+    assert not (tmp_path / "dry").exists()
+    assert "12 steps of 4 rows; every check passed, nothing was compiled." in out
+    assert out.count(" make ") >= 2
+    assert run(tmp_path / "dry", "--dry-run", tune__lora__target_modules="qproj")[0] == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2**40, used=0, free=1000))
+    assert run(tmp_path / "dry", "--dry-run")[0] == 2
+
+
+def test_params_tells_what_train_will_tell(run, home, tmp_path, capsys):  # noqa: F811
+    for targets in ("all-linear", r"model\.layers\.1\..*_proj"):
+        _, out, _ = run(tmp_path / "dry", "--dry-run", tune__lora__target_modules=targets)
+        [line] = [x for x in out.splitlines() if x.startswith("trainable params")]
+        argv = [f"--config.model.path={home / 'model'}", "--config.tune.lora.r=2"]
+        assert main(["params", *argv, f"--config.tune.lora.target_modules={targets}"]) == 0
+        assert line in capsys.readouterr().out
+
+
+# --- other methods, real data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_whole_models_come_out(method, run, tmp_path):
+    """And killed on the way they come out the same."""
+    none = {"tune__lora__r": None, "tune__lora__lora_dropout": None}
+    status, _, err = run(tmp_path / "run", tune__method=method, **none)
+    assert status == 0, err
+    import jaxtune
+
+    _, params = jaxtune.load(tmp_path / "run" / "model")
+    assert ("lm_head" in params) == (method == "head")
+    losses = [m["eval/loss"] for m in read(tmp_path / "run") if "eval/loss" in m]
+    assert losses[-1] < losses[0]
+
+
+REAL = {
+    "gsm8k": {"data__train": "gsm8k/train.jsonl", "data__columns": "prompt=question,completion=answer"},
+    "wikisql": {"data__train": "wikisql/train.jsonl"},
+    "toolcall": {"data__train": "toolcall/glaive_toolcall_en_demo.json"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_held_out_loss_falls_on_real_data(name, assets, run, tmp_path):
+    settings = REAL[name] | {"data__train": assets / "data" / REAL[name]["data__train"]}
+    status, out, err = run(
+        tmp_path / "run",
+        **settings,
+        model__path=assets / "models" / "stories260k",
+        data__eval=None,
+        data__eval_fraction=0.02,
+        data__max_length=512,
+        tune__lora__r=8,
+        tune__lora__lora_dropout=None,
+        optim__lr=3e-3,
+        train__steps=30,
+        train__batch_size=8,
+        train__eval_every=30,
+        train__eval_batches=4,
+        train__save_every=None,
+        log__every=10,
+    )
+    assert status == 0, err
+    losses = [m["eval/loss"] for m in read(tmp_path / "run") if "eval/loss" in m]
+    assert losses[-1] < 0.9 * losses[0]
+    assert "over 512 tokens dropped" in out
