@@ -5,9 +5,15 @@ set -euo pipefail
 (($#)) || { echo "usage: launch/requeue.sh COMMAND [ARGUMENT ...]   (within a Slurm job)" >&2; exit 2; }
 : "${SLURM_JOB_ID:?requeue.sh runs within a Slurm job; submit one with sbatch}"
 
+pid='' stopped=''
+forward() {
+  stopped=1
+  [[ -z $pid ]] || kill -s TERM "$pid" 2>/dev/null || true
+}
+trap forward TERM INT # before the command starts: a signal may come at once
 "$@" &
 pid=$!
-trap 'kill -s TERM "$pid" 2>/dev/null || true' TERM INT
+[[ -z $stopped ]] || forward
 status=0
 wait "$pid" || status=$?
 while kill -0 "$pid" 2>/dev/null; do # a signal ended the wait, not the command

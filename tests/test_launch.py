@@ -73,6 +73,12 @@ exit "${status-0}"
 """
 
 
+def _default_signals() -> None:
+    """A shell cannot trap what it inherits as ignored, and a test run may itself be under nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Place:
     """A folder with the stand-ins, where scripts run."""
 
@@ -115,7 +121,7 @@ class Place:
 
     def start(self, *command: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **pipes)
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, preexec_fn=_default_signals, **pipes)
 
     def run(self, *command: str, status: int = 0) -> tuple[str, str]:
         return self.end(self.start(*command), status)
