@@ -305,6 +305,28 @@ def test_files_in_and_out(capsys, tmp_path, assets, stories):
     assert status == 2 and "not overwritten" in err
 
 
+def test_a_chat_keeps_the_conversation(capsys, monkeypatch, assets, stories):
+    folder = assets / "models" / "stories260k"
+    said = iter(["Hello", "Who is Lily?", "", "Hello"])
+
+    def answer(prompt):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    status, out, _ = run(capsys, folder, "--max-new-tokens=12")
+    first = [{"role": "user", "content": "Hello"}]
+    settings = {"max_new_tokens": 12, "chat": True}
+    (one,) = generate_text(*stories[:3], [first], **settings)
+    second = [*first, {"role": "assistant", "content": one}, {"role": "user", "content": "Who is Lily?"}]
+    (two,) = generate_text(*stories[:3], [second], **settings)
+    assert status == 0
+    assert out.partition("Ctrl-D ends.\n")[2] == f"{one}\n{two}\n{one}\n\n"
+
+
 @pytest.mark.parametrize(
     "name, text, words",
     [

@@ -104,6 +104,7 @@ def chat(target: Any, settings: dict[str, Any]) -> None:
             print(f"{error}\nA new conversation starts.")
             messages = []
             continue
+        print()
         messages.append({"role": "assistant", "content": answer})
         settings = settings | {"seed": settings["seed"] + 1}
 
