@@ -34,8 +34,9 @@ HEADS = heads()
 def naive(head, x, targets, weights, z_loss=0.0):
     """Every logit at once, and JAX's own derivative."""
     logits = head_logits(head, x)
-    shifted = logits - logits.max(-1, keepdims=True)
-    lse = jnp.log(jnp.exp(shifted).sum(-1)) + logits.max(-1)
+    # The shift cancels. Its own derivative compares logits with their maximum, which XLA may compute twice, unequally.
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    lse = jnp.log(jnp.exp(logits - top).sum(-1)) + top[..., 0]
     picked = (logits * jax.nn.one_hot(targets, V)).sum(-1)
     return (weights * (lse - picked + z_loss * lse**2)).sum()
 
