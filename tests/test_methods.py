@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
 from jaxtune.methods import full, head, lora, places, resolve_targets

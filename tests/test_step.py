@@ -176,7 +176,7 @@ def test_fifty_losses_equal_those_of_live_peft(name):
     tx = optimizer("adamw", lr=1e-3, weight_decay=0.1, grad_clip=1.0)
     step, state = make_train_step(causal_lm(module), tx), fresh(part, tx)
 
-    theirs, given, by_path = live(name, settings).train(), flatten(params), {}
+    theirs, given, by_path = live(name, settings).eval(), flatten(params), {}
     for place in places(params, module):
         if f"{place.path}/a" in given:
             by_path[place.name] = given[f"{place.path}/a"][place.index]
