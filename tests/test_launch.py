@@ -73,12 +73,6 @@ exit "${status-0}"
 """
 
 
-def _default_signals() -> None:
-    """A shell cannot trap what it inherits as ignored, and a test run may itself be under nohup."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class Place:
     """A folder with the stand-ins, where scripts run."""
 
@@ -121,7 +115,12 @@ class Place:
 
     def start(self, *command: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, preexec_fn=_default_signals, **pipes)
+        # A shell cannot trap what it inherits as ignored, and a test run may itself be under nohup.
+        inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        try:
+            return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **pipes)
+        finally:
+            signal.signal(signal.SIGHUP, inherited)
 
     def run(self, *command: str, status: int = 0) -> tuple[str, str]:
         return self.end(self.start(*command), status)
