@@ -398,7 +398,7 @@ def test_a_tokenizer_larger_than_the_embedding(refused, other_model):
     weights = load_file(other_model / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:200]
     save_file(weights, other_model / "model.safetensors")
-    (other_model / "config.json").write_text(json.dumps(runs.CONFIG | {"vocab_size": 200}))
+    (other_model / "config.json").write_text(json.dumps(runs.CONFIG | {"vocab_size": 200, "eos_token_id": 1}))
     err = refused(model__path=other_model)
     assert "tokenizer (258 tokens) is larger than the model's embedding (200 rows)" in err
 
