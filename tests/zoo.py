@@ -46,6 +46,64 @@ GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_h
 )
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6}
 
+
+def rope(kind: str, **rule: Any) -> dict:
+    """`rope_parameters` of a scaling."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | rule}
+
+
+# At this size both ends of YaRN's range fall inside the channels, and between whole ones.
+YARN = {"original_max_position_embeddings": 32, "beta_fast": 0.5, "beta_slow": 0.1}
+GEMMA = LLAMA | {"head_dim": 16, "tie_word_embeddings": True, "pad_token_id": 0}
+# Caps and a scale that bite at the scores and logits of these models; 5 = 2*2+1 layers.
+GEMMA2 = GEMMA | {
+    "num_hidden_layers": 5,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 4.0,
+    "final_logit_softcapping": 1.0,
+}
+# 8 = 2*3+2 layers.
+GEMMA3 = GEMMA | {
+    "num_hidden_layers": 8,
+    "sliding_window": 6,
+    "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 24,
+}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+}
+PHI3 = LLAMA | {"pad_token_id": 0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.2, 2.0, 4.0, 8.0],
+}
+SHORTER = {"short_factor": [1.5, 2.0], "long_factor": [3.0, 9.0]}
+SMOLLM3 = LLAMA | {"num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": 0}
+GRANITE = LLAMA | {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 5.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+}
+STARCODER2 = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word_embeddings")} | {
+    "sliding_window": 6,
+    "norm_epsilon": 1e-4,
+}
+MIXTRAL = LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN2_MOE = LLAMA | {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+QWEN3_MOE = LLAMA | {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+STABLELM = LLAMA | {"layer_norm_eps": 1e-4}
+NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"rotary_pct": 0.5, "layer_norm_eps": 1e-4}
+
 # name -> (model_type, config). Between them: every switch that a family's file reads.
 ZOO: dict[str, tuple[str, dict]] = {
     "llama": ("llama", LLAMA | {"head_dim": 16}),
@@ -74,6 +132,118 @@ ZOO: dict[str, tuple[str, dict]] = {
     "gpt2-untied-relu": (
         "gpt2",
         GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu", "n_head": 2},
+    ),
+    "llama-linear": ("llama", LLAMA | rope("linear", factor=4.0)),
+    "llama-dynamic": ("llama", LLAMA | rope("dynamic", factor=2.0) | {"max_position_embeddings": 16}),
+    "qwen2-yarn": (
+        "qwen2",
+        LLAMA | {"head_dim": 16} | rope("yarn", factor=4.0, **YARN),
+    ),
+    "qwen3-yarn-mscale": (
+        "qwen3",
+        LLAMA | {"head_dim": 16} | rope("yarn", factor=4.0, mscale=1.5, mscale_all_dim=0.5, truncate=False, **YARN),
+    ),
+    "gemma": ("gemma", GEMMA | {"num_key_value_heads": 1}),
+    "gemma-untied-biases": (
+        "gemma",
+        GEMMA | {"head_dim": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma-gqa": ("gemma", GEMMA | {"num_attention_heads": 8, "head_dim": 4, "hidden_act": "gelu"}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma2-global-untied": (
+        "gemma2",
+        GEMMA2
+        | {"tie_word_embeddings": False, "attn_logit_softcapping": None, "num_key_value_heads": 4, "head_dim": 8}
+        | {"layer_types": ["full_attention"] * 3, "attention_bias": True, "num_hidden_layers": 3},
+    ),
+    "gemma2-mqa": ("gemma2", GEMMA2 | {"num_key_value_heads": 1, "final_logit_softcapping": None, "sliding_window": 3}),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3-untied-linear": (
+        "gemma3_text",
+        GEMMA3
+        | {"tie_word_embeddings": False, "num_key_value_heads": 4, "attention_bias": True, "head_dim": 8}
+        | {"rope_parameters": GEMMA3_ROPES, "num_hidden_layers": 5},
+    ),
+    "gemma3-mqa": ("gemma3_text", GEMMA3 | {"num_key_value_heads": 1, "sliding_window_pattern": 2}),
+    "phi3": ("phi3", PHI3 | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 1.0}}),
+    "phi3-short-partial": (
+        "phi3",
+        PHI3
+        | {"original_max_position_embeddings": 56, "num_key_value_heads": 4, "tie_word_embeddings": True}
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.5} | SHORTER},
+    ),
+    "phi3-window": ("phi3", PHI3 | {"sliding_window": 6, "num_key_value_heads": 1, "num_attention_heads": 2}),
+    "olmo2": ("olmo2", LLAMA),
+    "olmo2-mha-biases": ("olmo2", LLAMA | {"num_key_value_heads": 4, "attention_bias": True, "head_dim": 12}),
+    "olmo2-mqa": ("olmo2", LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", SMOLLM3),
+    "smollm3-windows-biases": (
+        "smollm3",
+        SMOLLM3
+        | WINDOWS
+        | {"attention_bias": True, "mlp_bias": True, "no_rope_layer_interval": 2, "num_key_value_heads": 4},
+    ),
+    "smollm3-list": (
+        "smollm3",
+        SMOLLM3
+        | {"no_rope_layers": [0, 1, 1, 0, 1], "head_dim": 12, "num_key_value_heads": 1}
+        | {"tie_word_embeddings": False},
+    ),
+    "granite": ("granite", GRANITE),
+    "granite-mha-biases": (
+        "granite",
+        GRANITE | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "granite-mqa": ("granite", GRANITE | {"num_key_value_heads": 1, "head_dim": 12}),
+    "starcoder2": ("starcoder2", STARCODER2),
+    "starcoder2-untied-mha": (
+        "starcoder2",
+        STARCODER2 | {"tie_word_embeddings": False, "num_key_value_heads": 4, "use_bias": False},
+    ),
+    "starcoder2-mqa": (
+        "starcoder2",
+        STARCODER2 | {"num_key_value_heads": 1, "sliding_window": None, "head_dim": 12, "hidden_act": "gelu"},
+    ),
+    "mixtral": ("mixtral", MIXTRAL),
+    "mixtral-window": ("mixtral", MIXTRAL | {"sliding_window": 6, "num_key_value_heads": 1, "num_experts_per_tok": 1}),
+    "mixtral-tied": ("mixtral", MIXTRAL | {"num_key_value_heads": 4, "head_dim": 12, "tie_word_embeddings": True}),
+    "qwen2_moe": ("qwen2_moe", QWEN2_MOE),
+    "qwen2_moe-mixed": (
+        "qwen2_moe",
+        QWEN2_MOE | {"mlp_only_layers": [0], "norm_topk_prob": True, "num_key_value_heads": 1, "qkv_bias": False},
+    ),
+    "qwen2_moe-windows": (
+        "qwen2_moe",
+        QWEN2_MOE | WINDOWS | {"max_window_layers": 2, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3_moe-sparse-step": (
+        "qwen3_moe",
+        QWEN3_MOE
+        | {"decoder_sparse_step": 2, "num_hidden_layers": 4, "num_key_value_heads": 4, "attention_bias": True},
+    ),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        QWEN3_MOE | WINDOWS | {"num_key_value_heads": 1, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "stablelm": ("stablelm", STABLELM),
+    "stablelm-parallel": (
+        "stablelm",
+        STABLELM
+        | {"use_parallel_residual": True, "num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": True},
+    ),
+    "stablelm-qk-norm": (
+        "stablelm",
+        STABLELM | {"qk_layernorm": True, "partial_rotary_factor": 0.5, "num_attention_heads": 2},
+    ),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False},
+    ),
+    "gpt_neox-tied": (
+        "gpt_neox",
+        NEOX | {"tie_word_embeddings": True, "num_attention_heads": 2, "rotary_emb_base": 500, "hidden_act": "relu"},
     ),
 }
 

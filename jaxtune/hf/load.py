@@ -1,6 +1,7 @@
 """HF model directories in: config.json and safetensors -> (module, params)."""
 
 import functools
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 from jaxtune.models.names import NameTable, Tensor
+from jaxtune.quantized import packs
 from jaxtune.tree import flatten
+
+Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -49,13 +53,20 @@ def read_config(folder: Path) -> dict:
     return tensors.read_json(file)
 
 
-def load(path_or_id: str | Path, dtype: Any = None, param_dtype: Any = None, **settings: Any) -> tuple[Any, Any]:
+def load(
+    path_or_id: str | Path,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    quantization: str | None = None,
+    **settings: Any,
+) -> tuple[Any, Any]:
     """Load a pretrained model.
 
     Args:
         path_or_id: a directory with config.json and safetensors, or a hub id.
         dtype: of activations; default float32.
         param_dtype: of parameters; default: as stored in the checkpoint.
+        quantization: "nf4", "int8" or "fp8": the body's matrices are quantised one by one as they are read.
         settings: `Decoder`'s other fields (attention, remat, unroll).
 
     Returns:
@@ -67,24 +78,45 @@ def load(path_or_id: str | Path, dtype: Any = None, param_dtype: Any = None, **s
     """
     folder = resolve(path_or_id)
     module = models.build(read_config(folder), dtype=dtype or jnp.float32, **settings)
-    entries = tensors.index_dir(folder)
+    return module, read_params(module, folder, param_dtype, quantization=quantization)
+
+
+def read_params(module: Any, folder: Path, dtype: Any = None, key: Any = None, quantization: str | None = None) -> Any:
+    """Read the parameters of `module` from a directory; `key` draws a label head that is new.
+
+    Raises:
+        UserError: as `load`.
+    """
+    entries, table = tensors.index_dir(folder), models.names(module)
     wanted = module.abstract_params()
-    places = plan(models.names(module), module, wanted, entries, folder)
-    return module, read_tree(wanted, places, param_dtype)
+    fresh = module.drawn(entries, table, key) if hasattr(module, "labels") else {}
+    places = plan(table, module, wanted, entries, folder, fresh.keys())
+    return read_tree(wanted, places, dtype, fresh, packs(wanted, quantization) if quantization else None)
 
 
 def plan(
-    table: NameTable, module: Any, wanted: Any, entries: dict[str, tensors.Entry], folder: Path
+    table: NameTable,
+    module: Any,
+    wanted: Any,
+    entries: dict[str, tensors.Entry],
+    folder: Path,
+    drawn: Set[str] = frozenset(),
 ) -> list[tuple[Tensor, tensors.Entry]]:
-    """Pair every tensor the tree wants with its entry; raise one error that lists all that does not fit."""
+    """Pair every tensor the tree wants with its entry; raise one error that lists all that does not fit.
+
+    `drawn`: paths that are not read, whatever the checkpoint has there.
+    """
     shapes = {path: leaf.shape for path, leaf in flatten(wanted).items()}
+    entries = {table.modern(name): entry for name, entry in entries.items()}
     if not any(name.startswith(table.prefix) for name in entries):
         entries = {name if name in table.top else table.prefix + name: e for name, e in entries.items()}
     problems, places, used = [], [], set()
     for tensor in table.tensors(module.spec, set(shapes)):
-        shape = shapes[tensor.path][0 if tensor.index is None else 1 :]
+        shape = tensor.part(shapes[tensor.path])
         expected = shape[::-1] if tensor.transpose else shape
         used.add(tensor.hf)
+        if tensor.path in drawn:
+            continue
         if tensor.hf not in entries:
             problems.append(f"missing    {tensor.hf} {list(expected)}")
         elif entries[tensor.hf].shape != expected:
@@ -93,7 +125,7 @@ def plan(
             problems.append(f"quantised  {tensor.hf} {entries[tensor.hf].dtype}, expected floating point")
         else:
             places.append((tensor, entries[tensor.hf]))
-    tied = {"lm_head.weight"} if module.spec.tied else set()
+    tied = {hf for hf, path in table.top.items() if path == "lm_head/kernel" and module.spec.tied}
     extra = [n for n in entries if n not in used | tied and not table.is_ignored(n)]
     problems += [f"extra      {name} {list(entries[name].shape)}" for name in extra]
     if problems:
@@ -102,20 +134,62 @@ def plan(
     return places
 
 
-def read_tree(wanted: Any, places: list[tuple[Tensor, tensors.Entry]], dtype: Any = None) -> Any:
-    """Read planned tensors into a tree of `wanted`'s structure, one stacked leaf after another."""
+def read_tree(
+    wanted: Any,
+    places: list[tuple[Tensor, tensors.Entry]],
+    dtype: Any = None,
+    fresh: Mapping[str, jax.Array] | None = None,
+    pack: Mapping[str, Pack] | None = None,
+) -> Any:
+    """Read planned tensors into a tree of `wanted`'s structure.
+
+    Layers are read ahead, transposed, cast and packed on the device, and put into their stack in place: the host holds
+    the few tensors that are under way, the device the tree and one layer.
+
+    Args:
+        wanted: abstract parameters.
+        places: from `plan`.
+        dtype: of the parameters; default: as stored.
+        fresh: {path: array} of leaves that are not read.
+        pack: {path: what becomes of each layer's plain array [K, N]}, such as a quantised leaf.
+    """
     by_path: dict[str, list[tuple[Tensor, tensors.Entry]]] = {}
     for tensor, entry in places:
         by_path.setdefault(tensor.path, []).append((tensor, entry))
-    leaves = {}
-    for path, leaf in flatten(wanted).items():
-        parts = by_path[path]
-        stored = functools.reduce(np.promote_types, (entry.dtype for _, entry in parts))
-        host = np.empty(leaf.shape, dtype or stored)
-        jobs = []
-        for tensor, entry in parts:
-            target = host if tensor.index is None else host[tensor.index]
-            jobs.append((entry, target.T if tensor.transpose else target))
-        tensors.read_all(jobs)
-        leaves[path] = jnp.asarray(host)
-    return jax.tree.unflatten(jax.tree.structure(wanted), leaves.values())
+    shapes = {path: leaf.shape for path, leaf in flatten(wanted).items()}
+    leaves: dict[str, Any] = dict(fresh or {})
+    order = [pair for path in shapes if path not in leaves for pair in by_path[path]]
+    for (tensor, _), raw in zip(order, tensors.read_ahead([entry for _, entry in order]), strict=True):
+        path = tensor.path
+        stored = functools.reduce(np.promote_types, (entry.dtype for _, entry in by_path[path]))
+        fields = {"transpose": tensor.transpose, "dtype": np.dtype(dtype or stored), "pack": (pack or {}).get(path)}
+        if tensor.index is None:
+            leaves[path] = _lay(raw, **fields)
+            continue
+        at = tuple(np.atleast_1d(tensor.index).tolist())
+        if path not in leaves:
+            lead = shapes[path][: len(at)]
+            one = jax.eval_shape(functools.partial(_lay, **fields), raw)
+            leaves[path] = jax.tree.map(lambda x, lead=lead: jnp.zeros((*lead, *x.shape), x.dtype), one)
+        leaves[path] = _put(leaves[path], raw, at, **fields)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[path] for path in shapes])
+
+
+def _laid(raw: jax.Array, transpose: bool, dtype: np.dtype, pack: Pack | None) -> Any:
+    plain = (raw.T if transpose else raw).astype(dtype)
+    return plain if pack is None else pack(plain)
+
+
+_STATIC = ("transpose", "dtype", "pack")
+_lay = jax.jit(_laid, static_argnames=_STATIC)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=0)
+def _put(stack: Any, raw: jax.Array, at: tuple[int, ...], transpose: bool, dtype: np.dtype, pack: Pack | None) -> Any:
+    """Write one layer (of one expert) into its place in a stacked leaf."""
+    one = _laid(raw, transpose, dtype, pack)
+
+    def put(s, x):
+        return jax.lax.dynamic_update_slice(s, x.reshape((1,) * len(at) + x.shape), (*at, *(0,) * x.ndim))
+
+    return jax.tree.map(put, stack, one)

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,6 +151,19 @@ def read_all(entries: Iterable[tuple[Entry, np.ndarray]], threads: int = 8) -> N
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda pair: read(*pair), entries):
             pass
+
+
+def read_ahead(entries: Sequence[Entry], threads: int = 4, limit: int = 256 * 2**20) -> Iterator[np.ndarray]:
+    """Yield tensors in order, the next of them read in threads: as many as `limit` bytes hold, at least one."""
+    with ThreadPoolExecutor(threads) as pool:
+        under_way: deque[Future[np.ndarray]] = deque()
+        nbytes, at = 0, 0
+        for entry in entries:
+            while at < len(entries) and (not under_way or nbytes + entries[at].nbytes <= limit):
+                under_way.append(pool.submit(read, entries[at]))
+                nbytes, at = nbytes + entries[at].nbytes, at + 1
+            yield under_way.popleft().result()
+            nbytes -= entry.nbytes
 
 
 def write(folder: Path, tensors: Mapping[str, np.ndarray], stem: str = "model", shard_bytes: int = 5 * 10**9) -> None:

@@ -7,11 +7,16 @@ from jaxtune.errors import UserError, nearest
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Config
 
-FAMILIES = {name: f"jaxtune.models.{name}" for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3")}
+_NAMES = (
+    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+    *("bert", "roberta", "distilbert", "modernbert"),
+)
+FAMILIES = {name: f"jaxtune.models.{name}" for name in _NAMES}
 
 
 def family(config: dict) -> Any:
-    """Return the module of the config's family: `spec(Config) -> DecoderSpec` and `NAMES`.
+    """Return the module of the config's family: `spec(Config) -> DecoderSpec or EncoderSpec` and `NAMES`.
 
     Raises:
         UserError: the family is not supported.
@@ -26,8 +31,10 @@ def family(config: dict) -> Any:
 
 
 def build(config: dict, **settings: Any) -> Any:
-    """Return the Flax module that an HF config describes, without parameters. `settings` are `Decoder`'s fields."""
+    """Return the Flax module that an HF config describes, without parameters; `settings` are fields of `Decoder`."""
+    from jaxtune.models.classifier import read_labels, with_labels
     from jaxtune.models.decoder import Decoder
+    from jaxtune.models.encoder import Encoder, EncoderSpec
 
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
@@ -36,9 +43,27 @@ def build(config: dict, **settings: Any) -> Any:
             "give the model they were made from."
         )
 
-    return Decoder(family(config).spec(Config(config)), **settings)
+    spec = family(config).spec(Config(config))
+    body = (Encoder if isinstance(spec, EncoderSpec) else Decoder)(spec, **settings)
+    labels = read_labels(config)
+    return body if labels is None else with_labels(body, labels)
+
+
+def auto_class(module: Any) -> str:
+    """The class of transformers that loads what a module exports."""
+    if hasattr(module, "labels"):
+        return f"AutoModelFor{module.labels.kind}"
+    return "AutoModelForCausalLM" if hasattr(module, "head") else "AutoModel"
+
+
+def task_type(module: Any) -> str:
+    """What peft calls a module's task."""
+    from jaxtune.models.classifier import TASK_TYPES
+
+    return TASK_TYPES[module.labels.kind] if hasattr(module, "labels") else "CAUSAL_LM"
 
 
 def names(module: Any) -> NameTable:
-    """The name table of a module's family."""
-    return family(module.spec.hf_config).NAMES
+    """The name table of a module's family, and of its label head where it has one."""
+    table = family(module.spec.hf_config).NAMES
+    return module.names(table) if hasattr(module, "labels") else table

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.models.layers import Block, Context, Norm, leaf, rope_tables
+from jaxtune.models import rope
+from jaxtune.models.layers import Block, Context, Norm, leaf
 from jaxtune.models.spec import DecoderSpec, Segment
 from jaxtune.tree import split_stack
 from jaxtune.weights import Array, Keys, attend, dot, embed, fold
@@ -26,10 +27,11 @@ REMAT = {
     "full": (),
     "attention": ("qkv", "attention"),
     "dots": ("qkv", "attention", "mlp"),
+    "everything": None,  # what "none" is on a GPU, said for any backend
 }
-# On a CPU "none" keeps what took a matrix product or random bits, once: the rest is cheaper to compute again than to
-# write and read, and every use of it would be kept as an array of its own.
-PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "lora", "dropout")
+# On a CPU "none" keeps what took a large matrix product or random bits, once: the rest is cheaper to compute again than
+# to write and read, and every use of it would be kept as an array of its own.
+PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "dropout")
 
 
 class Pattern(nn.Module):
@@ -87,17 +89,21 @@ class Decoder(nn.Module):
             segments: i32[B, T], packed documents; None: one document a row, padding on the right.
             cache: from `init_cache`; positions are then the slots that are written, all of them below its size, and
                 what lies below them is seen. Without positions the tokens are the first, and see themselves only.
+                A rope that depends on the text's length takes the cache's size for it, so that it stays the same.
             keys: one PRNG key a row, [B]; None switches every dropout off.
         """
         spec = self.spec
         slots = positions
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
+        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype) * spec.embed_scale
         if spec.learned_positions:
             x += embed(positions, self._table("embed_positions", spec.positions)).astype(self.dtype)
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
-        ctx = Context(slots, segments, {str(r): rope_tables(r, positions) for r in ropes}, keys)
+        length = positions.max(-1) + 1
+        if cache is not None:
+            length = jnp.full_like(length, min(jax.tree.leaves(cache)[0].shape[2], spec.positions))
+        ctx = Context(slots, segments, {str(r): rope.tables(r, positions, length) for r in ropes}, keys)
         pattern = Pattern
         kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
         if kept is not None and cache is None:
@@ -124,7 +130,7 @@ class Decoder(nn.Module):
 
     def head(self, x: Array) -> Array:
         """Hidden states [..., D] -> logits f32[..., V]."""
-        return head_logits(head_leaf(self.variables["params"]), x)
+        return head_logits(head_leaf(self.variables["params"]), x, self.spec)
 
     def __call__(self, tokens: Array, positions=None, segments=None, cache=None, keys=None) -> Any:
         """tokens i32[B, T] -> logits f32[B, T, V]; with a cache `(logits, cache)`. Arguments as in `hidden`."""
@@ -183,10 +189,14 @@ def head_leaf(params: Any) -> dict[str, Any]:
     return params["lm_head"] if "lm_head" in params else {"embedding": params["embed_tokens"]["embedding"]}
 
 
-def head_logits(head: dict[str, Any], x: Array) -> Array:
-    """x [..., D] -> logits f32[..., V]."""
-    logits = dot(x, head["kernel"]) if "kernel" in head else attend(x, head["embedding"])
-    return logits.astype(jnp.float32)
+def head_logits(head: dict[str, Any], x: Array, spec: DecoderSpec | None = None) -> Array:
+    """x [..., D] -> logits f32[..., V]; with `spec`, scaled and capped as its model has them."""
+    logits = (dot(x, head["kernel"]) if "kernel" in head else attend(x, head["embedding"])).astype(jnp.float32)
+    if spec is None:
+        return logits
+    if spec.logits_divisor != 1.0:
+        logits /= spec.logits_divisor
+    return logits if spec.logits_softcap is None else spec.logits_softcap * jnp.tanh(logits / spec.logits_softcap)
 
 
 def split(module: Decoder, params: Any, at: int) -> tuple[Decoder, Any]:

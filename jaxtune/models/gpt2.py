@@ -2,33 +2,27 @@
 
 import json
 
+from jaxtune.models.classifier import SEQUENCE, Layout, decoder_layout
 from jaxtune.models.layers import HF_ACTIVATIONS
-from jaxtune.models.names import NameTable
+from jaxtune.models.names import NameTable, linears, norms
 from jaxtune.models.spec import BlockSpec, Config, DecoderSpec, uniform
-
-_BLOCK = {
-    "ln_1.weight": "input_norm/scale",
-    "ln_1.bias": "input_norm/bias",
-    "ln_2.weight": "post_attention_norm/scale",
-    "ln_2.bias": "post_attention_norm/bias",
-}
-for _hf, _ours in {
-    "attn.c_attn": "self_attn/qkv_proj",
-    "attn.c_proj": "self_attn/o_proj",
-    "mlp.c_fc": "mlp/up_proj",
-    "mlp.c_proj": "mlp/down_proj",
-}.items():
-    _BLOCK |= {f"{_hf}.weight": f"{_ours}/kernel", f"{_hf}.bias": f"{_ours}/bias"}
 
 NAMES = NameTable(
     top={
         "transformer.wte.weight": "embed_tokens/embedding",
         "transformer.wpe.weight": "embed_positions/embedding",
-        "transformer.ln_f.weight": "norm/scale",
-        "transformer.ln_f.bias": "norm/bias",
-        "lm_head.weight": "lm_head/kernel",
-    },
-    block=_BLOCK,
+    }
+    | norms({"transformer.ln_f": "norm"})
+    | {"lm_head.weight": "lm_head/kernel"},
+    block=norms({"ln_1": "input_norm", "ln_2": "post_attention_norm"})
+    | linears(
+        {
+            "attn.c_attn": "self_attn/qkv_proj",
+            "attn.c_proj": "self_attn/o_proj",
+            "mlp.c_fc": "mlp/up_proj",
+            "mlp.c_proj": "mlp/down_proj",
+        }
+    ),
     layer="transformer.h.{}.",
     prefix="transformer.",
     conv1d=True,
@@ -51,7 +45,7 @@ def spec(c: Config) -> DecoderSpec:
         eps=eps,
         act=c.choice("activation_function", "gelu_new", HF_ACTIVATIONS),
         gated=False,
-        fused_qkv=True,
+        fused_qkv="blocks",
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
@@ -68,3 +62,9 @@ def spec(c: Config) -> DecoderSpec:
         eps=eps,
         init_std=c.get("initializer_range", 0.02),
     )
+
+
+def label_layout(c: Config, kind: str) -> Layout:
+    if kind == SEQUENCE:
+        return decoder_layout(c, kind)
+    return Layout({"classifier.weight": "classifier/out/kernel", "classifier.bias": "classifier/out/bias"})

@@ -1,7 +1,6 @@
 """The parts of a block. Parameters are read as polymorphic leaves and created only at initialisation."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.attention import attend_cache, attend_tokens
-from jaxtune.models.spec import BlockSpec, Rope
+from jaxtune.models.spec import BlockSpec, NormKind
 from jaxtune.weights import Array, Keys, dot, fold
 
 ACTIVATIONS = {
@@ -70,38 +69,31 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), computed in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), computed in float32.
 
-    kind: str
+    Attributes:
+        axes: of x that the scale covers; the mean is over the last.
+        bias: whether LayerNorm has one.
+    """
+
+    kind: NormKind
     eps: float
+    axes: int = 1
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        shape, is_layer, is_offset = x.shape[-self.axes :], self.kind == "layer", self.kind == "offset"
+        init = nn.initializers.zeros if is_offset else nn.initializers.ones
+        scale = leaf(self, "scale", init, shape).astype(jnp.float32) + is_offset
         h = x.astype(jnp.float32)
-        if self.kind == "layer":
+        if is_layer:
             h -= h.mean(-1, keepdims=True)
         h *= jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        h = h * scale.astype(jnp.float32)
-        if self.kind == "layer":
-            h += leaf(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        h = h * scale
+        if is_layer and self.bias:
+            h += leaf(self, "bias", nn.initializers.zeros, shape).astype(jnp.float32)
         return h.astype(x.dtype)
-
-
-def rope_tables(rope: Rope, positions: Array) -> tuple[Array, Array]:
-    """cos and sin f32[B, T, 1, dim/2] of the angles position * frequency."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, rope.dim, 2) / rope.dim)
-    if rope.scaling is not None:
-        frequencies = _llama3(frequencies, *rope.scaling)
-    angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _llama3(freqs: np.ndarray, factor: float, low: float, high: float, original: int) -> np.ndarray:
-    """Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, a ramp between."""
-    wavelength = 2 * math.pi / freqs
-    ramp = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    return (1 - ramp) * freqs / factor + ramp * freqs
 
 
 def rotate(x: Array, table: tuple[Array, Array]) -> Array:
@@ -121,31 +113,43 @@ class Attention(nn.Module):
     def __call__(self, x: Array, ctx: Context, cache: Any, layer: Array) -> tuple[Array, Any]:
         s = self.spec
         b, t, d = x.shape
-        sizes = [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
-        if s.fused_qkv:
-            qkv = Linear(sum(sizes), s.qkv_bias, self.std, name="qkv_proj")(x, ctx.keys)
-            q, k, v = jnp.split(qkv, np.cumsum(sizes)[:2], axis=-1)
-        else:
-            q, k, v = (
-                Linear(n, s.qkv_bias, self.std, name=name)(x, ctx.keys)
-                for n, name in zip(sizes, ("q_proj", "k_proj", "v_proj"), strict=True)
-            )
-        q, k, v = (checkpoint_name(y, "qkv").reshape(b, t, -1, s.head_dim) for y in (q, k, v))
+        q, k, v = (checkpoint_name(y, "qkv") for y in self._qkv(x, ctx.keys))
         if s.qk_norm:
-            q, k = Norm("rms", s.eps, name="q_norm")(q), Norm("rms", s.eps, name="k_norm")(k)
+            q, k = self._normed(q, "q_norm"), self._normed(k, "k_norm")
         if s.rope is not None:
             q, k = rotate(q, ctx.ropes[str(s.rope)]), rotate(k, ctx.ropes[str(s.rope)])
-        scale = s.head_dim**-0.5
+        scores = {"scale": s.head_dim**-0.5 if s.scale is None else s.scale, "softcap": s.softcap, "window": s.window}
         if cache is not None:
             cache = write_cache(cache, k, v, ctx.positions, layer)
         if cache is None or ctx.positions is None:
             out = attend_tokens(
-                q, k, v, segments=ctx.segments, scale=scale, window=s.window, implementation=self.implementation
+                q, k, v, segments=ctx.segments, implementation=self.implementation, causal=s.causal, **scores
             )
         else:
-            out = attend_cache(q, cache["k"][layer], cache["v"][layer], ctx.positions, scale=scale, window=s.window)
-        out = checkpoint_name(out.reshape(b, t, sizes[0]), "attention")
-        return Linear(d, s.o_bias, self.std, name="o_proj")(out, ctx.keys), cache
+            out = attend_cache(q, cache["k"][layer], cache["v"][layer], ctx.positions, **scores)
+        return Linear(d, s.o_bias, self.std, name="o_proj")(out.reshape(b, t, -1), ctx.keys), cache
+
+    def _qkv(self, x: Array, keys: Keys) -> list[Array]:
+        """x [B, T, D] -> q [B, T, H, C], k and v [B, T, G, C]."""
+        s = self.spec
+        heads = (s.heads, s.kv_heads, s.kv_heads)
+        if s.fused_qkv:
+            qkv = Linear(sum(heads) * s.head_dim, s.qkv_bias, self.std, name="qkv_proj")(x, keys)
+            qkv = qkv.reshape(*x.shape[:2], -1, s.head_dim)
+            if s.fused_qkv == "heads":
+                return [qkv[:, :, i::3] for i in range(3)]
+            return jnp.split(qkv, np.cumsum(heads)[:2], axis=2)
+        return [
+            Linear(n * s.head_dim, s.qkv_bias, self.std, name=name)(x, keys).reshape(*x.shape[:2], n, s.head_dim)
+            for n, name in zip(heads, ("q_proj", "k_proj", "v_proj"), strict=True)
+        ]
+
+    def _normed(self, x: Array, name: str) -> Array:
+        """Normalise q or k [B, T, H, C]."""
+        s = self.spec
+        if s.qk_norm == "width":
+            return Norm(s.norm, s.eps, name=name)(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return Norm(s.norm, s.eps, axes=2 if s.qk_norm == "heads" else 1, bias=False, name=name)(x)
 
 
 def write_cache(cache: dict[str, Array], k: Array, v: Array, positions: Array | None, layer: Array) -> dict[str, Array]:
@@ -171,22 +175,84 @@ def write_cache(cache: dict[str, Array], k: Array, v: Array, positions: Array | 
 class Mlp(nn.Module):
     spec: BlockSpec
     std: float
+    width: int
 
     @nn.compact
     def __call__(self, x: Array, keys: Keys) -> Array:
         s = self.spec
+
+        def linear(width, name):
+            return checkpoint_name(Linear(width, s.mlp_bias, self.std, name=name)(x, keys), "mlp")
+
         act = ACTIVATIONS[s.act]
-        h = checkpoint_name(Linear(s.mlp, s.mlp_bias, self.std, name="up_proj")(x, keys), "mlp")
-        if s.gated:
-            gate = checkpoint_name(Linear(s.mlp, s.mlp_bias, self.std, name="gate_proj")(x, keys), "mlp")
-            h = act(gate) * h
+        if s.fused_gate_up:
+            gate, up = jnp.split(linear(2 * self.width, "gate_up_proj"), 2, axis=-1)
+            h = act(gate) * up
         else:
-            h = act(h)
+            h = linear(self.width, "up_proj")
+            h = act(linear(self.width, "gate_proj")) * h if s.gated else act(h)
         return Linear(x.shape[-1], s.mlp_bias, self.std, name="down_proj")(h, keys)
 
 
+# jax batches a grouped product only where both matrices are batched; members of a sweep share theirs, and take turns.
+_product = jax.custom_batching.sequential_vmap(jax.lax.ragged_dot)
+
+
+@jax.custom_batching.sequential_vmap
+def _product_slope(rows: Array, w: Array, sizes: Array, g: Array) -> Array:
+    return jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), w)[1](g)[0]
+
+
+@jax.custom_vjp
+def grouped_dot(rows: Array, w: Array, sizes: Array) -> Array:
+    """rows [N, K] times w [E, K, M] -> [N, M]: the first sizes[0] rows by w[0], the next sizes[1] by w[1], ..."""
+    return _product(rows, w, sizes)
+
+
+grouped_dot.defvjp(
+    lambda rows, w, sizes: (_product(rows, w, sizes), (rows, w, sizes)),
+    lambda kept, g: (_product(g, kept[1].swapaxes(1, 2), kept[2]), _product_slope(*kept, g), None),
+)
+
+
+class Experts(nn.Module):
+    """Mixture of experts (Jiang et al. 2024, arXiv:2401.04088, section 2.1): a token's likeliest, weighted.
+
+    Tokens are sorted by expert, so that each projection is one grouped product. No adapter targets these matrices: they
+    are trained whole or not at all.
+    """
+
+    spec: BlockSpec
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Keys) -> Array:
+        s, d = self.spec, x.shape[-1]
+        init = nn.initializers.normal(self.std)
+        tokens = x.reshape(-1, d)
+        scores = tokens @ leaf(self, "router", init, (d, s.experts)).astype(x.dtype)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), s.experts_per_token)
+        if s.norm_topk:
+            weights /= weights.sum(-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))
+        sizes = jnp.bincount(chosen.reshape(-1), length=s.experts)
+
+        def grouped(h, name, width):
+            w = leaf(self, name, init, (s.experts, h.shape[-1], width)).astype(h.dtype)
+            return checkpoint_name(grouped_dot(h, w, sizes), "mlp")
+
+        h = tokens[order // s.experts_per_token]
+        h = ACTIVATIONS[s.act](grouped(h, "gate_experts", s.mlp)) * grouped(h, "up_experts", s.mlp)
+        h = grouped(h, "down_experts", d)[jnp.argsort(order)].reshape(*chosen.shape, d)
+        out = (h * weights[..., None].astype(x.dtype)).sum(1).reshape(x.shape)
+        if s.shared:
+            gate = jax.nn.sigmoid(x @ leaf(self, "shared_gate", init, (d, 1)).astype(x.dtype))
+            out += gate * Mlp(s, self.std, s.shared, name="shared")(x, keys)
+        return out
+
+
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x), with norms and sums where the spec has them."""
 
     spec: BlockSpec
     implementation: str
@@ -195,8 +261,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, ctx: Context, cache: Any, layer: Array) -> tuple[Array, Any]:
         s = self.spec
-        h = Norm(s.norm, s.eps, name="input_norm")(x)
-        h, cache = Attention(s, self.implementation, self.std, name="self_attn")(h, ctx, cache, layer)
-        x = checkpoint_name(x + h, "residual")
-        h = Norm(s.norm, s.eps, name="post_attention_norm")(x)
-        return x + Mlp(s, self.std, name="mlp")(h, ctx.keys), cache
+
+        def norm(y, name, places):
+            return Norm(s.norm, s.eps, name=name)(y) if s.norms in places else y
+
+        before = norm(x, "input_norm", ("before", "around"))
+        h, cache = Attention(s, self.implementation, self.std, name="self_attn")(before, ctx, cache, layer)
+        h = norm(h, "attention_out_norm", ("after", "around"))
+        x, entry = checkpoint_name(x + h * s.residual_scale, "residual"), x
+        if s.residual == "shared":
+            h = before
+        else:
+            h = norm(entry if s.residual == "parallel" else x, "post_attention_norm", ("before", "around"))
+        mlp = Experts(s, self.std, name="mlp") if s.experts else Mlp(s, self.std, s.mlp, name="mlp")
+        h = norm(mlp(h, ctx.keys), "mlp_out_norm", ("after", "around"))
+        return x + h * s.residual_scale, cache

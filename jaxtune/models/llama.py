@@ -13,12 +13,13 @@ def block(c: Config, **changes) -> BlockSpec:
     """The block that Llama's descendants start from."""
     heads = c.need("num_attention_heads")
     head_dim = c.get("head_dim", c.need("hidden_size") // heads)
+    if "rope" not in changes:
+        changes["rope"] = c.rope(head_dim)
     settings = {
         "heads": heads,
         "kv_heads": c.get("num_key_value_heads", heads),
         "head_dim": head_dim,
         "mlp": c.need("intermediate_size"),
-        "rope": c.rope(head_dim),
         "eps": c.get("rms_norm_eps", 1e-6),
         "act": c.choice("hidden_act", "silu", HF_ACTIVATIONS),
     }

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxtune.models.spec import DecoderSpec
 
 
@@ -17,19 +19,23 @@ class Tensor(NamedTuple):
     Attributes:
         hf: name in the checkpoint, "model.layers.3.self_attn.q_proj.weight".
         path: leaf in our tree, "segment_0/block_0/self_attn/q_proj/kernel".
-        index: row of the stacked leaf; None where the leaf is not stacked.
+        index: row of the stacked leaf, two where each layer's part is stacked too; None where nothing is.
         transpose: whether HF keeps the matrix as (out, in), torch's Linear; ours are (in, out).
     """
 
     hf: str
     path: str
-    index: int | None
+    index: int | tuple[int, int] | None
     transpose: bool
 
     @property
     def module(self) -> str:
         """The HF module that owns the tensor."""
         return self.hf.rpartition(".")[0]
+
+    def part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of its place in a leaf of `shape`."""
+        return shape[0 if self.index is None else np.size(self.index) :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +44,13 @@ class NameTable:
 
     Attributes:
         top: HF name -> path, for what is not in a block.
-        block: HF name within a layer -> path within a block.
+        block: HF name within a layer -> path within a block. A field of `BlockSpec` in braces stands for the numbers
+            below it: so many tensors are stacked on an axis after that of the layers.
         layer: prefix of a layer's names, with {} for its number.
         prefix: what HF puts before the names of the body; checkpoints saved from the bare body lack it.
         conv1d: matrices are stored (in, out), as GPT-2's Conv1D does (peft's fan_in_fan_out).
-        ignored: regex of tensors in old checkpoints that hold no parameter (buffers).
+        ignored: regex of tensors in checkpoints that are no parameters of ours: buffers, heads of pretraining.
+        renamed: ends of names in old checkpoints -> what they are called now.
     """
 
     top: dict[str, str]
@@ -51,6 +59,7 @@ class NameTable:
     prefix: str
     conv1d: bool = False
     ignored: str = r".*rotary_emb\.inv_freq"
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def tensors(self, spec: DecoderSpec, paths: set[str] | None = None) -> Iterator[Tensor]:
         """Yield every HF tensor of a model in the order of its layers; with `paths`, only those leaves that exist."""
@@ -60,41 +69,59 @@ class NameTable:
 
         for hf, path in self.top.items():
             if known(path):
-                yield Tensor(hf, path, None, path == "lm_head/kernel")
+                yield Tensor(hf, path, None, path.endswith("/kernel"))
         number = 0
         for i, segment in enumerate(spec.segments):
             for repeat in range(segment.repeats):
                 for j in range(len(segment.pattern)):
                     for hf, path in self.block.items():
                         full = f"segment_{i}/block_{j}/{path}"
-                        if known(full):
-                            turn = path.endswith("/kernel") and not self.conv1d
-                            yield Tensor(self.layer.format(number) + hf, full, repeat, turn)
+                        if not known(full):
+                            continue
+                        turn = path.rpartition("/")[2] not in ("scale", "bias") and not self.conv1d
+                        name = self.layer.format(number) + hf
+                        if counted := re.search(r"{(\w+)}", hf):
+                            for k in range(getattr(segment.pattern[j], counted[1])):
+                                yield Tensor(name.replace(counted[0], str(k)), full, (repeat, k), turn)
+                        else:
+                            yield Tensor(name, full, repeat, turn)
                     number += 1
+
+    def modern(self, hf: str) -> str:
+        """What a tensor of a checkpoint is called today."""
+        return next((hf.removesuffix(old) + new for old, new in self.renamed.items() if hf.endswith(old)), hf)
 
     def is_ignored(self, hf: str) -> bool:
         return re.fullmatch(self.ignored, hf) is not None
 
 
-def llama_block(**extra: str) -> dict[str, str]:
-    """The names that Llama's descendants share; `extra` adds "q_norm" and the like, dots written as in HF."""
-    names = {
-        "input_layernorm.weight": "input_norm/scale",
-        "post_attention_layernorm.weight": "post_attention_norm/scale",
-    }
-    for parent, modules in {
+def linears(modules: dict[str, str]) -> dict[str, str]:
+    """Names of weight and bias for each {HF module: ours}."""
+    ends = (("weight", "kernel"), ("bias", "bias"))
+    return {f"{hf}.{a}": f"{ours}/{b}" for hf, ours in modules.items() for a, b in ends}
+
+
+def norms(modules: dict[str, str]) -> dict[str, str]:
+    """Names of weight and bias for each {HF module: ours}."""
+    ends = (("weight", "scale"), ("bias", "bias"))
+    return {f"{hf}.{a}": f"{ours}/{b}" for hf, ours in modules.items() for a, b in ends}
+
+
+NORMS = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm"}
+QK_NORMS = {"self_attn.q_norm": "self_attn/q_norm", "self_attn.k_norm": "self_attn/k_norm"}
+PROJECTIONS = {
+    f"{parent}.{name}": f"{parent}/{name}"
+    for parent, names in {
         "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "mlp": ("gate_proj", "up_proj", "down_proj"),
-    }.items():
-        for module in modules:
-            names[f"{parent}.{module}.weight"] = f"{parent}/{module}/kernel"
-            names[f"{parent}.{module}.bias"] = f"{parent}/{module}/bias"
-    return names | extra
-
-
-LLAMA_TOP = {
-    "model.embed_tokens.weight": "embed_tokens/embedding",
-    "model.norm.weight": "norm/scale",
-    "lm_head.weight": "lm_head/kernel",
+    }.items()
+    for name in names
 }
-LLAMA = NameTable(top=LLAMA_TOP, block=llama_block(), layer="model.layers.{}.", prefix="model.")
+LLAMA = NameTable(
+    top={"model.embed_tokens.weight": "embed_tokens/embedding"}
+    | norms({"model.norm": "norm"})
+    | {"lm_head.weight": "lm_head/kernel"},
+    block=norms(NORMS) | linears(PROJECTIONS),
+    layer="model.layers.{}.",
+    prefix="model.",
+)

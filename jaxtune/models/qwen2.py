@@ -1,9 +1,8 @@
 """Qwen2 and Qwen2.5 (arXiv:2407.10671): Llama with biases on q, k, v and, if asked, a window in the upper layers."""
 
-from jaxtune.errors import UserError
 from jaxtune.models.llama import block, decoder
 from jaxtune.models.names import LLAMA as NAMES
-from jaxtune.models.spec import BlockSpec, Config, DecoderSpec, Segment, by_layer
+from jaxtune.models.spec import Config, DecoderSpec, Segment, by_layer
 
 __all__ = ["NAMES", "spec", "windowed"]
 
@@ -16,19 +15,13 @@ def windowed(c: Config, base: dict) -> tuple[Segment, ...]:
         "sliding_attention" if window is not None and i >= c.get("max_window_layers", 28) else "full_attention"
         for i in range(layers)
     ]
-    kinds = c.get("layer_types", default)
-    if len(kinds) != layers:
-        raise UserError(
-            f"config.json ({c.model_type}): layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}."
-        )
-    blocks: list[BlockSpec] = []
-    for kind in kinds:
-        Config({"model_type": c.model_type, "layer_types": kind}).choice(
-            "layer_types", None, ("full_attention", "sliding_attention")
-        )
-        here = window if kind == "sliding_attention" else None
-        blocks.append(block(c, **base, kv_heads=c.need("num_key_value_heads"), window=here))
-    return by_layer(blocks)
+    heads = c.need("num_key_value_heads")
+    return by_layer(
+        [
+            block(c, **base, kv_heads=heads, window=window if kind == "sliding_attention" else None)
+            for kind in c.layer_types(default)
+        ]
+    )
 
 
 def spec(c: Config) -> DecoderSpec:

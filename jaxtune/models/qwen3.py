@@ -3,21 +3,14 @@
 import dataclasses
 
 from jaxtune.models.llama import decoder
-from jaxtune.models.names import LLAMA
+from jaxtune.models.names import LLAMA, QK_NORMS, norms
 from jaxtune.models.qwen2 import windowed
 from jaxtune.models.spec import Config, DecoderSpec
 
-NAMES = dataclasses.replace(
-    LLAMA,
-    block=LLAMA.block
-    | {
-        "self_attn.q_norm.weight": "self_attn/q_norm/scale",
-        "self_attn.k_norm.weight": "self_attn/k_norm/scale",
-    },
-)
+NAMES = dataclasses.replace(LLAMA, block=LLAMA.block | norms(QK_NORMS))
 
 
 def spec(c: Config) -> DecoderSpec:
     bias = c.get("attention_bias", False)
     c.need("head_dim")  # where it is absent transformers takes 128, whatever the width
-    return decoder(c, windowed(c, {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}))
+    return decoder(c, windowed(c, {"qk_norm": "head", "qkv_bias": bias, "o_bias": bias}))

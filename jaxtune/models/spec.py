@@ -5,21 +5,10 @@ import json
 from typing import Literal
 
 from jaxtune.errors import UserError, nearest
+from jaxtune.models.rope import Rope, check_rule
 
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in HF checkpoints.
-
-    Attributes:
-        theta: the base of the frequencies.
-        dim: channels that are rotated.
-        scaling: None, or the "llama3" rule as (factor, low_freq_factor, high_freq_factor, original positions).
-    """
-
-    theta: float
-    dim: int
-    scaling: tuple[float, float, float, int] | None = None
+# "offset": RMSNorm that multiplies by 1 + weight.
+NormKind = Literal["rms", "offset", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +19,28 @@ class BlockSpec:
     kv_heads: int
     head_dim: int
     mlp: int  # hidden width of the feed-forward part
-    rope: Rope | None
-    norm: Literal["rms", "layer"] = "rms"
+    rope: Rope | None  # None: no position embedding in the block
+    norm: NormKind = "rms"
     eps: float = 1e-6
+    norms: Literal["before", "after", "around"] = "before"  # where attention and the feed-forward part are normalised
+    residual: Literal["serial", "parallel", "shared"] = "serial"  # "shared": parallel behind one norm
+    residual_scale: float = 1.0  # on what is added to the residual stream
     act: str = "silu"
     gated: bool = True  # down(act(gate x) * up x); otherwise down(act(up x))
-    fused_qkv: bool = False  # one projection qkv_proj over [q | k | v]
-    qk_norm: bool = False
+    fused_gate_up: bool = False  # one projection gate_up_proj over [gate | up]
+    fused_qkv: Literal["", "blocks", "heads"] = ""  # one projection qkv_proj over [q | k | v], or that for each head
+    experts: int = 0  # feed-forward parts of width `mlp` that each token is routed to; 0: one for all tokens
+    experts_per_token: int = 0
+    norm_topk: bool = False  # whether the chosen experts' weights sum to 1
+    shared: int = 0  # hidden width of a gated expert for all tokens beside them
+    qk_norm: Literal["", "head", "width", "heads"] = ""  # over a head, all heads, or a head with scales of its own
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    window: int | None = None  # tokens a query looks back, itself included
+    window: int | None = None  # tokens a query looks back (without `causal` also ahead), itself included
+    causal: bool = True
+    scale: float | None = None  # multiplies q.k; default: head_dim ** -0.5
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,9 @@ class DecoderSpec:
         tied: whether the output head is the embedding table.
         learned_positions: whether a table of position embeddings is added to the tokens'.
         config: the HF config.json, as text (so that the spec stays hashable).
+        embed_scale: multiplies the tokens' embeddings.
+        logits_divisor: divides the logits.
+        logits_softcap: logits become softcap * tanh(logits / softcap).
     """
 
     vocab: int
@@ -76,9 +79,12 @@ class DecoderSpec:
     tied: bool
     config: str
     learned_positions: bool = False
-    norm: Literal["rms", "layer"] = "rms"
+    norm: NormKind = "rms"
     eps: float = 1e-6
     init_std: float = 0.02
+    embed_scale: float = 1.0
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
 
     @property
     def layers(self) -> int:
@@ -95,14 +101,20 @@ def uniform(block: BlockSpec, layers: int) -> tuple[Segment, ...]:
 
 
 def by_layer(blocks: list[BlockSpec]) -> tuple[Segment, ...]:
-    """Group a list of blocks, one a layer, into segments of equal neighbours."""
+    """Group a list of blocks, one a layer: a pattern that recurs from the first layer on, then runs of equal ones."""
+    layers = len(blocks)
+    period = next(p for p in range(1, layers + 1) if blocks[p:] == blocks[:-p])
     segments: list[Segment] = []
+    if layers // period > 1:
+        segments.append(Segment(tuple(blocks[:period]), layers // period))
+        blocks = blocks[layers - layers % period :]
+    runs: list[Segment] = []
     for block in blocks:
-        if segments and segments[-1].pattern == (block,):
-            segments[-1] = Segment((block,), segments[-1].repeats + 1)
+        if runs and runs[-1].pattern == (block,):
+            runs[-1] = Segment((block,), runs[-1].repeats + 1)
         else:
-            segments.append(Segment((block,), 1))
-    return tuple(segments)
+            runs.append(Segment((block,), 1))
+    return (*segments, *runs)
 
 
 class Config:
@@ -131,26 +143,51 @@ class Config:
             )
         return allowed[value] if isinstance(allowed, dict) else value
 
-    def rope(self, dim: int) -> Rope:
-        """Read `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both."""
-        scaling = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
-        theta = float(scaling.pop("rope_theta", None) or self.get("rope_theta", 10000.0))
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        scaling.pop("type", None)
-        if kind == "default":
-            return Rope(theta, dim)
-        if kind == "llama3":
-            rule = Config({"model_type": f"{self.model_type}, rope llama3"} | scaling)
-            return Rope(
-                theta,
-                dim,
-                (
-                    float(rule.need("factor")),
-                    float(rule.need("low_freq_factor")),
-                    float(rule.need("high_freq_factor")),
-                    int(rule.need("original_max_position_embeddings")),
-                ),
+    def layer_types(self, default: list[str]) -> list[str]:
+        """Each layer's attention, "full_attention" or "sliding_attention"; `default` is what older configs mean."""
+        kinds, layers = self.get("layer_types", default), self.need("num_hidden_layers")
+        if len(kinds) != layers:
+            raise UserError(
+                f"config.json ({self.model_type}): layer_types lists {len(kinds)} layers, "
+                f"num_hidden_layers is {layers}."
             )
-        raise UserError(
-            f"config.json ({self.model_type}): rope type {kind!r} is not supported; supported: 'default', 'llama3'."
-        )
+        for kind in kinds:
+            Config({"model_type": self.model_type, "layer_types": kind}).choice(
+                "layer_types", None, ("full_attention", "sliding_attention")
+            )
+        return kinds
+
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        partial: float | None = None,
+        keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+        parameters: dict | None = None,
+    ) -> Rope:
+        """Read `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both.
+
+        Args:
+            head_dim: channels of a head.
+            theta: transformers' default for the family.
+            partial: the default part of a head that is rotated; None: the family rotates whole heads only.
+            keys: what the family's older configs call the base and the part.
+            parameters: instead of the config's own.
+        """
+        if parameters is None:
+            parameters = self.get("rope_scaling") or self.get("rope_parameters") or {}
+        rule = {key: value for key, value in parameters.items() if value is not None}
+        theta = float(rule.pop("rope_theta", None) or self.get(keys[0], theta))
+        part = rule.pop("partial_rotary_factor", None) or self.get(keys[1], partial or 1.0)
+        if partial is None and part != 1.0:
+            raise UserError(f"config.json ({self.model_type}): partial_rotary_factor={part} is not supported here.")
+        kind = rule.pop("type", "default")
+        kind = rule.pop("rope_type", kind)
+        if kind in ("llama3", "yarn", "longrope"):  # a key beside the rule goes before the one in it
+            rule |= {k: self.values[k] for k in ("original_max_position_embeddings",) if self.get(k) is not None}
+        if kind in ("dynamic", "longrope"):
+            rule["max_position_embeddings"] = self.need("max_position_embeddings")
+        check_rule(kind, rule, int(head_dim * part), self.model_type)
+        frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}
+        return Rope(theta, int(head_dim * part), kind, tuple(sorted(frozen.items())))

@@ -1,0 +1,298 @@
+"""A label head on an encoder or a decoder, in the layouts of transformers' classes for classification.
+
+    x [B,T,D] -- pooling -- [B,D] -- (dense -- act -- (norm)) -- out -- logits [B,C]      a label for each sequence
+    x [B,T,D] ---------------------- (dense -- act -- (norm)) -- out -- logits [B,T,C]    a label for each token
+
+The tree is the body's, without a language model's head, and beside it
+
+    classifier/dense/kernel [D,D]       (dense/bias [D], norm/scale [D], ...)   what BERT calls its pooler
+    classifier/out/kernel [D,C]         (out/bias [C])
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.errors import UserError, nearest
+from jaxtune.models.encoder import Encoder
+from jaxtune.models.layers import ACTIVATIONS, Norm
+from jaxtune.models.names import NameTable
+from jaxtune.models.spec import Config
+from jaxtune.tree import flatten
+from jaxtune.weights import Array, Keys, dot, fold
+
+SEQUENCE, TOKEN = "SequenceClassification", "TokenClassification"  # as the names of transformers' classes end
+TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}  # peft's
+POOLINGS = ("cls", "mean", "last")
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+PREFIX = "classifier/"
+# What checkpoints call the heads of other tasks, when a new one takes their place.
+_OTHER_HEADS = r"(classifier|pre_classifier|score|head|qa_outputs)\..*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A family's label head.
+
+    Attributes:
+        names: HF name -> path in our tree.
+        act: of a dense layer before the last one; None: there is no such layer.
+        norm: whether a norm follows it, as the body's norms are.
+        pooling: what transformers pools by; None: it pools not at all.
+        out_bias, dense_bias: whether the two layers have one.
+    """
+
+    names: Mapping[str, str] = dataclasses.field(hash=False)
+    act: str | None = None
+    norm: bool = False
+    pooling: str | None = None
+    out_bias: bool = True
+    dense_bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What a model classifies into.
+
+    Attributes:
+        kind: SEQUENCE or TOKEN.
+        names: of the labels, in the order of the logits.
+        problem: one of PROBLEMS.
+        pooling: of POOLINGS; None: the family's own.
+        drawn: the head is drawn anew; what a checkpoint holds of another head is not read.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    problem: str = PROBLEMS[0]
+    pooling: str | None = None
+    drawn: bool = False
+
+
+def decoder_layout(c: Config, kind: str) -> Layout:
+    """What nearly all decoders have: one matrix `score` on the last token, or on every one."""
+    if kind == SEQUENCE:
+        return Layout({"score.weight": "classifier/out/kernel"}, pooling="last", out_bias=False)
+    return Layout({"score.weight": "classifier/out/kernel", "score.bias": "classifier/out/bias"})
+
+
+def read_labels(config: Mapping[str, Any]) -> Labels | None:
+    """The labels of a checkpoint that was made for classification; None for any other.
+
+    Raises:
+        UserError: id2label is malformed, or a setting is not supported.
+    """
+    kind = next((k for a in config.get("architectures") or () for k in TASK_TYPES if a.endswith(f"For{k}")), None)
+    if kind is None:
+        return None
+    c = Config(dict(config))
+    count = c.get("num_labels", 2)
+    table = c.get("id2label", {str(i): f"LABEL_{i}" for i in range(count)})
+    try:
+        names = tuple(str(table[str(i)]) for i in range(len(table)))
+    except KeyError as e:
+        raise UserError(f"config.json: id2label lacks {e}; it needs the ids 0 to {len(table) - 1}.") from None
+    if kind == TOKEN:
+        return Labels(kind, names)
+    problem = c.choice("problem_type", PROBLEMS[2] if len(names) == 1 else PROBLEMS[0], PROBLEMS)
+    return Labels(kind, names, problem, c.choice("classifier_pooling", None, (None, *POOLINGS)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """An encoder or a decoder with a label head; it has what the job asks of a module.
+
+    `apply({"params": params}, tokens, ...)` gives logits: f32[B, C], or f32[B, T, C] for a label each token.
+    """
+
+    body: Any
+    labels: Labels
+    layout: Layout
+
+    @property
+    def spec(self) -> Any:
+        return self.body.spec
+
+    @property
+    def dtype(self) -> Any:
+        return self.body.dtype
+
+    @property
+    def pooling(self) -> str | None:
+        """How a sequence becomes one vector; None for a label each token."""
+        return None if self.labels.kind == TOKEN else self.labels.pooling or self.layout.pooling
+
+    def clone(self, **changes: Any) -> "Classifier":
+        """As a Flax module's `clone`, of the body."""
+        return dataclasses.replace(self, body=self.body.clone(**changes))
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        keys: Keys = None,
+    ) -> Array:
+        """tokens i32[B, T] -> logits f32[B, C], or f32[B, T, C].
+
+        Args:
+            positions: i32[B, T]; default 0..T-1.
+            segments: i32[B, T], 1 where there is text and 0 in the padding, which lies on the right; None: all is text.
+            keys: one PRNG key a row, [B]; None switches every dropout off.
+        """
+        params = variables["params"]
+        seen = segments if isinstance(self.body, Encoder) else None  # a decoder never looks to the right
+        x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, method="hidden")
+        if self.pooling is not None:
+            x = pool(x, jnp.ones_like(tokens) if segments is None else segments, self.pooling)
+        head = params["classifier"]
+        if self.layout.act is not None:
+            x = _affine(x, head["dense"], fold(keys, "classifier/dense"))
+            x = jnp.tanh(x) if self.layout.act == "tanh" else ACTIVATIONS[self.layout.act](x)
+            if self.layout.norm:
+                x = Norm(self.spec.norm, self.spec.eps, bias=self.spec.norm_bias).apply({"params": head["norm"]}, x)
+        return _affine(x, head["out"], fold(keys, "classifier/out")).astype(jnp.float32)
+
+    def init_params(self, key: Array) -> Any:
+        """Random float32 parameters."""
+        params = self.body.init_params(key)
+        return {k: v for k, v in params.items() if k != "lm_head"} | {"classifier": self.init_head(key)}
+
+    def init_head(self, key: Array) -> dict[str, Any]:
+        """A new head f32: matrices as the body's were drawn, biases zero. It depends on `key` and the shapes alone."""
+        d, std = self.spec.width, self.spec.init_std
+        keys = dict(zip(("dense", "out"), jax.random.split(jax.random.fold_in(key, 3))))
+
+        def linear(name, n, bias):
+            kernel = {"kernel": std * jax.random.normal(keys[name], (d, n))}
+            return kernel | ({"bias": jnp.zeros(n)} if bias else {})
+
+        head = {"out": linear("out", len(self.labels.names), self.layout.out_bias)}
+        if self.layout.act is not None:
+            head["dense"] = linear("dense", d, self.layout.dense_bias)
+        if self.layout.norm:
+            head["norm"] = {"scale": jnp.ones(d)} | ({"bias": jnp.zeros(d)} if self.spec.norm_bias else {})
+        return head
+
+    def abstract_params(self) -> Any:
+        """Shapes and dtypes of `init_params`, nothing allocated."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    @property
+    def saved_modules(self) -> list[str]:
+        """The head's modules as peft's `modules_to_save` names them: BERT's are "pooler" and "classifier"."""
+        from jaxtune.models import family
+
+        prefix = family(self.spec.hf_config).NAMES.prefix
+        return list(dict.fromkeys(hf.removeprefix(prefix).partition(".")[0] for hf in self.layout.names))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the exported model would not expect."""
+        if self.pooling == self.layout.pooling:
+            return []
+        return [
+            f"The model pools by {self.pooling!r}, as jaxtune reads from config.json (classifier_pooling); "
+            f"transformers' class pools by {self.layout.pooling!r} and gives other logits."
+        ]
+
+    def names(self, table: NameTable) -> NameTable:
+        """The family's names with those of this head."""
+        others = [re.escape(hf) for hf, path in table.top.items() if path.startswith("lm_head/")]
+        if self.labels.drawn:
+            others.append(_OTHER_HEADS)
+        top = {hf: path for hf, path in table.top.items() if not path.startswith("lm_head/")}
+        return dataclasses.replace(table, top=top | dict(self.layout.names), ignored="|".join([table.ignored, *others]))
+
+    def drawn(self, entries: Mapping[str, Any], table: NameTable, key: Array | None) -> dict[str, Array]:
+        """{path: array} of what a new head does not take from a checkpoint with these tensors: its last layer, and what
+        is not there. A pooler that was pretrained is kept."""
+        if not self.labels.drawn:
+            return {}
+        there = {path for hf, path in self.layout.names.items() if {hf, hf.removeprefix(table.prefix)} & {*entries}}
+        new = flatten({"classifier": self.init_head(key)})
+        return {path: x for path, x in new.items() if path.startswith("classifier/out/") or path not in there}
+
+
+def pool(x: Array, segments: Array, how: str) -> Array:
+    """x [B, T, D] -> [B, D]: the first token, the mean over the text, or its last token.
+
+    segments i32[B, T] is above 0 where there is text.
+    """
+    if how == "cls":
+        return x[:, 0]
+    there = segments > 0
+    if how == "mean":
+        count = jnp.maximum(there.sum(1, keepdims=True), 1).astype(jnp.float32)
+        summed = jnp.einsum("btd,bt->bd", x, there.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (summed / count).astype(x.dtype)
+    last = jnp.max(jnp.where(there, jnp.arange(x.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def _affine(x: Array, layer: Mapping[str, Any], keys: Keys) -> Array:
+    y = dot(x, layer["kernel"], keys)
+    return y + layer["bias"].astype(y.dtype) if "bias" in layer else y
+
+
+def with_labels(body: Any, labels: Labels) -> Classifier:
+    """Put a label head on an encoder or a decoder.
+
+    The config that an export writes tells transformers its class, labels, problem and padding.
+
+    Raises:
+        UserError: the pooling is unknown.
+    """
+    from jaxtune.models import family  # which imports this module
+
+    config = body.spec.hf_config
+    module = family(config)
+    layout = getattr(module, "label_layout", decoder_layout)(Config(config), labels.kind)
+    if labels.pooling not in (None, *POOLINGS):
+        raise UserError(
+            f"pooling={labels.pooling!r} is not one of {', '.join(POOLINGS)}.{nearest(labels.pooling, POOLINGS)}"
+        )
+    if labels.kind == TOKEN and labels.pooling is not None:
+        raise UserError("Pooling has no effect on a label for each token; leave it out.")
+    body = body.clone(spec=dataclasses.replace(body.spec, config=_config_text(config, labels, layout, body)))
+    return Classifier(body, labels, layout)
+
+
+def _config_text(config: dict[str, Any], labels: Labels, layout: Layout, body: Any) -> str:
+    names = labels.names
+    config = config | {
+        "architectures": [transformers_class(config["model_type"], labels.kind)],
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    config.pop("num_labels", None)
+    if labels.kind == SEQUENCE:
+        config["problem_type"] = labels.problem
+        if labels.pooling is not None:
+            config["classifier_pooling"] = labels.pooling
+    if layout.pooling == "last" and config.get("pad_token_id") is None and config.get("eos_token_id") is not None:
+        # transformers finds the last token by the padding's id.
+        eos = config["eos_token_id"]
+        config["pad_token_id"] = eos[0] if isinstance(eos, Sequence) else eos
+    return json.dumps(config, sort_keys=True)
+
+
+def transformers_class(model_type: str, kind: str) -> str:
+    """The class of transformers that loads a family's classifiers.
+
+    Raises:
+        UserError: there is none.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    name = f"{CONFIG_MAPPING_NAMES[model_type].removesuffix('Config')}For{kind}"
+    if name not in dir(transformers):  # listed without being imported, which takes seconds
+        raise UserError(f"transformers has no {name}, so that nothing could load the result.")
+    return name

@@ -1,0 +1,209 @@
+"""One bidirectional encoder: embeddings and their norm, segments of stacked blocks under `scan`, maybe a last norm.
+
+The parameters are a plain nested dict:
+
+    embed_tokens/embedding [V,D]        (embed_positions/embedding [P,D], embed_types/embedding [S,D])
+    embed_norm/scale, bias [D]
+    segment_0/block_0/self_attn/q_proj/kernel [n,D,H*C] ...    n = repeats of the segment, on axis 0
+    norm/scale [D]                      where blocks normalise what they read
+"""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.models import rope
+from jaxtune.models.decoder import PRODUCTS, REMAT, Table
+from jaxtune.models.layers import Attention, Context, Mlp, Norm
+from jaxtune.models.spec import BlockSpec, Segment
+from jaxtune.weights import Array, Keys, embed, fold
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderBlockSpec(BlockSpec):
+    """One block that sees both directions; the defaults are BERT's.
+
+    Attributes:
+        post_norm: norms follow each residual sum, as in the first transformer; otherwise they precede what is added.
+        attn_norm: whether a norm belongs to the attention at all (the first block of ModernBERT has none).
+        norm_bias: whether norms have a bias.
+    """
+
+    norm: Literal["rms", "layer"] = "layer"
+    eps: float = 1e-12
+    act: str = "gelu"
+    gated: bool = False
+    qkv_bias: bool = True
+    o_bias: bool = True
+    mlp_bias: bool = True
+    causal: bool = False
+    post_norm: bool = True
+    attn_norm: bool = True
+    norm_bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSpec:
+    """A bidirectional model without a head.
+
+    Attributes:
+        vocab: rows of the embedding table.
+        width: D, channels of the residual stream.
+        segments: the body, lowest first.
+        positions: the longest sequence the model knows.
+        config: the HF config.json, as text (so that the spec stays hashable).
+        learned_positions: whether a table of position embeddings is added to the tokens'.
+        first_position: row of that table for a sequence's first token.
+        types: rows of the table of segment types; 0: there is none.
+        last_norm: whether a norm follows the last block.
+        tied: an encoder has no output head to tie.
+    """
+
+    vocab: int
+    width: int
+    segments: tuple[Segment, ...]
+    positions: int
+    config: str
+    learned_positions: bool = True
+    first_position: int = 0
+    types: int = 0
+    last_norm: bool = False
+    norm: Literal["rms", "layer"] = "layer"
+    eps: float = 1e-12
+    norm_bias: bool = True
+    init_std: float = 0.02
+    tied: bool = False
+
+    @property
+    def layers(self) -> int:
+        return sum(s.layers for s in self.segments)
+
+    @property
+    def hf_config(self) -> dict:
+        return json.loads(self.config)
+
+
+class EncoderBlock(nn.Module):
+    """Attention and feed-forward part, each with its residual sum and norm."""
+
+    spec: EncoderBlockSpec
+    implementation: str
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array, ctx: Context) -> Array:
+        s = self.spec
+
+        def attention(h):
+            return Attention(s, self.implementation, self.std, name="self_attn")(h, ctx, None, jnp.int32(0))[0]
+
+        def mlp(h):
+            return Mlp(s, self.std, s.mlp, name="mlp")(h, ctx.keys)
+
+        def norm(name, h):
+            return Norm(s.norm, s.eps, bias=s.norm_bias, name=name)(h)
+
+        if s.post_norm:
+            x = norm("attn_norm", x + attention(x))
+            return norm("mlp_norm", x + mlp(x))
+        x += attention(norm("attn_norm", x) if s.attn_norm else x)
+        return x + mlp(norm("mlp_norm", x))
+
+
+class EncoderPattern(nn.Module):
+    """One repeat of a segment: its blocks in order. Scanned over the repeats."""
+
+    segment: Segment
+    first: int  # number of the segment's first layer in the model
+    implementation: str
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array, repeat: Array, ctx: Context):
+        for j, block in enumerate(self.segment.pattern):
+            layer = self.first + repeat * len(self.segment.pattern) + j
+            here = ctx._replace(keys=fold(ctx.keys, layer))
+            x = EncoderBlock(block, self.implementation, self.std, name=f"block_{j}")(x, here)
+        return x, None
+
+
+class Encoder(nn.Module):
+    """A bidirectional model: `module.apply({"params": params}, tokens, ...)` gives the last hidden states.
+
+    Leaves of `params` may be polymorphic (`jaxtune.weights`). The attributes are `Decoder`'s.
+    """
+
+    spec: EncoderSpec
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        keys: Keys = None,
+        types: Array | None = None,
+    ) -> Array:
+        """tokens i32[B, T] -> the last hidden states [B, T, D].
+
+        Args:
+            positions: i32[B, T], each row's places counted from 0; default 0..T-1.
+            segments: i32[B, T]: tokens see those of their own number only, so padding (0) is not seen by text (1), and
+                packed texts do not see each other; None: all is one text.
+            keys: one PRNG key a row, [B]; None switches every dropout off.
+            types: i32[B, T], BERT's token types; default 0.
+        """
+        spec = self.spec
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
+        if spec.learned_positions:
+            table = self._table("embed_positions", spec.first_position + spec.positions)
+            x += embed(positions + spec.first_position, table).astype(self.dtype)
+        if spec.types:
+            table = self._table("embed_types", spec.types)
+            x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
+        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
+        ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
+        ctx = Context(None, segments, {str(r): rope.tables(r, positions, positions.max(-1) + 1) for r in ropes}, keys)
+        pattern = EncoderPattern
+        kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
+        if kept is not None:
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+            pattern = nn.remat(EncoderPattern, policy=policy, prevent_cse=False)
+        first = 0
+        for i, segment in enumerate(spec.segments):
+            scanned = nn.scan(
+                pattern,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=segment.repeats,
+                unroll=min(self.unroll, segment.repeats),
+            )(segment, first, self.attention, spec.init_std, name=f"segment_{i}")
+            x, _ = scanned(x, jnp.arange(segment.repeats), ctx)
+            first += segment.layers
+        return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x) if spec.last_norm else x
+
+    def __call__(self, tokens: Array, positions=None, segments=None, keys=None, types=None) -> Array:
+        """The same as `hidden`."""
+        return self.hidden(tokens, positions, segments, keys, types)
+
+    def init_params(self, key: Array) -> Any:
+        """Random float32 parameters, as for pretraining."""
+        return self.init(key, jnp.zeros((1, 2), jnp.int32), method="hidden")["params"]
+
+    def abstract_params(self) -> Any:
+        """Shapes and dtypes of `init_params`, nothing allocated."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def _table(self, name: str, rows: int) -> Any:
+        return Table(rows, self.spec.width, self.spec.init_std, name=name)()

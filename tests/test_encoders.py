@@ -1,0 +1,350 @@
+"""Encoders against live transformers: hidden states, padding, names, and mutations that the tolerance must see."""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from safetensors.numpy import load_file, save_file
+from small import quick_compiles  # noqa: F401
+
+from jaxtune import models
+from jaxtune.errors import UserError
+from jaxtune.hf.export import export_model
+from jaxtune.hf.load import load
+from jaxtune.models.attention import attend_tokens
+from jaxtune.models.spec import Segment
+from jaxtune.tree import flatten
+
+TOLERANCE = 1e-4  # of the largest hidden state; never to be relaxed
+T = 24
+BERT = {
+    "vocab_size": zoo.VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+DISTILBERT = {
+    "vocab_size": zoo.VOCAB,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "max_position_embeddings": 40,
+}
+MODERNBERT = BERT | {"num_hidden_layers": 8, "local_attention": 10, "pad_token_id": 0}
+MODERNBERT |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
+# name -> (model_type, config). Between them: every switch that a family's file reads.
+ZOO = {
+    "bert": ("bert", BERT | {"layer_norm_eps": 1e-3}),
+    "bert-tanh-one-type": ("bert", BERT | {"hidden_act": "gelu_new", "type_vocab_size": 1, "num_attention_heads": 2}),
+    "roberta": ("roberta", BERT | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "roberta-pad-3": ("roberta", BERT | {"pad_token_id": 3, "hidden_act": "relu", "num_attention_heads": 8}),
+    "distilbert": ("distilbert", DISTILBERT),
+    "distilbert-relu": ("distilbert", DISTILBERT | {"activation": "relu", "n_heads": 1, "n_layers": 3}),
+    "modernbert": ("modernbert", MODERNBERT),
+    "modernbert-biases": (
+        "modernbert",
+        MODERNBERT
+        | {
+            **{"num_hidden_layers": 3, "norm_bias": True, "attention_bias": True, "mlp_bias": True},
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+def enlarge(model):
+    """As `zoo.build` does: every term large enough to matter."""
+    import torch
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim >= 2:
+                p *= 1 if "embed" in name else 16
+            else:
+                p += 0.3 * torch.randn_like(p)
+    return model
+
+
+@functools.cache
+def torch_model(name):
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    family, values = ZOO[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **copy.deepcopy(values))
+    return enlarge(AutoModel.from_config(config, attn_implementation="eager").float().eval())
+
+
+@functools.cache
+def directory(name):
+    folder = zoo.scratch() / name
+    torch_model(name).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def ours(name):
+    return load(directory(name))
+
+
+@functools.cache
+def rows():
+    """Ids without any padding token, and which of them are there: two rows end in padding."""
+    ids = np.random.default_rng(0).integers(4, zoo.VOCAB, (3, T), dtype=np.int32)
+    there = np.arange(T) < np.array([T, T // 2, 3])[:, None]
+    return ids, there
+
+
+@functools.cache
+def reference(name):
+    import torch
+
+    ids, there = rows()
+    pad = ZOO[name][1].get("pad_token_id", 0)
+    with torch.no_grad():
+        padded = torch.tensor(np.where(there, ids, pad), dtype=torch.long)
+        return (
+            torch_model(name)(padded, attention_mask=torch.tensor(there)).last_hidden_state.numpy() * there[..., None]
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(module, params, ids, segments):
+    return module.apply({"params": params}, ids, segments=segments)
+
+
+def states(module, params):
+    ids, there = rows()
+    return np.asarray(hidden(module, params, np.where(there, ids, 5), there.astype(np.int32))) * there[..., None]
+
+
+default = {"bert", "roberta", "distilbert", "modernbert"}
+every_encoder = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in default else pytest.mark.slow) for n in ZOO]
+)
+
+
+@every_encoder
+def test_hidden_states_equal_transformers_with_and_without_padding(name):
+    got = states(*ours(name))
+    for row, want in zip(got, reference(name)):
+        assert zoo.apart(row, want) < TOLERANCE
+
+
+def change(module, **changes):
+    """The module with every block changed, and the fields of the spec where they exist there."""
+    spec = module.spec
+    segments = tuple(
+        Segment(tuple(dataclasses.replace(b, **changes) for b in s.pattern), s.repeats) for s in spec.segments
+    )
+    top = {k: v for k, v in changes.items() if k in ("eps",)}
+    return module.clone(spec=dataclasses.replace(spec, segments=segments, **top))
+
+
+def zeroed(params, *parts):
+    """Set the leaves whose paths hold one of `parts` to 0."""
+    return jax.tree_util.tree_map_with_path(
+        lambda p, x: jnp.zeros_like(x) if any(part in jax.tree_util.keystr(p) for part in parts) else x, params
+    )
+
+
+def windows(module, by):
+    spec = module.spec
+    segments = tuple(
+        Segment(tuple(dataclasses.replace(b, window=b.window and b.window + by) for b in s.pattern), s.repeats)
+        for s in spec.segments
+    )
+    return module.clone(spec=dataclasses.replace(spec, segments=segments))
+
+
+def thetas(module, theta):
+    """The theta of the local layers set to another."""
+    segments = tuple(
+        Segment(
+            tuple(
+                dataclasses.replace(b, rope=dataclasses.replace(b.rope, theta=theta)) if b.window else b
+                for b in s.pattern
+            ),
+            s.repeats,
+        )
+        for s in module.spec.segments
+    )
+    return module.clone(spec=dataclasses.replace(module.spec, segments=segments))
+
+
+MUTATIONS = {
+    "causal": ("bert", lambda m, p: (change(m, causal=True), p)),
+    "eps": ("bert", lambda m, p: (change(m, eps=1e-5), p)),
+    "tanh gelu": ("bert", lambda m, p: (change(m, act="gelu_tanh"), p)),
+    "pre-norm": ("distilbert", lambda m, p: (change(m, post_norm=False), p)),
+    "no types": ("bert", lambda m, p: (m, zeroed(p, "embed_types"))),
+    "no key bias would do nothing, no query bias": ("bert", lambda m, p: (m, zeroed(p, "q_proj']['bias"))),
+    "no embedding norm bias": ("roberta", lambda m, p: (m, zeroed(p, "embed_norm']['bias"))),
+    "first position": (
+        "roberta",
+        lambda m, p: (m.clone(spec=dataclasses.replace(m.spec, first_position=0, positions=40)), p),
+    ),
+    "window + 1": ("modernbert", lambda m, p: (windows(m, 1), p)),
+    "window - 1": ("modernbert", lambda m, p: (windows(m, -1), p)),
+    "local theta": ("modernbert", lambda m, p: (thetas(m, 160_000.0), p)),
+    "act on the other half": ("modernbert", lambda m, p: (change(m, act="silu"), p)),
+}
+
+
+SLOW = ("window - 1", "act on the other half", "tanh gelu", "no embedding norm bias")
+
+
+@pytest.mark.parametrize("mutation", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in MUTATIONS])
+def test_the_tolerance_sees_each_defect(mutation):
+    name, mutate = MUTATIONS[mutation]
+    assert zoo.apart(states(*mutate(*ours(name))), reference(name)) > 1.5 * TOLERANCE
+
+
+def test_the_reference_sees_padding():
+    """Attending to padding must be a visible defect."""
+    ids, there = rows()
+    module, params = ours("bert")
+    blind = np.asarray(hidden(module, params, np.where(there, ids, 5), np.ones_like(ids))) * there[..., None]
+    assert zoo.apart(blind, reference("bert")) > 1.5 * TOLERANCE
+
+
+# --- attention in both directions
+
+
+@pytest.mark.parametrize(
+    ("form", "segmented", "window", "t"),
+    [
+        ("mapped", True, None, 100),  # two blocks of queries
+        ("mapped", True, 5, 100),
+        ("xla", True, 5, 9),
+        *(pytest.param("mapped", s, w, 9, marks=pytest.mark.slow) for s in (False, True) for w in (None, 5)),
+        *(pytest.param("xla", s, w, 100, marks=pytest.mark.slow) for s in (False, True) for w in (None, 5)),
+    ],
+)
+def test_bidirectional_attention_and_its_gradient_equal_the_definition(form, segmented, window, t):
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.standard_normal((2, t, h, 8)).astype(np.float32) for h in (4, 2, 2, 4))
+    segments = (np.arange(t) > np.array([[t // 3], [t // 2]])).astype(np.int32) if segmented else None
+    i = np.arange(t)
+    seen = np.ones((2, t, t), bool) if window is None else (abs(i[:, None] - i) < window) & np.ones((2, 1, 1), bool)
+    if segmented:
+        seen = seen & (segments[:, :, None] == segments[:, None])
+
+    def definition(q, k, v):
+        scores = jnp.einsum("bthc,bshc->bhts", q, jnp.repeat(k, 2, axis=2), precision="highest") * 0.3
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        return jnp.einsum("bhts,bshc->bthc", jax.nn.softmax(scores), jnp.repeat(v, 2, axis=2), precision="highest")
+
+    def form_of(q, k, v):
+        return attend_tokens(q, k, v, segments=segments, scale=0.3, window=window, implementation=form, causal=False)
+
+    want, pull = jax.vjp(definition, q, k, v)
+    got, pull_got = jax.vjp(jax.jit(form_of), q, k, v)
+    assert zoo.apart(got, want) < 1e-5
+    for a, b in zip(pull_got(jnp.asarray(g)), pull(jnp.asarray(g))):
+        assert zoo.apart(a, b) < 1e-5
+
+
+# --- names
+
+
+@every_encoder
+def test_the_name_table_is_a_bijection_with_transformers_parameters(name):
+    module, params = ours(name)
+    paths = set(flatten(params))
+    listed = list(models.names(module).tensors(module.spec, paths))
+    prefix = models.names(module).prefix
+    theirs = {prefix + n for n in torch_model(name).state_dict() if not n.startswith("pooler.")}
+    assert [t.hf for t in listed] == list(dict.fromkeys(t.hf for t in listed)) and {t.hf for t in listed} == theirs
+    assert len({(t.path, t.index) for t in listed}) == len(listed) and {t.path for t in listed} == paths
+
+
+@every_encoder
+def test_an_export_is_what_was_loaded(name, tmp_path):
+    from transformers import AutoModel
+
+    module, params = ours(name)
+    export_model(module, params, tmp_path / "out", base=directory(name))
+    again, prefix = load_file(tmp_path / "out" / "model.safetensors"), models.names(module).prefix
+    for key, value in torch_model(name).state_dict().items():
+        if not key.startswith("pooler."):
+            assert np.array_equal(again.pop(prefix + key), value.numpy()), key
+    assert not again
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    base = json.loads((directory(name) / "config.json").read_text())
+    assert config == base
+    AutoModel.from_pretrained(tmp_path / "out")
+
+
+def test_old_names_and_the_heads_of_pretraining_are_understood(tmp_path):
+    tensors = load_file(directory("bert") / "model.safetensors")
+    old = {
+        "bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+        for k, v in tensors.items()
+    }
+    old |= {"cls.predictions.bias": np.zeros(zoo.VOCAB, np.float32)}
+    (tmp_path / "config.json").write_text((directory("bert") / "config.json").read_text())
+    save_file(old, tmp_path / "model.safetensors")
+    _, params = load(tmp_path)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, ours("bert")[1]))
+
+    save_file({k: v for k, v in old.items() if "layer.1.output.dense" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing +bert.encoder.layer.1.output.dense.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("bert", {"hidden_act": "mish"}, "hidden_act='mish'"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ("bert", {"is_decoder": True}, "is_decoder=True"),
+        ("modernbert", {"layer_types": ["chunked"] * 8}, "layer_types='chunked'"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types lists 1 layers"),
+    ],
+)
+def test_what_is_not_supported_is_named(name, changes, said):
+    config = json.loads((directory(name) / "config.json").read_text())
+    with pytest.raises(UserError) as error:
+        models.build(config | changes)
+    assert said in str(error.value)
+
+
+def test_a_config_of_transformers_4_is_the_same_model():
+    """answerdotai/ModernBERT-base has no layer_types and no rope_parameters."""
+    config = json.loads((directory("modernbert") / "config.json").read_text())
+    old = {k: v for k, v in config.items() if k not in ("layer_types", "rope_parameters")}
+    old |= {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    assert models.build(old).spec.segments == ours("modernbert")[0].spec.segments
+    assert [s.repeats for s in models.build(old).spec.segments] == [1, 2, 1]
+
+
+# --- a real encoder
+
+
+def test_a_real_encoder_equals_transformers():
+    folder = Path(os.environ.get("JAXTUNE_MINILM", "/nowhere"))
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("JAXTUNE_MINILM does not name the folder of all-MiniLM-L6-v2")
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    encoded = AutoTokenizer.from_pretrained(folder)(["A card.", "How do I locate my new card?"], padding=True)
+    ids, there = np.array(encoded["input_ids"], np.int32), np.array(encoded["attention_mask"], np.int32)
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(folder)
+        want = model(torch.tensor(ids), attention_mask=torch.tensor(there)).last_hidden_state.numpy()
+    got = hidden(*load(folder), ids, there) * there[..., None]
+    assert zoo.apart(got, want * there[..., None]) < TOLERANCE
