@@ -11,6 +11,9 @@ import optax
 from jaxtune.errors import UserError
 from jaxtune.tree import path_str
 
+# Optimizers whose update of an entry depends on that entry alone (but for clipping): zeros that pad a factor stay zero.
+ELEMENTWISE = frozenset(["adamw", "sgd", "lion"])
+
 
 def schedule(
     name: str = "constant", *, steps: int, warmup: float = 0.0, min_lr_ratio: float = 0.0
@@ -40,11 +43,21 @@ def schedule(
     return shape
 
 
+# Vectors, which are stacked to matrices: of norms and biases, DoRA's magnitudes, (IA)^3's scales.
+_NOT_MATRICES = ("scale", "bias", "magnitude", "out", "inp")
+
+
 def decay_mask(params: Any) -> Any:
     """True for matrices (LoRA factors too); norms and biases, stacked or not, are not decayed."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and path_str(path).rpartition("/")[2] not in ("scale", "bias"), params
+        lambda path, leaf: leaf.ndim >= 2 and path_str(path).rpartition("/")[2] not in _NOT_MATRICES, params
     )
+
+
+def _is_lora_b(params: Any) -> Any:
+    """True for the `b` of a LoRA leaf, a field of a node rather than the key of a dict; not for an embedding's."""
+    b, table = jax.tree_util.GetAttrKey("b"), jax.tree_util.DictKey("embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == b and table not in path, params)
 
 
 def optimizer(
@@ -58,14 +71,17 @@ def optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     momentum: float = 0.9,
+    loraplus_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Return an optax transformation whose `lr` and `weight_decay` live in `opt_state.hyperparams`.
+    """Return an optax transformation; `lr`, `weight_decay`, `loraplus_lr_ratio` live in `opt_state.hyperparams`.
 
     Args:
         name: "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov-free momentum, or "lion" (Chen et al. 2023).
         lr: the peak rate, multiplied by `shape(step)`.
         weight_decay: decoupled, on matrices only.
         grad_clip: largest global norm of the gradient; 0: no clipping.
+        loraplus_lr_ratio: the rate of LoRA's `b` is this times `lr` (LoRA+, Hayou et al. 2024, arXiv:2402.12354);
+            embeddings, whose `b` is the factor that is random at first, are left out.
 
     Raises:
         UserError: unknown name.
@@ -78,13 +94,14 @@ def optimizer(
     if name not in directions:
         raise UserError(f"optim.name={name!r} is not supported; supported: {', '.join(directions)}.")
 
-    def build(lr, weight_decay):
+    def build(lr, weight_decay, loraplus_lr_ratio):
         return optax.chain(
             optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
             directions[name](),
             optax.add_decayed_weights(weight_decay, mask=decay_mask),
             optax.scale_by_schedule(shape),
+            optax.masked(optax.scale(loraplus_lr_ratio), _is_lora_b),
             optax.scale_by_learning_rate(lr),
         )
 
-    return optax.inject_hyperparams(build)(lr=lr, weight_decay=weight_decay)
+    return optax.inject_hyperparams(build)(lr=lr, weight_decay=weight_decay, loraplus_lr_ratio=loraplus_lr_ratio)

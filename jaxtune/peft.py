@@ -1,53 +1,62 @@
 """peft's front door: `from jaxtune.peft import LoraConfig, get_peft_model`, on a functional model.
 
-A thin shell over `jaxtune.load` and `jaxtune.lora`, for code that is written against peft's names.
+A thin shell over `jaxtune.load` and `jaxtune.methods`, for code that is written against peft's names.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxtune.errors import UserError, nearest
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
-from jaxtune.methods import lora
+from jaxtune.methods import ia3, lora, prompt_tuning, tune
 from jaxtune.tree import count
+from jaxtune.weights import virtual_tokens
 
 
-class LoraConfig:
-    """peft's LoraConfig, as far as jaxtune knows it; an option it does not know is an error, never ignored.
+class PeftConfig:
+    """A config of peft's, as far as jaxtune knows it; an option it does not know is an error, never ignored.
 
-    Args as `jaxtune.lora`'s; `task_type` must be "CAUSAL_LM" or None.
+    Keyword args as those of `function`, with its defaults; `task_type` must be "CAUSAL_LM" or None.
     """
 
-    def __init__(
-        self,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        target_modules: str | Sequence[str] = "all-linear",
-        bias: str = "none",
-        use_rslora: bool = False,
-        task_type: str | None = None,
-        **unknown: Any,
-    ):
-        if unknown:
-            known = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "task_type")
-            name = next(iter(unknown))
-            raise UserError(f"LoraConfig: {name!r} is not supported.{nearest(name, known)} Known: {', '.join(known)}.")
+    method: str
+    function: Callable[..., Any]
+
+    def __init__(self, task_type: str | None = None, **settings: Any):
+        name = type(self).__name__
+        own = set(inspect.signature(self.function).parameters) - {"params", "key", "module", "layouts"}
+        if unknown := [key for key in settings if key not in own]:
+            raise UserError(
+                f"{name}: {unknown[0]!r} is not supported.{nearest(unknown[0], own)} Known: {', '.join(sorted(own))}."
+            )
         if task_type not in (None, "CAUSAL_LM"):
-            raise UserError(f"LoraConfig: task_type={task_type!r} is not supported; supported: 'CAUSAL_LM'.")
-        self.settings = {
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "target_modules": target_modules,
-            "bias": bias,
-            "use_rslora": use_rslora,
-        }
+            raise UserError(f"{name}: task_type={task_type!r} is not supported; supported: 'CAUSAL_LM'.")
+        self.settings = settings
+
+
+class LoraConfig(PeftConfig):
+    """peft's LoraConfig: `jaxtune.lora`."""
+
+    method, function = "lora", staticmethod(lora)
+
+
+class IA3Config(PeftConfig):
+    """peft's IA3Config: `jaxtune.ia3`."""
+
+    method, function = "ia3", staticmethod(ia3)
+
+
+class PromptTuningConfig(PeftConfig):
+    """peft's PromptTuningConfig: `jaxtune.prompt_tuning`."""
+
+    method, function = "prompt_tuning", staticmethod(prompt_tuning)
 
 
 @dataclasses.dataclass
@@ -78,7 +87,9 @@ class PeftModel:
     config: dict[str, Any]
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> jax.Array:
-        """tokens i32[B, T] -> logits f32[B, T, V]."""
+        """tokens i32[B, T] -> logits f32[B, T, V]; with a soft prompt of P vectors, [B, P + T, V], as peft's."""
+        if prefix := virtual_tokens(self.params):
+            tokens = jnp.pad(tokens, ((0, 0), (len(prefix), 0))).at[:, : len(prefix)].set(jnp.asarray(prefix))
         return self.module.apply({"params": self.params}, tokens, **inputs)
 
     def print_trainable_parameters(self) -> None:
@@ -96,7 +107,7 @@ class PeftModel:
         return cls(model.module, params, mask, model.path, config)
 
 
-def get_peft_model(model: Model, config: LoraConfig, seed: int = 0) -> PeftModel:
+def get_peft_model(model: Model, config: PeftConfig, seed: int = 0) -> PeftModel:
     """Put fresh adapters on a model, as peft's function of this name does."""
-    params, mask = lora(model.params, jax.random.key(seed), module=model.module, **config.settings)
+    params, mask = tune(config.method, model.params, jax.random.key(seed), model.module, config.settings)
     return PeftModel(model.module, params, mask, model.path, config.settings)

@@ -46,7 +46,8 @@ def load_target(path: str | Path, adapter: str | Path | None = None, dtype: Any 
         if source.adapter is not None and source.run is None:
             raise UserError(f"{path} is an adapter itself; give the model that {adapter} is put on.")
         source = find(adapter, source.base)._replace(config=source.config)
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
+    _check_continues(source)
     tensors.index_dir(source.model)  # missing weights are named before anything is compiled
     if dtype is None:
         dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
@@ -67,7 +68,7 @@ def _as_ids(value: int | Iterable[int] | None) -> Iterable[int]:
     return () if value is None else (value,) if isinstance(value, int) else value
 
 
-def _tokenizer(source: Source) -> Any:
+def tokenizer_of(source: Source) -> Any:
     """The tokenizer of a source, with what its run was told about it."""
     from jaxtune.data.tokenize import load_tokenizer
 
@@ -78,3 +79,15 @@ def _tokenizer(source: Source) -> Any:
         str(source.tokenizer if carried else told["tokenizer"]),
         template if template and Path(template).is_file() else None,
     )
+
+
+def _check_continues(source: Source) -> None:
+    """Raise UserError for a classifier or an encoder, which give no next token."""
+    from jaxtune.models import build
+    from jaxtune.models.decoder import Decoder
+
+    config = tensors.read_json(source.model / "config.json")
+    kind = ((source.config or {}).get("objective") or {}).get("name", "causal_lm")
+    if kind != "causal_lm" or not isinstance(build(config), Decoder):
+        what = ", ".join(config.get("architectures") or [config["model_type"]])
+        raise UserError(f"{source.model} ({what}) does not continue text; a model with a language model's head does.")

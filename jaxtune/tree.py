@@ -123,7 +123,11 @@ class Counts(NamedTuple):
         return f"trainable params: {self.trainable:,d} || all params: {self.all:,d} || trainable%: {share:.4f}"
 
 
-_LEAF_FIELDS = {"kernel", "bias", "scale", "embedding", "w", "a", "b", "q", "dropout"}
+_LEAF_FIELDS = {
+    *("kernel", "bias", "scale", "embedding", "w", "a", "b", "dropout"),
+    *("a0", "b0", "magnitude", "rows", "prompt"),
+    *("q", "codes", "absmax", "offset"),
+}
 
 
 def _group(path: str) -> str:
@@ -132,6 +136,14 @@ def _group(path: str) -> str:
     while len(parts) > 1 and parts[-1] in _LEAF_FIELDS:
         parts.pop()
     return "/".join(parts)
+
+
+def _per_entry(path: str, leaves: dict[str, Any]) -> int:
+    """Parameters in an entry: 2 in a byte of 4-bit codes, 0 in what says how to read the codes."""
+    owner, _, field = path.rpartition("/")
+    if f"{owner}/codes" in leaves:
+        return 2 if field == "codes" else 0
+    return 0 if field == "scale" and f"{owner}/q" in leaves else 1
 
 
 def _adapted(scale: Any) -> float:
@@ -144,14 +156,14 @@ def count(params: PyTree, mask: PyTree) -> Counts:
     """Count trainable and all parameters, in total and by module name.
 
     Works on abstract arrays too. Of a stacked LoRA factor, the rows with a scale of 0 are not adapted and not counted,
-    as long as the scales are known.
+    as long as the scales are known. A quantised matrix counts as what it stands for.
     """
     trainable, total = Counter(), Counter()
     leaves, roles = flatten(params), flatten(mask)
     for path, leaf in leaves.items():
         if roles[path] is not MEMBER:
             group, scale = _group(path), path.rpartition("/")[0] + "/scale"
-            size = leaf.size
+            size = leaf.size * _per_entry(path, leaves)
             if roles[path] is TRAIN and roles.get(scale) is MEMBER:
                 size = round(size * _adapted(leaves[scale]))
             total[group] += size

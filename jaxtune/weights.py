@@ -12,23 +12,31 @@ All fields carry the leading layer axes `*L` of the stacked segment, so that `sc
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.errors import UserError
 
 Array = jax.Array
 Keys = Array | None  # one PRNG key a row, [B]; None: no dropout
+Product = Callable[[Array, Array], Array]  # x [..., K] and w [K, M] -> [..., M], linear in both
 
 
 class Weight:
     """What a leaf type provides. `w` stands for a plain array or another `Weight`."""
 
-    def dot(self, x: Array, keys: Keys = None) -> Array:
-        """x [..., K] -> [..., N]."""
+    def dot(self, x: Array, keys: Keys, product: Product) -> Array:
+        """x [..., K] -> [..., N]; `product(x, w)` multiplies x by any w [K, M], in whatever way the model does."""
+        raise NotImplementedError
+
+    def transposed_dot(self, x: Array, product: Product) -> Array:
+        """x [..., N] -> [..., K], times the transposed matrix that `merge` gives."""
         raise NotImplementedError
 
     def embed(self, ids: Array) -> Array:
@@ -44,10 +52,17 @@ class Weight:
         raise NotImplementedError
 
 
+class Adapter(Weight):
+    """A leaf that trains something beside a base `w`, which stays as it is. Subclasses have a field `w`."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class LoraWeight(Weight):
+class LoraWeight(Adapter):
     """Low-rank adaptation, y = x w + scale * dropout(x) a b (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+
+    Layers of lower rank than `r` hold zeros in the columns of `a` and rows of `b` that they lack: a fixed point of
+    training.
 
     Attributes:
         w: the base, [*L, K, N], an array or a QuantWeight.
@@ -55,6 +70,8 @@ class LoraWeight(Weight):
         b: [*L, r, N], zeros at initialisation, so that step 0 is the base model.
         scale: f32[*L], alpha / r (or alpha / sqrt(r)); 0 marks a layer that is not adapted.
         dropout: f32[*L], the rate; None compiles no dropout at all.
+        a0, b0: what `a` and `b` began as where their product is not zero (PiSSA); it is subtracted, so that step 0 is
+            the base model and `w` need not change. None: nothing.
     """
 
     w: Any
@@ -62,16 +79,32 @@ class LoraWeight(Weight):
     b: Array
     scale: Array
     dropout: Array | None = None
+    a0: Array | None = None
+    b0: Array | None = None
 
-    def dot(self, x, keys=None):
+    def factors(self) -> tuple[Array, Array]:
+        """`a` [*L, K, R] and `b` [*L, R, N] whose product is the update, before the scale."""
+        if self.a0 is None:
+            return self.a, self.b
+        return jnp.concatenate([self.a, self.a0], axis=-1), jnp.concatenate([self.b, -self.b0], axis=-2)
+
+    def dot(self, x, keys, product):
         h = x if keys is None or self.dropout is None else drop(x, self.dropout, keys)
-        low = checkpoint_name(matmul(h, self.a.astype(x.dtype)), "lora")
-        delta = matmul(low, self.b.astype(x.dtype))
-        return dot(x, self.w) + delta * self.scale.astype(x.dtype)
+        a, b = self.factors()
+        low = product(h, a.astype(x.dtype))
+        delta = matmul(low, b.astype(low.dtype))
+        return dot(x, self.w, product=product) + delta * self.scale.astype(low.dtype)
+
+    def transposed_dot(self, x, product):
+        a, b = self.factors()
+        low = product(x, b.T.astype(x.dtype))
+        delta = matmul(low, a.T.astype(low.dtype))
+        return transposed_dot(x, self.w, product) + delta * self.scale.astype(low.dtype)
 
     def embed(self, ids):
         base = embed(ids, self.w)
-        delta = self.a[ids].astype(base.dtype) @ self.b.astype(base.dtype)
+        a, b = self.factors()
+        delta = a[ids].astype(base.dtype) @ b.astype(base.dtype)
         return base + delta * self.scale.astype(base.dtype)
 
     def attend(self, x):
@@ -79,18 +112,168 @@ class LoraWeight(Weight):
         return attend(x, self.w)
 
     def merge(self):
-        base = merge_leaf(self.w)
-        delta = jnp.einsum("...kr,...rn->...kn", self.a.astype(jnp.float32), self.b.astype(jnp.float32))
-        return (base.astype(jnp.float32) + delta * self.scale[..., None, None]).astype(base.dtype)
+        return self._dense().astype(jax.eval_shape(merge_leaf, self.w).dtype)
+
+    def _dense(self) -> Array:
+        a, b = (f.astype(jnp.float32) for f in self.factors())
+        delta = jnp.einsum("...kr,...rn->...kn", a, b)
+        return merge_leaf(self.w).astype(jnp.float32) + delta * self.scale[..., None, None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class QuantWeight(Weight):
-    """int8 with one scale for each output column (absolute maximum).
+class DoraWeight(LoraWeight):
+    """Weight-decomposed LoRA, y = x V * m / ||V||, V = w + scale a b (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+
+    The norm of each column of V counts as a constant in the gradient (their eq. 11). Dropout acts on the low-rank path
+    only.
 
     Attributes:
-        q: int8[*L, K, N].
+        magnitude: m, f32[*L, N], the column norms of `w` at initialisation. Where `scale` is 0 it has no part.
+    """
+
+    magnitude: Array = None
+
+    def dot(self, x, keys, product):
+        y = super().dot(x, keys, product)
+        return y * self._gain(y.dtype)
+
+    def transposed_dot(self, x, product):
+        return super().transposed_dot(x * self._gain(x.dtype), product)
+
+    def embed(self, ids):
+        base = super().embed(ids)
+        return base * self._gain(base.dtype)
+
+    def _gain(self, dtype) -> Array:
+        """m / ||w + scale a b|| of one layer, [N], from products of rank r: the dense sum is never built."""
+        w, a, b, scale = jax.lax.stop_gradient((self.w, *self.factors(), self.scale))
+        cross = dot(a.T.astype(dtype), w).astype(jnp.float32)  # [R, N]
+        square = (
+            jnp.square(merge_leaf(w).astype(jnp.float32)).sum(0)
+            + 2 * scale * (cross * b).sum(0)
+            + scale**2 * (((a.T @ a) @ b) * b).sum(0)
+        )
+        norm = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+        return jnp.where(scale != 0, self.magnitude / norm, 1.0).astype(dtype)
+
+    def _dense(self):
+        dense = super()._dense()
+        gain = jnp.where(self.scale[..., None] != 0, self.magnitude / column_norm(dense), 1.0)
+        return dense * gain[..., None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Ia3Weight(Adapter):
+    """Rescaled activations, (IA)^3 (Liu et al. 2022, arXiv:2205.05638, section 3.3), in peft's form.
+
+    One of the vectors is there: y = (x w) * out, or y = (x * inp) w in a feed-forward module.
+
+    Attributes:
+        w: the base, [*L, K, N].
+        scale: f32[*L], 1; 0 marks a layer that is not adapted.
+        out: [*L, N], ones at initialisation, or None.
+        inp: [*L, K], ones at initialisation, or None.
+        bias: [*L, N], the module's bias, which `out` scales as well; the module itself adds it unscaled. None: no bias.
+    """
+
+    w: Any
+    scale: Array
+    out: Array | None = None
+    inp: Array | None = None
+    bias: Array | None = None
+
+    def _vector(self, vector: Array) -> Array:
+        return jnp.where(self.scale[..., None] != 0, vector, 1.0)
+
+    def dot(self, x, keys, product):
+        if self.inp is not None:
+            return dot(x * self._vector(self.inp).astype(x.dtype), self.w, product=product)
+        y = dot(x, self.w, product=product)
+        out = self._vector(self.out).astype(y.dtype)
+        return y * out if self.bias is None else y * out + self.bias.astype(y.dtype) * (out - 1)
+
+    def transposed_dot(self, x, product):
+        if self.inp is not None:
+            y = transposed_dot(x, self.w, product)
+            return y * self._vector(self.inp).astype(y.dtype)
+        return transposed_dot(x * self._vector(self.out).astype(x.dtype), self.w, product)
+
+    def merge(self):
+        base = merge_leaf(self.w)
+        vector = self._vector(self.out)[..., None, :] if self.inp is None else self._vector(self.inp)[..., None]
+        return (base.astype(jnp.float32) * vector).astype(base.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PromptWeight(Adapter):
+    """A table with a soft prompt beside it (Lester et al. 2021, arXiv:2104.08691).
+
+    Virtual token i is id V + i: whoever feeds the model puts these ids before a row, and no model knows of them.
+
+    Attributes:
+        w: the table, [V, D].
+        prompt: [P, D].
+    """
+
+    w: Any
+    prompt: Array
+
+    def embed(self, ids):
+        rows = table_rows(self.w)
+        base = embed(jnp.minimum(ids, rows - 1), self.w)
+        virtual = self.prompt[jnp.maximum(ids - rows, 0)].astype(base.dtype)
+        return jnp.where((ids >= rows)[..., None], virtual, base)
+
+    def attend(self, x):
+        return attend(x, self.w)
+
+    def merge(self):
+        return merge_leaf(self.w)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TokensWeight(Adapter):
+    """A table of which some rows are trained (peft's trainable tokens); a tied head sees them too.
+
+    Attributes:
+        w: the table, [V, D].
+        rows: [n, D], in the place of the table's own.
+        ids: which rows these are.
+    """
+
+    w: Any
+    rows: Array
+    ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def embed(self, ids):
+        base = embed(ids, self.w)
+        hits = ids[..., None] == jnp.asarray(self.ids)
+        own = self.rows[jnp.argmax(hits, axis=-1)].astype(base.dtype)
+        return jnp.where(hits.any(-1, keepdims=True), own, base)
+
+    def attend(self, x):
+        return attend(x, self.w).at[..., jnp.asarray(self.ids)].set(x @ self.rows.astype(x.dtype).T)
+
+    def merge(self):
+        base = merge_leaf(self.w)
+        return base.at[jnp.asarray(self.ids)].set(self.rows.astype(base.dtype))
+
+
+class Packed(Weight):
+    """A frozen leaf in fewer bits than its numbers need."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class QuantWeight(Packed):
+    """int8 or fp8 with one scale for each output column (absolute maximum).
+
+    Attributes:
+        q: int8 or float8 [*L, K, N].
         scale: f32[*L, 1, N].
     """
 
@@ -98,23 +281,55 @@ class QuantWeight(Weight):
     scale: Array
 
     @classmethod
-    def quantize(cls, w: Array) -> "QuantWeight":
-        """Round a plain array [*L, K, N] to int8; the error is at most half a scale for each entry."""
-        w = w.astype(jnp.float32)
-        scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127.0
-        return cls(jnp.round(w / scale).astype(jnp.int8), scale)
+    def quantize(cls, w: Array, dtype: Any = jnp.int8) -> "QuantWeight":
+        """Round a plain array [*L, K, N]; the error of int8 is at most half a scale for each entry."""
+        w, whole = w.astype(jnp.float32), jnp.issubdtype(dtype, jnp.integer)
+        largest = float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
+        scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny) / largest
+        unit = w / scale
+        return cls((jnp.round(unit) if whole else unit).astype(dtype), scale)
 
-    def dot(self, x, keys=None):
-        return matmul(x, self.q.astype(x.dtype)) * self.scale[..., 0, :].astype(x.dtype)
+    def dot(self, x, keys, product):
+        y = rebuilt(lambda x, w: product(x, w.q.astype(x.dtype)), x, self)
+        return y * self.scale[..., 0, :].astype(y.dtype)
+
+    def transposed_dot(self, x, product):
+        return rebuilt(lambda x, w: product(x, w.q.T.astype(x.dtype)), x * self.scale[0].astype(x.dtype), self)
 
     def embed(self, ids):
         return self.q[ids].astype(jnp.float32) * self.scale[0]
 
     def attend(self, x):
-        return (x * self.scale[0].astype(x.dtype)) @ self.q.T.astype(x.dtype)
+        return self.transposed_dot(x, matmul)
 
     def merge(self):
         return self.q.astype(jnp.float32) * self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class ShapedWeight(Weight):
+    """A leaf of a model that is not ours, whose array is a matrix in another shape; `jaxtune.adapt` looks through it.
+
+    Attributes:
+        leaf: what stands for the matrix [*L, K, N].
+        layers, inputs, outputs: the array's axes that make *L, K and N, each in order.
+        shape: the array's.
+    """
+
+    leaf: Any
+    layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def restore(self, matrix: Array) -> Array:
+        """The array that [*L, K, N] is."""
+        order = (*self.layers, *self.inputs, *self.outputs)
+        return jnp.transpose(matrix.reshape([self.shape[axis] for axis in order]), np.argsort(order))
+
+    def merge(self):
+        return self.restore(merge_leaf(self.leaf))
 
 
 def is_weight(x: Any) -> bool:
@@ -122,9 +337,9 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Weight)
 
 
-def dot(x: Array, w: Array | Weight, keys: Keys = None) -> Array:
-    """x [..., K] times w [K, N] in x's dtype -> [..., N]. `keys` [B], one a row of x, switch dropout on."""
-    return w.dot(x, keys) if is_weight(w) else matmul(x, w.astype(x.dtype))
+def rebuilt(product: Callable[[Array, Any], Array], x: Array, w: Weight) -> Array:
+    """A product with a frozen packed weight, which the backward pass keeps and unpacks once more."""
+    return jax.checkpoint(product)(x, jax.lax.stop_gradient(w))
 
 
 def matmul(x: Array, w: Array) -> Array:
@@ -134,6 +349,16 @@ def matmul(x: Array, w: Array) -> Array:
     times the product itself.
     """
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def dot(x: Array, w: Array | Weight, keys: Keys = None, product: Product = matmul) -> Array:
+    """x [..., K] times w [K, N] in x's dtype -> [..., N]. `keys` [B], one a row of x, switch dropout on."""
+    return w.dot(x, keys, product) if is_weight(w) else product(x, w.astype(x.dtype))
+
+
+def transposed_dot(x: Array, w: Array | Weight, product: Product = matmul) -> Array:
+    """x [..., N] times the transpose of w [K, N] -> [..., K]."""
+    return w.transposed_dot(x, product) if is_weight(w) else product(x, w.astype(x.dtype).T)
 
 
 def embed(ids: Array, w: Array | Weight) -> Array:
@@ -152,8 +377,45 @@ def merge_leaf(w: Array | Weight) -> Array:
 
 
 def merge(params: Any) -> Any:
-    """Return `params` with every polymorphic leaf replaced by the plain array it stands for."""
-    return jax.tree.map(merge_leaf, params, is_leaf=is_weight)
+    """Return `params` with every polymorphic leaf replaced by the plain array it stands for.
+
+    Raises:
+        UserError: a soft prompt, which no plain model can hold.
+    """
+    return map_weights(merge_leaf, settle(params))
+
+
+def settle(params: Any) -> Any:
+    """Prepare for merging leaf by leaf: a bias that an `Ia3Weight` scales is scaled where it stands."""
+    if not isinstance(params, Mapping):
+        if isinstance(params, PromptWeight):
+            raise UserError(
+                "A soft prompt cannot be merged: no row of the model's table is the prompt. Write the adapter alone."
+            )
+        return params
+    out = {name: settle(child) for name, child in params.items()}
+    kernel = out.get("kernel")
+    if isinstance(kernel, Ia3Weight) and kernel.bias is not None:
+        bias = out["bias"]
+        out["bias"] = (bias.astype(jnp.float32) * kernel._vector(kernel.out)).astype(bias.dtype)
+        out["kernel"] = dataclasses.replace(kernel, bias=None)
+    return out
+
+
+def column_norm(w: Array | Weight) -> Array:
+    """Euclidean norms f32[*L, N] of the columns of [*L, K, N]."""
+    return jnp.sqrt(jnp.square(merge_leaf(w).astype(jnp.float32)).sum(-2))
+
+
+def table_rows(w: Array | Weight) -> int:
+    """V of a table [V, D]."""
+    return jax.eval_shape(merge_leaf, w).shape[0]
+
+
+def virtual_tokens(params: Any) -> list[int]:
+    """The ids that stand for the soft prompt of a tree, to be put before each row; [] where it has none."""
+    prompts = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if isinstance(w, PromptWeight)]
+    return [table_rows(w.w) + i for w in prompts for i in range(w.prompt.shape[0])]
 
 
 def map_weights(fn: Callable[[Any], Any], params: Any) -> Any:

@@ -85,6 +85,7 @@ def test_adapted_embedding_unties_the_head(name, table, tmp_path):
     check(module, params, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked, expected", [(None, "bfloat16"), ("float32", "float32"), ("float16", "float16")])
 def test_merged_in_float32_and_cast_once_to_the_bases_dtype(asked, expected, tmp_path):
     zoo.build("llama").bfloat16().save_pretrained(tmp_path / "base")
@@ -364,11 +365,11 @@ def test_card_has_front_matter_that_the_hub_reads():
     from huggingface_hub import ModelCard
 
     facts = {"data": ("a|b.jsonl", "c"), "loss": 0.123456789, "best": {"step": 3, "loss": 1.5}}
-    card = ModelCard(model_card(name="x", base="org/model", adapter=True, facts=facts, notes=["A note."]))
+    card = ModelCard(model_card(name="x", base="org/model", adapter="lora", facts=facts, notes=["A note."]))
     assert card.data.base_model == "org/model" and card.data.library_name == "peft" and "jaxtune" in card.data.tags
     assert r"| data | a\|b.jsonl, c |" in card.text and "| loss | 0.123457 |" in card.text
     assert "| best | step 3, loss 1.5 |" in card.text and "A note." in card.text
-    assert "peft" not in model_card(name="x", base="org/model", adapter=False)
+    assert "peft" not in model_card(name="x", base="org/model", adapter=None)
 
 
 def test_facts_of_a_full_run_without_held_out_data():

@@ -1,4 +1,4 @@
-"""Full, head and LoRA: against live peft where peft has the same, by definition where it has not."""
+"""Every method: against live peft where peft has the same, by definition where it has not."""
 
 import copy
 import warnings
@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import zoo
 from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
-from jaxtune.methods import full, head, lora, places, resolve_targets
-from jaxtune.models.decoder import head_leaf, head_logits
+from jaxtune.hf.peft import export_adapter, load_adapter
+from jaxtune.methods import METHODS, cut, full, head, ia3, lora, parameters, places, prompt_tuning, resolve_targets
+from jaxtune.models.decoder import head_leaf, head_logits, split
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, count, flatten, partition
-from jaxtune.weights import LoraWeight, QuantWeight, is_weight
+from jaxtune.weights import DoraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
 
 KEY = jax.random.key(0)
 
@@ -47,6 +49,16 @@ CASES = {
     "bias lora_only": ("llama-mha-biases", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
     "gpt2 all-linear": ("gpt2", {"target_modules": "all-linear"}),
     "gpt2 fused": ("gpt2", {"target_modules": ["c_attn"], "r": 3, "bias": "lora_only"}),
+    "dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "r": 2}),
+    "alphas, layers, exclusion": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "alpha_pattern": {r"layers\.0\..*": 4, "k_proj": 6},
+            "layers_to_transform": [0, 2],
+            "exclude_modules": ["2.self_attn.k_proj"],
+        },
+    ),
     "gpt2 bias all": ("gpt2", {"target_modules": ["c_proj"], "bias": "all"}),
 }
 
@@ -234,6 +246,250 @@ def test_head_trains_the_norm_and_the_head_over_an_unchanged_body(name):
 def test_head_of_another_tree():
     with pytest.raises(UserError, match="knows jaxtune's own models"):
         head({"w": jnp.ones((4, 4))})
+
+
+# --- LoRA's options
+
+
+def test_a_row_of_lower_rank_is_that_of_a_model_of_that_rank():
+    module, params = zoo.ours("llama")
+    path = "segment_0/block_0/self_attn/q_proj/kernel"
+
+    def drawn(**settings):
+        return adapters(lora(params, KEY, module=module, target_modules=["q_proj"], **settings)[0])[path]
+
+    mixed, low = drawn(r=8, rank_pattern=(("1.self_attn.q_proj", 3),)), drawn(r=3)
+    assert mixed.a.shape == (3, 32, 8)
+    assert np.array_equal(mixed.a[1, :, :3], low.a[1]) and not np.any(mixed.a[1, :, 3:])
+    assert np.array_equal(mixed.a[0], drawn(r=8).a[0])
+    np.testing.assert_allclose(mixed.scale, [1, 8 / 3, 1], rtol=1e-6)
+
+
+def test_gaussian_factors():
+    tuned, _ = lora({"q": {"kernel": jnp.ones((200, 300))}}, KEY, r=16, init_lora_weights="gaussian")
+    a = np.asarray(tuned["q"]["kernel"].a)
+    assert abs(a.std() * 16 - 1) < 0.05 and np.abs(a).max() * 16 > 3
+    assert not np.any(tuned["q"]["kernel"].b)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"rank_pattern": {"qproj": 2}}, "rank_pattern: 'qproj' match(es) no adapted module"),
+        ({"alpha_pattern": (("(", 2.0),)}, "alpha_pattern: '(' is not a valid regular expression"),
+        ({"rank_pattern": {"q_proj": 33}}, "r=33 exceeds the smaller side"),
+        ({"layers_to_transform": (1, 7)}, "no target in layer(s) 7"),
+        ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "goes with names of modules"),
+        ({"exclude_modules": ("gate",)}, "exclude_modules: 'gate' match(es) none of the targets"),
+        ({"exclude_modules": ".*"}, "leave no module to adapt"),
+        ({"modules_to_save": ("q_proj",)}, "q_proj/kernel is claimed twice"),
+        ({"modules_to_save": ("scores",)}, "modules_to_save: 'scores' matches no module"),
+        ({"modules_to_save": ("layers.1.mlp",)}, "some layers of segment_0/block_0/mlp"),
+        ({"trainable_token_indices": (1,), "modules_to_save": ("embed_tokens",)}, "embedding is claimed twice"),
+        ({"trainable_token_indices": (96,)}, "different ids from 0 to 95"),
+        ({"trainable_token_indices": ()}, "different ids from 0 to 95, at least one"),
+        ({"init_lora_weights": "pisa"}, "'pisa' is not one of"),
+        ({"init_lora_weights": "pissa", "target_modules": ("embed_tokens",)}, "is for linear modules"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(settings, words):
+    assert words in refused(**({"target_modules": ["q_proj", "k_proj"]} | settings))
+
+
+# --- parts of the model, by the names of live transformers
+
+
+def trained_names(params, mask, module):
+    roles = flatten(mask)
+    return {p.name for p in parameters(params, module) if roles[p.path] is TRAIN}
+
+
+def torch_names(name, kind):
+    """Names of the parameters of modules of a kind: norms, embeddings."""
+    return {
+        f"{path}.{n}"
+        for path, m in zoo.model(name).named_modules()
+        if kind in type(m).__name__
+        for n, _ in m.named_parameters(recurse=False)
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama"])
+def test_parts_by_the_names_of_transformers(name):
+    module, params = zoo.ours(name)
+    every = {n for n, _ in zoo.model(name).named_parameters()}
+    cases = {
+        "norms": torch_names(name, "Norm"),
+        "embeddings": torch_names(name, "Embedding"),
+        "bitfit": {n for n in every if n.endswith(".bias")},
+        "regex": {n for n in every if "mlp" in n},
+    }
+    for method, expected in cases.items():
+        settings = {"pattern": r".*\.mlp\..*"} if method == "regex" else {}
+        if not expected:
+            with pytest.raises(UserError, match="Nothing is left to train"):
+                METHODS[method](params, KEY, module, settings)
+            continue
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        tuned, mask = METHODS[method](half, KEY, module, settings)
+        assert trained_names(tuned, mask, module) == expected
+        masters = {x.dtype for x, role in zip(jax.tree.leaves(tuned), jax.tree.leaves(mask)) if role is TRAIN}
+        assert masters == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "method, settings, layers",
+    [("last_n", {"layers": 2}, {1, 2}), ("regex", {"pattern": r".*layers\.1\.self_attn.*"}, {1})],
+)
+def test_parts_of_a_stack_are_cut_out_of_it(method, settings, layers):
+    module, params = zoo.ours("llama")
+    with pytest.raises(UserError, match="split the model"):
+        METHODS[method](params, KEY, module, settings)
+    whole, whole_params = module, params
+    for at in sorted({min(layers), max(layers) + 1} - {3}):
+        whole, whole_params = split(whole, whole_params, at)
+    short = cut(method, module, settings)
+    assert short.spec == whole.spec
+    tuned, mask = METHODS[method](whole_params, KEY, short, settings)
+    expected = {n for n, _ in zoo.model("llama").named_parameters() if any(f"layers.{i}." in n for i in layers)}
+    if method == "last_n":
+        expected |= {"model.norm.weight"}
+    else:
+        expected = {n for n in expected if "self_attn" in n}
+    assert trained_names(tuned, mask, short) == expected
+    ids = zoo.tokens(2, 8)
+    got, want = (jax.jit(lambda p, m=m: m.apply({"params": p}, ids))(p) for m, p in ((short, tuned), (module, params)))
+    assert zoo.apart(got, want) < 1e-5
+
+
+def test_more_layers_than_there_are():
+    module, _ = zoo.ours("llama")
+    with pytest.raises(UserError, match="layers=4, expected from 1 to 3"):
+        cut("last_n", module, {"layers": 4})
+
+
+@pytest.mark.parametrize("method, settings", [("embeddings", {}), ("lora", {"modules_to_save": ("embed_tokens",)})])
+def test_what_is_quantised_cannot_be_trained(method, settings):
+    module, params = zoo.ours("llama")
+    table = QuantWeight.quantize(params["embed_tokens"]["embedding"])
+    with pytest.raises(UserError, match="embed_tokens/embedding: a quantised parameter cannot be trained"):
+        METHODS[method]({**params, "embed_tokens": {"embedding": table}}, KEY, module, settings)
+
+
+def test_ia3_and_prompts_that_cannot_be():
+    module, params = zoo.ours("llama")
+    with pytest.raises(UserError, match="embed_tokens is no linear module"):
+        ia3(params, ["embed_tokens"], (), module=module)
+    with pytest.raises(UserError, match="some layers of segment_0/block_0/mlp/down_proj"):
+        ia3(params, feedforward_modules=["layers.0.mlp.down_proj"], module=module)
+    with pytest.raises(UserError, match="give 1 or more"):
+        prompt_tuning(params, KEY, 0)
+
+
+def test_decoding_does_not_merge_an_adapted_table_into_the_tied_head():
+    from jaxtune import generate
+
+    module, params = zoo.ours("qwen3")
+    tuned, _ = lora(params, KEY, module=module, target_modules=["embed_tokens"], r=4)
+    table = tuned["embed_tokens"]["embedding"]
+    table.a = 3 * jax.random.normal(KEY, table.a.shape)
+    ids = zoo.tokens(1, 8)
+    logits = jax.jit(lambda p: module.apply({"params": p}, ids))(tuned)[0, -1]
+    merged = jax.jit(lambda p: module.apply({"params": p}, ids))(merge(tuned))[0, -1]
+    assert jnp.argmax(logits) != jnp.argmax(merged)  # the test can fail
+    assert generate(module, tuned, ids.tolist(), max_new_tokens=1) == [[int(jnp.argmax(logits))]]
+
+
+# --- every method goes through one step
+
+SLOW = pytest.mark.slow
+EVERY = {
+    "dora": ("lora", {"use_dora": True, "r": 2, "layers_to_transform": [1]}),
+    "pissa": ("lora", {"init_lora_weights": "pissa", "r": 4, "rank_pattern": {"0.self_attn.q_proj": 2}}),
+    "tokens": ("lora", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 8], "r": 2}),
+    "saved": ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "r": 2}),
+    "bitfit": ("bitfit", {}),
+    "last_n": ("last_n", {"layers": 1}),
+    "ia3": ("ia3", {}),
+    "prompt": ("prompt_tuning", {"num_virtual_tokens": 2}),
+}
+
+
+@pytest.mark.parametrize("case", [c if c == "dora" else pytest.param(c, marks=SLOW) for c in EVERY])
+def test_a_few_steps_lower_the_loss_and_move_only_what_is_trained(case, tmp_path):
+    from jaxtune import causal_lm, init_state, make_train_step, optimizer
+    from jaxtune.checkpoint import Checkpoints
+
+    method, settings = EVERY[case]
+    module = cut(method, small.decoder(attention_bias=True), settings)
+    base = jax.jit(module.init_params)(KEY)
+    params, mask = METHODS[method](base, KEY, module, settings)
+    part, batch = partition(params, mask), small.batch()
+    if prefix := virtual_tokens(params):
+        batch["tokens"][..., : len(prefix)] = prefix
+        batch["targets"][..., : len(prefix) - 1], batch["weights"][..., : len(prefix) - 1] = prefix[1:], 0
+    tx = optimizer("adamw", lr=2e-2, weight_decay=0.1)
+    step = make_train_step(causal_lm(module), tx)
+    before, state, losses = [np.array(x) for x in jax.tree.leaves(part.frozen)], None, []
+    state = init_state(part.trainable, part.member, tx, KEY)
+    for _ in range(4):
+        state, metrics = step(state, part.frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 1e-3
+    assert all(map(np.array_equal, jax.tree.leaves(part.frozen), before))
+    assert jax.tree.structure(state.trainable) == jax.tree.structure(part.trainable)
+    moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), state.trainable, part.trainable)
+    assert all(jax.tree.leaves(moved))
+    for path, w in adapters(small.whole(state, part.frozen)).items():
+        start = flatten_weights(params)[path]
+        off = ~np.asarray(start.a).any(-2)  # padding, and layers that are not adapted
+        assert not np.asarray(w.a).swapaxes(-1, -2)[off].any() and not np.asarray(w.b)[off].any()
+        if isinstance(w, DoraWeight):
+            assert np.array_equal(w.magnitude[w.scale == 0], start.magnitude[start.scale == 0])
+
+    manager = Checkpoints(tmp_path / "c", keep=1)
+    manager.save(4, state, {"runs": [{"best": None, "waited": 0}]})
+    manager.wait()
+    found, _ = manager.restore(lambda _: jax.eval_shape(lambda s: s, state))
+    manager.close()
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    pairs = zip(jax.tree.leaves(found.trainable), jax.tree.leaves(state.trainable), strict=True)
+    assert all(np.array_equal(*pair) for pair in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_members_of_a_sweep_are_what_they_are_alone(settings, tmp_path):
+    """Ranks, alphas and LoRA+ ratios that differ, over one base; what is taken out of the stack is written as it is."""
+    from jaxtune import causal_lm, init_state, make_train_step, optimizer, sweep
+
+    module, base = zoo.ours("llama")
+    loss_fn, batch = causal_lm(module), small.batch()
+    members = ({"r": 2, "lora_alpha": 4}, {"r": 4, "lora_alpha": 3})
+    alone, states, kinds = [], [], []
+    forward = jax.jit(lambda p: module.apply({"params": p}, zoo.tokens(2, 8)))
+    for ratio, member in enumerate(members, 1):
+        params, mask = lora(base, KEY, module=module, target_modules=["q_proj", "up_proj"], **member, **settings)
+        part = partition(params, mask)
+        tx = optimizer("sgd", lr=3e-3, momentum=0.0, loraplus_lr_ratio=float(ratio))
+        states.append(init_state(part.trainable, part.member, tx, KEY))
+        kinds.append(jax.eval_shape(lambda s: s, states[-1]))
+        state, step = init_state(part.trainable, part.member, tx, KEY), make_train_step(loss_fn, tx)
+        for _ in range(2):
+            state, _ = step(state, part.frozen, batch)
+        alone.append(state)
+    stacked, step = sweep.stack(states), sweep.make_sweep_step(loss_fn, tx)
+    for _ in range(2):
+        stacked, _ = step(stacked, part.frozen, batch)
+    for i, (member, kind, want) in enumerate(zip(members, kinds, alone, strict=True)):
+        got = sweep.unstack(stacked, i, kind)
+        assert small.apart(got.trainable, want.trainable) < 1e-5
+        params, where = small.whole(got, part.frozen), {"base": zoo.directory("llama"), "config": member | settings}
+        export_adapter(module, params, tmp_path / str(i), mask=mask, **where)
+        again, _, _ = load_adapter(module, base, tmp_path / str(i))
+        logits = [forward(p) for p in (again, params)]
+        assert zoo.apart(*logits) < 1e-5
 
 
 # --- what is refused

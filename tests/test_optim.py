@@ -12,6 +12,7 @@ from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
 from jaxtune.optim import decay_mask, optimizer, schedule
+from jaxtune.weights import DoraWeight, Ia3Weight, LoraWeight
 
 STEPS = 40
 
@@ -135,10 +136,12 @@ def test_the_shape_multiplies_the_rate():
 def test_rate_and_decay_are_arrays_of_the_state():
     tx = optimizer("adamw", lr=0.1, weight_decay=0.2)
     state = tx.init(PARAMS)
-    assert {k: float(v) for k, v in state.hyperparams.items()} == pytest.approx({"lr": 0.1, "weight_decay": 0.2})
+    expected = {"lr": 0.1, "weight_decay": 0.2, "loraplus_lr_ratio": 1.0}
+    assert {k: float(v) for k, v in state.hyperparams.items()} == pytest.approx(expected)
     assert all(isinstance(v, jax.Array) for v in state.hyperparams.values())
     # Another value in the state is another run; nothing of the first is left in the transformation.
-    changed = state._replace(hyperparams={"lr": jnp.float32(0.3), "weight_decay": jnp.float32(0.0)})
+    other_values = {"lr": jnp.float32(0.3), "weight_decay": jnp.float32(0.0)}
+    changed = state._replace(hyperparams=state.hyperparams | other_values)
     got, _ = tx.update(GRADS, changed, PARAMS)
     other = optimizer("adamw", lr=0.3, weight_decay=0.0)
     want, _ = other.update(GRADS, other.init(PARAMS), PARAMS)
@@ -148,3 +151,56 @@ def test_rate_and_decay_are_arrays_of_the_state():
 def test_unknown_optimizer():
     with pytest.raises(UserError, match=r"'adam' is not supported; supported: adamw, sgd, lion"):
         optimizer("adam", lr=1.0)
+
+
+def test_loraplus_is_that_of_peft():
+    """peft's groups, and its parameters after two steps of AdamW on the same gradients."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), LoraConfig(target_modules=["0", "1"], r=2)
+    )
+    named = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    ours = {
+        i: {
+            "kernel": LoraWeight(
+                None, *(jnp.asarray(p.detach().numpy().T) for n, p in named.items() if f".{i}.lora" in n), None
+            )
+        }
+        for i in "01"
+    }
+    settings = {"lr": 1e-2, "loraplus_lr_ratio": 16.0, "eps": 1e-8}
+    tx, adam = optimizer("adamw", **settings), create_loraplus_optimizer(theirs, torch.optim.AdamW, **settings)
+    state = tx.init(ours)
+    assert float(state.hyperparams["loraplus_lr_ratio"]) == 16.0
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        grads = {name: rng.standard_normal(p.shape).astype(np.float32) for name, p in named.items()}
+        for name, p in named.items():
+            p.grad = torch.tensor(grads[name])
+        adam.step()
+        flat = jax.tree.unflatten(jax.tree.structure(ours), [jnp.asarray(g.T) for g in grads.values()])
+        updates, state = tx.update(flat, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    for got, want in zip(jax.tree.leaves(ours), named.values(), strict=True):
+        np.testing.assert_allclose(got, want.detach().numpy().T, rtol=1e-5, atol=1e-6)
+
+
+def test_loraplus_leaves_biases_called_b_and_embeddings_alone():
+    ones = jnp.ones((2, 2))
+    params = {"haiku": {"w": ones, "b": ones}, "q": {"kernel": LoraWeight(None, ones, ones, None)}}
+    params["table"] = {"embedding": LoraWeight(None, ones, ones, None)}
+    tx = optimizer("sgd", lr=1.0, momentum=0.0, loraplus_lr_ratio=4.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert [float(u[0, 0]) for u in jax.tree.leaves(updates["q"])] == [-1.0, -4.0]
+    assert {float(u[0, 0]) for u in jax.tree.leaves([updates["haiku"], updates["table"]])} == {-1.0}
+
+
+def test_vectors_are_not_decayed():
+    weight = DoraWeight(None, jnp.ones((2, 3, 1)), jnp.ones((2, 1, 3)), None, magnitude=jnp.ones((2, 3)))
+    mask = decay_mask({"q": {"kernel": weight}, "k": {"kernel": Ia3Weight(None, None, out=jnp.ones((2, 3)))}})
+    assert jax.tree.leaves(mask["q"]) == [True, True, False]
+    assert jax.tree.leaves(mask["k"]) == [False]

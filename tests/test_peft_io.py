@@ -1,6 +1,7 @@
 """PEFT adapters in and out, against live peft on the live transformers model."""
 
 import copy
+import dataclasses
 import functools
 import json
 import warnings
@@ -15,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 import jaxtune
 from jaxtune.errors import UserError
-from jaxtune.hf.peft import DEFAULTS, load_adapter
-from jaxtune.methods import full, lora
-from jaxtune.tree import TRAIN, flatten, partition
-from jaxtune.weights import LoraWeight, is_weight, map_weights
+from jaxtune.hf.export import weights_by_path
+from jaxtune.hf.peft import DEFAULTS, IA3_DEFAULTS, PROMPT_DEFAULTS, load_adapter
+from jaxtune.methods import METHODS, full, lora, places
+from jaxtune.tree import TRAIN, count, flatten, partition
+from jaxtune.weights import DoraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
 
 TOKENS = zoo.tokens(2, 12)
 
@@ -43,8 +45,12 @@ def shake(params, mask, seed=0):
     def still(leaf, original):
         if not isinstance(leaf, LoraWeight):
             return leaf
-        on = (original.scale != 0).astype(jnp.float32)[..., None, None]  # layers that are not adapted have no gradient
-        return LoraWeight(leaf.w, leaf.a * on, leaf.b * on, leaf.scale, leaf.dropout)
+        # What is zero on both sides of the product has no gradient: layers not adapted, columns beyond a lower rank.
+        on = (original.a.any(-2) | original.b.any(-1)) & (original.scale != 0)[..., None]
+        still = {"a": leaf.a * on[..., None, :], "b": leaf.b * on[..., None]}
+        if isinstance(leaf, DoraWeight):
+            still["magnitude"] = leaf.magnitude * (original.scale != 0)[..., None]
+        return dataclasses.replace(leaf, **still)
 
     return jax.tree.map(still, jax.tree.map(move, params, mask), params, is_leaf=is_weight)
 
@@ -71,18 +77,20 @@ def peft_model(name, folder):
     return PeftModel.from_pretrained(copy.deepcopy(zoo.model(name)), str(folder)).eval()
 
 
-def peft_adapter(name, folder, seed=0, **settings):
+def peft_adapter(name, folder, seed=0, kind="LoraConfig", **settings):
     """An adapter that live peft made and saved; returns its logits."""
+    import peft
     import torch
-    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    model = get_peft_model(copy.deepcopy(zoo.model(name)), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(copy.deepcopy(zoo.model(name)), config).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             if p.requires_grad:
                 p += 0.2 * torch.randn_like(p)
-            assert p.requires_grad == ("lora_" in key or (key.endswith("bias") and p.requires_grad))
+            known = ("lora_", "modules_to_save", "trainable_tokens", "ia3_l", "prompt_encoder")
+            assert p.requires_grad == (any(k in key for k in known) or (key.endswith("bias") and p.requires_grad))
     model.peft_config["default"].base_model_name_or_path = str(zoo.directory(name))
     model.save_pretrained(folder)
     return zoo.torch_logits(model, TOKENS)
@@ -116,10 +124,12 @@ def refused(folder, name="llama", **settings) -> str:
 
 
 def test_defaults_are_pefts():
-    from peft import LoraConfig
+    import peft
 
-    theirs = LoraConfig(task_type="CAUSAL_LM").to_dict() | {"inference_mode": True}
-    assert json.loads(json.dumps(theirs, default=str)) | {"peft_version": None} == DEFAULTS | {"peft_version": None}
+    kinds = {"LoraConfig": DEFAULTS, "IA3Config": IA3_DEFAULTS, "PromptTuningConfig": PROMPT_DEFAULTS}
+    for kind, ours in kinds.items():
+        theirs = getattr(peft, kind)(task_type="CAUSAL_LM").to_dict() | {"inference_mode": True}
+        assert json.loads(json.dumps(theirs, default=str)) | {"peft_version": None} == ours | {"peft_version": None}
 
 
 OUT = {
@@ -135,12 +145,42 @@ OUT = {
     "gpt2 all-linear": ("gpt2", {"r": 4, "lora_alpha": 16}),
     "gpt2 fused qkv and embeddings": ("gpt2", {"target_modules": ("c_attn", "wte", "wpe"), "r": 4}),
     "gpt2 biases": ("gpt2", {"bias": "all", "target_modules": ("mlp.c_proj",)}),
+    "patterns": (
+        "llama",
+        {
+            "r": 4,
+            "rank_pattern": (("layers.1.self_attn.q_proj", 2), ("down_proj", 3)),
+            "alpha_pattern": ((r"layers\.[01]\..*", 32.0),),
+            "layers_to_transform": (0, 1),
+            "exclude_modules": ("0.mlp.up_proj",),
+        },
+    ),
+    "dora": (
+        "qwen2",
+        {"use_dora": True, "target_modules": ("q_proj", "up_proj"), "r": 3, "layers_to_transform": (0, 2)},
+    ),
+    "dora, fused and embedding": ("gpt2", {"use_dora": True, "target_modules": ("c_attn", "wte"), "r": 2}),
+    "tied head saved": ("qwen3", {"target_modules": ("q_proj",), "modules_to_save": ("lm_head", "model.norm")}),
+    "tied embedding saved": ("qwen3", {"target_modules": ("q_proj",), "modules_to_save": ("embed_tokens",)}),
+    "norms saved": ("gpt2", {"target_modules": ("c_attn",), "modules_to_save": ("ln_f", "ln_1")}),
+    "tokens, tied head": ("qwen3", {"target_modules": ("q_proj",), "trainable_token_indices": (7, 3, 90)}),
+    "tokens": ("llama", {"target_modules": ("q_proj",), "trainable_token_indices": (1, 9)}),
 }
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["config given", "config from the tree"])
-@pytest.mark.parametrize("name, settings", OUT.values(), ids=OUT)
-def test_peft_loads_ours_with_our_logits(name, settings, given, tmp_path):
+# Of what came with LoRA's relatives, all else is slow.
+QUICK = {("patterns", True), ("dora", True), ("tokens, tied head", True)}
+LATER = list(OUT)[list(OUT).index("patterns") :]
+BOTH = [
+    pytest.param(case, given, marks=[pytest.mark.slow] if case in LATER and (case, given) not in QUICK else [])
+    for case in OUT
+    for given in (True, False)
+]
+
+
+@pytest.mark.parametrize("case, given", BOTH)
+def test_peft_loads_ours_with_our_logits(case, given, tmp_path):
+    name, settings = OUT[case]
     module, params, mask = tuned(name, **settings)
     out = tmp_path / "adapter"
     rslora = {"use_rslora": True} if "use_rslora" in settings else {}
@@ -187,11 +227,18 @@ IN = {
     "a target of another family": ("llama", {"target_modules": ["q_proj", "query_key_value"]}),
     "biases": ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "wte"], "bias": "all", "fan_in_fan_out": True}),
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "rank_pattern": {"q_proj": 2}}),
+    "saved": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "input_layernorm"]}),
+    "tokens": ("qwen3", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2, 40]}),
 }
 
 
-@pytest.mark.parametrize("name, settings", IN.values(), ids=IN)
-def test_we_load_pefts_with_its_logits_and_write_it_back(name, settings, tmp_path):
+SLOW = {"saved", "tokens", "dora"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in IN])
+def test_we_load_pefts_with_its_logits_and_write_it_back(case, tmp_path):
+    name, settings = IN[case]
     expected = peft_adapter(name, tmp_path / "theirs", **settings)
     module, base = zoo.ours(name)
     params, mask, config = jaxtune.load_adapter(module, base, tmp_path / "theirs", base=zoo.directory(name))
@@ -205,6 +252,183 @@ def test_we_load_pefts_with_its_logits_and_write_it_back(name, settings, tmp_pat
     assert all(np.array_equal(theirs[k], ours[k]) for k in theirs)
     read = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("theirs", "again")]
     assert read[0] == read[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_leaves_the_base_and_is_written_at_twice_the_rank(rslora, tmp_path):
+    """Against peft's own PiSSA, which changes the base, and its own conversion."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    module, base = zoo.ours("llama")
+    settings = {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 2},
+        "init_lora_weights": "pissa",
+        "lora_alpha": 6,
+        "use_rslora": rslora,
+        "r": 4,
+    }
+    params, mask = lora(base, jax.random.key(0), module=module, **settings)
+    assert zoo.apart(our_logits(module, params), our_logits(module, base)) < 1e-5
+    theirs = get_peft_model(copy.deepcopy(zoo.model("llama")), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if isinstance(m, LoraLayer)}
+    for place in places(params, module):
+        if place.name in layers:
+            leaf = weights_by_path(params)[place.path]
+            our_a, our_b = leaf.a[place.index], leaf.b[place.index]
+            a, b = (getattr(layers[place.name], f)["default"].weight.detach().numpy().T for f in ("lora_A", "lora_B"))
+            rank = a.shape[1]
+            assert not our_a[:, rank:].any() and not our_b[rank:].any()
+            assert zoo.apart(our_a @ our_b, a @ b) < 1e-4  # singular vectors have no sign
+
+    params = shake(params, mask)
+    out, config = tmp_path / "a", settings | {"rank_pattern": (("down_proj", 2),)}
+    jaxtune.export_adapter(module, params, out, base=zoo.directory("llama"), config=config, mask=mask)
+    with torch.no_grad():
+        got = zoo.torch_logits(peft_model("llama", out), TOKENS)
+    assert zoo.apart(got, our_logits(module, params)) < 1e-4
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["r"] == 8 and written["rank_pattern"] == {"down_proj": 4} and written["init_lora_weights"] is True
+    assert zoo.apart(our_logits(module, merge(params)), got) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [OUT["patterns"], OUT["dora, fused and embedding"]], ids=["patterns", "dora"])
+def test_baked_adapters_have_one_rank_and_no_scale(settings, tmp_path):
+    name, settings = settings
+    module, params, mask = tuned(name, **settings)
+    where = {"base": zoo.directory(name), "config": settings, "mask": mask, "bake": True}
+    notes = jaxtune.export_adapter(module, params, tmp_path / "a", **where)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert {v.shape[0] for k, v in tensors.items() if "_A" in k} == {config["r"]}
+    assert zoo.apart(zoo.torch_logits(peft_model(name, tmp_path / "a"), TOKENS), our_logits(module, params)) < 1e-4
+    assert any("vLLM refuses" in note and "DoRA" in note for note in notes) == ("use_dora" in settings)
+
+
+IA3 = {
+    "llama": ("llama", {}),
+    "biases": ("qwen2", {"target_modules": ("k_proj", "layers.1.self_attn.q_proj"), "feedforward_modules": ()}),
+    "gpt2": ("gpt2", {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)}),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "biases" else [pytest.mark.slow]) for c in IA3])
+def test_ia3_both_ways(case, tmp_path):
+    name, settings = IA3[case]
+    module, base = zoo.ours(name)
+    params, mask = METHODS["ia3"](base, None, module, settings)
+    assert np.array_equal(our_logits(module, params), our_logits(module, base))
+    params = shake(params, mask)
+    jaxtune.export_adapter(module, params, tmp_path / "a", base=zoo.directory(name), config=settings, mask=mask)
+    stored = sum(v.size for v in load_file(tmp_path / "a/adapter_model.safetensors").values())
+    assert count(params, mask)[:2] == (stored, zoo.model(name).num_parameters() + stored)
+    expected = zoo.torch_logits(peft_model(name, tmp_path / "a"), TOKENS)
+    assert zoo.apart(our_logits(module, base), expected) > 0.01
+    assert zoo.apart(our_logits(module, params), expected) < 1e-4
+    assert zoo.apart(our_logits(module, merge(params)), expected) < 1e-4
+
+    theirs = {k: list(v) for k, v in settings.items()} or {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    }
+    expected = peft_adapter(name, tmp_path / "theirs", kind="IA3Config", **theirs)
+    again_and_back(name, tmp_path, expected)
+
+
+def again_and_back(name, folder, expected):
+    """Load what peft wrote, compare, write it and compare the files."""
+    module, base = zoo.ours(name)
+    params, mask, config = jaxtune.load_adapter(module, base, folder / "theirs", base=zoo.directory(name))
+    if prefix := virtual_tokens(params):
+        ids = np.concatenate([np.tile(prefix, (len(TOKENS), 1)), TOKENS], axis=1).astype(np.int32)
+        logits = jax.jit(lambda p: module.apply({"params": p}, ids))(params)
+    else:
+        logits = our_logits(module, params)
+    assert zoo.apart(logits, expected) < 1e-4
+    jaxtune.export_adapter(module, params, folder / "again", base=zoo.directory(name), config=config, mask=mask)
+    theirs, ours = (load_file(folder / d / "adapter_model.safetensors") for d in ("theirs", "again"))
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[k], ours[k]) for k in theirs)
+    read = [json.loads((folder / d / "adapter_config.json").read_text()) for d in ("theirs", "again")]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_prompt_tuning_both_ways(name, tmp_path):
+    module, base = zoo.ours(name)
+    params, mask = METHODS["prompt_tuning"](base, jax.random.key(0), module, {"num_virtual_tokens": 3})
+    params = shake(params, mask)
+    assert virtual_tokens(params) == [zoo.VOCAB, zoo.VOCAB + 1, zoo.VOCAB + 2]
+    jaxtune.export_adapter(module, params, tmp_path / "a", base=zoo.directory(name), mask=mask)
+    model = peft_model(name, tmp_path / "a")
+    expected = zoo.torch_logits(model, TOKENS)
+    ids = np.concatenate([np.tile(virtual_tokens(params), (2, 1)), TOKENS], axis=1).astype(np.int32)
+    logits = jax.jit(lambda p: module.apply({"params": p}, ids))(params)
+    assert zoo.apart(logits, expected) < 1e-4
+    assert zoo.apart(our_logits(module, base), expected[:, 3:]) > 0.01
+
+    import torch
+
+    new = model.generate(
+        input_ids=torch.tensor(TOKENS, dtype=torch.long),
+        attention_mask=torch.ones(TOKENS.shape, dtype=torch.long),
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    assert jaxtune.generate(module, params, TOKENS.tolist(), max_new_tokens=5) == new[:, -5:].tolist()
+    with pytest.raises(UserError, match="soft prompt cannot be merged"):
+        jaxtune.export_model(module, params, tmp_path / "whole", base=zoo.directory(name))
+    expected = peft_adapter(name, tmp_path / "theirs", kind="PromptTuningConfig", num_virtual_tokens=2)
+    again_and_back(name, tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_new_tokens_are_rows_of_a_resized_table(name, tmp_path):
+    """A tied head knows the new tokens too; an untied one keeps what the resizing gave it."""
+    module, base = zoo.ours(name)
+    new = list(range(zoo.VOCAB, zoo.VOCAB + 3))
+    module, base = jaxtune.resize(module, base, zoo.VOCAB + 3)
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": new}
+    params, mask = lora(base, jax.random.key(0), module=module, **settings)
+    params = shake(params, mask)
+    ids = np.concatenate([TOKENS, np.tile(new, (2, 1))], axis=1).astype(np.int32)
+    ours = jax.jit(lambda p: module.apply({"params": p}, ids))(params)
+    where = {"base": zoo.directory(name), "mask": mask}
+    jaxtune.export_adapter(module, params, tmp_path / "a", config=settings, **where)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    theirs = copy.deepcopy(zoo.model(name))
+    theirs.resize_token_embeddings(zoo.VOCAB + 3)
+    model = PeftModel.from_pretrained(theirs, str(tmp_path / "a")).eval()
+    known = slice(None) if module.spec.tied else slice(zoo.VOCAB)
+    assert zoo.apart(zoo.torch_logits(model, ids)[..., known], ours[..., known]) < 1e-4
+
+    jaxtune.export_model(module, params, tmp_path / "whole", base=zoo.directory(name))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", attn_implementation="eager").eval()
+    assert whole.config.vocab_size == zoo.VOCAB + 3 and whole.config.tie_word_embeddings == module.spec.tied
+    assert zoo.apart(zoo.torch_logits(whole, ids), ours) < 1e-4
+
+
+def test_base_tables_beside_adapters_of_them(tmp_path):
+    """peft saves `base_layer` of a table that it adapts; one that is not the base's own is refused."""
+    expected = peft_adapter("llama", tmp_path / "a", target_modules=["embed_tokens", "lm_head", "q_proj"], r=4)
+    keys = [k for k in load_file(tmp_path / "a/adapter_model.safetensors") if "base_layer" in k]
+    assert len(keys) == 2
+    module, base = zoo.ours("llama")
+    params, _, _ = jaxtune.load_adapter(module, base, tmp_path / "a")
+    assert zoo.apart(our_logits(module, params), expected) < 1e-4
+    message = refused(rewrite(tmp_path / "a", lambda tensors: tensors.update({keys[0]: tensors[keys[0]] + 1})))
+    assert f"other base   {keys[0]}" in message and keys[1] not in message
 
 
 def test_config_says_what_the_tree_holds(tmp_path):
@@ -306,11 +530,12 @@ def test_base_of_another_name(adapter):
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
+        {"lora_bias": True},
+        {"modules_to_save": "lm_head"},
         {"init_lora_weights": "pissa"},
         {"peft_type": "LOHA"},
-        {"trainable_token_indices": [1]},
+        {"trainable_token_indices": {"embed_tokens": [1]}},
+        {"peft_type": "IA3", "modules_to_save": ["lm_head"]},
         {"something_newer": 3},
         {"r": "8"},
         {"lora_alpha": None, "target_modules": []},
@@ -323,9 +548,10 @@ def test_settings_that_are_not_supported(adapter, config):
     assert all(f"{key}=" in message for key in config if config[key] is not None)
 
 
-def test_dora_of_peft_is_refused_by_name(tmp_path):
+def test_dora_lacks_its_magnitudes(tmp_path):
     peft_adapter("llama", tmp_path / "a", target_modules=["q_proj"], use_dora=True)
-    assert "use_dora=True" in refused(tmp_path / "a")
+    message = refused(rewrite(tmp_path / "a", use_dora=False))
+    assert "extra        base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector [64]" in message
 
 
 def test_directories_that_hold_no_adapter(adapter, tmp_path):
@@ -348,7 +574,7 @@ def test_tree_that_an_adapter_cannot_carry(tmp_path):
             jaxtune.export_adapter(module, params, out, base=base, config=wrong, mask=mask)
     more = mask | {"norm": {"scale": TRAIN}}
     with pytest.raises(ValueError, match="norm/scale"):
-        jaxtune.export_adapter(module, params, out, base=base, mask=more)
+        jaxtune.export_adapter(module, params, out, base=base, mask=more, config={"modules_to_save": None})
     with pytest.raises(ValueError, match="no adapters"):
         jaxtune.export_adapter(module, full(zoo.ours("llama")[1])[0], out, base=base)
     assert not out.exists()
@@ -371,6 +597,29 @@ def test_the_base_is_untouched_and_shared(adapter):
     params, _, _ = load_adapter(module, base, adapter)
     bare = flatten(map_weights(lambda w: w.w if is_weight(w) else w, params))
     assert all(bare[path] is leaf for path, leaf in flatten(base).items())
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("LoraConfig", {"target_modules": ["q_proj"], "use_dora": True, "rank_pattern": {"1.self_attn.q_proj": 2}}),
+        ("IA3Config", {"target_modules": ["k_proj", "down_proj"]}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2}),
+    ],
+)
+def test_front_door(kind, settings, tmp_path):
+    from jaxtune import peft
+
+    module, params = zoo.ours("llama")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    base = peft.Model(module, params, str(zoo.directory("llama")))
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "a")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "a")
+    assert again.mask == model.mask
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    with pytest.raises(UserError, match="'target_module' is not supported"):
+        getattr(peft, kind)(target_module=["q_proj"])
 
 
 def test_card(adapter):

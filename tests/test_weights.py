@@ -2,13 +2,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import zoo
 
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, flatten, match, partition
-from jaxtune.weights import LoraWeight, QuantWeight, attend, dot, drop, embed, fold, merge, row_keys
+from jaxtune.weights import (
+    DoraWeight,
+    Ia3Weight,
+    LoraWeight,
+    QuantWeight,
+    TokensWeight,
+    attend,
+    dot,
+    drop,
+    embed,
+    fold,
+    merge,
+    row_keys,
+)
 
 B, T, K, N, R = 3, 5, 8, 6, 2
-RULES = [(".*/(a|b)", TRAIN), (".*/(scale|dropout)", MEMBER), (".*", FROZEN)]
+RULES = [(".*/(a|b|magnitude)", TRAIN), (".*/(scale|dropout)", MEMBER), (".*", FROZEN)]
 
 
 def normal(seed, *shape):
@@ -168,6 +182,7 @@ def noisy(x, weight, key, rows):
 noise = jax.jit(drop)
 
 
+@pytest.mark.slow
 def test_masks_follow_the_global_row_however_rows_are_split():
     weight, x, rows = lora(dropout=0.5), normal(3, 6, T, K), jnp.asarray([4, 0, 9, 2, 7, 1])
     key = jax.random.key(3)
@@ -234,3 +249,88 @@ def test_a_model_gives_each_global_row_its_own_noise():
     whole = forward(ids, rows)
     assert zoo.apart(forward(ids[order], rows[order]), whole[order]) < 1e-5
     assert zoo.apart(forward(ids, rows[order]), whole) > 1e-2
+
+
+# --- DoRA
+
+
+def dora(*lead, **settings):
+    w = lora(*lead, **settings)
+    return DoraWeight(w.w, w.a, w.b, w.scale, w.dropout, magnitude=jnp.abs(normal(5, *lead, w.b.shape[-1])) + 0.5)
+
+
+def dora_dense(weight):
+    """Equation 5 of the paper in float64."""
+    v = dense(weight)
+    return v * (np.asarray(weight.magnitude, np.float64) / np.linalg.norm(v, axis=-2))[..., None, :]
+
+
+@both_bases
+def test_dora_is_its_equation(quantised):
+    weight, x, ids = dora(quantised=quantised), normal(3, B, T, K), np.array([[0, 7], [3, 3]])
+    assert zoo.apart(dot(x, weight), np.asarray(x, np.float64) @ dora_dense(weight)) < 1e-5
+    assert zoo.apart(embed(ids, weight), dora_dense(weight)[ids]) < 1e-5
+    stack = dora(4, quantised=quantised)
+    assert zoo.apart(stack.merge(), dora_dense(stack)) < 1e-6
+
+
+@both_bases
+def test_gradients_of_dora_take_the_norm_as_a_constant(quantised):
+    params = {"q": dora(quantised=quantised)}
+    x, g = normal(3, B, T, K), normal(4, B, T, N)
+    trainable, member, frozen = partition(params, match(RULES, params))
+    gradient = jax.grad(lambda t: jnp.sum(dot(x, combine(t, member, frozen)["q"]) * g))(trainable)
+    a, b, m = (np.asarray(getattr(params["q"], f), np.float64) for f in ("a", "b", "magnitude"))
+    norm = np.linalg.norm(dense(params["q"]), axis=0)
+    flat_x, flat_g = np.asarray(x, np.float64).reshape(-1, K), np.asarray(g, np.float64).reshape(-1, N)
+    through = flat_g * m / norm
+    assert zoo.apart(gradient["q"].a, 0.7 * flat_x.T @ (through @ b.T)) < 1e-5
+    assert zoo.apart(gradient["q"].b, 0.7 * (flat_x @ a).T @ through) < 1e-5
+    assert zoo.apart(gradient["q"].magnitude, (flat_g * (flat_x @ dense(params["q"]))).sum(0) / norm) < 1e-5
+
+
+def test_layers_that_dora_leaves_out_are_the_base_and_stay():
+    weight, x = dora(scale=0.0), normal(3, B, T, K)
+    assert np.array_equal(dot(x, weight), dot(x, weight.w))
+    assert np.array_equal(weight.merge(), weight.w)
+    gradient = jax.grad(lambda w: jnp.square(dot(x, w)).sum())(weight)
+    assert not np.any(gradient.magnitude)
+
+
+def test_a_step_of_dora_costs_little_more_than_one_of_lora():
+    """Prime sizes: a product of shape [K, N] could only be w + s a b or a gradient of it."""
+    k, n, tokens = 211, 223, normal(3, 4, 128, 211)
+
+    def cost(weight):
+        params = {"q": weight}
+        trainable, member, frozen = partition(params, match(RULES, params))
+        step = jax.grad(lambda t, x: jnp.square(dot(x, combine(t, member, frozen)["q"])).sum(), argnums=(0, 1))
+        found = list(small.dots(jax.make_jaxpr(step)(trainable, tokens)))
+        assert not {(k, n), (n, k)} & {shape for shape, _ in found}
+        return sum(flops for _, flops in found)
+
+    ratio = cost(dora(k=k, n=n)) / cost(lora(k=k, n=n))
+    assert 1 < ratio <= 1.25
+
+
+# --- other leaves
+
+
+def test_trained_rows_stand_in_the_table_and_in_the_tied_head():
+    rows = TokensWeight(normal(0, 11, N), normal(1, 2, N), (7, 3))
+    table = np.array(rows.w)
+    table[[7, 3]] = rows.rows
+    ids, x = np.array([[0, 7, 3], [10, 3, 1]]), normal(3, B, T, N)
+    assert np.array_equal(embed(ids, rows), table[ids])
+    assert np.array_equal(rows.merge(), table)
+    assert zoo.apart(attend(x, rows), np.asarray(x, np.float64) @ table.T) < 1e-6
+
+
+def test_merged_ia3_scales_the_bias_too():
+    w, bias, out = normal(0, 2, K, N), normal(1, 2, N), normal(2, 2, N)
+    tree = {"k": {"kernel": Ia3Weight(w, jnp.array([1.0, 0.0]), out=out, bias=bias), "bias": bias}}
+    merged, x = merge(tree)["k"], normal(3, B, T, K)
+    for layer, vector in ((0, out[0]), (1, 1.0)):
+        y = dot(x, jax.tree.map(lambda leaf, i=layer: leaf[i], tree["k"]["kernel"])) + bias[layer]
+        assert zoo.apart(y, (np.asarray(x, np.float64) @ w[layer] + bias[layer]) * vector) < 1e-5
+        assert zoo.apart(dot(x, merged["kernel"][layer]) + merged["bias"][layer], y) < 1e-5

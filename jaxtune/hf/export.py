@@ -18,7 +18,7 @@ from jaxtune.files import atomic_dir, require_space
 from jaxtune.hf import tensors
 from jaxtune.models.names import Tensor
 from jaxtune.tree import path_str
-from jaxtune.weights import LoraWeight, is_weight, merge_leaf
+from jaxtune.weights import Adapter, LoraWeight, is_weight, merge_leaf, settle
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -47,7 +47,7 @@ def export_model(
 
     Args:
         module: the zoo module; `module.spec.hf_config` is what config.json starts from.
-        params: its parameters; leaves may be LoraWeight or QuantWeight.
+        params: its parameters; leaves may be polymorphic.
         out: must not exist, unless `overwrite`.
         base: directory of the model that was tuned. Gives the dtypes, the generation config and the tokenizer.
         dtype: of all tensors, "float32", "bfloat16" or "float16"; default: each as in `base`, else as in `params`.
@@ -61,29 +61,38 @@ def export_model(
         Sentences that the user should read: a head that was untied, a tokenizer that was not found.
 
     Raises:
-        UserError: `out` exists, or the disk is full.
+        UserError: `out` exists, the disk is full, or there is a soft prompt, which no plain model holds.
     """
     base, out = Path(base).expanduser(), Path(out).expanduser()
-    notes = []
-    if (untied_head := _head_to_untie(params)) is not None:
+    params, notes = settle(params), []
+    has_head = hasattr(module, "head")  # of a language model, which may be tied
+    if has_head and (untied_head := _head_to_untie(params)) is not None:
         params = {**params, "lm_head": {"kernel": untied_head}}
         notes.append(
             "The output head was tied to the embedding and is now a matrix of its own: the embedding was adapted."
         )
     elif module.spec.tied and "lm_head" in params:
         notes.append("The output head was tied to the embedding and is now a matrix of its own: it was trained.")
+    notes += getattr(module, "notes", [])
     leaves = weights_by_path(params)
     wanted = list(models.names(module).tensors(module.spec, set(leaves)))
     dtypes = _dtypes(wanted, leaves, models.names(module).prefix, base, dtype)
     with atomic_dir(out, overwrite=overwrite) as folder:
         require_space(folder, sum(_size(t, leaves) * dtypes[t.hf].itemsize for t in wanted))
         tensors.write(folder, {t.hf: _array(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
-        config = _config(module.spec.hf_config, "lm_head" not in params, dtypes)
+        config = _config(module.spec.hf_config, "lm_head" not in params if has_head else None, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if (base / "generation_config.json").is_file():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
-        card = model_card(name=out.name, base=tuned_from or public_name(base), adapter=False, facts=facts, notes=notes)
+        card = model_card(
+            name=out.name,
+            base=tuned_from or public_name(base),
+            adapter=None,
+            facts=facts,
+            notes=notes,
+            auto=models.auto_class(module),
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
 
@@ -107,8 +116,7 @@ def plain(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _size(tensor: Tensor, leaves: Mapping[str, Any]) -> int:
-    shape = plain(leaves[tensor.path]).shape
-    return int(np.prod(shape if tensor.index is None else shape[1:]))
+    return int(np.prod(tensor.part(plain(leaves[tensor.path]).shape)))
 
 
 def _array(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -116,7 +124,7 @@ def _array(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.nda
     leaf = leaves[tensor.path]
     if tensor.index is not None:
         leaf = jax.tree.map(lambda x: x[tensor.index], leaf)
-    if isinstance(leaf, LoraWeight):
+    if isinstance(leaf, Adapter):
         leaf = dataclasses.replace(leaf, w=merge_leaf(leaf.w).astype(jnp.float32))  # merged in float32, cast once
     array = np.asarray(merge_leaf(leaf)).astype(dtype)
     return array.T if tensor.transpose else array
@@ -136,12 +144,14 @@ def _dtypes(
     return {t.hf: stored.get(t.hf, new) or plain(leaves[t.path]).dtype for t in wanted}
 
 
-def _config(base: Mapping[str, Any], tied: bool, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-    """config.json: the base's, with what the export may have changed."""
+def _config(base: Mapping[str, Any], tied: bool | None, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
+    """config.json: the base's, with what the export may have changed. `tied` is None where there is no output head."""
     name = max(dtypes.values(), key=list(dtypes.values()).count).name
     config = {k: v for k, v in base.items() if k not in ("dtype", "torch_dtype")}
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
     # transformers 4 reads torch_dtype, 5 either.
-    return config | {"tie_word_embeddings": tied, "torch_dtype" if "torch_dtype" in base else "dtype": name}
+    return config | {"torch_dtype" if "torch_dtype" in base else "dtype": name}
 
 
 def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None) -> list[str]:

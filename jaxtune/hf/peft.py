@@ -1,9 +1,12 @@
-"""PEFT LoRA directories in and out: adapter_config.json and adapter_model.safetensors, as peft 0.21 writes them.
+"""PEFT directories in and out: adapter_config.json and adapter_model.safetensors, as peft 0.21 writes them.
+
+LoRA and its relatives, (IA)^3 and prompt tuning.
 
 peft is lax where it loads: tensors that are missing, too many, or for another base pass with a warning or none.
 Here each is an error, and one message names them all.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -22,9 +25,30 @@ from jaxtune.errors import UserError
 from jaxtune.files import atomic_dir
 from jaxtune.hf import tensors
 from jaxtune.hf.export import copy_tokenizer, plain, public_name, weights_by_path
-from jaxtune.methods import Place, lora, places, resolve_targets
+from jaxtune.methods import (
+    Factors,
+    Place,
+    adapted,
+    attach,
+    ia3,
+    in_label_head,
+    is_saved,
+    parameters,
+    places,
+    prompt_tuning,
+    untie,
+)
 from jaxtune.tree import TRAIN, flatten, path_str
-from jaxtune.weights import LoraWeight, is_weight
+from jaxtune.weights import (
+    DoraWeight,
+    Ia3Weight,
+    LoraWeight,
+    PromptWeight,
+    TokensWeight,
+    is_weight,
+    map_weights,
+    merge_leaf,
+)
 
 # adapter_config.json of LoraConfig(task_type="CAUSAL_LM"), saved.
 DEFAULTS: dict[str, Any] = {
@@ -70,89 +94,133 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
+IA3_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "feedforward_modules": None,
+    "inference_mode": True,
+    "init_ia3_weights": True,
+    "modules_to_save": None,
+    "peft_type": "IA3",
+    "peft_version": "0.21.2",
+    "revision": None,
+    "target_modules": None,
+    "task_type": "CAUSAL_LM",
+}
+PROMPT_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "modules_to_save": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": None,
+    "num_virtual_tokens": None,
+    "peft_type": "PROMPT_TUNING",
+    "peft_version": "0.21.2",
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": None,
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+    "token_dim": None,
+    "tokenizer_kwargs": None,
+    "tokenizer_name_or_path": None,
+}
+ALL_DEFAULTS = {"LORA": DEFAULTS, "IA3": IA3_DEFAULTS, "PROMPT_TUNING": PROMPT_DEFAULTS}
+
 # Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
+_ATTACHED = ("lora_dropout", "bias", "use_dora", "modules_to_save", "trainable_token_indices")
+_CHOSEN = (
+    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "exclude_modules"),
+)
 _FOLLOWED = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("bias", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights"),
+    *_ATTACHED,
+    *_CHOSEN,
+    *("fan_in_fan_out", "init_lora_weights", "feedforward_modules", "num_virtual_tokens"),
 }
 _INERT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"),
     *("qalora_group_size", "revision", "task_type", "eva_config", "lora_ga_config", "corda_config", "loftq_config"),
+    *("init_ia3_weights", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
 }
 # How A and B began matters only where the base was changed with them ("pissa", "olora", "loftq", ...).
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
 
 
-class Factors(NamedTuple):
-    """What one adapted module has: rank, and the scale of its update."""
-
-    rank: int
-    scale: float
-
-
 # ------------------------------------------------------------------------------------------------------- the config
 
 
-def adapted(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place, Factors]:
-    """Choose modules, ranks and scales as peft does from a LoraConfig's fields.
-
-    Raises:
-        UserError: no module matches.
-    """
-    targets = config["target_modules"]
-    if not isinstance(targets, str):
-        # One config often serves several families: peft, too, wants one match only.
-        targets = [t for t in targets if any(_is_or_ends(p.name, t) for p in candidates)] or targets
-    found = {}
-    for place in resolve_targets(targets, candidates):
-        if _excluded(place.name, config["exclude_modules"]) or not _layer_chosen(place.name, config):
-            continue
-        rank = _by_pattern(config["rank_pattern"], place.name, config["r"])
-        alpha = _by_pattern(config["alpha_pattern"], place.name, config["lora_alpha"])
-        found[place] = Factors(rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
-    if not found:
-        raise UserError("adapter_config.json: exclude_modules and layers_to_transform leave no module to adapt.")
-    return found
+def _chosen(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place, Factors]:
+    """Choose modules, ranks and scales as peft does, which wants one match only: one config serves several families."""
+    return adapted(
+        _unsaved(config, candidates),
+        **{k: config[k] for k in _CHOSEN if k != "target_modules"},
+        target_modules=_matching(config["target_modules"], candidates),
+        strict=False,
+    )
 
 
-def _is_or_ends(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+def _unsaved(config: Mapping[str, Any], candidates: list[Place]) -> list[Place]:
+    if config["target_modules"] != "all-linear":
+        return candidates
+    return [p for p in candidates if not is_saved(p.name, config["modules_to_save"])]
 
 
-def _excluded(name: str, exclude: str | list[str] | None) -> bool:
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, name) is not None
-    return any(_is_or_ends(name, e) for e in exclude or ())
+def _matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
+    """The targets that this model has; all, where it has none, for the message."""
+    if isinstance(targets, str):
+        return targets
+    return [t for t in targets if any(p.name == t or p.name.endswith("." + t) for p in candidates)] or targets
 
 
-def _layer_chosen(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether `layers_to_transform` keeps a module; peft reads it where targets are names, not a regex."""
-    chosen, patterns = config["layers_to_transform"], config["layers_pattern"]
-    if chosen is None or chosen == [] or isinstance(config["target_modules"], str):
-        return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    match = next(filter(None, (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)), None)
-    return match is not None and int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The tree that a config describes, with fresh values: `(params, mask)`."""
+    candidates = places(params, module)
+    if config["peft_type"] == "PROMPT_TUNING":
+        return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
+    if config["peft_type"] == "IA3":
+        return ia3(
+            params,
+            _matching(config["target_modules"], candidates),
+            config["feedforward_modules"] or (),
+            config["exclude_modules"],
+            module=module,
+        )
+    whole = untie(params) if hasattr(module, "head") else params
+    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
+    saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
+    settings = {k: config[k] for k in _ATTACHED} | {"modules_to_save": saved}
+    return attach(params, jax.random.key(0), _chosen(config, candidates), module=module, **settings)
 
 
-def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def _saved(module: Any) -> list[str] | None:
+    """The modules that are trained and stored whole beside the adapters: a label head."""
+    return module.saved_modules if hasattr(module, "labels") else None
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
     """One line for each setting that would make another model than we compute."""
     lines = []
-    if config["peft_type"] != "LORA":
-        lines.append(f"unsupported  peft_type={config['peft_type']!r}: only LORA is")
+    if config["peft_type"] not in ALL_DEFAULTS:
+        lines.append(f"unsupported  peft_type={config['peft_type']!r}: only {', '.join(ALL_DEFAULTS)} are")
     for key, value in config.items():
         if key not in _FOLLOWED | _INERT and value not in (None, False, [], {}):
             lines.append(f"unsupported  {key}={value!r}")
-    if (init := config["init_lora_weights"]) not in _HARMLESS_INITS:
+    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
         lines.append(
             f"unsupported  init_lora_weights={init!r} changes the base; save the adapter with peft's "
             "path_initial_model_for_weight_conversion"
         )
+    if config["peft_type"] != "LORA" and config["modules_to_save"]:
+        lines.append(
+            f"unsupported  modules_to_save={config['modules_to_save']!r} with peft_type={config['peft_type']!r}"
+        )
+    names = ("a list of names or null", lambda v: v is None or isinstance(v, list))
     checks = {
         "r": ("a whole number above 0", lambda v: type(v) is int and v > 0),
         "lora_alpha": ("a number", lambda v: type(v) in (int, float)),
@@ -161,9 +229,14 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         "target_modules": ("a list of names or a regex", lambda v: isinstance(v, str | list) and len(v) > 0),
         "rank_pattern": ("an object", lambda v: isinstance(v, dict)),
         "alpha_pattern": ("an object", lambda v: isinstance(v, dict)),
+        "modules_to_save": names,
+        "trainable_token_indices": ("a list of token ids (of the input embedding) or null", names[1]),
+        "num_virtual_tokens": ("a whole number above 0", lambda v: type(v) is int and v > 0),
     }
     lines += [
-        f"wrong value  {k}={config[k]!r}, expected {words}" for k, (words, ok) in checks.items() if not ok(config[k])
+        f"wrong value  {k}={config[k]!r}, expected {words}"
+        for k, (words, ok) in checks.items()
+        if k in config and not ok(config[k])
     ]
     return lines
 
@@ -178,41 +251,72 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder} is no adapter directory: it has no adapter_config.json.")
     config = tensors.read_json(file)
-    given = {k: v for k, v in config.items() if not (v is None and DEFAULTS.get(k) is not None)}
-    return DEFAULTS | given
+    defaults = ALL_DEFAULTS.get(config.get("peft_type", "LORA"), DEFAULTS)
+    return defaults | {k: v for k, v in config.items() if not (v is None and defaults.get(k) is not None)}
 
 
 # -------------------------------------------------------------------------------------------------- where tensors lie
 
 
 class Spot(NamedTuple):
-    """One tensor of an adapter: its place in our tree, and its shape in the file (the transpose of ours)."""
+    """One tensor of an adapter: its place in our tree, and its shape in the file."""
 
     path: str
     index: int | None
-    field: str  # of the LoraWeight, "a" or "b"; "" where the leaf is a bias
+    field: str  # of the adapted leaf, "a"; "" where the leaf is a plain array
     shape: tuple[int, ...]
+    turn: bool = True  # whether a matrix is the transpose of ours
 
 
-def _spots(module: Any, params: Any, chosen: Mapping[Place, Factors], bias: str) -> dict[str, Spot]:
-    """Every tensor that peft stores for `chosen` and `bias`, by its key in the file."""
-    shapes = {path: plain(leaf).shape for path, leaf in weights_by_path(params).items()}
+_LORA = (("a", "lora_A.weight"), ("b", "lora_B.weight"), ("magnitude", "lora_magnitude_vector"))
+_LORA_TABLE = (("a", "lora_embedding_A"), ("b", "lora_embedding_B"), ("magnitude", "lora_magnitude_vector"))
+
+
+def _spots(module: Any, params: Any, config: Mapping[str, Any]) -> dict[str, Spot]:
+    """Every tensor that peft stores for a tree of `_attach`, by its key in the file."""
+    leaves = weights_by_path(params)
+    chosen = _chosen(config, places(params, module)) if config["peft_type"] == "LORA" else {}
     spots = {}
-    for place, (rank, _) in chosen.items():
-        k, n = shapes[place.path][-2:]
-        is_table = place.path.endswith("embedding")
-        a, b = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
-        spots[f"{_PREFIX}{place.name}.{a}"] = Spot(place.path, place.index, "a", (rank, k))
-        spots[f"{_PREFIX}{place.name}.{b}"] = Spot(place.path, place.index, "b", (n, rank))
-    if bias != "none":
-        names = {place.name for place in chosen}
-        for t in models.names(module).tensors(module.spec, {p for p in shapes if p.endswith("/bias")}):
-            shape = shapes[t.path][t.index is not None :]
-            if t.module in names:
-                spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
-            elif bias == "all":
-                spots[f"{_PREFIX}{t.hf}"] = Spot(t.path, t.index, "", shape)
+    for place in places(params, module):
+        leaf, stem = leaves[place.path], f"{_PREFIX}{place.name}"
+        k, n = plain(leaf).shape[-2:]
+        if isinstance(leaf, PromptWeight):
+            spots["prompt_embeddings"] = Spot(place.path, None, "prompt", leaf.prompt.shape, turn=False)
+        elif isinstance(leaf, TokensWeight):
+            key = f"{stem}.token_adapter.trainable_tokens_delta"
+            spots[key] = Spot(place.path, None, "rows", leaf.rows.shape, turn=False)
+        elif isinstance(leaf, Ia3Weight) and _scale(leaf, place):
+            field, shape = ("inp", (1, k)) if leaf.out is None else ("out", (n, 1))
+            spots[f"{stem}.ia3_l"] = Spot(place.path, place.index, field, shape)
+        elif place in chosen:
+            rank = chosen[place].rank
+            shapes = {"a": (rank, k), "b": (n, rank), "magnitude": (n,)}
+            for field, name in _LORA_TABLE if place.path.endswith("embedding") else _LORA:
+                if field != "magnitude" or isinstance(leaf, DoraWeight):
+                    spots[f"{stem}.{name}"] = Spot(place.path, place.index, field, shapes[field])
+    bias, saved = config.get("bias", "none"), config["modules_to_save"]
+    names = {place.name for place in chosen}
+    for t in models.names(module).tensors(module.spec, set(leaves)):
+        shape = _hf_shape(t, leaves[t.path])
+        if is_saved(t.module, saved) or in_label_head(t.path):
+            spots[f"{_PREFIX}{t.hf}"] = Spot(t.path, t.index, "", shape, turn=t.transpose)
+        elif t.path.endswith("/bias") and t.module in names and bias != "none":
+            spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
+        elif t.path.endswith("/bias") and bias == "all":
+            spots[f"{_PREFIX}{t.hf}"] = Spot(t.path, t.index, "", shape)
     return spots
+
+
+def _scale(leaf: Any, place: Place) -> float:
+    return float(np.asarray(leaf.scale)[() if place.index is None else place.index])
+
+
+def _view(host: np.ndarray, spot: Spot) -> np.ndarray:
+    """What of a leaf's field is one tensor in the file, as it lies there."""
+    array = host if spot.index is None else host[spot.index]
+    if array.ndim == 1:
+        return array.reshape(spot.shape)
+    return (array.T if spot.turn else array)[tuple(slice(n) for n in spot.shape)]
 
 
 # --------------------------------------------------------------------------------------------------------------- in
@@ -240,32 +344,19 @@ def load_adapter(
     entries = _index(folder)
     problems = _other_base(config["base_model_name_or_path"], base)
     refused = _unsupported(config)
-    chosen: dict[Place, Factors] = {}
     if not refused:
         try:
-            chosen = adapted(config, places(params, module))
+            params, mask = _attach(module, params, config)
         except UserError as error:
             refused.append(f"wrong base   {error}")
     if refused:
         raise _misfit(folder, problems + refused)
-    spots = _spots(module, params, chosen, config["bias"])
-    entries = _modern_keys(entries, spots)
-    problems += _compare(spots, entries)
+    spots = _spots(module, params, config)
+    entries, other = _without_tables(module, params, _modern_keys(entries, spots), spots)
+    problems += other + _compare(spots, entries)
     if problems:
         raise _misfit(folder, problems)
-
-    names = tuple(place.name for place in chosen)
-    rank = max(factors.rank for factors in chosen.values())
-    params, mask = lora(
-        params,
-        jax.random.key(0),
-        r=rank,
-        lora_dropout=config["lora_dropout"],
-        target_modules=names,
-        bias=config["bias"],
-        module=module,
-    )
-    return _fill(params, chosen, spots, entries), mask, config
+    return _fill(params, spots, entries), mask, config
 
 
 def _index(folder: Path) -> dict[str, tensors.Entry]:
@@ -298,6 +389,29 @@ def _modern_keys(entries: dict[str, tensors.Entry], spots: Mapping[str, Spot]) -
     return {key if key in spots else old.get(key, key): entry for key, entry in entries.items()}
 
 
+def _without_tables(
+    module: Any, params: Any, entries: Mapping[str, tensors.Entry], spots: Mapping[str, Spot]
+) -> tuple[dict[str, tensors.Entry], list[str]]:
+    """Leave out the base's own tables, which peft saves beside adapters of them; a line for each that is another's."""
+    leaves, rest, problems = weights_by_path(params), dict(entries), []
+    for t in models.names(module).tensors(module.spec, set(leaves)):
+        key, leaf = f"{_PREFIX}{t.module}.base_layer.weight", leaves[t.path]
+        if key not in rest or key in spots or not isinstance(leaf, LoraWeight) or rest[key].shape != _hf_shape(t, leaf):
+            continue
+        found = np.empty(rest.pop(key).shape, np.float32)
+        tensors.read_all([(entries[key], found)])
+        base = np.asarray(merge_leaf(leaf.w), np.float32)
+        base = base if t.index is None else base[t.index]
+        if not np.array_equal(found.astype(plain(leaf).dtype).astype(np.float32), base.T if t.transpose else base):
+            problems.append(f"other base   {key} is not this model's own")
+    return rest, problems
+
+
+def _hf_shape(t: Any, leaf: Any) -> tuple[int, ...]:
+    shape = plain(leaf).shape[t.index is not None :]
+    return shape[::-1] if t.transpose else shape
+
+
 def _compare(spots: Mapping[str, Spot], entries: Mapping[str, tensors.Entry]) -> list[str]:
     lines = [f"missing      {key} {list(spot.shape)}" for key, spot in spots.items() if key not in entries]
     lines += [f"extra        {key} {list(entry.shape)}" for key, entry in entries.items() if key not in spots]
@@ -308,29 +422,21 @@ def _compare(spots: Mapping[str, Spot], entries: Mapping[str, tensors.Entry]) ->
     ]
 
 
-def _fill(params: Any, chosen: Mapping[Place, Factors], spots: Mapping[str, Spot], entries: Mapping) -> Any:
-    """Read the tensors into the leaves. A rank below the leaf's is filled up with zeros, which training keeps."""
-    scales: dict[str, np.ndarray] = {}
-    arrays: dict[tuple[str, str], np.ndarray] = {}
+def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
+    """Read the tensors into the leaves. What is not stored is beyond a lower rank: zero, which training keeps."""
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     leaves = weights_by_path(params)
-    for place, factors in chosen.items():
-        scale = scales.setdefault(place.path, np.zeros(leaves[place.path].scale.shape, np.float32))
-        scale[() if place.index is None else place.index] = factors.scale
     jobs = []
     for key, spot in spots.items():
         leaf = leaves[spot.path]
         shape = (getattr(leaf, spot.field) if spot.field else leaf).shape
-        host = arrays.setdefault((spot.path, spot.field), np.zeros(shape, np.float32))
-        target = (host if spot.index is None else host[spot.index]).T
-        jobs.append((entries[key], target[tuple(slice(n) for n in spot.shape)]))
+        host = arrays.setdefault(spot.path, {}).setdefault(spot.field, np.zeros(shape, np.float32))
+        jobs.append((entries[key], _view(host, spot)))
     tensors.read_all(jobs)
 
     def put(path, leaf):
-        path = path_str(path)
-        if path in scales:
-            a, b = (jnp.asarray(arrays[path, field]) for field in "ab")
-            return LoraWeight(leaf.w, a, b, jnp.asarray(scales[path]), leaf.dropout)
-        return jnp.asarray(arrays[path, ""]) if (path, "") in arrays else leaf
+        fields = {field: jnp.asarray(array) for field, array in arrays.get(path_str(path), {}).items()}
+        return fields[""] if "" in fields else dataclasses.replace(leaf, **fields) if fields else leaf
 
     return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_weight)
 
@@ -350,19 +456,21 @@ def export_adapter(
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
     overwrite: bool = False,
+    bake: bool = False,
 ) -> list[str]:
     """Write the adapters of a zoo model as a PEFT directory, atomically.
 
     Args:
-        module, params: a model whose adapted leaves are `LoraWeight`.
+        module, params: a model with leaves of `lora`, `ia3` or `prompt_tuning`.
         out: must not exist, unless `overwrite`.
         base: directory or hub id of the model that was tuned; a directory also gives the tokenizer.
-        config: fields of peft's LoraConfig, those of `methods.lora` or those that `load_adapter` returned. What is left
+        config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left
             out is read off the tree.
         mask: as `methods.lora` returned it; says whether biases were trained, where `config` does not.
         facts: label -> value for the model card; see `jaxtune.card.run_facts`.
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
+        bake: multiply the scales into B and fill all ranks up to the largest, for engines that know no patterns.
 
     Returns:
         Sentences that the user should read, such as a tokenizer that was not found.
@@ -373,60 +481,179 @@ def export_adapter(
             can carry.
     """
     out = Path(out).expanduser()
-    config = _complete(module, params, mask, config or {})
+    params, config = _without_start(params, dict(config or {}))
+    config = _complete(module, params, mask, config)
     if refused := _unsupported(config):
         raise ValueError("config: " + "; ".join(refused))
-    chosen = adapted(config, places(params, module))
-    _check_tree(module, params, mask, chosen, config["bias"])
+    _check_tree(module, params, mask, config)
     config |= {"base_model_name_or_path": public_name(base)}
-    arrays = _arrays(params, _spots(module, params, chosen, config["bias"]))
+    arrays, notes = _arrays(params, _spots(module, params, config)), []
+    if bake:
+        arrays, config = _baked(arrays, config, places(params, module))
+        notes = _refused_by_vllm(config)
     with atomic_dir(out, overwrite=overwrite) as folder:
         tensors.write(folder, arrays, "adapter_model", shard_bytes=2**63)  # peft reads one file
         text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        notes = copy_tokenizer(Path(tokenizer or base).expanduser(), folder, chat_template)
-        card = model_card(name=out.name, base=public_name(base), adapter=True, facts=facts, notes=notes)
+        notes += copy_tokenizer(Path(tokenizer or base).expanduser(), folder, chat_template)
+        card = model_card(
+            name=out.name,
+            base=public_name(base),
+            adapter=config["peft_type"].lower(),
+            facts=facts,
+            notes=notes,
+            auto=models.auto_class(module),
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
 
 
+def _without_start(params: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Fold what LoRA factors began as (PiSSA) into factors of twice the rank, over the base as it was."""
+    folded = False
+
+    def fold(leaf):
+        nonlocal folded
+        if not isinstance(leaf, LoraWeight) or leaf.a0 is None:
+            return leaf
+        folded = True
+        a, b = (np.asarray(f, np.float32) for f in leaf.factors())
+        # Columns that pad a lower rank go to the end.
+        order = np.argsort(~(a.any(-2) | b.any(-1)), axis=-1, kind="stable")
+        a, b = np.take_along_axis(a, order[..., None, :], -1), np.take_along_axis(b, order[..., None], -2)
+        return dataclasses.replace(leaf, a=a, b=b, a0=None, b0=None)
+
+    params = map_weights(fold, params)
+    if not folded:
+        return params, given
+    times = {"r": 2, "lora_alpha": math.sqrt(2) if given.get("use_rslora") else 2}
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        if name in given:
+            given[name] *= times[name]
+        given[pattern] = {key: value * times[name] for key, value in dict(given.get(pattern) or ()).items()}
+    return params, given | {"init_lora_weights": True}
+
+
+def _baked(
+    arrays: dict[str, np.ndarray], config: dict[str, Any], candidates: list[Place]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same update with one rank and a scale of 1 throughout, for engines that read `r` and nothing else."""
+    if config["peft_type"] != "LORA":
+        raise UserError(f"bake is for LoRA; this is {config['peft_type']}.")
+    chosen = _chosen(config, candidates)
+    most, out = max(f.rank for f in chosen.values()), dict(arrays)
+    for place, (rank, scale) in chosen.items():
+        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            a, b = f"{_PREFIX}{place.name}.{a}", f"{_PREFIX}{place.name}.{b}"
+            if a in arrays:
+                out[a] = np.pad(arrays[a], ((0, most - rank), (0, 0)))
+                out[b] = np.pad(np.float32(scale) * arrays[b], ((0, 0), (0, most - rank)))
+    flat = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return out, config | flat
+
+
+def _refused_by_vllm(config: Mapping[str, Any]) -> list[str]:
+    """A sentence, if vLLM will not load the adapter."""
+    reasons = {
+        "use_dora": "DoRA",
+        "modules_to_save": "modules_to_save",
+        "trainable_token_indices": "trained tokens",
+    }
+    found = [words for key, words in reasons.items() if config[key]]
+    found += [f"bias={config['bias']!r}"] if config["bias"] != "none" else []
+    return [f"vLLM refuses this adapter: it has {', '.join(found)}. Merge it instead."] if found else []
+
+
 def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
-    """The adapted modules of a tree, with the rank of their leaf and their scale; scale 0 is not adapted."""
-    leaves, found = weights_by_path(params), {}
+    """The adapted modules of a tree, with their rank, less the zeros that fill it up, and scale; 0 is not adapted."""
+    leaves, used, found = weights_by_path(params), {}, {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoraWeight):
+            used[path] = np.asarray((leaf.a != 0).any(-2) | (leaf.b != 0).any(-1))
     for place in places(params, module):
-        if isinstance(leaf := leaves[place.path], LoraWeight):
-            scale = float(np.asarray(leaf.scale)[() if place.index is None else place.index])
-            if scale:
-                found[place] = Factors(leaf.a.shape[-1], scale)
+        if place.path in used and (scale := _scale(leaves[place.path], place)):
+            columns = np.flatnonzero(used[place.path][() if place.index is None else place.index])
+            found[place] = Factors(int(columns[-1]) + 1 if len(columns) else 1, scale)
     return found
 
 
 def _complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """adapter_config.json: what is given, over what the tree shows, over peft's defaults."""
-    tree = tree_factors(module, params)
-    if not tree:
-        raise ValueError("The parameters hold no adapters; write them with export_model.")
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    if given.get("target_modules") == "all-linear":
+        given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
+    kinds = {LoraWeight: _lora_config, Ia3Weight: _ia3_config, PromptWeight: _prompt_config}
+    leaves = weights_by_path(params).values()
+    for kind, config in kinds.items():
+        if any(isinstance(leaf, kind) for leaf in leaves):
+            return config(module, params, mask, given)
+    raise ValueError("The parameters hold no adapters; write them with export_model.")
+
+
+def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    tree, leaves = tree_factors(module, params), weights_by_path(params)
     alphas = {
         place: _round(f.scale * (math.sqrt(f.rank) if given.get("use_rslora") else f.rank)) for place, f in tree.items()
     }
     r, rank_pattern = _majority({place: f.rank for place, f in tree.items()})
     alpha, alpha_pattern = _majority(alphas)
+    saved = _trained_modules(module, params, mask)
+    tokens = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
     config = DEFAULTS | {
         "r": r,
         "rank_pattern": rank_pattern,
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
-        "lora_dropout": max(_dropout(leaf) for leaf in weights_by_path(params).values()),
-        "target_modules": _shortest([p.name for p in tree], [p.name for p in places(params, module)]),
-        "bias": _trained_biases(mask, tree),
+        "lora_dropout": max(_dropout(leaf) for leaf in leaves.values()),
+        "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
+        "task_type": models.task_type(module),
+        "bias": _trained_biases(mask, tree, saved),
         "fan_in_fan_out": models.names(module).conv1d,
+        "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
+        "trainable_token_indices": tokens[0] if tokens else None,
+        "modules_to_save": [*(_saved(module) or ()), *_shortest_saved(module, params, saved)] or None,
     }
-    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
     if "r" in given or "lora_alpha" in given:
         config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    if given.get("target_modules") == "all-linear":
-        given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in given:
+            given[name] = dict(given[name] or ())
+    if head := set(_saved(module) or ()) - set(given.get("modules_to_save") or ()):
+        given["modules_to_save"] = [*sorted(head), *(given.get("modules_to_save") or ())]
+    if given.get("init_lora_weights") == "default":
+        given["init_lora_weights"] = True
     return config | given | {"peft_type": "LORA", "inference_mode": True}
+
+
+def _modules(module: Any, params: Any) -> list[str]:
+    """All linear and embedding modules, those of a label head too, by HF's names."""
+    matrices = {p for p in weights_by_path(params) if p.endswith(("/kernel", "/embedding"))}
+    return [t.module for t in models.names(module).tensors(module.spec, matrices)]
+
+
+def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    leaves, every = weights_by_path(params), places(params, module)
+    found = [p for p in every if isinstance(leaf := leaves[p.path], Ia3Weight) and _scale(leaf, p)]
+    inputs = [p for p in found if leaves[p.path].inp is not None]
+    config = IA3_DEFAULTS | {
+        "target_modules": _shortest([p.name for p in found], [p.name for p in every]),
+        "feedforward_modules": _shortest([p.name for p in inputs], [p.name for p in every]),
+        "fan_in_fan_out": models.names(module).conv1d,
+    }
+    return config | given | {"peft_type": "IA3", "inference_mode": True}
+
+
+def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    count, width = next(w for w in weights_by_path(params).values() if isinstance(w, PromptWeight)).prompt.shape
+    config = PROMPT_DEFAULTS | {
+        "num_virtual_tokens": count,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": module.spec.segments[0].pattern[0].heads,
+        "num_layers": module.spec.layers,
+    }
+    given.pop("init", None)  # how the prompt began
+    return config | given | {"peft_type": "PROMPT_TUNING", "inference_mode": True}
 
 
 def _round(x: float) -> float | int:
@@ -452,25 +679,55 @@ def _shortest(chosen: list[str], modules: list[str]) -> list[str]:
     return sorted(short) if {m for m in modules if m.rpartition(".")[2] in short} == set(chosen) else chosen
 
 
-def _trained_biases(mask: Any, tree: Mapping[Place, Factors]) -> str:
+def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
+    """{module: path of what is in it} of plain modules that were trained whole, more than their biases."""
+    leaves, roles = weights_by_path(params), flatten(mask)
+    found = {}
+    for t in models.names(module).tensors(module.spec, set(leaves)):
+        if (
+            roles.get(t.path) is TRAIN
+            and not in_label_head(t.path)
+            and not is_weight(leaves[t.path])
+            and not t.path.endswith("/bias")
+        ):
+            found[t.module] = t.path
+    return found
+
+
+def _shortest_saved(module: Any, params: Any, saved: Mapping[str, str]) -> list[str]:
+    """As `_shortest`, by the ends of names that peft compares for modules_to_save."""
+    short = sorted({name.rpartition(".")[2] for name in saved})
+    every = {p.name.rpartition(".")[0] for p in parameters(params, module)}
+    return short if {name for name in every if is_saved(name, short)} == set(saved) else list(saved)
+
+
+def _trained_biases(mask: Any, tree: Mapping[Place, Factors], saved: Mapping[str, str]) -> str:
+    """What of `bias` was trained, beside the biases of modules that were trained whole."""
     trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("/bias")}
+    trained = {path for path in trained if not in_label_head(path)}
+    trained -= {re.sub(r"[^/]+$", "bias", path) for path in saved.values()}
     beside = {re.sub(r"[^/]+$", "bias", place.path) for place in tree}
     return "none" if not trained else "lora_only" if trained <= beside else "all"
 
 
-def _check_tree(module: Any, params: Any, mask: Any, chosen: Mapping[Place, Factors], bias: str) -> None:
+def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless peft, reading the config, will compute what the tree does."""
-    tree = tree_factors(module, params)
+    tree, leaves = tree_factors(module, params), weights_by_path(params)
+    chosen = _chosen(config, places(params, module)) if config["peft_type"] == "LORA" else {}
     if differing := {p.name for p in tree.keys() ^ chosen.keys()}:
         raise ValueError(f"config and parameters differ in which modules are adapted: {sorted(differing)}.")
-    leaves = weights_by_path(params)
     for place, (rank, scale) in chosen.items():
-        held, row = leaves[place.path], () if place.index is None else place.index
+        held = leaves[place.path]
         if not math.isclose(scale, tree[place].scale, rel_tol=1e-5):
             raise ValueError(f"{place.name}: the config's scale is {scale}, the parameters' {tree[place].scale}.")
-        if rank > tree[place].rank or np.any(np.asarray(held.a)[row][..., rank:]):
+        if rank > held.a.shape[-1] or rank < tree[place].rank:
             raise ValueError(f"{place.name}: the config's rank is {rank}, the parameters' {tree[place].rank}.")
-    carried = {spot.path for spot in _spots(module, params, chosen, bias).values()}
+        if config["use_dora"] != isinstance(held, DoraWeight):
+            raise ValueError(f"{place.name}: the config's use_dora is {config['use_dora']}, the parameters differ.")
+    ids = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
+    if ids != [config[k] for k in ("trainable_token_indices",) if config.get(k)]:
+        raise ValueError(f"config and parameters differ in trainable_token_indices; the parameters' are {ids}.")
+    carried = {spot.path for spot in _spots(module, params, config).values()}
     stray = [
         path
         for path, role in flatten(mask).items()
@@ -483,12 +740,8 @@ def _check_tree(module: Any, params: Any, mask: Any, chosen: Mapping[Place, Fact
 def _arrays(params: Any, spots: Mapping[str, Spot]) -> dict[str, np.ndarray]:
     """The tensors of an adapter, float32, by their keys."""
     leaves, host = weights_by_path(params), {}
-    arrays = {}
-    for key, spot in spots.items():
+    for spot in spots.values():
         if (spot.path, spot.field) not in host:
             leaf = leaves[spot.path]
             host[spot.path, spot.field] = np.asarray(getattr(leaf, spot.field) if spot.field else leaf, np.float32)
-        array = host[spot.path, spot.field]
-        array = (array if spot.index is None else array[spot.index]).T
-        arrays[key] = array[tuple(slice(n) for n in spot.shape)]
-    return arrays
+    return {key: _view(host[spot.path, spot.field], spot) for key, spot in spots.items()}

@@ -1,0 +1,177 @@
+"""Quantised bases: what rounding costs, what a product keeps, and QLoRA on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import VOCAB, T, decoder, quick_compiles, weights  # noqa: F401
+
+from jaxtune import (
+    adapt,
+    causal_lm,
+    cli,
+    count,
+    init_state,
+    load,
+    lora,
+    make_train_step,
+    merge,
+    partition,
+    quantize,
+    tiny,
+)
+from jaxtune.errors import UserError
+from jaxtune.quantized import BLOCK, KINDS, NF4, Nf4Weight, packs
+from jaxtune.tree import flatten
+from jaxtune.weights import dot, embed, is_weight, merge_leaf, transposed_dot
+
+# Dettmers et al. 2023, appendix E.
+PUBLISHED = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def test_nf4_is_the_papers():
+    np.testing.assert_allclose(NF4, PUBLISHED, atol=2e-6)
+
+
+def matrix(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([(2, 1), (6, 5), (64, 16), (96, 300), (130, 7)]), st.integers(0, 3), st.floats(1e-3, 1e3))
+def test_nf4_rounds_to_the_nearest_value(shape, seed, size):
+    w = np.asarray(size * matrix(*shape, seed=seed))
+    q = Nf4Weight.quantize(jnp.asarray(w))
+    k, n = shape
+    block = k // q.absmax.shape[0]
+    known = np.repeat(np.asarray(q._absmax()), block, 0)
+    exact = np.repeat(np.abs(w.reshape(-1, block, n)).max(1), block, 0)
+    spread = np.abs(exact - exact.mean()).max()
+    assert block <= BLOCK and np.abs(known - exact).max() <= spread / 127 / 2 * 1.01 + 1e-6 * size
+    nearest = NF4[np.abs(w[..., None] / np.where(known > 0, known, 1)[..., None] - NF4).argmin(-1)] * known
+    np.testing.assert_allclose(q.merge(), nearest, atol=1e-5 * size)
+
+
+def test_nf4_takes_4_bits_and_an_eighth():
+    q = Nf4Weight.quantize(matrix(2, 512, 768))
+    bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(q)) / (2 * 512 * 768)
+    assert bits < 4.13
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_the_matrix_it_stands_for(kind):
+    w = KINDS[kind](matrix(64, 24))
+    plain = merge_leaf(w)
+    assert 0 < float(jnp.abs(plain - matrix(64, 24)).max()) < {"nf4": 0.6, "int8": 0.02, "fp8": 0.15}[kind]
+    x, y, ids = matrix(3, 5, 64), matrix(3, 5, 24), jnp.array([[0, 63], [7, 7]])
+    for ours, theirs in (
+        (dot(x, w), x @ plain),
+        (transposed_dot(y, w), y @ plain.T),
+        (embed(ids, w), plain[ids]),
+        (jax.grad(lambda x: jnp.vdot(dot(x, w), y))(x), y @ plain.T),
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    stacked = KINDS[kind](matrix(3, 64, 24))
+    np.testing.assert_allclose(jax.tree.map(lambda x: x[1], stacked).merge(), stacked.merge()[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_keeps_no_plain_matrix(kind):
+    def kept(w):
+        _, back = jax.vjp(lambda x: dot(x, w), matrix(3, 64))
+        return max((leaf.nbytes for leaf in jax.tree.leaves(back) if leaf.shape[-2:] == (64, 24)), default=0)
+
+    assert kept(matrix(64, 24)) == 4 * 64 * 24  # a plain weight is kept: the check can fail
+    assert kept(KINDS[kind](matrix(64, 24))) <= 64 * 24  # one byte a weight at most
+
+
+def batch():
+    tokens = jax.random.randint(jax.random.key(3), (1, 4, T), 0, VOCAB)
+    place = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+    ones = jnp.ones(tokens.shape)
+    row = jnp.arange(4)[None]
+    return {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, -1),
+        "positions": place,
+        "segments": ones.astype(int),
+        "weights": ones,
+        "row": row,
+    }
+
+
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("int8", "fp8"))])
+def test_qlora(kind):
+    """Adapters learn over a quantised base, whose logits stay near the plain one's and whose bytes stay as they are."""
+    module, base = decoder(), quantize(weights(), kind)
+    leaves = flatten(base)
+    assert not any(path.startswith("embed_tokens") and leaf.dtype == jnp.uint8 for path, leaf in leaves.items())
+    tokens = batch()["tokens"][0]
+    ours = module.apply({"params": base}, tokens)
+    np.testing.assert_allclose(ours, module.apply({"params": merge(base)}, tokens), atol=2e-4)
+    plain = module.apply({"params": weights()}, tokens)
+    assert float(jnp.abs(ours - plain).mean() / jnp.abs(plain).mean()) < {"nf4": 0.5, "int8": 0.03, "fp8": 0.15}[kind]
+
+    params, mask = lora(base, jax.random.key(0), r=4, module=module)
+    assert count(params, mask) == count(*lora(weights(), jax.random.key(0), r=4, module=module))
+    trainable, member, frozen = partition(params, mask)
+    before = jax.tree.map(np.asarray, frozen)
+    tx = optax.adam(3e-2)
+    step = make_train_step(causal_lm(module), tx)
+    state, losses = init_state(trainable, member, tx, jax.random.key(1)), []
+    for _ in range(12):
+        state, metrics = step(state, frozen, batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)
+
+
+def test_a_model_that_is_not_ours_is_quantised_by_its_layouts():
+    def apply(params, x):
+        heads = jnp.einsum("bd,dhk->bhk", x, params["heads"])
+        return jnp.einsum("bhk,hkd->bd", heads, params["out"])
+
+    params, x = {"heads": matrix(8, 2, 4), "out": matrix(2, 4, 8)}, matrix(3, 8)
+    layouts = adapt(apply).layouts(params, x)
+    packed = quantize(params, "nf4", ".*", layouts)
+    assert is_weight(packed["out"]) and merge(packed)["out"].shape == (2, 4, 8)
+    np.testing.assert_allclose(adapt(apply)(packed, x), apply(merge(packed), x), atol=1e-5)
+
+
+def test_what_cannot_be_quantised_is_said():
+    with pytest.raises(UserError, match=r"is not one of 'nf4', 'int8', 'fp8'\. Did you mean 'nf4'"):
+        packs(weights(), "nf44")
+    with pytest.raises(UserError, match="No matrix is named"):
+        packs(weights(), "nf4", "layers.*")
+    with pytest.raises(UserError, match="has 7 rows"):
+        packs({"odd": {"kernel": jnp.ones((7, 4))}}, "nf4", ".*")
+
+
+def test_a_checkpoint_is_quantised_as_it_is_read():
+    _, read = load(tiny.BASE, quantization="nf4")
+    _, plain = load(tiny.BASE)
+    whole = quantize(plain, "nf4")
+    assert jax.tree.structure(read) == jax.tree.structure(whole)
+    # The mean of all absolute maxima is summed in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), merge(read), merge(whole))
+
+
+def test_what_is_trained_is_not_quantised(capsys, tmp_path):
+    argv = [
+        "train",
+        "--config=configs/quickstart.py",
+        "--config.model.quantization=nf4",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    assert cli.main([*argv, "--config.tune.method=full", "--dry-run"]) == 2
+    assert "quantised parameter cannot be trained" in capsys.readouterr().err
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert "every check passed" in capsys.readouterr().out
