@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtune.data.batches import Batches, EvalBatches, Prefetch
+from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side
 from jaxtune.data.chat import DEFAULT_TEMPLATE
 from jaxtune.data.formats import make_reader
+from jaxtune.data.labels import LabelForm, check_classes, render_labelled
 from jaxtune.data.preview import render_plain, render_rows
 from jaxtune.data.sources import Source, read
 from jaxtune.data.tokenize import (
@@ -31,16 +32,22 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "Batches",
     "EvalBatches",
+    "LabelForm",
     "Prefetch",
     "Report",
     "Rows",
     "Source",
     "SourceReport",
+    "held_out",
     "load_tokenizer",
     "prepare",
     "read",
+    "reader_settings",
+    "render_labelled",
     "render_plain",
     "render_rows",
+    "side_by_side",
+    "source_names",
 ]
 
 
@@ -55,6 +62,7 @@ def prepare(
     template: str | None = None,
     completion_from: str | None = None,
     system: str | None = None,
+    labels: LabelForm | None = None,
     chat: bool | None = None,
     max_length: int,
     overlength: str = "drop",
@@ -68,6 +76,7 @@ def prepare(
     eval_fraction: the share of the training rows held out: those with the lowest hashes of their content, at least one.
         It depends on no seed and no order, and equal rows are all on one side.
     format, columns, template, completion_from, system: see `make_reader`; they hold for all sources.
+    labels: read labelled rows; format, template, completion_from, system and chat then have no effect.
     chat: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
         Otherwise prompt and completion are joined as they are, with a newline between them where neither has white
         space at the seam.
@@ -80,17 +89,19 @@ def prepare(
         raise UserError("give either data.eval or data.eval_fraction, not both.")
     if not 0 <= eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
-    if chat is None:
-        chat = bool(tokenizer.chat_template) and template is None
-    settings = {
-        "format": format,
-        "columns": dict(columns or {}),
-        "template": template,
-        "completion_from": completion_from,
-        "system": system,
-        "chat": chat,
-    }
-    encoder = Encoder(tokenizer)
+    if labels is None:
+        settings = reader_settings(
+            tokenizer,
+            format=format,
+            columns=columns,
+            template=template,
+            completion_from=completion_from,
+            system=system,
+            chat=chat,
+        )
+    else:
+        settings = labels.settings
+    encoder = Encoder(tokenizer) if labels is None else labels.encoder(tokenizer)
     common = [
         FORMAT_VERSION,
         tokenizer_digest(tokenizer),
@@ -102,7 +113,7 @@ def prepare(
 
     def load(name: str) -> tuple[Rows, SourceReport]:
         source = read(name)
-        reader = make_reader(source, **settings)
+        reader = make_reader(source, **settings) if labels is None else labels.reader(source)
         key = _hash([*common, source.digest()])
         rows, cached = tokenise(source, reader, encoder, key, cache=cache, cache_dir=cache_dir)
         if vocab_size is not None:
@@ -112,29 +123,55 @@ def prepare(
 
     def load_fitted(name: str) -> tuple[Rows, SourceReport]:
         rows, report = load(name)
-        rows = fit(rows, max_length, overlength, report)
+        rows = fit(rows, max_length, overlength, report, encoder.FIRST)
+        if labels is not None:
+            rows = encoder.closed(rows, max_length)
         if not len(rows):
             raise _nothing_left(report)
         return rows, report
 
     report = Report()
-    loaded = [load_fitted(name) for name in _names(train)]
+    loaded = [load_fitted(name) for name in source_names(train)]
     report.sources = [r for _, r in loaded]
     train_rows = [rows for rows, _ in loaded]
     eval_rows = None
     if eval:
-        loaded = [load_fitted(name) for name in _names(eval)]
+        loaded = [load_fitted(name) for name in source_names(eval)]
         report.eval_sources = [r for _, r in loaded]
         eval_rows = Rows.concatenate([rows for rows, _ in loaded])
     elif eval_fraction:
         train_rows, eval_rows = _hold_out(train_rows, eval_fraction)
+    if labels is not None:
+        check_classes(train_rows, labels)
     report.train_rows = sum(map(len, train_rows))
     report.eval_rows = len(eval_rows) if eval_rows is not None else 0
     report.fingerprint = _hash([keys, len(train_rows), max_length, overlength, eval_fraction])
     return train_rows, eval_rows, report
 
 
-def _names(sources: str | Sequence[str]) -> list[str]:
+def reader_settings(
+    tokenizer,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+    completion_from: str | None = None,
+    system: str | None = None,
+    chat: bool | None = None,
+) -> dict:
+    """Return the keyword arguments of `make_reader` for a tokenizer; they mean what they mean to `prepare`."""
+    return {
+        "format": format,
+        "columns": dict(columns or {}),
+        "template": template,
+        "completion_from": completion_from,
+        "system": system,
+        "chat": bool(tokenizer.chat_template) and template is None if chat is None else chat,
+    }
+
+
+def source_names(sources: str | Sequence[str]) -> list[str]:
+    """Return the sources that data.train or data.eval names, one by one."""
     if not isinstance(sources, str):
         names = list(sources)
     elif Path(sources).exists():  # a name with a comma in it
@@ -150,11 +187,16 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:40]
 
 
+def held_out(digests: np.ndarray, fraction: float) -> np.ndarray:
+    """Return which rows are held out, bool[N]: those with the lowest digests u64[N], at least one."""
+    highest = np.sort(digests)[max(1, round(fraction * len(digests))) - 1]
+    return digests <= highest
+
+
 def _hold_out(train: list[Rows], fraction: float) -> tuple[list[Rows], Rows]:
-    """Hold out the rows with the lowest digests, at least one."""
-    digests = np.sort(np.concatenate([rows.digest for rows in train]))
-    highest = digests[max(1, round(fraction * len(digests))) - 1]
-    held = [rows.digest <= highest for rows in train]
+    """Split off the rows that `held_out` chooses."""
+    digests = np.concatenate([rows.digest for rows in train])
+    held = np.split(held_out(digests, fraction), np.cumsum([len(rows) for rows in train])[:-1])
     kept = [rows.select(~h) for rows, h in zip(train, held)]
     if not all(len(rows) for rows in kept):
         raise UserError(f"data.eval_fraction: {fraction} of {len(digests)} rows leaves a source without training rows.")

@@ -24,7 +24,7 @@ def _shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-class _Assembler:
+class Assembler:
     """Lays data rows into arrays [A, B, T]."""
 
     def __init__(self, rows: list[Rows], batch_size: int, grad_accum: int, max_length: int, packing: bool):
@@ -42,8 +42,8 @@ class _Assembler:
         longest = int(self.length.max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
-        # Four lengths at most, so that at most four programs are compiled.
-        self.bucket = max(32, -(-longest // 4 // 8) * 8)
+        # Eight lengths at most, so that at most eight programs are compiled.
+        self.bucket = max(32, -(-longest // 8 // 8) * 8)
 
     def width(self, plan: Plan) -> int:
         """Return T for a batch of these rows."""
@@ -52,9 +52,9 @@ class _Assembler:
         longest = max((int(self.length[row].sum()) for row in plan), default=1)
         return min(-(-longest // self.bucket) * self.bucket, self.max_length)
 
-    def assemble(self, plan: Plan) -> dict[str, np.ndarray]:
+    def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         """Return the batch of `plan`; rows that are missing to batch_size are empty, with weight 0."""
-        n, t = self.batch_size, self.width(plan)
+        n, t = self.batch_size, width or self.width(plan)
         tokens, targets, positions, segments = (np.zeros((n, t), np.int32) for _ in range(4))
         weights = np.zeros((n, t), np.float32)
         for b, members in enumerate(plan):
@@ -91,6 +91,7 @@ class Batches:
         that no row comes again before all of its source were used.
     batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
     packing: lay several rows, as segments, into one of `max_length` tokens.
+    assembler: what lays rows into arrays.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Batches:
         max_length: int,
         seed: int = 0,
         packing: bool = False,
+        assembler: type[Assembler] = Assembler,
     ):
         self.sources = list(sources)
         self.seed = seed
@@ -113,7 +115,7 @@ class Batches:
             raise UserError("no training rows.")
         self.draws = _draws(sizes, weights)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._assembler = _Assembler(self.sources, batch_size, grad_accum, max_length, packing)
+        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._ends = [0]  # _ends[e]: batch rows in all epochs before e
         self._lock = threading.Lock()  # batch() may be called by a prefetching thread and by the loop
@@ -218,13 +220,35 @@ def _draws(sizes: list[int], weights: Sequence[float] | None) -> list[int]:
     return draws.tolist()
 
 
+def side_by_side(streams: Sequence[Batches]) -> Callable[[int], dict[str, np.ndarray]]:
+    """Return `batch(step)`: the batches of several streams stacked, [K,A,B,T], all as wide as the widest."""
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        plans = {id(s): s._members(step) for s in streams}
+        width = max(s._assembler.width(plans[id(s)]) for s in streams)
+        laid = {id(s): s._assembler.assemble(plans[id(s)], width) for s in {id(s): s for s in streams}.values()}
+        lanes = [laid[id(s)] for s in streams]
+        return {name: np.stack([lane[name] for lane in lanes]) for name in lanes[0]}
+
+    return batch
+
+
 class EvalBatches:
     """All rows once, in order: `len` batches, the last filled with rows of weight 0. Same arrays as `Batches`."""
 
-    def __init__(self, rows: Rows, *, batch_size: int, grad_accum: int = 1, max_length: int, packing: bool = False):
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        grad_accum: int = 1,
+        max_length: int,
+        packing: bool = False,
+        assembler: type[Assembler] = Assembler,
+    ):
         if not len(rows):
             raise UserError("no evaluation rows.")
-        self._assembler = _Assembler([rows], batch_size, grad_accum, max_length, packing)
+        self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing)
         self._plan = (
             [np.asarray(b) for b in pack(rows.length, max_length)] if packing else list(np.arange(len(rows))[:, None])
         )

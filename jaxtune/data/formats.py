@@ -68,6 +68,8 @@ class Document:
 
 Example = Conversation | Document
 
+CANONICAL = json.JSONEncoder(sort_keys=True, default=str).encode  # made once: json.dumps makes one a call
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -83,7 +85,7 @@ class Reader:
 
     def digest(self, row: dict) -> int:
         """Return 64 bits over the columns in use: equal rows are equal whatever their number, id or order."""
-        used = json.dumps([row.get(c) for c in self.columns], sort_keys=True, default=str)
+        used = CANONICAL([row.get(c) for c in self.columns])
         return int.from_bytes(hashlib.blake2b(used.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 

@@ -8,16 +8,27 @@ import csv
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from jaxtune.errors import UserError, nearest
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".conll")
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".joblib")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+KINDS = {
+    type(None): "null",
+    str: "text",
+    bool: "true/false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 Numbered = Iterator[tuple[int, dict]]
 
@@ -51,7 +62,8 @@ def read(source: str) -> Source:
 
     Files: `.jsonl`; `.json` (a list of objects, or one object a line); `.csv` and `.tsv` with a header; `.parquet`;
     `.txt`, which has one column `text`: one document a block of text between blank lines, or, where the file has lines
-    that are exactly `<|endoftext|>`, between those. Saved data sets and hub ids take a split after a colon
+    that are exactly `<|endoftext|>`, between those; `.conll`, which has columns `tokens` and `labels`: the first and
+    the last field of each line, up to a blank line. Saved data sets and hub ids take a split after a colon
     (`"openai/gsm8k:test"`); without one it is `train`.
 
     Raises UserError for a missing file (naming the nearest ones), an unknown or pickled format, and, while iterated,
@@ -92,6 +104,7 @@ def _read_file(name: str, path: Path) -> Source:
         ".tsv": lambda n, p: _table(n, p, "\t"),
         ".parquet": _parquet,
         ".txt": _text,
+        ".conll": _conll,
     }
     if suffix not in readers:
         raise UserError(f"{name}: cannot read a {suffix or 'file without a suffix'}. Known: {', '.join(SUFFIXES)}.")
@@ -210,6 +223,24 @@ def _text(name: str, path: Path) -> Numbered:
             block, start = [], number + 1
 
 
+def _conll(name: str, path: Path) -> Numbered:
+    """One word a line, with its label in the last field; a blank line ends a sentence."""
+    with path.open(encoding="utf-8-sig") as lines:
+        words, tags, start = [], [], 1
+        for number, line in enumerate(chain(lines, [""]), 1):
+            line = line.rstrip("\n")
+            if line.strip() and not line.startswith("-DOCSTART-"):
+                fields = line.split("\t") if "\t" in line else line.split()
+                if len(fields) < 2:
+                    raise UserError(f"{name}:{number}: expected a word and its label, found {line!r}.")
+                words.append(fields[0])
+                tags.append(fields[-1])
+                continue
+            if words:
+                yield start, {"tokens": words, "labels": tags}
+            words, tags, start = [], [], number + 1
+
+
 def _parquet(name: str, path: Path) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -242,10 +273,8 @@ def _read_saved(name: str, path: Path, split: str) -> Source:
         raise UserError(f"{name}: this saved data set has no splits; leave out ':{split}'.")
 
     def rows() -> Numbered:
-        from datasets import load_from_disk
-
         try:
-            data = load_from_disk(str(folder))
+            data = _datasets().load_from_disk(str(folder))
         except Exception as error:
             raise UserError(f"{name}: cannot load the saved data set ({error}).") from None
         yield from enumerate(data, 1)
@@ -255,15 +284,22 @@ def _read_saved(name: str, path: Path, split: str) -> Source:
     )
 
 
+def _datasets() -> Any:
+    """The library, which looks for torch again, and breaks where the command line hides it (`cli.run`)."""
+    if sys.modules.get("torch", "not asked for") is None:
+        del sys.modules["torch"]
+    import datasets
+
+    return datasets
+
+
 def _read_hub(name: str, hub_id: str, split: str) -> Source:
     loaded = []  # loaded once, by whichever of the two below comes first
 
     def data():
         if not loaded:
-            from datasets import load_dataset
-
             try:
-                loaded.append(load_dataset(hub_id, split=split))
+                loaded.append(_datasets().load_dataset(hub_id, split=split))
             except Exception as error:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise UserError(
@@ -296,5 +332,4 @@ def hash_rows(rows) -> str:
 
 def kind(value: object) -> str:
     """Return the everyday name of a JSON value's type: `text`, `a number`, `a list`, ..."""
-    names = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    return KINDS.get(type(value)) or type(value).__name__

@@ -36,7 +36,8 @@ class Rows:
 
     tokens i32[N] and mask u8[N] (1: this token is to be predicted) are flat; per row: start i64[R], length i32[R],
     origin i64[R] (its line, or its row counted from 1, in the source), source i32[R] (an index into `labels`) and
-    digest u64[R] (of its content). `labels[s].replace("{}", str(origin))` is the row's place in words.
+    digest u64[R] (of its content); of labelled rows also target f32[R, n], and their mask holds `data.labels`' marks.
+    `labels[s].replace("{}", str(origin))` is the row's place in words.
     """
 
     tokens: np.ndarray
@@ -47,6 +48,7 @@ class Rows:
     source: np.ndarray
     digest: np.ndarray
     labels: tuple[str, ...]
+    target: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -59,7 +61,22 @@ class Rows:
     def select(self, index: np.ndarray) -> "Rows":
         """Return the rows of an index or boolean array, over the same flat arrays."""
         pick = {name: getattr(self, name)[index] for name in ("start", "length", "origin", "source", "digest")}
-        return Rows(self.tokens, self.mask, labels=self.labels, **pick)
+        target = None if self.target is None else self.target[index]
+        return Rows(self.tokens, self.mask, labels=self.labels, target=target, **pick)
+
+    def prefixed(self, ids: Sequence[int]) -> "Rows":
+        """Return the rows with `ids` before each, which are not to be predicted; the rows are copied."""
+        if not ids:
+            return self
+        rows = [self[i] for i in range(len(self))]
+        length = self.length + len(ids)
+        return replace(
+            self,
+            tokens=np.concatenate([part for tokens, _ in rows for part in (ids, tokens)]).astype(np.int32),
+            mask=np.concatenate([part for _, mask in rows for part in (np.zeros(len(ids), np.uint8), mask)]),
+            start=np.concatenate([[0], np.cumsum(length[:-1], dtype=np.int64)]).astype(np.int64),
+            length=length,
+        )
 
     def where(self, i: int) -> str:
         return self.labels[int(self.source[i])].replace("{}", str(int(self.origin[i])))
@@ -83,6 +100,7 @@ class Rows:
             start=np.concatenate([[0], np.cumsum(join["length"][:-1], dtype=np.int64)]).astype(np.int64),
             source=np.concatenate(sources).astype(np.int32),
             labels=tuple(labels),
+            target=None if parts[0].target is None else np.concatenate([p.target for p in parts]),
             **join,
         )
 
@@ -181,6 +199,8 @@ class Encoder:
     # Put before a piece and cut off again, so that it is not the start of a text. The second is for a piece that would
     # merge with the first.
     ANCHORS = ("\n", "\x02")
+    # How rows are stored, and the first token of a row that can be trained.
+    ROW, MARK, FIRST = ROW, np.dtype("u1"), 1
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -205,7 +225,7 @@ class Encoder:
         for place, example in zip(places, examples):
             if isinstance(example, Document):
                 for text, _ in example.pieces:
-                    _check_unicode(place, text)
+                    check_unicode(place, text)
         documents = iter(self._documents([e for e in examples if isinstance(e, Document)]))
         chats = [(p, e) for p, e in zip(places, examples) if isinstance(e, Conversation)]
         conversations = iter(self._conversations(*zip(*chats)) if chats else ())
@@ -247,7 +267,7 @@ class Encoder:
     def _conversations(self, places: Sequence[str], conversations: Sequence[Conversation]):
         rendered = [self.chat.render(p, c) for p, c in zip(places, conversations)]
         for place, (text, _, _) in zip(places, rendered):
-            _check_unicode(place, text)
+            check_unicode(place, text)
         encodings = self.backend.encode_batch([text for text, _, _ in rendered], add_special_tokens=False)
         for (text, spans, unended), encoding in zip(rendered, encodings):
             ids, offsets = encoding.ids, encoding.offsets
@@ -276,7 +296,7 @@ class Encoder:
         return ids, offsets
 
 
-def _check_unicode(where: str, text: str) -> None:
+def check_unicode(where: str, text: str) -> None:
     """Raise UserError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
     try:
         text.encode()
@@ -305,7 +325,7 @@ def tokenise(
     if not cache:
         tokens, mask = io.BytesIO(), io.BytesIO()
         rows = _write(source, reader, encoder, tokens, mask)
-        flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), "u1")
+        flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), encoder.MARK)
         return _rows(source, *flat, rows), False
     if not (folder / "rows.npy").is_file():
         _build(folder, source, reader, encoder)
@@ -313,7 +333,9 @@ def tokenise(
     else:
         cached = True
     rows = np.load(folder / "rows.npy")
-    flat = (np.memmap(folder / name, dtype, mode="r") for name, dtype in (("tokens.bin", "<i4"), ("mask.bin", "u1")))
+    flat = (
+        np.memmap(folder / name, dtype, mode="r") for name, dtype in (("tokens.bin", "<i4"), ("mask.bin", encoder.MARK))
+    )
     return _rows(source, *flat, rows), cached
 
 
@@ -323,6 +345,7 @@ def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray
         mask=mask,
         source=np.zeros(len(rows), np.int32),
         labels=(source.label,),
+        target=rows["label"] if "label" in rows.dtype.names else None,
         **{name: np.ascontiguousarray(rows[name]) for name in ("start", "length", "origin", "digest")},
     )
 
@@ -372,19 +395,19 @@ def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_f
         for number, row in chunk:
             types.check(number, row)
         examples = [reader.convert(place, row) for place, (_, row) in zip(places, chunk)]
-        for (number, row), (ids, mask) in zip(chunk, encoder.encode(places, examples)):
+        for (number, row), (ids, mask, *label) in zip(chunk, encoder.encode(places, examples)):
             tokens_file.write(np.asarray(ids, "<i4").tobytes())
-            mask_file.write(bytes(mask))
-            table.append((start, len(ids), number, reader.digest(row)))
+            mask_file.write(np.asarray(mask, encoder.MARK).tobytes())
+            table.append((start, len(ids), number, reader.digest(row), *label))
             start += len(ids)
-    return np.array(table, ROW)
+    return np.array(table, encoder.ROW)
 
 
-def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport) -> Rows:
+def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport, first: int = 1) -> Rows:
     """Bring rows to at most `max_length` tokens and drop those without a token to predict; count both in `report`.
 
     overlength: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that every
-    token of the row but the first is still predicted.
+    token of the row but the first is still predicted. first: the first token of a row that can be trained.
     """
     if overlength not in ("drop", "truncate", "split"):
         raise UserError(f"data.overlength: unknown {overlength!r}. Known: drop, truncate, split.")
@@ -401,7 +424,7 @@ def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport) -> R
         rows = replace(rows, length=np.minimum(rows.length, max_length))
     elif long.any():
         rows = _split(rows, max_length)
-    trained = trained_counts(rows)
+    trained = trained_counts(rows, first)
     kept = rows.select(trained > 0)
     report.untrained += len(rows) - len(kept)
     report.kept += len(kept)
@@ -422,9 +445,9 @@ def _split(rows: Rows, max_length: int) -> Rows:
     return replace(split, start=start, length=length)
 
 
-def trained_counts(rows: Rows) -> np.ndarray:
-    """Count the tokens of each row that are predicted, i64[R]."""
-    return np.array([np.count_nonzero(rows[i][1][1:]) for i in range(len(rows))], np.int64)
+def trained_counts(rows: Rows, first: int = 1) -> np.ndarray:
+    """Count the tokens of each row that are trained, i64[R]."""
+    return np.array([np.count_nonzero(rows[i][1][first:]) for i in range(len(rows))], np.int64)
 
 
 def check_vocabulary(rows: Rows, vocab_size: int, tokenizer) -> None:

@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 from data_zoo import write_jsonl
@@ -130,3 +132,18 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         read(str(tmp_path / "no" / "train.jsonl"))
     with pytest.raises(UserError, match=r"a folder, but not a data set .* train\.jsonl"):
         read(str(tmp_path))
+
+
+def test_data_sets_load_where_the_command_hides_torch(tmp_path):
+    """The library asks `sys.modules` for torch when it hashes a builder's settings."""
+    file = tmp_path / "rows.json"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n')
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from jaxtune.data.sources import _datasets\n"
+        f"rows = _datasets().load_dataset('json', data_files={str(file)!r}, split='train', "
+        f"cache_dir={str(tmp_path)!r})\n"
+        "assert [row['text'] for row in rows] == ['a', 'b']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

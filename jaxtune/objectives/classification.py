@@ -1,0 +1,146 @@
+"""Labels for sequences and for tokens: losses as transformers' classes have them, and the counts their metrics need.
+
+Losses and counts are sums, so that micro-batches, devices and evaluation batches add up to the same numbers.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.models.classifier import PROBLEMS, TOKEN
+from jaxtune.weights import Array, row_keys
+
+SINGLE, MULTI, REGRESSION = PROBLEMS
+
+
+def classification(module: Any, class_weights: Sequence[float] | None = None) -> Callable[..., Any]:
+    """Return `loss_fn(params, batch, key) -> ((sum, weight), counts)` for a `Classifier`.
+
+    `batch` holds tokens, positions, segments i32[B, T] and row i32[B]; for a label each token also targets i32[B, T]
+    and weights f32[B, T]; else label f32[B, n] (the label's id, n = 1; or 0 and 1 for each label; or the values) and
+    weights f32[B]. What has weight 0 is not there. `key` None switches dropout off.
+
+    The sum is of cross-entropies in nats, and its weight the number of labels (each times its class's weight, as in
+    torch's CrossEntropyLoss); for several labels of binary cross-entropies, and for values of squared errors, and their
+    weight the number of those. `counts` are for `metrics`.
+
+    Args:
+        class_weights: one for each label; of several labels, it multiplies where the label is there (torch's
+            pos_weight).
+    """
+    labels = module.labels
+    scales = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
+    entities = entity_tables(labels.names) if labels.kind == TOKEN else None
+
+    def loss_fn(params, batch, key):
+        keys = None if key is None else row_keys(key, batch["row"])
+        logits = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], keys=keys)
+        weights = batch["weights"]
+        if labels.problem == REGRESSION:
+            errors = jnp.square(logits - batch["label"]) * weights[:, None]
+            return (errors.sum(), weights.sum() * logits.shape[-1]), {"rows": weights.sum()}
+        if labels.problem == MULTI:
+            return _several(logits, batch["label"], weights, scales)
+        targets = batch["targets"] if labels.kind == TOKEN else batch["label"][:, 0].astype(jnp.int32)
+        counts = _confusion(jax.nn.one_hot(logits.argmax(-1), logits.shape[-1]), targets, weights)
+        if entities is not None:
+            counts["entities"] = entity_counts(entities, logits.argmax(-1), targets, weights)
+        scaled = weights if scales is None else weights * scales[targets]
+        nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return ((nats * scaled).sum(), scaled.sum()), counts
+
+    return loss_fn
+
+
+def _several(logits: Array, wanted: Array, weights: Array, scales: Array | None) -> Any:
+    """Each label is a question of its own: logits, wanted [B, C], weights [B]."""
+    positive = jax.nn.softplus(-logits) * wanted * (1.0 if scales is None else scales)
+    nats = (positive + jax.nn.softplus(logits) * (1 - wanted)) * weights[:, None]
+    said, there = (logits > 0) * weights[:, None], wanted * weights[:, None]
+    right = (((logits > 0) == (wanted > 0.5)).all(-1) * weights).sum()
+    hits = (said * wanted).sum(0)
+    counts = {"hits": hits, "said": said.sum(0), "there": there.sum(0), "right": right, "rows": weights.sum()}
+    return (nats.sum(), weights.sum() * logits.shape[-1]), counts
+
+
+def _confusion(said: Array, targets: Array, weights: Array) -> dict[str, Array]:
+    """For each label how often it was right, said and there; said [..., C] one-hot, targets i32[...]."""
+    axes = tuple(range(said.ndim - 1))
+    said, there = said * weights[..., None], jax.nn.one_hot(targets, said.shape[-1]) * weights[..., None]
+    hits = (said * there).sum(axes)
+    return {
+        "hits": hits,
+        "said": said.sum(axes),
+        "there": there.sum(axes),
+        "right": hits.sum(),
+        "rows": weights.sum(),
+    }
+
+
+def metrics(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What evaluations log, from counts summed over the rows.
+
+    accuracy: the share of sequences or tokens that are right (with several labels: in all of them). macro_f1: the mean
+    over the labels that were there or said of F1 = 2 hits / (said + there), as scikit-learn has it. entity_f1,
+    entity_precision, entity_recall: of whole entities, each right only in all of its tokens and its type, as conlleval
+    counts (Tjong Kim Sang & De Meulder 2003).
+    """
+    values = {"eval/rows": int(counts["rows"])}
+    if "hits" in counts:
+        values["eval/accuracy"] = float(counts["right"] / max(counts["rows"], 1))
+        both = counts["said"] + counts["there"]
+        values["eval/macro_f1"] = float(np.mean(2 * counts["hits"][both > 0] / both[both > 0])) if both.any() else 0.0
+    if "entities" in counts:
+        right, said, there = map(float, counts["entities"])
+        values["eval/entity_f1"] = 2 * right / max(said + there, 1)
+        values["eval/entity_precision"], values["eval/entity_recall"] = right / max(said, 1), right / max(there, 1)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------- entities
+
+OUT, BEGIN, INSIDE, END, SINGLE_TOKEN = range(5)
+_PREFIXES = {"B": BEGIN, "I": INSIDE, "E": END, "L": END, "S": SINGLE_TOKEN, "U": SINGLE_TOKEN}
+
+
+def entity_tables(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(prefix, type) i32[C] of labels such as B-person, I-person and O; None where labels are no such tags."""
+    found = [re.fullmatch(r"([BIELSU])-(.+)", name) for name in names]
+    if not any(found) or any(m is None and name != "O" for m, name in zip(found, names)):
+        return None
+    types = {t: i for i, t in enumerate(sorted({m[2] for m in found if m}))}
+    prefix = np.array([_PREFIXES[m[1]] if m else OUT for m in found], np.int32)
+    return prefix, np.array([types[m[2]] if m else -1 for m in found], np.int32)
+
+
+def entity_counts(tables: tuple[np.ndarray, np.ndarray], said: Array, there: Array, weights: Array) -> Array:
+    """(entities right, said, there) f32[3] of tags said, there i32[B, T] at the tokens of weights f32[B, T] above 0."""
+    counted = weights > 0
+    # Tags lie on the first piece of each word: moved together, with O behind them, they are the sentence's.
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    counted = jnp.take_along_axis(counted, order, axis=1)
+
+    def spans(tags):
+        tags = jnp.take_along_axis(tags, order, axis=1)
+        prefix = jnp.where(counted, jnp.asarray(tables[0])[tags], OUT)
+        kind = jnp.where(counted, jnp.asarray(tables[1])[tags], -1)
+        before, after = (
+            (jnp.roll(prefix, by, 1).at[:, edge].set(OUT), jnp.roll(kind, by, 1).at[:, edge].set(-1))
+            for by, edge in ((1, 0), (-1, -1))
+        )
+        inside = prefix != OUT
+        own = (prefix == BEGIN) | (prefix == SINGLE_TOKEN)
+        follows = (before[0] == BEGIN) | (before[0] == INSIDE)
+        starts = inside & (own | ~follows | (before[1] != kind))
+        goes_on = (after[0] == INSIDE) | (after[0] == END)
+        ends = inside & ((prefix == END) | (prefix == SINGLE_TOKEN) | ~goes_on | (after[1] != kind))
+        at = jnp.where(ends, jnp.arange(tags.shape[1]), tags.shape[1])
+        return starts, kind, jax.lax.cummin(at, axis=1, reverse=True)
+
+    (a, kind_a, end_a), (b, kind_b, end_b) = spans(said), spans(there)
+    right = a & b & (kind_a == kind_b) & (end_a == end_b)
+    return jnp.stack([x.sum() for x in (right, a, b)]).astype(jnp.float32)
