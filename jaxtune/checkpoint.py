@@ -23,23 +23,32 @@ def _flat(state: TrainState) -> dict[str, Any]:
     return flatten(state._replace(key=jax.random.key_data(state.key)))
 
 
+def _abstract(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `_flat` returns, for a state that may itself be abstract."""
+    key = jax.eval_shape(jax.random.key_data, state.key)
+    flat = flatten(state._replace(key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)))
+    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in flat.items()}
+
+
 def _unflat(arrays: dict[str, Any], like: TrainState) -> TrainState:
-    wanted = _flat(like)
+    like = like._replace(key=0)
+    wanted = list(flatten(like))
     if set(arrays) != set(wanted):
         raise ValueError(f"checkpoint and run differ in {sorted(set(arrays) ^ set(wanted))[:5]}")
-    raw = jax.tree.unflatten(jax.tree.structure(like._replace(key=0)), [arrays[k] for k in wanted])
+    raw = jax.tree.unflatten(jax.tree.structure(like), [arrays[k] for k in wanted])
     return raw._replace(key=jax.random.wrap_key_data(raw.key))
 
 
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    The newest `keep` are kept, and the one that `best` names in the counters of the newest, if any. Nothing is deleted
-    before what replaces it is complete, so one more is there while one is written.
+    The newest `keep` are kept, and those that `counters["runs"][...]["best"]["step"]` name in the newest. Nothing is
+    deleted before what replaces it is complete, so one more is there while one is written. What lies at or before step
+    `since` is not kept here.
     """
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
-        self.folder, self.keep, self.say = folder.absolute(), keep, say
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, since: int = 0):
+        self.folder, self.keep, self.say, self.since = folder.absolute(), keep, say, since
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._counters: dict[str, Any] = {}  # of the newest checkpoint
@@ -57,7 +66,7 @@ class Checkpoints:
         """Return once nothing is being written; then delete what is neither new nor best."""
         self.manager.wait_until_finished()
         steps = self.steps()
-        wanted = {*steps[-self.keep :], (self._counters.get("best") or {}).get("step")}
+        wanted = {*steps[-self.keep :], *_best_steps(self._counters)}
         for step in steps:
             if step not in wanted:
                 self.manager.delete(step)
@@ -65,18 +74,17 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, like: Callable[[dict[str, Any]], TrainState], step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """Return the state and counters of `step`, or of the newest checkpoint that can be read; None: there is none.
 
-        A checkpoint that cannot be read is reported, set aside and the one before it taken.
+        `like` returns a state of the same structure, shapes and places for the counters that were saved with it. A
+        checkpoint that cannot be read is reported, set aside and the one before it taken.
         """
-        flat = _flat(like)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flat)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), counters=ocp.args.JsonRestore())
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
-                found = self.manager.restore(candidate, args=args)
-                state, counters = _unflat(found["state"], like), found["counters"]
+                state, counters = self._read(candidate, like)
             except Exception as e:  # orbax raises many kinds for a damaged directory
                 if step is not None:
                     raise
@@ -88,15 +96,26 @@ class Checkpoints:
                 self.manager.reload()
                 continue
             if step is None:
-                if counters.get("best") and counters["best"]["step"] not in self.steps():
-                    counters["best"] = None  # it was deleted for a better one, which is found again
+                for run in counters["runs"]:
+                    if run["best"] and run["best"]["step"] > self.since and run["best"]["step"] not in self.steps():
+                        run["best"] = None  # it was deleted for a better one, which is found again
                 self._counters = copy.deepcopy(counters)
             return state, counters
         return None
 
+    def _read(self, step: int, like: Callable[[dict[str, Any]], TrainState]) -> tuple[TrainState, dict[str, Any]]:
+        counters = self.manager.restore(step, args=ocp.args.Composite(counters=ocp.args.JsonRestore()))["counters"]
+        wanted = like(counters)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(wanted)))
+        return _unflat(self.manager.restore(step, args=args)["state"], wanted), counters
+
     def close(self) -> None:
         self.wait()
         self.manager.close()
+
+
+def _best_steps(counters: dict[str, Any]) -> set[int]:
+    return {int(run["best"]["step"]) for run in counters.get("runs", ()) if run["best"]}
 
 
 def state_bytes(state: TrainState) -> int:

@@ -92,16 +92,20 @@ class Progress:
             self.task = self.bar.add_task("compiling", total=steps, completed=start)
             self.bar.start()
 
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Called at each logged step."""
-        text = (
-            f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
-            f"{values['train/tokens_per_second']:,.0f} tokens/s"
-        )
+    def update(self, step: int, lines: dict[str, dict[str, float]]) -> None:
+        """Called at each logged step, with what was logged of each run."""
+        losses = {name: line["train/loss"] for name, line in lines.items()}
+        speed = sum(line["train/tokens_per_second"] for line in lines.values())
+        low = min(losses, key=losses.get)
+        if len(lines) == 1:
+            text = f"loss {losses[low]:.4f}  lr {lines[low]['train/lr']:.2e}"
+        else:
+            text = f"{len(lines)} runs  loss {losses[low]:.4f} ({low}) to {max(losses.values()):.4f}"
+        text += f"  {speed:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, description=text)
         else:
-            self.console.print(f"step {step}/{self.steps}  {text}")
+            self.console.print(f"step {step}/{self.steps}  {text}", markup=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -91,14 +91,17 @@ def make_train_step(
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:
-    """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight)`, batch [A, B, ...], no dropout."""
+    """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight, aux)`, batch [A, B, ...], no dropout.
+
+    All are sums over the rows; `aux` is what the loss counts beside itself.
+    """
 
     def local(trainable, member, frozen, batch):
         def one(micro):
-            return loss_fn(combine(trainable, member, frozen), micro, None)[0]
+            (total, weight), aux = loss_fn(combine(trainable, member, frozen), micro, None)
+            return total, weight, aux
 
-        total, weight = jax.lax.map(one, batch)
-        sums = total.sum(), weight.sum()
+        sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
         return sums if mesh is None else jax.lax.psum(sums, DATA)
 
     if mesh is not None:

@@ -40,7 +40,8 @@ def checkpoints(tmp_path, said):
 
 
 def counters(best=None, **more):
-    return {"best": None if best is None else {"step": best, "loss": 0.1 + 0.2}, "waited": 0, **more}
+    run = {"best": None if best is None else {"step": best, "loss": 0.1 + 0.2}, "waited": 0, **more}
+    return {"runs": [run]}
 
 
 def assert_equal(got, want):
@@ -55,14 +56,14 @@ def test_all_comes_back(checkpoints):
     window = {"loss": 1 / 3, "weight": 7.0, "tokens": 3}
     checkpoints.save(5, state(3.0), counters(best=5, window=window))
     checkpoints.wait()
-    found, kept = checkpoints.restore(state())
+    found, kept = checkpoints.restore(lambda _: state())
     assert_equal(found, state(3.0))
     assert kept == counters(best=5, window=window)
     assert jax.random.uniform(found.key) == jax.random.uniform(state().key)
 
 
 def test_nothing_to_restore(checkpoints):
-    assert checkpoints.restore(state()) is None
+    assert checkpoints.restore(lambda _: state()) is None
 
 
 def test_the_names_in_a_checkpoint_need_no_code_to_be_read(checkpoints):
@@ -89,7 +90,7 @@ def test_the_newest_are_kept_and_the_best(checkpoints):
     checkpoints.save(9, state(9), counters(6))
     checkpoints.wait()
     assert on_disk(checkpoints) == [6, 8, 9]
-    assert_equal(checkpoints.restore(state(), step=6)[0], state(6))
+    assert_equal(checkpoints.restore(lambda _: state(), step=6)[0], state(6))
 
 
 def test_the_best_stays_until_a_better_one_is_complete(checkpoints):
@@ -111,8 +112,8 @@ def test_a_run_that_goes_on_keeps_the_best_of_the_one_before(checkpoints, tmp_pa
         checkpoints.save(step, state(step), counters(1))
     checkpoints.wait()
     again = Checkpoints(tmp_path / "checkpoints", keep=1)
-    found, kept = again.restore(state())
-    assert (kept["best"]["step"], on_disk(again)) == (1, [1, 2, 3])
+    found, kept = again.restore(lambda _: state())
+    assert (kept["runs"][0]["best"]["step"], on_disk(again)) == (1, [1, 2, 3])
     again.save(4, found, kept)
     again.close()
     assert on_disk(again) == [1, 4]
@@ -122,7 +123,7 @@ def test_a_step_is_saved_once(checkpoints):
     checkpoints.save(1, state(1), counters())
     checkpoints.save(1, state(2), counters())
     checkpoints.wait()
-    assert_equal(checkpoints.restore(state())[0], state(1))
+    assert_equal(checkpoints.restore(lambda _: state())[0], state(1))
 
 
 def halve(folder):
@@ -148,14 +149,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, checkpoints, t
     checkpoints.close()
     DAMAGES[damage](checkpoints.folder / "6")
     again = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
-    found, _ = again.restore(state())
+    found, _ = again.restore(lambda _: state())
     assert_equal(found, state(3))
     assert len(said) == 1
     assert "checkpoint of step 6 cannot be read" in said[0]
     assert "using the one before" in said[0]
     again.save(6, state(60), counters())
     again.wait()
-    assert_equal(again.restore(state())[0], state(60))
+    assert_equal(again.restore(lambda _: state())[0], state(60))
     again.close()
 
 
@@ -166,7 +167,7 @@ def test_all_checkpoints_damaged(checkpoints, tmp_path, said):
     for step in (3, 6):
         halve(checkpoints.folder / str(step))
     again = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
-    assert again.restore(state()) is None
+    assert again.restore(lambda _: state()) is None
     assert len(said) == 2
     again.close()
 
@@ -184,7 +185,7 @@ def test_a_best_whose_checkpoint_is_gone_is_forgotten(checkpoints, tmp_path):
     checkpoints.save(2, state(2), counters(1))
     checkpoints.close()
     again = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert again.restore(state())[1]["best"] is None
+    assert again.restore(lambda _: state())[1]["runs"][0]["best"] is None
     again.close()
 
 

@@ -1,5 +1,6 @@
 """The host loop with a step of three lines: when it logs, evaluates, saves and stops, and what it says."""
 
+import copy
 import json
 import math
 import os
@@ -32,7 +33,13 @@ class Memory:
 
     def last(self):
         state, counters = self.saved[self.steps()[-1]]
-        return state, json.loads(counters)
+        return state, record_in(counters)
+
+
+def record_in(counters):
+    """What the loop remembers of the one run in saved counters."""
+    [run] = json.loads(counters)["runs"]
+    return {k: v for k, v in run.items() if k != "name"}
 
 
 class Silent:
@@ -41,7 +48,7 @@ class Silent:
     def __init__(self, act=None):
         self.logged, self.said, self.act = [], [], act or (lambda step: None)
 
-    def update(self, step, values):
+    def update(self, step, lines):
         self.logged.append(step)
         self.act(step)
 
@@ -66,27 +73,40 @@ def start(step=0, value=0):
     return TrainState(np.int32(step), value, None, None, None)
 
 
-def run(folder, plan, state=None, *, counters=None, checkpoints=None, progress=None, evaluate=None, fn=step_fn):
+class Alone:
+    """How one run ended."""
+
+    def __init__(self, result):
+        [run] = result.runs
+        self.state, self.best, self.early = result.state, run.best, run.ended == loop.EARLY
+
+
+def run(folder, plan, state=None, *, record=None, checkpoints=None, progress=None, evaluate=None, fn=step_fn):
     state = start() if state is None else state
-    metrics = Metrics(folder, int(state.step) if counters else -1)
+    metrics = Metrics(folder, int(state.step) if record else -1)
+    one = loop.Run(
+        "run",
+        metrics,
+        lr_at=lambda step: 0.1 * (step + 1),
+        places=lambda step: [f"file:{step}", f"file:{step + 100}"],
+        record=record or loop.fresh_record(),
+    )
     try:
-        return loop.fit(
+        result = loop.fit(
             state,
             None,
             fn,
             batch_at,
             plan,
-            put=lambda batch: batch,
+            [one],
+            put=lambda batch, lanes: batch,
             checkpoints=checkpoints or Memory(),
-            metrics=metrics,
             progress=progress or Silent(),
-            lr_at=lambda step: 0.1 * (step + 1),
-            evaluate=evaluate,
-            counters=counters,
-            places=lambda step: [f"file:{step}", f"file:{step + 100}"],
+            evaluate=evaluate and (lambda state: [evaluate(state)]),
         )
     finally:
         metrics.close()
+    return Alone(result)
 
 
 def losses(*values):
@@ -174,7 +194,7 @@ def test_from_any_checkpoint_it_ends_as_one_left_alone(stop, tmp_path):
         f.write('{"step": 11, "train/lo')  # the line that a kill has torn
     state, counters = memory.saved[stop]
     after = Memory()
-    result = run(parts, PLAN, state, counters=json.loads(counters), evaluate=scripted, checkpoints=after)
+    result = run(parts, PLAN, state, record=record_in(counters), evaluate=scripted, checkpoints=after)
     assert deterministic(parts) == deterministic(whole)
     assert (result.best, result.state.trainable) == (undisturbed.best, undisturbed.state.trainable)
     assert after.steps() == [n for n in memory.steps() if n > stop]
@@ -184,10 +204,12 @@ def test_patience_may_be_changed_when_it_goes_on(tmp_path):
     memory, worse = Memory(), lambda state: {"eval/loss": float(state.step)}
     first = run(tmp_path, loop.Plan(steps=9, eval_every=1, early_stop=2), evaluate=worse, checkpoints=memory)
     assert (first.early, int(first.state.step)) == (True, 3)
-    state, counters = memory.last()
-    again = run(tmp_path, loop.Plan(steps=9, eval_every=1, early_stop=2), state, counters=counters, evaluate=worse)
+    state, record = memory.last()
+    again = run(
+        tmp_path, loop.Plan(steps=9, eval_every=1, early_stop=2), state, record=copy.deepcopy(record), evaluate=worse
+    )
     assert (again.early, int(again.state.step)) == (True, 3)
-    longer = run(tmp_path, loop.Plan(steps=9, eval_every=1), state, counters=counters, evaluate=worse)
+    longer = run(tmp_path, loop.Plan(steps=9, eval_every=1), state, record=copy.deepcopy(record), evaluate=worse)
     assert (longer.early, int(longer.state.step)) == (False, 9)
 
 
@@ -281,15 +303,17 @@ def test_an_evaluation_is_a_mean_over_all_trained_tokens():
     batches = [{"n": 1.0, "w": 1.0}, {"n": 2.0, "w": 3.0}, {"n": 10.0, "w": 0.0}]
 
     def eval_step(trainable, member, frozen, batch):
-        return trainable * batch["n"] * batch["w"], batch["w"]
+        return trainable * batch["n"] * batch["w"], batch["w"], {}
 
     state = start(value=0.5)
-    assert loop.make_evaluate(eval_step, None, batches, lambda b: b)(state) == {
+    [values] = loop.make_evaluate(eval_step, None, batches, lambda b: b)(state)
+    assert values == {
         "eval/loss": pytest.approx(0.5 * 7 / 4),
         "eval/perplexity": pytest.approx(math.exp(0.875)),
         "eval/tokens": 4,
     }
-    assert loop.make_evaluate(eval_step, None, batches, lambda b: b, limit=1)(state)["eval/loss"] == 0.5
+    [values] = loop.make_evaluate(eval_step, None, batches, lambda b: b, limit=1)(state)
+    assert values["eval/loss"] == 0.5
 
 
 def test_what_is_out_of_memory():

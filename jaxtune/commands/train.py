@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from jaxtune.cli import Flag, parse
-from jaxtune.errors import RunFailed, UserError
+from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune train --config=FILE.py [--config.section.key=value ...] --workdir=DIR [--dry-run]
 
@@ -19,63 +19,37 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    began = time.time()
+    clock = Clock(time.time())
     cfg, options = parse(argv, FLAGS, usage=USAGE)
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the run.")
+    from jaxtune.commands import job
     from jaxtune.config import notes
-    from jaxtune.log import Progress
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
-    clock = Clock(began)
-    from jaxtune.commands import job
-
     if workdir is not None:
         job.check_workdir(workdir, cfg)
-    job.use_compilation_cache()
+    job.prepare_jax()
     clock("imports")
     model = job.open_model(cfg)
-    data = job.open_data(cfg, model.module)
+    data = job.open_data(cfg, model)
     if workdir is not None:
         job.check_workdir(workdir, cfg, data.report.fingerprint)
     clock("data")
-    progress = Progress(0, 0, bar=False)
-    for line in [*data.report.lines(), *notes(cfg)]:
-        progress.say(line)
-    if cfg.data.max_length is None:
-        progress.say(f"data.max_length is {data.length} by default (the model knows {model.module.spec.positions}).")
+    print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
     j = job.build(cfg, model, data)
     clock("load")
-    progress.say(str(j.counts))
+    print(j.members[0].counts)
     if workdir is not None:
         job.check_room(workdir, cfg, j)
     if options.dry_run:
-        from rich.console import Console
-
-        from jaxtune.data import render_plain, render_rows
-
-        console = Console(soft_wrap=True)
-        shown = (
-            render_rows(data.train[0], data.tokenizer)
-            if console.is_terminal
-            else render_plain(data.train[0], data.tokenizer)
-        )
-        console.print(shown, markup=False, highlight=False)
-        console.print(f"{j.steps} steps of {cfg.train.batch_size} rows; every check passed, nothing was compiled.")
+        _show_rows(data, model.task.form)
+        print(f"{j.steps} steps of {cfg.train.batch_size} rows; every check passed, nothing was compiled.")
         return
     from jaxtune.files import exclusive
 
-    try:
-        with exclusive(workdir):
-            _run(cfg, argv, workdir, j, clock)
-    except Exception as error:
-        from jaxtune.loop import out_of_memory
-
-        if not out_of_memory(error):
-            raise
-        rows = cfg.train.batch_size // cfg.train.grad_accum
-        ways = "\n  ".join(job.remedies(cfg, rows, data.length))
-        raise RunFailed(f"The device has not enough memory for this run. The cheapest remedies:\n  {ways}") from None
+    with job.explained_memory(cfg, data.length), exclusive(workdir):
+        _run(cfg, argv, workdir, j, clock)
 
 
 class Clock:
@@ -84,95 +58,40 @@ class Clock:
     def __init__(self, began: float):
         self.last, self.parts = began, {}
 
+    def branch(self) -> "Clock":
+        """A clock that goes on from here by itself."""
+        other = Clock(time.time())
+        other.parts = dict(self.parts)
+        return other
+
     def __call__(self, part: str) -> None:
         now = time.time()
         self.parts[part] = self.parts.get(part, 0.0) + now - self.last
         self.last = now
 
 
+def _show_rows(data, form) -> None:
+    """Two rows as the model sees them, with the trained tokens marked, or with their labels."""
+    from rich.console import Console
+
+    from jaxtune.data import render_labelled, render_plain, render_rows
+
+    console = Console(soft_wrap=True)
+    if form is not None:
+        console.print(render_labelled(data.train[0], data.tokenizer, form), markup=False, highlight=False)
+        return
+    render = render_rows if console.is_terminal else render_plain
+    console.print(render(data.train[0], data.tokenizer), markup=False, highlight=False)
+
+
 def _run(cfg, argv, workdir: Path, j, clock: Clock) -> None:
-    import json
+    from jaxtune.commands import running
 
-    import jax
-
-    from jaxtune import config, loop, tree
-    from jaxtune.checkpoint import Checkpoints
-    from jaxtune.commands import results
-    from jaxtune.files import atomic_write_text
-    from jaxtune.log import Metrics, Progress, read_metrics
-    from jaxtune.parallel import shard_batch
-
-    resolved = config.to_json(cfg, results.versions() | {"data": j.data.report.fingerprint})
-    if not (workdir / "config.json").exists():  # before anything else, so that what follows is known as a run
-        atomic_write_text(workdir / "config.json", resolved)
-    checkpoints = Checkpoints(workdir / "checkpoints", cfg.train.keep, print)
-    found = checkpoints.restore(j.state)
-    state, counters = found or (j.state, None)
-    start = int(state.step)
-    if start > j.steps:
-        raise UserError(
-            f"The run in {workdir} has done {start} steps, and this config asks for {j.steps}; nothing was changed. "
-            "Raise train.steps or train.epochs, or give another --workdir."
-        )
-    atomic_write_text(workdir / "config.json", resolved)
-    progress = Progress(j.steps, start, bar=cfg.log.progress)
-    if found:
-        progress.say(f"Going on after step {start} of {j.steps}.")
-    metrics = Metrics(
-        workdir,
-        start if found else -1,
-        tensorboard=cfg.log.tensorboard,
-        wandb=cfg.log.wandb,
-        config=json.loads(config.to_json(cfg)),
-    )
-
-    def put(batch):
-        return shard_batch(batch, j.mesh)
-
-    evaluate = generated = None
-    if j.eval_batches is not None:
-        evaluate = loop.make_evaluate(j.eval_step, j.frozen, j.eval_batches, put, cfg.train.eval_batches)
-    if cfg.evaluate.json:
-        from jaxtune.evaluate.json_fields import JsonEvaluation
-
-        generated = JsonEvaluation(
-            j.model.module, j.data.eval, j.data.tokenizer, cfg.evaluate.rows, cfg.evaluate.max_new_tokens
-        )
-        if not found:
-            metrics.write(0, generated(tree.combine(state.trainable, state.member, j.frozen)))
-    clock("setup")
-    eval_every = cfg.train.eval_every or max(1, round(j.batches.steps_per_epoch))
-    plan = loop.Plan(j.steps, cfg.log.every, eval_every, cfg.train.save_every, cfg.train.early_stop)
-    try:
-        result = loop.fit(
-            state,
-            j.frozen,
-            j.step_fn,
-            j.batches.batch,
-            plan,
-            put=put,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            progress=progress,
-            lr_at=lambda step: float(cfg.optim.lr * j.shape(step)),
-            evaluate=evaluate,
-            counters=counters,
-            places=j.batches.places,
-        )
-        clock("train")
-        state = result.state
-        if result.best and result.best["step"] != int(state.step):
-            progress.say(f"The best evaluation was at step {result.best['step']:.0f}; its weights are the result.")
-            state, _ = checkpoints.restore(state, int(result.best["step"]))
-        params = tree.combine(state.trainable, state.member, j.frozen)
-        if generated:
-            last = read_metrics(workdir)
-            if not any("eval/json_valid" in m and m["step"] == j.steps for m in last):
-                metrics.write(j.steps, generated(params))
-    finally:
-        progress.close()
-        metrics.close()
-        checkpoints.close()
-    clock("evaluate")
-    jax.block_until_ready(params)
-    results.finish(cfg, argv, workdir, j, params, result, clock, generated)
+    place, checkpoints = running.Place("run", workdir, ["jaxtune", "train", *argv]), workdir / "checkpoints"
+    [generated] = running.json_evaluations(j)
+    ended = running.run(j, [place], running.Stretch(checkpoints), clock, [generated])
+    [run], state = ended.runs, ended.state
+    if run.best and run.best["step"] != ended.step:
+        print(f"The best evaluation was at step {run.best['step']:.0f}; its weights are the result.")
+        state = running.saved_state(j, 0, place.name, run.best["step"], [checkpoints])
+    running.finish(j, 0, place, run, state, clock, generated)
