@@ -1,0 +1,105 @@
+"""`jaxtune data`: what training would read, and what is wrong with it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.cli import Flag, parse
+from jaxtune.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtune.curate import DataReport
+
+USAGE = """usage: jaxtune data --config=FILE.py [--config.section.key=value ...] [--strict] [--write-clean=FILE.jsonl]
+
+Read the data of a config as training does, and report on it: lengths, tokens, duplicates, overlap of training and
+evaluation, contradictions, balance, characters, roles and templates, with rows to look at and what to do. Reads the
+model's config.json and tokenizer; neither weights nor a GPU are needed.
+
+Exit status: 0 the report is made; 2 the input is wrong, or, with --strict, a finding is an error or a warning."""
+
+FLAGS = {
+    "workdir": Flag("where data_report.json is written", Path),
+    "strict": Flag("exit with status 2 if there are errors or warnings", bool, False),
+    "write-clean": Flag("a .jsonl file for the training rows without those that findings remove", Path),
+    "near": Flag("similarity of near duplicates, from 0 to 1; 0: do not look for them", float, 0.8),
+    "rows": Flag("rows to show with their trained tokens coloured", int, 3),
+}
+REPORT = "data_report.json"
+
+
+def main(argv: list[str]) -> None:
+    cfg, options = parse(argv, FLAGS, usage=USAGE)
+    if cfg.objective.name != "causal_lm":
+        raise UserError(
+            f"jaxtune data reads rows for objective.name=causal_lm; it does not know {cfg.objective.name} yet."
+        )
+    if not 0 <= options.near <= 1:
+        raise UserError(f"--near={options.near:g}: expected a similarity from 0 to 1")
+    if options.rows < 0:
+        raise UserError(f"--rows={options.rows}: expected 0 or more")
+    if options.write_clean:
+        from jaxtune.curate.clean import targets
+
+        targets(options.write_clean, len(cfg.data.train))
+    from rich.console import Console
+
+    console = Console()
+    report = examine(cfg, near=options.near, samples=options.rows)
+    report.print(console)
+    if options.workdir:
+        from jaxtune.files import atomic_write_text
+
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(options.workdir / REPORT, report.as_json())
+        console.print(f"written: {options.workdir / REPORT}", highlight=False)
+    if options.write_clean:
+        _write_clean(report, options.write_clean, console)
+    errors, warnings = report.count("error"), report.count("warning")
+    if options.strict and errors + warnings:
+        raise UserError(f"--strict: the data has {errors} errors and {warnings} warnings, shown above.")
+
+
+def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
+    """Examine the data of a config."""
+    from rich.console import Console
+
+    from jaxtune import curate, data, models
+    from jaxtune.commands import job
+    from jaxtune.hf import load as hf
+
+    module = models.build(hf.read_config(hf.resolve(cfg.model.path)))
+    tokenizer = data.load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    d = cfg.data
+    with Console(stderr=True).status("reading") as status:
+        return curate.examine(
+            tokenizer,
+            d.train,
+            eval=d.eval,
+            eval_fraction=d.eval_fraction,
+            format=d.format,
+            columns=dict(d.columns),
+            template=d.template,
+            completion_from=d.completion_from,
+            system=d.system,
+            max_length=job.max_length(cfg, module),
+            overlength=d.overlength,
+            packing=d.packing,
+            rows_a_batch=cfg.train.batch_size // cfg.train.grad_accum,
+            positions=module.spec.positions,
+            vocab_size=module.spec.vocab,
+            near=near,
+            samples=samples,
+            progress=lambda rows: status.update(f"reading: {rows:,} rows"),
+        )
+
+
+def _write_clean(report: "DataReport", out: Path, console: Any) -> None:
+    from jaxtune.curate import write_clean
+
+    files, log, kept, removed = write_clean(report, out)
+    console.print(
+        f"written: {', '.join(map(str, files))} ({kept:,} rows); {log} ({removed:,} rows removed, and why)\n"
+        f"use it: --config.data.train={','.join(map(str, files))}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,12 @@
+"""Data curation: what is wrong with a data set, as training would read it, and the set without it.
+
+    sources -> stream.py (chunks, and a ledger of a few numbers a row) -> checks -> report.py, clean.py
+
+A check sees every chunk once, then says what it found (`rows.Check`); `report.examine` lists them all. No jax here.
+"""
+
+from jaxtune.curate.clean import write_clean
+from jaxtune.curate.finding import ERROR, NOTE, WARNING, Finding
+from jaxtune.curate.report import DataReport, examine
+
+__all__ = ["ERROR", "NOTE", "WARNING", "DataReport", "Finding", "examine", "write_clean"]

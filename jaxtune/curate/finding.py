@@ -1,0 +1,59 @@
+"""What a check says: a finding, with how bad it is, where to look and what to do."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+SEVERITIES = (ERROR, WARNING, NOTE)  # worst first
+MANY = 0.01  # the share of rows from which a defect of single rows is a warning rather than a note
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a data set, or that one should know of it.
+
+    Attributes:
+        check: the name of the check, "duplicates".
+        severity: "error": training refuses it, or does not learn what was meant, or the evaluation measures nothing;
+            "warning": look at it; "note": good to know.
+        message: what was found, in numbers.
+        fix: what to do.
+        rows: places to look at, in words, `SHOWN` at most.
+        count: how many rows it concerns; 0: all of them together.
+        drops: ledger indices of training rows that a clean set does without, i64[N].
+        because: for each of `drops` the index of the row that makes it superfluous, or -1.
+    """
+
+    check: str
+    severity: str
+    message: str
+    fix: str
+    rows: tuple[str, ...] = ()
+    count: int = 0
+    drops: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    because: np.ndarray | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "check": self.check,
+            "severity": self.severity,
+            "message": self.message,
+            "fix": self.fix,
+            "rows": list(self.rows),
+            "count": self.count,
+            "removed_by_write_clean": len(self.drops),
+        }
+
+
+def graded(count: int, total: int) -> str:
+    """Return the severity of a defect that `count` of `total` rows have."""
+    return WARNING if count >= MANY * total else NOTE
+
+
+def share(count: int, total: int) -> str:
+    """Return `"12 rows (3.4%)"`."""
+    percent = 100 * count / total if total else 0.0
+    return f"{count:,} row{'s' * (count != 1)} ({percent:.{1 if percent >= 0.1 else 2}f}%)"

@@ -1,0 +1,300 @@
+"""All checks over the data of a config, and what they found as a value, as JSON and on a terminal."""
+
+import heapq
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxtune.curate.balance import Balance
+from jaxtune.curate.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding
+from jaxtune.curate.near import NearDuplicates
+from jaxtune.curate.rows import Check, row_checks
+from jaxtune.curate.sets import SetCheck, set_checks
+from jaxtune.curate.stream import EVAL, TRAIN, Chunk, Ledger, chunks, open_source
+from jaxtune.curate.tokens import EmptyMasks, Lengths, Packing, TokenQuality
+from jaxtune.data import held_out, reader_settings, source_names
+from jaxtune.data.preview import runs
+from jaxtune.data.sources import read
+from jaxtune.data.tokenize import Encoder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PERCENTILES = (50, 90, 95, 99, 100)
+BINS = 12
+COLOURS = {ERROR: "bold red", WARNING: "yellow", NOTE: "dim"}
+
+
+class NothingLeft(SetCheck):
+    """Training refuses data that leaves it no row."""
+
+    def __init__(self, overlength: str):
+        self.overlength = overlength
+
+    def findings(self, ledger: Ledger) -> Iterator[Finding]:
+        if not kept(ledger, self.overlength).any():
+            yield Finding(
+                "nothing_left",
+                ERROR,
+                f"none of the {int((ledger.split == TRAIN).sum()):,} training rows is left to train on",
+                "the other findings say why; check data.max_length, data.columns and the chat template",
+            )
+
+
+class Samples:
+    """A few rows with what is trained, drawn by their hashes: the same ones whatever their order."""
+
+    def __init__(self, tokenizer: Any, n: int):
+        self.tokenizer, self.n = tokenizer, n
+        self._heap: list[tuple[int, int, str, np.ndarray, np.ndarray]] = []
+
+    def see(self, chunk: Chunk) -> None:
+        for k in np.argsort(chunk.digests, kind="stable")[: self.n].tolist():
+            span = slice(int(chunk.start[k]), int(chunk.end[k]))
+            entry = -int(chunk.digests[k]), -chunk.first - k, chunk.where(k), chunk.ids[span], chunk.mask[span]
+            heapq.heappush(self._heap, entry)
+            if len(self._heap) > self.n:
+                heapq.heappop(self._heap)
+
+    def findings(self, ledger: Ledger) -> Iterator[Finding]:
+        return iter(())
+
+    def drawn(self) -> list[tuple[str, list[tuple[str, bool]]]]:
+        """Return (place, [(text, trained), ...]) of each."""
+        chosen = sorted(self._heap, key=lambda entry: entry[:2], reverse=True)
+        return [(place, runs(self.tokenizer, ids, mask)) for _, _, place, ids, mask in chosen]
+
+
+@dataclass
+class DataReport:
+    """What was found.
+
+    Attributes:
+        findings: the worst first.
+        summary: numbers of the training data as a whole, JSON.
+        samples: see `Samples.drawn`.
+        ledger: what is known of each row; findings refer to it.
+    """
+
+    findings: list[Finding]
+    summary: dict[str, Any]
+    samples: list[tuple[str, list[tuple[str, bool]]]]
+    ledger: Ledger
+
+    def count(self, severity: str) -> int:
+        return sum(f.severity == severity for f in self.findings)
+
+    def as_json(self) -> str:
+        return (
+            json.dumps(
+                {
+                    "summary": self.summary,
+                    "findings": [f.as_json() for f in self.findings],
+                    "samples": [
+                        {"row": place, "pieces": [{"text": text, "trained": t} for text, t in pieces]}
+                        for place, pieces in self.samples
+                    ],
+                },
+                indent=2,
+                ensure_ascii=False,
+                default=str,
+            )
+            + "\n"
+        )
+
+    def print(self, console: "Console") -> None:
+        """Show the numbers, the lengths, the rows drawn and the findings."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="training data", show_header=False, title_justify="left")
+        for name, value in _facts(self.summary):
+            table.add_row(name, value)
+        console.print(table)
+        if lengths := self.summary.get("lengths"):
+            console.print(Text(_histogram(lengths, self.summary["max_length"])))
+        for column, groups in self.summary["groups"].items():
+            shown = ", ".join(f"{g['value']} {g['rows']:,}" for g in groups[:6])
+            more = f", ... ({len(groups)} values)" if len(groups) > 6 else ""
+            console.print(Text(f"by {column}: {shown}{more}"))
+        for place, pieces in self.samples:
+            console.print(Text(f"\n{place}", style="bold"))
+            text = Text()
+            for piece, trained in pieces:
+                marked = f"⟦{piece}⟧" if trained and console.color_system is None else piece
+                text.append(marked, style="green" if trained else "dim")
+            console.print(text)
+        console.print()
+        for finding in self.findings:
+            head = Text(f"{finding.severity:<7} ", style=COLOURS[finding.severity])
+            head.append(f"{finding.check}: ", style="bold")
+            head.append(finding.message, style="default")
+            console.print(head)
+            console.print(Text(f"        -> {finding.fix}", style="cyan"))
+            for row in finding.rows:
+                console.print(Text(f"           {row}", style="dim"))
+        counts = ", ".join(f"{self.count(s)} {s}{'s' * (self.count(s) != 1)}" for s in SEVERITIES)
+        console.print(Text(counts if self.findings else "nothing found", style="bold"))
+
+
+def examine(
+    tokenizer: Any,
+    train: str | Sequence[str],
+    *,
+    eval: str | Sequence[str] | None = None,
+    eval_fraction: float = 0.0,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+    completion_from: str | None = None,
+    system: str | None = None,
+    max_length: int,
+    overlength: str = "drop",
+    packing: bool = False,
+    rows_a_batch: int = 8,
+    positions: int | None = None,
+    vocab_size: int | None = None,
+    near: float = 0.8,
+    samples: int = 3,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> DataReport:
+    """Read data as `jaxtune.data.prepare` does, and say what is wrong with it. Rows are never all in memory.
+
+    Args:
+      train, eval, eval_fraction, format, columns, template, completion_from, system, max_length, overlength,
+        vocab_size: as `prepare` takes them.
+      packing, rows_a_batch: how batches are made, to measure their padding.
+      positions: the longest row that the model knows; default: max_length.
+      near: the similarity from which rows are near duplicates; 0: do not look for them.
+      samples: rows to draw.
+      progress: called with the number of rows read so far.
+
+    Raises:
+      UserError: a source that cannot be opened or read on, and columns that fit no format.
+    """
+    settings = reader_settings(
+        tokenizer, format=format, columns=columns, template=template, completion_from=completion_from, system=system
+    )
+    sources = [open_source(read(name), settings, TRAIN) for name in source_names(train)]
+    sources += [open_source(read(name), settings, EVAL) for name in (source_names(eval) if eval else [])]
+    ledger = Ledger(sources, max_length)
+    quality, balance, packed = (
+        TokenQuality(tokenizer, vocab_size),
+        Balance(),
+        Packing(overlength, packing, rows_a_batch),
+    )
+    drawn = Samples(tokenizer, samples)
+    checks: list[Check] = [
+        *row_checks(tokenizer),
+        NothingLeft(overlength),
+        *set_checks(),
+        *([NearDuplicates(near)] if near else []),
+        Lengths(overlength, positions or max_length),
+        EmptyMasks(overlength),
+        packed,
+        quality,
+        balance,
+        drawn,
+    ]
+    for chunk in chunks(sources, Encoder(tokenizer)):
+        ledger.see(chunk)
+        for check in checks:
+            check.see(chunk)
+        progress(chunk.first + len(chunk) + len(chunk.broken))
+    ledger.close()
+    if eval_fraction and not eval:
+        _hold_out(ledger, eval_fraction, overlength)
+    findings = [finding for check in checks for finding in check.findings(ledger)]
+    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    return DataReport(findings, _summary(ledger, overlength, quality, balance, packed), drawn.drawn(), ledger)
+
+
+def kept(ledger: Ledger, overlength: str) -> np.ndarray:
+    """Return which rows are trained on, bool[N]: readable, within the limit or cut to it, with a token to predict."""
+    long = ledger.length > ledger.max_length
+    trained = {"drop": (ledger.trained > 0) & ~long, "truncate": ledger.fitted > 0, "split": ledger.trained > 0}
+    return ledger.readable & (ledger.split == TRAIN) & trained[overlength]
+
+
+def _hold_out(ledger: Ledger, fraction: float, overlength: str) -> None:
+    """Move to evaluation the rows that training would hold out."""
+    rows = np.flatnonzero(kept(ledger, overlength))
+    if not len(rows):
+        return
+    pieces = np.ones(len(rows), np.int64)
+    if overlength == "split":
+        pieces = np.maximum(1, -(-(ledger.length[rows].astype(np.int64) - 1) // (ledger.max_length - 1)))
+    digests = np.repeat(ledger.digest[rows], pieces)
+    chosen = np.isin(ledger.digest[rows], digests[held_out(digests, fraction)])
+    ledger.split[rows[chosen]] = EVAL
+
+
+def _summary(
+    ledger: Ledger, overlength: str, quality: TokenQuality, balance: Balance, packed: Packing
+) -> dict[str, Any]:
+    rows, used = ledger.rows(TRAIN), kept(ledger, overlength)
+    lengths, limit = ledger.length[rows], ledger.max_length
+    tokens = ledger.length[used] if overlength == "split" else np.minimum(ledger.length[used], limit)
+    trained = ledger.trained[used] if overlength == "split" else ledger.fitted[used]
+    summary = {
+        "sources": [
+            {
+                "name": opened.source.name,
+                "format": opened.reader.format,
+                "split": "train" if opened.split == TRAIN else "eval",
+                "rows": int((ledger.source == i).sum()),
+            }
+            for i, opened in enumerate(ledger.sources)
+        ],
+        "rows": len(rows),
+        "rows_trained": int(used.sum()),
+        "eval_rows": len(ledger.rows(EVAL)),
+        "tokens": int(tokens.sum()),
+        "trained_tokens": int(trained.sum()),
+        "max_length": limit,
+        "overlength": overlength,
+        "over_limit": int((lengths > limit).sum()),
+        "tokens_beyond_limit": int(np.maximum(lengths.astype(np.int64) - limit, 0).sum()),
+        "batch_used_padded": round(float(packed.padded), 4),
+        "batch_used_packed": round(float(packed.packed), 4),
+        "tokens_a_word": round(quality.tokens / max(quality.words, 1), 3),
+        "unknown_share": quality.unknowns / max(quality.tokens, 1),
+        "byte_share": quality.bytes / max(quality.tokens, 1),
+        "groups": {
+            column: [{"value": value, "rows": n} for value, n in counts.most_common()]
+            for column, counts in balance.groups.items()
+        },
+    }
+    if len(rows):
+        counts, edges = np.histogram(lengths, bins=np.unique(np.linspace(0, lengths.max() + 1, BINS + 1).astype(int)))
+        summary["lengths"] = {
+            "percentiles": {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES},
+            "edges": edges.tolist(),
+            "counts": counts.tolist(),
+        }
+    return summary
+
+
+def _facts(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for source in s["sources"]:
+        yield source["split"], f"{source['name']} ({source['format']}), {source['rows']:,} rows"
+    yield "rows trained on", f"{s['rows_trained']:,} of {s['rows']:,}; {s['eval_rows']:,} to evaluate on"
+    share = f" ({s['trained_tokens'] / s['tokens']:.0%})" if s["tokens"] else ""
+    yield "tokens", f"{s['tokens']:,}, {s['trained_tokens']:,}{share} trained"
+    fate = {"drop": "dropped", "truncate": "cut", "split": "split"}[s["overlength"]]
+    yield "data.max_length", f"{s['max_length']:,}: {s['over_limit']:,} rows {fate}"
+    yield "tokens in a batch", f"{s['batch_used_padded']:.0%} padded, {s['batch_used_packed']:.0%} packed; rest padding"
+    yield "tokens a word", f"{s['tokens_a_word']:.2f}; {s['unknown_share']:.2%} unknown, {s['byte_share']:.2%} bytes"
+
+
+def _histogram(lengths: Mapping[str, Any], limit: int) -> str:
+    """Bars of the rows by tokens; a mark where the limit falls."""
+    most = max(lengths["counts"])
+    lines = ["tokens a row: " + ", ".join(f"{p}% up to {n:,}" for p, n in lengths["percentiles"].items())]
+    for low, high, n in zip(lengths["edges"], lengths["edges"][1:], lengths["counts"]):
+        mark = " <- data.max_length" if low <= limit < high else ""
+        lines.append(f"{low:>7,} - {high - 1:<7,} {'█' * -(-30 * n // most) if n else '':<30} {n:,}{mark}")
+    return "\n".join(lines)

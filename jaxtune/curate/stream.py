@@ -1,0 +1,233 @@
+"""Rows as training reads them, a chunk at a time, and the few numbers that are kept of each.
+
+    sources -> reader -> encoder -> Chunk (texts, tokens, masks: dropped when the checks have seen it)
+                                      '-> Ledger (52 bytes a row: where it stands, lengths, hashes of its texts)
+
+So a million rows need some tens of megabytes, however long they are. A row that training would refuse does not end the
+stream: it is kept with what is wrong with it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from jaxtune.data.batches import Prefetch
+from jaxtune.data.formats import ColumnTypes, Conversation, Document, Example, Reader, make_reader
+from jaxtune.data.sources import Source
+from jaxtune.data.tokenize import Encoder
+from jaxtune.errors import UserError
+
+CHUNK = 1024  # rows
+TRAIN, EVAL = 0, 1
+
+# What is kept of a row.
+COLUMNS = {
+    "source": np.int32,  # index into Ledger.sources
+    "number": np.int64,  # its line or row number there
+    "length": np.int32,  # tokens, before data.max_length
+    "trained": np.int32,  # of them
+    "fitted": np.int32,  # tokens that are predicted within the first data.max_length
+    "digest": np.uint64,  # of the columns in use
+    "prompt": np.int64,  # hashes of the texts, without regard to case and white space; 0 where there is none
+    "answer": np.int64,
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source with the way its rows are read. `split` is TRAIN or EVAL."""
+
+    source: Source
+    reader: Reader
+    split: int
+
+
+@dataclass
+class Chunk:
+    """Rows of one source that could be read, and those that could not.
+
+    Row k has the ledger index `first + k`, the texts `prompts[k]` (what is given) and `answers[k]` (what is trained),
+    and the tokens `ids[start[k] : start[k] + length[k]]`, i32, with `mask` u8 (1: to be predicted).
+    `broken` holds (ledger index, number, message) of rows that training would refuse.
+    """
+
+    opened: Opened
+    first: int
+    numbers: list[int]
+    rows: list[dict]
+    examples: list[Example]
+    prompts: list[str]
+    answers: list[str]
+    ids: np.ndarray
+    mask: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    digests: np.ndarray
+    broken: list[tuple[int, int, str]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def end(self) -> np.ndarray:
+        return self.start + self.length
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum values i[N] over the tokens of each row."""
+        total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return total[self.end] - total[self.start]
+
+    def where(self, k: int) -> str:
+        return self.opened.source.where(self.numbers[k])
+
+
+class Ledger:
+    """Columns of numbers, one entry a row (`COLUMNS`), in the order in which rows were read."""
+
+    def __init__(self, sources: Sequence[Opened], max_length: int):
+        self.sources = list(sources)
+        self.max_length = max_length
+        self._parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, kind)] for name, kind in COLUMNS.items()}
+        self._readable = [np.zeros(0, bool)]
+
+    def see(self, chunk: Chunk) -> None:
+        """Add the rows of a chunk, those that could not be read behind the others."""
+        n, lost = len(chunk), len(chunk.broken)
+        predicted = chunk.mask.copy()
+        predicted[chunk.start[chunk.length > 0]] = 0  # nothing comes before a row's first token
+        beyond = np.arange(len(chunk.ids)) - np.repeat(chunk.start, chunk.length) >= self.max_length
+        columns = {
+            "source": np.full(n, self.sources.index(chunk.opened)),
+            "number": chunk.numbers,
+            "length": chunk.length,
+            "trained": chunk.sums(predicted),
+            "fitted": chunk.sums(np.where(beyond, 0, predicted)),
+            "digest": chunk.digests,
+            "prompt": [_text_hash(text) for text in chunk.prompts],
+            "answer": [_text_hash(text) for text in chunk.answers],
+        }
+        broken = {"source": self.sources.index(chunk.opened), "number": [number for _, number, _ in chunk.broken]}
+        for name, kind in COLUMNS.items():
+            row = np.zeros(n + lost, kind)
+            row[:n] = columns[name]
+            row[n:] = broken.get(name, 0)
+            self._parts[name].append(row)
+        self._readable.append(np.arange(n + lost) < n)
+
+    def close(self) -> "Ledger":
+        """Join the chunks; the columns are attributes from then on, with `split` and `readable`."""
+        for name, parts in self._parts.items():
+            setattr(self, name, np.concatenate(parts))
+        self.readable = np.concatenate(self._readable)
+        splits = np.array([opened.split for opened in self.sources], np.int8)
+        self.split = splits[self.source] if len(self) else np.zeros(0, np.int8)
+        self._parts.clear()
+        return self
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def rows(self, split: int) -> np.ndarray:
+        """Return the indices of the readable rows of a split, i64[N]."""
+        return np.flatnonzero(self.readable & (self.split == split))
+
+    def where(self, i: int) -> str:
+        return self.sources[self.source[i]].source.where(int(self.number[i]))
+
+    def places(self, index: Iterable[int], n: int) -> tuple[str, ...]:
+        """Return where the first n rows of an index stand."""
+        return tuple(self.where(i) for i in islice(index, n))
+
+
+def _text_hash(text: str) -> int:
+    return hash(" ".join(text.casefold().split())) if text else 0
+
+
+def open_source(source: Source, settings: Mapping[str, Any], split: int) -> Opened:
+    """Decide how a source is read, as training does; raises UserError as `make_reader`."""
+    return Opened(source, make_reader(source, **settings), split)
+
+
+def chunks(sources: Sequence[Opened], encoder: Encoder) -> Iterator[Chunk]:
+    """Yield all rows of all sources; the next chunk is tokenised in a thread while one is looked at.
+
+    Raises UserError for a file that cannot be read on: a malformed line.
+    """
+    made = _chunks(sources, encoder)
+    with Prefetch(lambda _: next(made)) as ahead:
+        yield from ahead
+
+
+def _chunks(sources: Sequence[Opened], encoder: Encoder) -> Iterator[Chunk]:
+    first = 0
+    for opened in sources:
+        types = ColumnTypes(opened.source, opened.reader.columns)
+        numbered = iter(opened.source)
+        while part := list(islice(numbered, CHUNK)):
+            yield _chunk(opened, first, part, types, encoder)
+            first += len(part)
+
+
+def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: ColumnTypes, encoder: Encoder) -> Chunk:
+    source, reader = opened.source, opened.reader
+    kept, broken = [], []
+    for number, row in part:
+        place = source.where(number)
+        try:
+            types.check(number, row)
+            kept.append((number, row, place, reader.convert(place, row)))
+        except UserError as error:
+            broken.append((number, str(error)))
+    encoded = _encode(encoder, [k[2] for k in kept], [k[3] for k in kept])
+    broken += [(k[0], made) for k, made in zip(kept, encoded) if isinstance(made, str)]
+    good = [(*k, made) for k, made in zip(kept, encoded) if not isinstance(made, str)]
+    numbers, rows, _, examples, tokens = map(list, zip(*good)) if good else ([], [], [], [], [])
+    length = np.array([len(ids) for ids, _ in tokens], np.int64)
+    texts = [sides(example) for example in examples]
+    return Chunk(
+        opened=opened,
+        first=first,
+        numbers=numbers,
+        rows=rows,
+        examples=examples,
+        prompts=[prompt for prompt, _ in texts],
+        answers=[answer for _, answer in texts],
+        ids=np.fromiter(chain.from_iterable(ids for ids, _ in tokens), np.int32, int(length.sum())),
+        mask=np.frombuffer(b"".join(bytes(mask) for _, mask in tokens), np.uint8),
+        start=np.cumsum(length) - length,
+        length=length,
+        digests=np.array([reader.digest(row) for row in rows], np.uint64),
+        broken=[(first + len(good) + k, *b) for k, b in enumerate(broken)],
+    )
+
+
+def _encode(encoder: Encoder, places: list[str], examples: list[Example]) -> list[tuple[list[int], list[int]] | str]:
+    """(ids, mask) of each example, or what is wrong with it."""
+    try:
+        return list(encoder.encode(places, examples))
+    except UserError as error:
+        if len(examples) == 1:
+            return [str(error)]
+    return [made for pair in zip(places, examples) for made in _encode(encoder, [pair[0]], [pair[1]])]
+
+
+def sides(example: Example) -> tuple[str, str]:
+    """Return what is given and what is to be answered, as plain text; of a conversation its last answer."""
+    if isinstance(example, Document):
+        return tuple("".join(text for text, trained in example.pieces if trained is side) for side in (False, True))
+    return _turns(example)
+
+
+def _turns(conversation: Conversation) -> tuple[str, str]:
+    messages = conversation.messages
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+    asked = "\n".join(_spoken(m) for m in messages[:last] if m["role"] != "system")
+    return asked, _spoken(messages[last]) if last < len(messages) else ""
+
+
+def _spoken(message: dict) -> str:
+    calls = [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls]) if calls else message["content"]

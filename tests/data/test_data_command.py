@@ -1,0 +1,90 @@
+"""`jaxtune data` from the command line: exit status, the report as JSON, the clean set."""
+
+import json
+
+import pytest
+from data_zoo import write_jsonl
+
+from jaxtune import tiny
+from jaxtune.cli import main
+
+ROWS = [json.loads(line) for line in tiny.TRAIN.read_text().splitlines()[:40]]
+
+
+def run(tmp_path, *flags, train="rows.jsonl"):
+    names = [f"--config.model.path={tiny.BASE}", f"--config.data.train={tmp_path / train}"]
+    return main(["data", *names, *flags])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    extra = [{"prompt": "Message: hello\nJSON:\n", "completion": " "}, {"prompt": 3, "completion": None}]
+    write_jsonl(tmp_path / "rows.jsonl", [dict(row, id=i) for i, row in enumerate([*ROWS, ROWS[4], *extra])])
+    return tmp_path
+
+
+def test_report_on_a_terminal_and_as_json(rows, capsys):
+    assert run(rows, f"--workdir={rows / 'run'}") == 0
+    out = capsys.readouterr().out
+    assert "duplicates" in out and "rows.jsonl:41 =" in out.replace("\n", "")
+    report = json.loads((rows / "run" / "data_report.json").read_text())
+    assert {f["check"] for f in report["findings"]} == {"duplicates", "empty_answers", "unreadable"}
+    assert report["findings"][0]["severity"] == "error"
+    assert report["summary"]["rows"] == 42 and len(report["samples"]) == 3
+    assert "".join(p["text"] for p in report["samples"][0]["pieces"] if p["trained"]).startswith("{")
+
+
+def test_strict_fails_on_warnings(rows, capsys):
+    assert run(rows, "--strict") == 2
+    assert "--strict: the data has 1 errors and 2 warnings" in capsys.readouterr().err
+    write_jsonl(rows / "good.jsonl", ROWS)
+    assert run(rows, "--strict", train="good.jsonl") == 0
+
+
+def test_the_clean_set_has_no_findings_and_its_log_has_the_rest(rows, capsys):
+    out = rows / "clean.jsonl"
+    assert run(rows, f"--write-clean={out}") == 0
+    clean, source = ([json.loads(line) for line in p.read_text().splitlines()] for p in (out, rows / "rows.jsonl"))
+    log = [json.loads(line) for line in (rows / "clean.removed.jsonl").read_text().splitlines()]
+    assert clean == source[:40]
+    assert [entry["content"] for entry in log] == source[40:]
+    assert [entry["check"] for entry in log] == ["duplicates", "empty_answers", "unreadable"]
+    assert log[0]["row"].endswith("rows.jsonl:41") and log[0]["because"].endswith("rows.jsonl:5")
+    capsys.readouterr()
+    assert run(rows, "--strict", train="clean.jsonl") == 0
+    assert run(rows, f"--write-clean={out}") == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_a_file_a_source(rows):
+    write_jsonl(rows / "more.jsonl", [{"prompt": "Message: a mug\nJSON:\n", "completion": "{}"}])
+    two = f"rows.jsonl,{rows / 'more.jsonl'}"
+    assert run(rows, f"--write-clean={rows / 'clean.jsonl'}", train=two) == 0
+    assert len((rows / "clean-1.jsonl").read_text().splitlines()) == 40
+    assert (rows / "clean-2.jsonl").read_text() == (rows / "more.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--write-clean=out.csv", "expected a .jsonl file"),
+        ("--near=1.5", "expected a similarity from 0 to 1"),
+        ("--rows=-1", "expected 0 or more"),
+        ("--config.data.columns=prompt=nothing,completion=completion", "columns"),
+    ],
+)
+def test_wrong_input(rows, capsys, flag, said):
+    assert run(rows, flag) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_left_to_write(tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a b c", "completion": ""}] * 2)
+    assert run(tmp_path, f"--write-clean={tmp_path / 'clean.jsonl'}") == 2
+    assert "no row would be left" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_help_says_what_strict_does(capsys):
+    assert main(["data", "--help"]) == 0
+    assert "with --strict, a finding is an error or a warning" in capsys.readouterr().out
