@@ -1,0 +1,206 @@
+"""`jaxtune plan`: the formula against XLA's plan, its operations against the known counts, and the command."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtune import models, optim, plan
+from jaxtune.cli import main
+from jaxtune.methods import METHODS
+from jaxtune.models import FAMILIES
+
+TOLERANCE = 0.15  # of the formula against XLA's plan on a CPU
+
+
+def config(width, mlp, layers, heads, kv, vocab):
+    return small.CONFIG | {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 2048,
+    }
+
+
+TINY, MID = config(64, 128, 4, 4, 2, 256), config(512, 1408, 8, 8, 4, 32000)
+
+
+def setup(hf, method="lora", rows=4, length=64, backend="cpu", tx="adamw", **fields):
+    module = models.build(hf, **fields)
+    settings = {"r": 8} if method == "lora" else {}
+    tx = optim.optimizer(tx, lr=1e-3, grad_clip=1.0)
+    return plan.Setup(
+        module, lambda p: METHODS[method](p, jax.random.key(0), module, settings), tx, rows, length, backend=backend
+    )
+
+
+def assert_as_xla(s):
+    formula, xla = plan.measure(s).bytes(s.rows).total, plan.compiled(s)
+    assert abs(formula / xla - 1) < TOLERANCE, (formula / 2**20, xla / 2**20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "hf, method, length, remat",
+    [
+        (TINY, "lora", 64, "none"),
+        (MID, "lora", 512, "none"),
+        (MID, "lora", 512, "full"),
+        (MID, "full", 512, "none"),
+        (MID, "head", 512, "none"),
+    ],
+    ids=["tiny-lora", "mid-lora", "mid-lora-remat", "mid-full", "mid-head"],
+)
+def test_the_formula_is_near_xlas_plan(hf, method, length, remat):
+    assert_as_xla(setup(hf, method, length=length, remat=remat))
+
+
+@functools.cache
+def cost(method="lora", layers=4):
+    """On a GPU in bfloat16, keeping everything."""
+    hf = TINY | {"num_hidden_layers": layers}
+    return plan.measure(setup(hf, method, backend="gpu", dtype=jnp.bfloat16))
+
+
+def test_fixed_parts_are_exact():
+    n = sum(x.size for x in jax.tree.leaves(models.build(TINY).abstract_params()))
+    full = cost("full").bytes(4)
+    assert (full.frozen, full.trainable, full.gradients) == (0, 4 * n, 4 * n)
+    assert 8 * n <= full.optimizer <= 8 * n + 64  # two moments; a counter and the hyperparameters
+    lora, counts = cost().bytes(1), cost().counts
+    assert (counts.all - counts.trainable, lora.frozen) == (n, 2 * n)
+    assert lora.gradients == 4 * counts.trainable
+
+
+def test_operations_a_token_are_6n_and_4n():
+    """Kaplan et al. 2020 (arXiv:2001.08361): 2 N forward, 4 N backward; LoRA needs no gradient of its frozen N."""
+    hf = config(256, 1024, 4, 4, 4, 4096)
+
+    def flops(method, remat):
+        s = setup(hf, method, 1, 64, remat=remat)
+        return plan._flops(s, plan.shapes(s)) / 64
+
+    matrices = sum(x.size for x in jax.tree.leaves(models.build(hf).abstract_params()) if len(x.shape) >= 2)
+    assert 6.0 < flops("full", "none") / matrices < 6.4  # tied, so the head is counted; attention's own come on top
+    assert 4.0 < flops("lora", "none") / matrices < 4.6
+    assert 1.15 < flops("lora", "full") / flops("lora", "none") < 1.5
+
+
+def test_depth_and_policies_change_what_they_should():
+    thin, deep = cost(), cost(layers=8)
+    assert 1.9 < deep.kept[1] / thin.kept[1] < 2.1
+    assert deep.layer[1] == pytest.approx(thin.layer[1], rel=0.1)
+    known = plan.shapes(thin.setup)
+    kept = [plan.saved_by(thin.setup, known, remat)[1] for remat in plan.POLICIES[1:]]
+    assert [thin.kept[1], *kept] == sorted([thin.kept[1], *kept], reverse=True)
+    inputs = 4 * 64 * 64 * 2  # what "full" keeps: the input of each of four layers, 64 tokens of width 64 in bfloat16
+    assert inputs < kept[-1] < 3 * inputs
+
+
+@given(st.integers(0, 5000), st.integers(1, 10000))
+def test_most(n, limit):
+    assert plan._most(lambda k: k <= n, limit) == min(n, limit)
+
+
+def test_largest_is_the_last_that_fits():
+    memory = plan.GIB + 200 * 2**20
+    rows, members = cost().largest(memory), cost().widest(4, memory)
+    for n, total in ((rows, lambda k: cost().bytes(k).total), (members, lambda k: cost().bytes(4, k).total)):
+        assert n > 1 and plan.fits(total(n), memory) and not plan.fits(total(n + 1), memory)
+    assert cost().largest(plan.GIB) == 0
+
+
+def test_time_is_bound_by_the_slower_of_products_and_memory():
+    fast, narrow = plan.Card(1e12, 1e30, plan.GIB), plan.Card(1e30, 1e9, plan.GIB)
+    assert cost().seconds(4, fast) == pytest.approx(4 * cost().flops / (0.40 * 1e12))
+    assert cost().seconds(4, narrow) > 3 * cost().bytes(4).frozen / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+def planned(capsys, *argv):
+    assert main(["plan", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_card_from_config_json_alone(folder, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "POLICIES", ("none", "full"))
+    assert (
+        main(["plan", str(folder / "config.json"), "--gpu=rtx4090", "--batch=4", "--length=64", "--method=head"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "fits rtx4090 (24.0 GiB)" in out and "head" in out and "bfloat16" in out and "by formula" in out
+
+
+def test_a_config_that_does_not_fit_says_what_would(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "POLICIES", ("none", "full"))
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(): return ConfigDict(dict(model=dict(path={str(folder)!r}), tune=dict(lora=dict(r=4)), "
+        "data=dict(max_length=512), train=dict(batch_size=256, grad_accum=4)))\n"
+    )
+    lora, head = planned(capsys, file, "--method=lora,head", "--memory=1.1")
+    assert (lora["method"], head["method"]) == ("lora", "head")
+    assert (lora["rows"], lora["micro_batches"], lora["source"][:7]) == (64, 4, "formula")
+    assert not lora["fits"] and len(lora["remedies"]) == 3
+    accum = next(r for r in lora["remedies"] if r.startswith("--config.train.grad_accum"))
+    rows = 256 // int(accum.partition("=")[2].split()[0])
+    none = lora["policies"]["none"]
+    assert rows <= none["largest_rows"] < 64 and rows * 2 > none["largest_rows"]
+    assert none["tokens_a_second"] is None  # of a GPU that has no name
+
+
+@pytest.mark.slow
+def test_the_device_at_hand_is_planned_by_xla(folder, capsys):
+    [one] = planned(capsys, folder, "--batch=4", "--length=64")
+    assert one["source"] == "XLA's plan of the compiled step" and one["dtype"] == "float32"
+    assert abs(one["total_bytes"] / one["policies"]["none"]["bytes"]["total"] - 1) < TOLERANCE
+
+
+def test_wrong_input(folder, capsys):
+    for argv, said in [
+        ([], "model is missing"),
+        ([folder, "--gpu=h10"], "Did you mean 'h100'"),
+        ([folder, "--memory=-1"], "expected GiB above 0"),
+        ([folder, "--batch=0"], "expected 1 or more"),
+        ([folder, "--gpu=h100", "--method=lore"], "Did you mean 'lora'"),
+        ([folder, "--gpu=h100", "--length=99999"], "exceeds the 2048 positions"),
+        ([folder / "nowhere", "--gpu=h100"], "does not exist"),
+    ]:
+        assert main(["plan", *map(str, argv)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_cards_are_listed(capsys):
+    assert main(["plan", "--gpu=list"]) == 0
+    assert "h200" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_real_configs_plan(assets, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "POLICIES", ("none",))
+    done = 0
+    for path in sorted((assets / "hf-configs").iterdir()):
+        hf = json.loads((path / "config.json").read_text())
+        if hf.get("model_type") in FAMILIES and models.auto_class(models.build(hf)) == "AutoModelForCausalLM":
+            [one] = planned(capsys, path, "--gpu=h100", "--length=256", "--batch=1")
+            assert one["parameters"] > one["trainable"] > 0
+            done += 1
+    assert done >= 8
