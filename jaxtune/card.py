@@ -3,13 +3,16 @@
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from jaxtune.files import atomic_write_text
 
 _LOAD_ADAPTER = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {here})
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), {here})
 ```
 
 ```python
@@ -21,9 +24,9 @@ params, mask, config = jaxtune.load_adapter(module, params, {here}, base={base})
 """
 
 _LOAD_MODEL = """```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained({here})
+model = {auto}.from_pretrained({here})
 ```
 
 ```python
@@ -33,25 +36,39 @@ module, params = jaxtune.load({here})
 ```
 """
 
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModel": "feature-extraction",
+}
+
 
 def model_card(
-    *, name: str, base: str, adapter: bool, facts: Mapping[str, Any] | None = None, notes: Iterable[str] = ()
+    *,
+    name: str,
+    base: str,
+    adapter: str | None,
+    facts: Mapping[str, Any] | None = None,
+    notes: Iterable[str] = (),
+    auto: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the text of README.md.
 
     Args:
         name: of the directory.
         base: hub id or path of the model that was tuned.
-        adapter: a PEFT directory rather than a whole model.
+        adapter: for a PEFT directory rather than a whole model, its kind, "lora".
         facts: what to tell about the run, label -> value, in order; see `run_facts`.
         notes: sentences on what a reader would not expect.
+        auto: the class of transformers that loads the model.
     """
     library = "peft" if adapter else "transformers"
-    tags = ["jaxtune", *(["lora", f"base_model:adapter:{base}"] if adapter else [])]
+    tags = ["jaxtune", *([adapter, f"base_model:adapter:{base}"] if adapter else [])]
     front = [
         f"base_model: {json.dumps(base)}",
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {_PIPELINES[auto]}",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
     ]
@@ -61,9 +78,68 @@ def model_card(
     if facts:
         rows = [f"| {label} | {_cell(value)} |" for label, value in facts.items()]
         blocks.append("\n".join(["## The run", "", "| | |", "|---|---|", *rows]))
-    code = (_LOAD_ADAPTER if adapter else _LOAD_MODEL).format(base=json.dumps(base), here=json.dumps(name))
+    code = (_LOAD_ADAPTER if adapter else _LOAD_MODEL).format(base=json.dumps(base), here=json.dumps(name), auto=auto)
     blocks.append(f"## How to load it\n\n{code}")
     return "\n\n".join(blocks)
+
+
+_BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+
+
+def carry_evaluation(run: Path, out: Path) -> None:
+    """Put what `jaxtune eval` measured of a run's last step into the card of its result, which lies in `out`."""
+    from jaxtune.log import read_metrics
+    from jaxtune.report.evaluation import read_evaluation
+
+    steps = [m["step"] for m in read_metrics(run)] if (run / "metrics.jsonl").is_file() else []
+    evaluation = read_evaluation(run, max(steps, default=None))
+    if evaluation and (out / "README.md").is_file():
+        put_evaluation(out / "README.md", evaluation)
+
+
+def put_evaluation(card: Path, evaluation: Mapping[str, Any]) -> None:
+    """Put the results of eval.json into a card that `model_card` wrote, before how to load it; older ones go."""
+    text = card.read_text(encoding="utf-8")
+    head, found, rest = text.partition(_BEGIN)
+    if found:
+        text = head + rest.partition(_END)[2].lstrip("\n")
+    head, heading, rest = text.partition("## How to load it")
+    block = evaluation_block(evaluation)
+    if heading and block:
+        atomic_write_text(card, f"{head}{_BEGIN}\n{block}\n{_END}\n\n{heading}{rest}")
+
+
+def evaluation_block(evaluation: Mapping[str, Any]) -> str:
+    """The results of eval.json in Markdown; empty where there are none."""
+    from jaxtune.report.evaluation import difference, value, verdict, who
+
+    blocks = []
+    held_out = evaluation.get("held_out")
+    if held_out:
+        entries = held_out["metrics"]
+        names = who(entries)
+        both = len(names) == 2
+        heads = [f"{held_out['rows']:,} held-out rows", *names, *(["difference", "verdict"] if both else [])]
+        rows = [
+            [entry["label"], *(value(entry, n) for n in names), *([difference(entry), verdict(entry)] if both else [])]
+            for entry in entries.values()
+        ]
+        blocks.append("\n".join(_table([heads, *rows])))
+        blocks.append("Intervals hold 95% (bootstrap over rows); verdicts are those of a paired randomisation test.")
+    tasks = evaluation.get("tasks")
+    if tasks:
+        results = tasks["results"]
+        rows = [["task of lm-evaluation-harness", "metric", *results]]
+        for task, metrics in next(iter(results.values())).items():
+            for metric in metrics:
+                rows.append([task, metric, *(f"{results[who][task][metric]['value']:.4f}" for who in results)])
+        blocks.append("\n".join(_table(rows)))
+    return "\n\n".join(["## Evaluation", *blocks]) if blocks else ""
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
 def _cell(value: Any) -> str:

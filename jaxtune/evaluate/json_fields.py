@@ -8,25 +8,42 @@ import numpy as np
 
 from jaxtune.errors import UserError
 
+NULL = object()  # the JSON value null, told apart from "no JSON"
 
-def parse_object(text: str) -> dict | None:
-    """Return the one JSON object (RFC 8259) that the whole text is; None if it is anything else."""
+
+def parse_json(text: str) -> Any:
+    """Return the JSON value (RFC 8259) that the whole text is; `NULL` for null, None if it is anything else."""
 
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
     try:
         value = json.loads(text, parse_constant=refuse)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+    return NULL if value is None else value
+
+
+def parse_object(text: str) -> dict | None:
+    """Return the one JSON object that the whole text is; None if it is anything else."""
+    value = parse_json(text)
     return value if isinstance(value, dict) else None
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Whether two parsed values are equal; Python's own equality takes true for 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_json, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
 def score(answers: list[str], expected: list[str]) -> dict[str, float]:
     """Return the shares of answers that are one JSON object, and that equal the expected object in every field."""
     pairs = [(parse_object(a), parse_object(e)) for a, e in zip(answers, expected, strict=True)]
     valid = [a is not None for a, _ in pairs]
-    exact = [a is not None and a == e for a, e in pairs]
+    exact = [a is not None and same_json(a, e) for a, e in pairs]
     return {"eval/json_valid": float(np.mean(valid)), "eval/json_exact": float(np.mean(exact))}
 
 
@@ -67,11 +84,10 @@ class JsonEvaluation:
 
     def __call__(self, params: Any) -> dict[str, float]:
         from jaxtune.generation import generate
-        from jaxtune.weights import merge
 
         out = generate(
             self.module,
-            merge(params),
+            params,
             [e.prompt for e in self.examples],
             max_new_tokens=self.max_new_tokens,
             eos_ids=(self.tokenizer.eos_token_id,),

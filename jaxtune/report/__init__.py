@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML page for a run, or for several together. Needs neither jax nor a network."""
+"""Reports: one self-contained HTML page for a run, a sweep, or several runs. Needs neither jax nor a network."""
 
 import os
 from collections.abc import Sequence
@@ -52,6 +52,28 @@ def write_comparison(run_dirs: Sequence[str | os.PathLike], out: str | os.PathLi
         raise UserError(f"{twice.folder} is given twice; name each run once")
     out = Path(out) if out else places[0].parent / "report.html"
     return _write(out, comparison_page(runs, out.parent))
+
+
+def write_sweep(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
+    """Write the page of a sweep, whether it has come to its end or not.
+
+    Args:
+      folder: what `jaxtune sweep` or launch/sweep_lr.sh writes: sweep.json and a run directory for each of its points,
+        or run directories called lr=RATE.
+      out: the page; default: `report.html` in `folder`. An older page is replaced.
+
+    Returns:
+      where the page is.
+
+    Raises:
+      UserError: `folder` is not a sweep, none of its runs has logged anything, or one of its files is not what a sweep
+        writes.
+    """
+    from jaxtune.report.sweep import read_sweep, sweep_page
+
+    sweep = read_sweep(folder)
+    out = Path(out) if out else sweep.folder / "report.html"
+    return _write(out, sweep_page(sweep, out.parent))
 
 
 def _write(out: Path, page: str) -> Path:

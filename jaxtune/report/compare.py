@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jaxtune.report.chart import Series, chart, smooth
+from jaxtune.report.evaluation import value
 from jaxtune.report.html import Html, duration, h, join, number, percent
 from jaxtune.report.page import document, reproduce, section, shown, table
 from jaxtune.report.run import Run
@@ -26,6 +27,7 @@ def comparison_page(runs: Sequence[Run], folder: Path) -> str:
         h("h1", title),
         h("p", " ".join(_summary(runs, names, winner)), class_="lead"),
         section("Results", _results(runs, names, colours, folder)),
+        section("Evaluated on held-out rows", _evaluated(runs)),
         section("Curves", _curves(runs, names, colours)),
         section(f"The best run again: {names[winner]}", *reproduce(runs[winner])),
     )
@@ -90,18 +92,21 @@ def _eval_series(run: Run, name: str, colour: int) -> Series:
     return Series(name, run.series("eval/loss"), colour, "dots", mark=best.step if best else None)
 
 
-def _results(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int], folder: Path) -> Html:
-    """One row a run, best first: the best held-out loss, the last training loss. Empty columns are left out."""
-    differ = differences(runs)
+def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+    """(heads, rows): one row a run, best first, with its best held-out loss and last training loss.
+
+    A cell is text or `(value, shown)`. Columns in which no run has a value are left out.
+    """
+    names, differ = labels(runs), differences(runs)
     heads = ["run", *differ, "held-out loss", "at step", "training loss", "valid JSON", "fields right"]
     heads += ["trained", "time", "tokens/s"]
     rows = []
-    for i in sorted(range(len(runs)), key=lambda i: _score(runs[i])):
+    for i in order(runs):
         run, after, best = runs[i], runs[i].after(), runs[i].best()
         losses = run.series("train/loss")
         rows.append(
             [
-                (names[i], join([h("i", class_=f"key c{colours[i]}"), _link(run, names[i], folder)])),
+                names[i],
                 *(_setting(run.settings[path]) for path in differ),
                 _cell(best and best.value),
                 _cell(best and best.step, "{:,}".format),
@@ -113,8 +118,64 @@ def _results(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int], 
                 _cell(run.speed()),
             ]
         )
+    return _used(heads, rows)
+
+
+def evaluation_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+    """(heads, rows): a row for each evaluated run, best first: what eval.json has of its tuned model."""
+    names = labels(runs)
+    evaluated = {i: runs[i].evaluation["held_out"] for i in order(runs) if "held_out" in runs[i].evaluation}
+    metrics = {name: entry["label"] for held in evaluated.values() for name, entry in held["metrics"].items()}
+    rows = []
+    for i, held in evaluated.items():
+        row: list[Any] = [names[i], (held["rows"], f"{held['rows']:,}")]
+        for name in metrics:
+            entry = held["metrics"].get(name)
+            row.append((entry["tuned"]["value"], value(entry, "tuned")) if entry and "tuned" in entry else "")
+        rows.append(row)
+    return _used(["evaluated", "rows", *metrics.values()], rows)
+
+
+def evaluation_notes(runs: Sequence[Run]) -> list[str]:
+    """What to mind when the figures of eval.json are compared."""
+    held = [run.evaluation.get("held_out") for run in runs]
+    measured = [h for h in held if h]
+    notes = []
+    if measured and len(measured) < len(runs):
+        without = ", ".join(name for name, h in zip(labels(runs), held, strict=True) if not h)
+        notes.append(f"Not evaluated: {without} (jaxtune eval RUN).")
+    if len({(tuple(h.get("data", ())), h["rows"]) for h in measured}) > 1:
+        notes.append("The runs were evaluated on different rows: their figures cannot be compared.")
+    return notes
+
+
+def order(runs: Sequence[Run]) -> list[int]:
+    """The runs' places, best first."""
+    return sorted(range(len(runs)), key=lambda i: _score(runs[i]))
+
+
+def _used(heads: list[str], rows: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:
     used = [j for j in range(len(heads)) if any(row[j] != "" for row in rows)]
-    return table([heads[j] for j in used], [[row[j] for j in used] for row in rows], right=1, sortable=True)
+    return [heads[j] for j in used], [[row[j] for j in used] for row in rows]
+
+
+def _results(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int], folder: Path) -> Html:
+    """The rows of `result_rows`, with the colours of the curves and links to the runs' own pages."""
+    heads, rows = result_rows(runs)
+    marked = []
+    for i, row in zip(order(runs), rows, strict=True):
+        name = join([h("i", class_=f"key c{colours[i]}"), _link(runs[i], names[i], folder)])
+        marked.append([(names[i], name), *row[1:]])
+    return table(heads, marked, right=1, sortable=True)
+
+
+def _evaluated(runs: Sequence[Run]) -> Html | None:
+    heads, rows = evaluation_rows(runs)
+    if not rows:
+        return None
+    said = "Figures of each run's eval.json, with 95% intervals."
+    note = h("p", " ".join([said, *evaluation_notes(runs)]), class_="note")
+    return join([table(heads, rows, right=1, sortable=True), note])
 
 
 def _setting(value: Any) -> tuple[Any, str]:

@@ -4,11 +4,12 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.config import BY_PATH
+from jaxtune.config import ADAPTERS, BY_PATH
+from jaxtune.report import evaluation
 from jaxtune.report.chart import Series, chart, smooth
 from jaxtune.report.html import Html, duration, h, join, number, percent, text
 from jaxtune.report.run import Run
@@ -18,11 +19,13 @@ MOST_SAMPLES = 20
 SHOWN_SAMPLES = 5  # the others unfold
 LONGEST_SAMPLE = 4000  # characters of a text
 ALIKE = 0.5  # share of words in common from which marking the others helps
+NO_TASKS = {"results": {}}
 ARROW = Html(' <s aria-label="to">→</s> ')
 
 
 def run_page(run: Run) -> str:
     """Return the HTML of a run's page."""
+    held_out = run.evaluation.get("held_out", {})
     return document(
         run.name,
         h("p", f"jaxtune · {run.settings['tune.method']} · {run.model}", class_="eyebrow"),
@@ -30,10 +33,13 @@ def run_page(run: Run) -> str:
         h("p", " ".join(summary(run)), class_="lead"),
         _tiles(run),
         section("Before and after", _before_after(run)),
-        section("Curves", _curves(run), _evaluations(run)),
+        section("Groups", evaluation.group_tables(held_out)),
+        section("Labels", evaluation.confusion_tables(held_out)),
+        section("Tasks of lm-evaluation-harness", evaluation.task_table(run.evaluation.get("tasks", NO_TASKS))),
+        section("Curves", _curves(run), _overfitting(run), _evaluations(run)),
         section("Samples", _samples(run)),
         section("Use the result", _use(run)),
-        section("Settings that differ from the defaults", _settings(run)),
+        section("Settings that differ from the defaults", settings_table(run.overrides)),
         h(
             "div",
             section("Trained parameters", _parameters(run)),
@@ -58,7 +64,9 @@ def document(title: str, *body: Html | None) -> str:
         h("title", f"{title} · jaxtune"),
         h("style", Html(CSS)),
     )
-    footer = h("footer", "Written by jaxtune from config.json, metrics.jsonl and summary.json; it needs no network.")
+    footer = h(
+        "footer", "Written by jaxtune from config.json, metrics.jsonl, summary.json and eval.json; it needs no network."
+    )
     main = h("main", *body, footer)
     return Html("<!doctype html>\n") + h("html", head, h("body", main, h("script", Html(JS))), lang="en") + "\n"
 
@@ -70,7 +78,12 @@ def section(title: str, *content: Html | None) -> Html | None:
 
 
 def table(
-    heads: Sequence[str], rows: Iterable[Sequence[Any]], *, right: int | None = None, sortable: bool = False
+    heads: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    right: int | None = None,
+    sortable: bool = False,
+    filterable: bool = False,
 ) -> Html:
     """A table in a box that scrolls.
 
@@ -79,6 +92,7 @@ def table(
       rows: a cell is text, markup, or `(value, shown)` where the table sorts by `value`.
       right: from this column on, cells are numbers, aligned to the right.
       sortable: a click on a heading sorts.
+      filterable: words typed above it choose rows.
     """
 
     def cell(tag, i, value):
@@ -87,7 +101,8 @@ def table(
 
     body = [h("tr", *(cell("td" if i else "th", i, value) for i, value in enumerate(row))) for row in rows]
     head = h("thead", h("tr", *(cell("th", i, title) for i, title in enumerate(heads))))
-    return h("div", h("table", head, h("tbody", *body), class_="sortable" if sortable else None), class_="box")
+    kinds = " ".join(["sortable"] * sortable + ["filterable"] * filterable)
+    return h("div", h("table", head, h("tbody", *body), class_=kinds or None), class_="box")
 
 
 def snippet(code: str) -> Html:
@@ -146,6 +161,10 @@ def _loss(run: Run) -> str:
         told = f"Held-out loss is {number(best.value)} at step {best.step:,}"
     else:
         told = "No loss is logged yet"
+    held_out = run.evaluation.get("held_out")
+    tally = evaluation.tally(held_out["metrics"].values()) if held_out else ""
+    if tally:
+        return f"{told}; measured on {held_out['rows']:,} held-out rows, {tally}."
     exact = next((m for m in compared(run) if m.key == "eval/json_exact" and m.before is not None), None)
     if exact and exact.after is not None:
         told += f", and answers with every JSON field right went from {percent(exact.before)} to {percent(exact.after)}"
@@ -227,6 +246,11 @@ class Compared(NamedTuple):
 KNOWN = {  # key -> label, what is better, whether it is a share
     "eval/loss": ("Held-out loss", -1, False),
     "eval/perplexity": ("Perplexity", -1, False),
+    "eval/accuracy": ("Accuracy", 1, True),
+    "eval/macro_f1": ("Macro F1", 1, True),
+    "eval/entity_f1": ("Entity F1", 1, True),
+    "eval/entity_precision": ("Entity precision", 1, True),
+    "eval/entity_recall": ("Entity recall", 1, True),
     "eval/json_valid": ("Valid JSON", 1, True),
     "eval/json_exact": ("Every field right", 1, True),
 }
@@ -245,6 +269,8 @@ def compared(run: Run) -> list[Compared]:
 
 
 def _before_after(run: Run) -> Html | None:
+    if run.evaluation.get("held_out"):
+        return evaluation.held_out_table(run.evaluation["held_out"])
     metrics = compared(run)
     if not any(m.before is not None and m.after is not None for m in metrics):
         return None
@@ -284,6 +310,26 @@ def train_loss_series(loss: Sequence[Any]) -> list[Series]:
     return [Series("training", loss, 1, "faint"), Series("training, smoothed", smooth(loss), 1)]
 
 
+def overfits_since(run: Run) -> int | None:
+    """The step from which held-out loss rises while training loss falls, if two evaluations or more say so; or None."""
+    best = run.best()
+    later = [point for point in run.series("eval/loss") if best and point.step > best.step]
+    train = smooth(run.series("train/loss"))
+    before = [point.value for point in train if best and point.step <= best.step]
+    if len(later) < 2 or not before or any(point.value <= 1.005 * best.value for point in later):
+        return None
+    return best.step if train[-1].value < before[-1] else None
+
+
+def _overfitting(run: Run) -> Html | None:
+    since = overfits_since(run)
+    if since is None:
+        return None
+    told = f"Overfitting since step {since:,}: from there on held-out loss rises while training loss falls."
+    kept = "The weights of that step are the result. More data, fewer steps or a lower rate may go further."
+    return h("p", h("span", "finding", class_="badge flush bad"), f" {told} {kept}")
+
+
 def _evaluations(run: Run) -> Html | None:
     keys = ("train/loss", "eval/loss", "eval/perplexity")
     columns = {key: dict(run.series(key)) for key in keys}
@@ -303,7 +349,9 @@ def _evaluations(run: Run) -> Html | None:
 
 
 def _samples(run: Run) -> Html | None:
-    samples = run.facts("samples", dict)[:MOST_SAMPLES]
+    held_out = run.evaluation.get("held_out", {})
+    answered = [s for s in held_out.get("samples", ()) if isinstance(s, dict) and "after" in s]
+    samples = (answered or run.facts("samples", dict))[:MOST_SAMPLES]
     shown_before = any(sample.get("before") for sample in samples)
     cards = [_sample(sample, shown_before) for sample in samples]
     if not cards:
@@ -395,7 +443,7 @@ def how_to_load(run: Run) -> dict[str, str]:
 def _result(run: Run) -> Path:
     """The exported directory: the one that is there, and before that the one that the method will write."""
     there = [run.folder / name for name in ("adapter", "model") if (run.folder / name).is_dir()]
-    return there[0] if there else run.folder / ("adapter" if run.settings["tune.method"] == "lora" else "model")
+    return there[0] if there else run.folder / ("adapter" if run.settings["tune.method"] in ADAPTERS else "model")
 
 
 def _use(run: Run) -> Html:
@@ -407,11 +455,12 @@ def _use(run: Run) -> Html:
 
 
 def reproduce(run: Run) -> list[Html]:
-    """The command as it was typed, and one that takes every setting from the run."""
+    """The command as it was typed, or what trains a point of a sweep alone; and one that takes every setting."""
     parts = []
     argv = run.facts("argv", str)
     if argv:
-        parts += [h("h3", "as it was started"), snippet(shlex.join(argv))]
+        title = "alone, outside the sweep" if "point" in run.summary else "as it was started"
+        parts += [h("h3", title), snippet(shlex.join(argv))]
     config, workdir = run.folder / "config.json", run.folder.with_name(f"{run.name}-again")
     command = shlex.join(["jaxtune", "train", f"--config={config}", f"--workdir={workdir}"])
     return [*parts, h("h3", "with every setting of this run"), snippet(command)]
@@ -430,11 +479,11 @@ def shown(value: Any) -> str:
     return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _settings(run: Run) -> Html | None:
-    """Settings beyond the defaults, with what they mean."""
+def settings_table(values: Mapping[str, Any]) -> Html | None:
+    """Settings with their defaults and what they mean."""
     rows = [
         (h("code", path), h("code", shown(value)), h("code", _default(path), class_="dim"), _doc(path))
-        for path, value in run.overrides.items()
+        for path, value in values.items()
     ]
     heads = ("setting", "value", "default", "meaning")
     return h("div", table(heads, rows), class_="settings") if rows else None

@@ -5,13 +5,14 @@ import math
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import BY_PATH, DERIVED, load_file
 from jaxtune.errors import UserError
 from jaxtune.log import read_metrics
+from jaxtune.report.evaluation import read_evaluation
 
 
 class Point(NamedTuple):
@@ -32,6 +33,7 @@ class Run:
         versions: package -> version.
         metrics: the lines of metrics.jsonl that have a step.
         summary: summary.json; empty where there is none.
+        evaluation: eval.json, see `read_evaluation`; empty where there is none of the last step.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Run:
     versions: dict[str, str]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -153,6 +156,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
         metrics=metrics,
         summary=_read_object(summary) if summary.exists() else {},
+        evaluation=read_evaluation(folder, max(line["step"] for line in metrics)),
     )
 
 

@@ -34,6 +34,7 @@ figcaption{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;align-items:baseline;fon
 .legend>span{overflow-wrap:anywhere}
 .legend em{font-style:normal;color:var(--mute)}
 .key{display:inline-block;width:1.1em;height:0;border-top:2.5px solid var(--c);vertical-align:.27em;margin-right:.4em}
+.key.none{border-color:transparent}
 .key.faint{opacity:.35}
 .plot{position:relative;height:10.5rem;margin:.7rem 0 1.7rem 3.1rem;cursor:crosshair;touch-action:pan-y}
 .wide .plot{height:19rem}
@@ -43,7 +44,9 @@ figcaption{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;align-items:baseline;fon
 .plot .grid{stroke:var(--line);stroke-width:1}
 .plot .line{stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .plot .faint{stroke-width:1.2;opacity:.35}
+.plot .faint.c0,.key.faint.c0{opacity:.8}
 .plot .dots{stroke-width:1.5}
+.plot .band{fill:var(--c);fill-opacity:.13;stroke-width:1;stroke-opacity:.13}
 .dot,.ring,.hole{stroke-linecap:round}
 .plot .dot{stroke-width:6.5}.plot .ring{stroke-width:16}.plot .hole{stroke-width:12;stroke:var(--card)}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}
@@ -51,11 +54,15 @@ figcaption{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;align-items:baseline;fon
 .ty,.tx{position:absolute;white-space:nowrap;color:var(--mute);font-size:.75rem;line-height:1;font-variant-numeric:tabular-nums}
 .ty{right:100%;margin-right:.6rem;transform:translateY(-50%)}
 .tx{top:100%;margin-top:.55rem;transform:translateX(-50%)}
+.lost{position:absolute;top:0;transform:translate(-50%,-50%);font-size:1.15rem;line-height:1;font-weight:700;
+white-space:nowrap}
+.lost i,.legend i{font-style:normal;color:var(--c)}
 .cursor{position:absolute;top:0;bottom:0;border-left:1px solid var(--mute);pointer-events:none}
 .tip{position:absolute;top:.3rem;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--line);
 border-radius:7px;padding:.4rem .6rem;font-size:.8rem;line-height:1.5;box-shadow:0 3px 12px #0003;white-space:nowrap;
 max-width:16rem}
 .tip div{display:flex;align-items:center;gap:.2em}
+.tip .mute{padding-left:1.6em;white-space:normal}
 .tip span{overflow:hidden;text-overflow:ellipsis}
 .tip b{margin-left:auto;padding-left:1em;font-variant-numeric:tabular-nums}
 .box{overflow-x:auto}
@@ -66,12 +73,21 @@ tbody th{font-weight:500}
 td{unicode-bidi:isolate;overflow-wrap:anywhere}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .num>div{white-space:normal}
+.filterable{font-size:.84rem}
+.filterable :is(th,td){padding-inline:.55rem}
+.filterable tbody th{max-width:min(24rem,55vw);overflow:hidden;text-overflow:ellipsis}
+.status{white-space:nowrap}
 .sortable th:first-child{position:sticky;left:0;background:var(--card);white-space:nowrap}
 th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 th button:hover{color:var(--ink)}
 th button::after{content:"↕";opacity:.35;padding-left:.3em;font-size:.85em}
 th[aria-sort=ascending] button::after{content:"↑";opacity:1}
 th[aria-sort=descending] button::after{content:"↓";opacity:1}
+.filter{display:flex;flex-wrap:wrap;gap:.3rem .8rem;align-items:baseline;margin-bottom:.6rem;color:var(--mute);
+font-size:.85rem}
+.filter input{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--line);border-radius:7px;
+padding:.35rem .7rem;width:22rem;max-width:100%}
+.filter input:focus-visible{outline:2px solid var(--c1);outline-offset:1px}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .dim{color:var(--mute)}
 code,pre{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -88,6 +104,14 @@ margin-top:.8rem;padding-top:.7rem;border-top:1px solid var(--line)}
 .answers>div{min-width:0}
 mark{background:var(--badbg);color:inherit;border-radius:3px;box-shadow:inset 0 -2px var(--bad)}
 .badge{border-radius:99px;padding:.05rem .5rem;margin-left:.4rem;font-size:.74rem;white-space:nowrap}
+.badge.flush{margin-left:0}.badge.even{background:var(--line);color:var(--soft)}
+.figure,.badge+small{white-space:nowrap}.figure small{display:block;color:var(--mute)}
+.whiskers{min-width:min(8rem,22vw);padding:.35rem .3rem}
+.whiskers span{display:block;position:relative;height:.55rem;border-bottom:1px solid var(--line)}
+.whiskers i,.whiskers b{position:absolute;top:50%;background:var(--c)}
+.whiskers i{height:3px;margin-top:-1.5px;border-radius:2px;opacity:.45}
+.whiskers b{width:7px;height:7px;margin:-3.5px 0 0 -3.5px;border-radius:50%}
+.shade{background:rgb(42 120 214 / var(--a));border-radius:5px;padding:0 .4rem}
 .badge.good{background:var(--goodbg)}.badge.bad{background:var(--badbg)}
 .columns{columns:2 24rem;column-gap:1.6rem}
 .columns>section{break-inside:avoid;padding-top:1px}
@@ -106,7 +130,7 @@ footer{margin-top:3rem;color:var(--mute);font-size:.8rem}
 .tiles{gap:.5rem}.wide .plot{height:14rem}
 th,td{padding:.4rem .55rem}.settings tr>:nth-child(4){display:none}
 .legend{margin-left:0}.chart{padding:.7rem .9rem .3rem .6rem}}
-@media print{body{background:#fff}.copy{display:none}.chart,.sample,tr{break-inside:avoid}}
+@media print{body{background:#fff}.copy,.filter{display:none}.chart,.sample,tr{break-inside:avoid}}
 """
 
 JS = """
@@ -119,7 +143,7 @@ const node = (tag, text, cls) => {
 };
 const show = v => {
   const size = Math.abs(v);
-  if (v && size < 1e-3) return v.toExponential(2);
+  if (v && size < 1e-3) return v.toExponential(2).replace(/\\.?0+e/, 'e');
   return size >= 1000 ? Math.round(v).toLocaleString('en') : String(+v.toPrecision(4));
 };
 const nearest = (points, x) => {
@@ -128,24 +152,27 @@ const nearest = (points, x) => {
   return Math.abs(points[lo][0] - x) <= Math.abs(points[hi][0] - x) ? points[lo] : points[hi];
 };
 
-// The read-out: the logged step next to the pointer (or the arrow keys), and the value of each curve there.
+// The read-out: the logged step (or the rate) next to the pointer or the arrow keys, and each curve's value there.
 for (const figure of document.querySelectorAll('.chart')) {
   const [plot, cursor, tip] = ['.plot', '.cursor', '.tip'].map(name => figure.querySelector(name));
-  const {x: [first, last], series} = JSON.parse(figure.querySelector('script').textContent);
+  const {x: [first, last], log, by, series} = JSON.parse(figure.querySelector('script').textContent);
+  const scale = log ? Math.log : v => v;
+  const share = v => (scale(v) - scale(first)) / (scale(last) - scale(first));
   const steps = [...new Set(series.flatMap(s => s.points.map(p => p[0])))].sort((a, b) => a - b);
+  const places = steps.map(step => [share(step)]);
   let at = -1;
   const hide = () => { cursor.hidden = tip.hidden = true; };
   const put = i => {
     at = Math.max(0, Math.min(steps.length - 1, i));
-    const step = steps[at], left = 100 * (step - first) / (last - first);
+    const step = steps[at], left = 100 * places[at][0];
     const rows = series.map(s => [s, nearest(s.points, step)])
-      .filter(([, p]) => Math.abs(p[0] - step) <= (last - first) / 60);
+      .filter(([, p]) => Math.abs(share(p[0]) - places[at][0]) <= 1 / 60);
     if (series.length > 4) rows.sort((a, b) => a[1][1] - b[1][1]);
-    tip.replaceChildren(node('strong', 'step ' + step.toLocaleString('en')));
+    tip.replaceChildren(node('strong', by + ' ' + show(step)));
     for (const [s, p] of rows.slice(0, 10)) {
       const row = node('div');
-      row.append(node('i', '', 'key c' + s.colour), node('span', s.name), node('b', show(p[1])));
-      tip.append(row);
+      row.append(node('i', '', 'key c' + s.colour), node('span', s.name), node('b', p[2] ?? show(p[1])));
+      tip.append(row, ...p[3] ? [node('div', p[3], 'mute')] : []);
     }
     if (rows.length > 10) tip.append(node('div', (rows.length - 10) + ' more above these', 'mute'));
     cursor.hidden = tip.hidden = false;
@@ -156,7 +183,7 @@ for (const figure of document.querySelectorAll('.chart')) {
   };
   plot.addEventListener('pointermove', e => {
     const box = plot.getBoundingClientRect();
-    put(steps.indexOf(nearest(steps.map(s => [s]), first + (last - first) * (e.clientX - box.left) / box.width)[0]));
+    put(places.indexOf(nearest(places, (e.clientX - box.left) / box.width)));
   });
   plot.addEventListener('pointerleave', hide);
   plot.addEventListener('blur', hide);
@@ -190,6 +217,39 @@ for (const table of document.querySelectorAll('table.sortable')) {
       head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
     });
   });
+}
+
+// A filter: a row is shown if it holds every word. `lr=1e-4` asks for that cell under that heading or in the name, and
+// for cells that begin so only where no cell is just that.
+const equal = (a, b) => a === b || (a && b && +a === +b);
+for (const table of document.querySelectorAll('table.filterable')) {
+  const heads = [...table.tHead.rows[0].cells].map(cell => cell.textContent.toLowerCase());
+  const rows = [...table.tBodies[0].rows].map(row => {
+    const cells = [...row.cells].map(cell => cell.textContent.toLowerCase());
+    const pairs = cells.flatMap((text, i) => [[heads[i], text], [heads[i], row.cells[i].dataset.v ?? text]]);
+    pairs.push(...cells[0].split(/[\\s,]+/).map(part => part.split('=')));
+    return {row, pairs, text: cells.join('\\n')};
+  });
+  const asked = word => {
+    const [key, value] = word.split('=');
+    for (const test of value === undefined ? [] : [v => equal(v, value), v => v.startsWith(value)]) {
+      const holds = row => row.pairs.some(([k, v]) => k === key && test(v ?? ''));
+      if (rows.some(holds)) return holds;
+    }
+    return row => row.text.includes(word);
+  };
+  const bar = node('label', 'Filter', 'filter'), input = node('input'), count = node('output');
+  input.type = 'search';
+  input.placeholder = 'words that a row must hold: ' + heads[2] + '=… or failed';
+  const apply = () => {
+    const tests = input.value.toLowerCase().split(/\\s+/).filter(Boolean).map(asked);
+    for (const r of rows) r.row.hidden = !tests.every(test => test(r));
+    count.textContent = rows.filter(r => !r.row.hidden).length + ' of ' + rows.length;
+  };
+  input.addEventListener('input', apply);
+  apply();
+  bar.append(input, count);
+  table.parentElement.before(bar);
 }
 
 for (const snippet of document.querySelectorAll('.snippet')) {

@@ -1,0 +1,71 @@
+"""Log-probabilities of given tokens, in batches of few shapes; logits exist for a chunk of positions at a time."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.generation import bucket
+from jaxtune.objectives.cross_entropy import chunk_size
+
+Array = jax.Array
+
+
+@partial(jax.jit, static_argnames="module")
+def token_logprobs(module: Any, params: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
+    """For tokens i32[B, T]: (log-probability of `targets` i32[B, T] after each, f32[B, T]; is it the likeliest?).
+
+    Rows are padded on the right; what stands at a padded position means nothing.
+    """
+    hidden = module.apply({"params": params}, tokens, method="hidden")
+    n, vocab = tokens.size, module.spec.vocab
+    size = min(chunk_size(n, vocab), n)
+
+    def pieces(x):
+        x = x.reshape(n, *x.shape[2:])
+        x = jnp.pad(x, [(0, -n % size), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(-1, size, *x.shape[1:])
+
+    def one(piece):
+        x, target = piece
+        logits = module.apply({"params": params}, x, method="head")
+        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+
+    logprobs, greedy = jax.lax.map(one, (pieces(hidden), pieces(targets)))
+    return logprobs.reshape(-1)[:n].reshape(tokens.shape), greedy.reshape(-1)[:n].reshape(tokens.shape)
+
+
+def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int = 256) -> list[list[int]]:
+    """Indices in batches of rows of like length, the longest first.
+
+    A batch has at most `most_rows` rows and, padded, `most_tokens` tokens, but at least one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    at = 0
+    while at < len(order):
+        room = max(1, min(most_rows, most_tokens // bucket(max(1, lengths[order[at]]))))
+        rows = 1 << (room.bit_length() - 1)  # a power of two: few shapes
+        batches.append(order[at : at + rows])
+        at += rows
+    return batches
+
+
+def score_batch(module: Any, params: Any, rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?)."""
+    width = min(bucket(max(len(row) - 1 for row in rows)), module.spec.positions)
+    size = 1 << (len(rows) - 1).bit_length()
+    tokens, targets = np.zeros((2, size, width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
+    logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets))
+    return [(logprobs[i, : len(r) - 1].astype(np.float64), greedy[i, : len(r) - 1]) for i, r in enumerate(rows)]
+
+
+def most_tokens() -> int:
+    """Tokens of a batch that fill the device without filling its memory."""
+    return 4096 if jax.default_backend() == "cpu" else 32768

@@ -1,0 +1,149 @@
+"""How sure a measured difference is: bootstrap intervals, and a paired test between base and tuned.
+
+Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13). The test is approximate
+randomisation (Noreen 1989; for language tasks Dror et al. 2018, aclanthology.org/P18-1128): were the two models alike,
+each row's pair of results could as well be swapped. Several tests together are corrected by Holm's step-down procedure.
+Draws come from a fixed seed, so that the same results give the same verdict.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 2000
+FEWEST = 2  # rows from which there is an interval
+AT_ONCE = 2**20  # numbers of resampled rows in memory
+
+Statistic = Callable[[np.ndarray], np.ndarray]  # draws of per-row values [R, N, ...] -> f64[R]
+
+
+class Interval(NamedTuple):
+    """A value with the interval that holds it at `LEVEL`; low and high None with fewer than two rows."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Paired(NamedTuple):
+    """What two models come to on the same rows. `p`: how likely so large a difference is if they were alike."""
+
+    base: Interval
+    tuned: Interval
+    difference: Interval
+    p: float | None
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Rows [R, N] -> their means; rows [R, N, 2] of (value, weight) -> the sums of values by the sums of weights."""
+    return values.mean(1) if values.ndim == 2 else values[..., 0].sum(1) / values[..., 1].sum(1)
+
+
+def each(score: Callable[[np.ndarray], float]) -> Statistic:
+    """The statistic that scores one draw [N, ...] after the other."""
+    return lambda values: np.array([score(draw) for draw in values])
+
+
+def interval(values: np.ndarray, statistic: Statistic = mean, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The statistic of rows [N, ...] with its bootstrap interval."""
+    drawn = [statistic(values[rows]) for rows in _resampled(len(values), resamples, seed)]
+    return _interval(_whole(statistic, values), drawn)
+
+
+def paired(
+    base: np.ndarray,
+    tuned: np.ndarray,
+    statistic: Statistic = mean,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Paired:
+    """Compare the results of two models on the same rows: base and tuned [N, ...].
+
+    The difference (tuned - base) is resampled by pairs of rows (Koehn 2004, aclanthology.org/W04-3250); p is two-sided.
+    """
+    if len(base) != len(tuned):
+        raise ValueError(f"{len(base)} and {len(tuned)} rows; a paired test needs the same")
+    drawn = [(statistic(base[rows]), statistic(tuned[rows])) for rows in _resampled(len(base), resamples, seed)]
+    before, after = _whole(statistic, base), _whole(statistic, tuned)
+    return Paired(
+        _interval(before, [b for b, _ in drawn]),
+        _interval(after, [t for _, t in drawn]),
+        _interval(after - before, [t - b for b, t in drawn]),
+        _randomisation(base, tuned, statistic, after - before, resamples, seed),
+    )
+
+
+def _whole(statistic: Statistic, values: np.ndarray) -> float:
+    return float(statistic(values[None])[0])
+
+
+def _randomisation(base, tuned, statistic: Statistic, difference: float, resamples: int, seed: int) -> float | None:
+    """The share of swaps, with that of none, that come to a difference as large."""
+    if len(base) < FEWEST:
+        return None
+    rng = np.random.default_rng([seed, 1])
+    as_large = 0
+    for count in _chunks(len(base), resamples):
+        swap = rng.random((count, len(base))) < 0.5
+        swap = swap.reshape(*swap.shape, *[1] * (base.ndim - 1))
+        swapped = statistic(np.where(swap, base, tuned)) - statistic(np.where(swap, tuned, base))
+        as_large += int((np.abs(swapped) >= abs(difference) * (1 - 1e-9)).sum())
+    return (as_large + 1) / (resamples + 1)
+
+
+def _resampled(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of rows drawn with replacement, i64[R, N], a part of the resamples at a time."""
+    rng = np.random.default_rng([seed, 0])
+    for count in _chunks(n, resamples) if n >= FEWEST else ():
+        yield rng.integers(0, n, (count, n))
+
+
+def _chunks(n: int, resamples: int) -> list[int]:
+    size = max(1, AT_ONCE // n)
+    return [min(size, resamples - at) for at in range(0, resamples, size)]
+
+
+def _interval(value: float, drawn: Sequence[np.ndarray]) -> Interval:
+    if not drawn:
+        return Interval(value, None, None)
+    low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def exact_at_the_edge(interval: Interval, n: int) -> Interval:
+    """For a share of n rows that is 0 or 1, of which a bootstrap sees no other: the exact binomial interval.
+
+    Clopper and Pearson 1934; at the edge it has a closed form.
+    """
+    if n < FEWEST or interval.value not in (0.0, 1.0):
+        return interval
+    least = ((1 - LEVEL) / 2) ** (1 / n)
+    return Interval(0.0, 0.0, 1 - least) if interval.value == 0 else Interval(1.0, least, 1.0)
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p-values of several tests, adjusted so that one limit holds for all of them together (Holm 1979).
+
+    None, a test that could not be made, stays None and does not count.
+    """
+    adjusted: list[float | None] = list(ps)
+    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * ps[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def verdict(difference: float, p: float | None, better: int) -> str:
+    """ "better", "worse" or "no evidence", at a level of 5%.
+
+    Args:
+        better: 1 where more is better, -1 where less is.
+    """
+    if p is None or p >= 1 - LEVEL or difference == 0:
+        return "no evidence"
+    return "better" if difference * better > 0 else "worse"

@@ -1,0 +1,66 @@
+"""The models that an evaluation compares: what a path holds tuned, and the base it was tuned from."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune.evaluate.kept import key_of
+from jaxtune.generation import prepare
+from jaxtune.hf.load import load, resolve
+from jaxtune.hf.peft import load_adapter
+from jaxtune.hf.tuned import Source
+
+
+class System(NamedTuple):
+    """One model, ready to decode.
+
+    Attributes:
+        name: "base" or "tuned"; "model" where there is nothing to compare with.
+        module, params: a decoder.
+        identity: a hash that changes with the weights.
+    """
+
+    name: str
+    module: Any
+    params: Any
+    identity: str
+
+
+def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator[System]:
+    """Yield the base and the tuned model of a source, one after the other; of a model that is nobody's result, itself.
+
+    An adapter shares its base's weights; of two whole models only one is in memory at a time, if the caller keeps none.
+
+    Args:
+        base: False leaves the base out.
+        dtype: of activations.
+    """
+    if source.adapter is not None:
+        module, params = load(source.model, dtype=dtype)
+        below = _identity(source.model, str(dtype))
+        if base:
+            yield System("base", module, prepare(module, params), below)
+        tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
+        del params
+        yield System("tuned", module, prepare(module, tuned), key_of(below, _identity(source.adapter)))
+        return
+    named = ["tuned"] if source.run else ["model"]
+    folders = [source.model]
+    if source.run and base:
+        named, folders = ["base", "tuned"], [resolve(source.base), source.model]
+    for name, folder in zip(named, folders, strict=True):
+        module, params = load(folder, dtype=dtype)
+        yield System(name, module, prepare(module, params), _identity(folder, str(dtype)))
+
+
+def _identity(folder: Path, *more: Any) -> str:
+    """A hash of configs and weights: their bytes up to 64 MiB a file, beyond that sizes and times of change."""
+    found = []
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        stat = file.stat()
+        if stat.st_size <= 2**26:
+            found.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
+        else:
+            found.append([file.name, stat.st_size, stat.st_mtime_ns])
+    return key_of(found, *more)

@@ -1,0 +1,222 @@
+"""eval.json on the page of a run, on its card and between runs: the figures, their places, broken files."""
+
+import copy
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_report import HOSTILE, Page, make_run
+
+from jaxtune.card import model_card, put_evaluation
+from jaxtune.cli import main
+from jaxtune.errors import UserError
+from jaxtune.report import write_report
+
+
+def cell(value, low, high):
+    return {"value": value, "low": low, "high": high}
+
+
+def entry(label, base, tuned, verdict, p, *, share, better=1, rows=200):
+    difference = cell(tuned[0] - base[0], tuned[1] - base[2], tuned[2] - base[1])
+    parts = {"base": cell(*base), "tuned": cell(*tuned), "difference": difference, "p": p, "verdict": verdict}
+    return {"label": label, "better": better, "share": share, "rows": rows} | parts
+
+
+LOSS = entry("held-out loss", (3.5, 3.0, 4.0), (1.25, 1.0, 1.5), "better", 0.0005, share=False, better=-1)
+EXACT = entry("exact match", (0.25, 0.1, 0.4), (0.2, 0.1, 0.3), "worse", 0.04, share=True)
+F1 = entry("words in common (F1)", (0.5, 0.4, 0.6), (0.51, 0.4, 0.62), "no evidence", 0.4321, share=True)
+EVALUATION = {
+    "held_out": {
+        "data": ["data/eval.jsonl"],
+        "rows": 200,
+        "metrics": {"loss": LOSS, "exact_match": EXACT, "token_f1": F1},
+        "groups": {
+            "column": "language",
+            "rows": {"de": 80, "en": 120},
+            "metrics": {"exact_match": {"de": EXACT | {"rows": 80}, "en": EXACT | {"rows": 120}}},
+        },
+        "labels": {"names": ["ham", "spam"], "confusion": {"base": [[90, 10], [60, 40]], "tuned": [[95, 5], [7, 93]]}},
+        "samples": [{"prompt": "Where is it?", "expected": "on the way", "before": "lost", "after": "on its way"}],
+        "notes": ["3 of 203 rows have no prompt."],
+    },
+    "tasks": {
+        "results": {"base": {"arc": {"acc": {"value": 0.5}}}, "tuned": {"arc": {"acc": {"value": 0.75, "stderr": 0.1}}}}
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = make_run(tmp_path / "quick")
+    (folder / "eval.json").write_text(json.dumps(EVALUATION))
+    return folder
+
+
+def test_the_figures_are_those_of_the_file(run):
+    page = Page(write_report(run))
+    assert page.row("held-out loss")[2:] == ["3.5[3, 4]", "1.25[1, 1.5]", "−2.25[−3, −1.5]", "better (p < 0.001)"]
+    assert page.row("exact match")[2:] == [
+        "25.0%[10.0, 40.0]",
+        "20.0%[10.0, 30.0]",
+        "−5.0[−30.0, +20.0]",
+        "worse (p = 0.040)",
+    ]
+    assert page.row("words in common (F1)")[-1] == "no evidence (p = 0.432)"
+    assert page.row("de")[1] == "80" and page.row("en")[1] == "120"
+    assert page.row("spam") == ["spam", "60", "40"]  # the base's table comes first
+    assert page.row("arc") == ["arc", "acc", "0.5000", "0.7500 ± 0.1000"]
+    assert "3 of 203 rows have no prompt." in page.text
+    assert "Where is it?" in page.text and "two red mugs" not in page.text
+
+
+def test_the_summary_has_three_sentences_and_counts_the_verdicts(run):
+    lead = html.unescape(re.search(r'<p class="lead">(.*?)</p>', write_report(run).read_text())[1])
+    said = (
+        "on 200 held-out rows, 1 of 3 metrics are better than the base's, 1 worse, 1 without evidence of a difference."
+    )
+    assert said in lead
+    assert len(re.findall(r"[.](?= |$)", lead)) == 3
+
+
+def test_nothing_in_it_is_markup(run):
+    evaluation = copy.deepcopy(EVALUATION)
+    held = evaluation["held_out"]
+    held["metrics"][HOSTILE] = EXACT | {"label": HOSTILE}
+    held["groups"] = {"column": HOSTILE, "rows": {}, "metrics": {HOSTILE: {HOSTILE: EXACT}}}
+    held["labels"]["names"] = [HOSTILE, "x"]
+    held["samples"][0] = dict.fromkeys(("prompt", "expected", "before", "after"), HOSTILE)
+    held["notes"] = [HOSTILE]
+    evaluation["tasks"]["results"] = {HOSTILE: {HOSTILE: {HOSTILE: {"value": 1.0}}}}
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    page = Page(write_report(run))
+    assert not any(tag in ("img",) or "onerror" in attrs for tag, attrs in page.tags)
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == len(page.scripts)
+    assert all("alert" not in text for kind, text in page.scripts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e["held_out"]["metrics"]["loss"].pop("label"),
+        lambda e: e["held_out"]["metrics"]["loss"]["tuned"].update(value="low"),
+        lambda e: e["held_out"]["metrics"]["loss"]["base"].update(high=float("nan")),
+        lambda e: e["held_out"]["metrics"]["loss"].update(verdict="great"),
+        lambda e: e["held_out"].update(rows="many"),
+        lambda e: e["held_out"].update(metrics=[]),
+        lambda e: e["tasks"].update(results={"base": {"a": {"acc": {"value": "x"}}}}),
+    ],
+)
+def test_a_broken_file_is_named(run, change):
+    evaluation = copy.deepcopy(EVALUATION)
+    change(evaluation)
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    with pytest.raises(UserError, match=r"eval\.json is not what jaxtune eval writes"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "train", "since"),
+    [
+        ([3.0, 2.0, 2.2, 2.4], [3.0, 2.0, 1.0, 0.5], 10),
+        ([3.0, 2.0, 2.2, 2.4], [3.0, 2.0, 2.1, 2.2], None),  # training rises, too
+        ([3.0, 2.5, 2.0, 2.4], [3.0, 2.0, 1.0, 0.5], None),  # one evaluation may be noise
+        ([3.0, 2.0, 2.001, 2.4], [3.0, 2.0, 1.0, 0.5], None),  # flat first
+        ([3.0, 2.5, 2.2, 2.0], [3.0, 2.0, 1.0, 0.5], None),
+    ],
+)
+def test_overfitting_is_told_with_its_step(tmp_path, held_out, train, since):
+    lines = []
+    for i, (e, t) in enumerate(zip(held_out, train, strict=True)):
+        lines += [{"step": 10 * i, "eval/loss": e, "train/loss": t}]
+    page = Page(write_report(make_run(tmp_path / "run", lines=lines)))
+    assert (f"Overfitting since step {since}:" in page.text) if since else ("Overfitting" not in page.text)
+
+
+def test_figures_of_an_earlier_step_are_left_out(run):
+    for step, there in ((40, True), (39, False)):  # the run has 40
+        evaluation = {"held_out": EVALUATION["held_out"] | {"step": step}}
+        (run / "eval.json").write_text(json.dumps(evaluation))
+        assert ("200 held-out rows" in Page(write_report(run)).text) is there
+
+
+def test_the_card_says_the_same_once(tmp_path):
+    card = tmp_path / "README.md"
+    plain = model_card(name="adapter", base="b", adapter=True, notes=["A note."])
+    card.write_text(plain)
+    put_evaluation(card, EVALUATION)
+    first = card.read_text()
+    assert "| held-out loss | 3.5 [3, 4] | 1.25 [1, 1.5] | −2.25 [−3, −1.5] | better (p < 0.001) |" in first
+    assert "| arc | acc | 0.5000 | 0.7500 |" in first
+    put_evaluation(card, EVALUATION)
+    assert card.read_text() == first
+    head, _, rest = first.partition("<!-- evaluation -->")
+    assert head + rest.partition("<!-- end of evaluation -->\n\n")[2] == plain
+
+
+def test_runs_are_compared_by_what_was_measured(tmp_path, capsys):
+    runs = [make_run(tmp_path / name) for name in ("a", "b", "c")]
+    other = copy.deepcopy(EVALUATION)
+    other["held_out"]["metrics"]["loss"]["tuned"] = cell(0.5, 0.25, 0.75)
+    for run, evaluation in zip(runs[:2], (EVALUATION, other), strict=True):
+        (run / "eval.json").write_text(json.dumps(evaluation))
+    assert main(["compare", *map(str, runs)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Not evaluated: c" in said and "different rows" not in said
+    page = Page(tmp_path / "report.html")
+    table = {row[0]: row[1:] for row in page.rows if "[" in "".join(row)}
+    assert table["a"] == ["200", "1.25 [1, 1.5]", "20.0% [10.0, 30.0]", "51.0% [40.0, 62.0]"]
+    assert table["b"][1] == "0.5 [0.25, 0.75]"
+    other["held_out"]["rows"] = 100
+    (runs[1] / "eval.json").write_text(json.dumps(other))
+    assert main(["compare", *map(str, runs)]) == 0
+    assert "different rows" in " ".join(capsys.readouterr().out.split())
+    assert main(["compare", str(runs[0])]) == 2
+    assert "two runs or more" in capsys.readouterr().err
+
+
+PROBE = """<script>
+const said = {errors: []};
+addEventListener('error', e => said.errors.push(e.message));
+addEventListener('load', () => {
+  said.width = innerWidth;
+  said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const at = [...document.querySelectorAll('.whiskers')].map(box => [...box.querySelectorAll('span')].map(row => {
+    const [whole, dot, bar] = [row, row.querySelector('b'), row.querySelector('i')].map(e => e.getBoundingClientRect());
+    const place = x => (x - whole.left) / whole.width;
+    return [place((dot.left + dot.right) / 2), place(bar.left), place(bar.right)];
+  }));
+  said.loss = at[0]; said.exact = at[1];
+  const light = e => getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0);
+  const page = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0);
+  said.page = page;
+  said.contrast = Math.min(...[...document.querySelectorAll('td,th,h2,summary')].map(e => Math.abs(light(e) - page)));
+  document.body.replaceChildren(JSON.stringify(said));
+});
+</script>"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(420, 0), (1200, 1)], ids=["narrow and dark", "wide and light"])
+def test_the_page_in_a_browser(run, tmp_path, width, scheme):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium to open the page in")
+    page = tmp_path / "probe.html"
+    page.write_text(write_report(run).read_text().replace("<body>", "<body>" + PROBE))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'}"
+    flags += f" --window-size={width},900 --blink-settings=preferredColorScheme={scheme}"
+    command = [browser, *flags.split(), "--dump-dom", page.as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    said = json.loads(re.search(r"<body>(.*?)</body>", dumped, re.DOTALL)[1])
+    assert said["errors"] == [] and said["overflow"] <= 0
+    assert (said["page"] < 200) == (scheme == 0)
+    assert said["contrast"] > 250
+    # The loss is drawn over the span of its intervals, 1 to 4; a share from 0 to 1.
+    for (dot, left, right), (value, low, high) in zip(said["loss"], [(3.5, 3, 4), (1.25, 1, 1.5)], strict=True):
+        assert [dot, left, right] == pytest.approx([(x - 1) / 3 for x in (value, low, high)], abs=0.01)
+    for (dot, left, right), want in zip(said["exact"], [(0.25, 0.1, 0.4), (0.2, 0.1, 0.3)], strict=True):
+        assert [dot, left, right] == pytest.approx(want, abs=0.01)
