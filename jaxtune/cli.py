@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "init": ("jaxtune.commands.init", "look at a data file and write a config for it"),
+    "data": ("jaxtune.commands.data", "read the data of a config as training does, and say what is wrong with it"),
+    "plan": ("jaxtune.commands.plan", "say what models and methods cost, and whether they fit a device"),
     "train": ("jaxtune.commands.train", "tune a model as a config file says; start again to go on"),
+    "sweep": ("jaxtune.commands.sweep", "train many settings together, in one step where they allow it"),
     "generate": ("jaxtune.commands.generate", "continue prompts, or chat, with a run or a model"),
+    "eval": ("jaxtune.commands.eval", "measure a run against its base on held-out rows or tasks"),
     "export": ("jaxtune.commands.export", "write a run as a Hugging Face model directory"),
     "report": ("jaxtune.commands.report", "write the report of a run again"),
+    "compare": ("jaxtune.commands.compare", "several runs in one table and on one page"),
     "params": ("jaxtune.commands.params", "show which parameters a config would train"),
 }
 
@@ -48,6 +53,9 @@ EXIT_STATUS = """exit status
 
 def run() -> None:
     """Console entry point."""
+    if not any(word.startswith("--tasks") for word in sys.argv):  # whose data sets are hashed with torch's help
+        # transformers imports torch wherever it finds it: seconds, and 300 MiB. None says that there is none.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     sys.exit(main())
 
 
@@ -127,6 +135,7 @@ def parse(
     *,
     usage: str = "",
     required: Iterable[str] = REQUIRED,
+    sweeps: bool = False,
 ) -> tuple["FrozenConfigDict", SimpleNamespace]:
     """Read the command line of a command that has a config.
 
@@ -135,16 +144,20 @@ def parse(
       flags: name without dashes (`"workdir"`, `"dry-run"`) -> Flag.
       usage: the first lines of `--help`.
       required: settings that must be given.
+      sweeps: whether `--sweep.section.key=v1,v2` are flags, too.
 
     Returns:
-      (config, options): options has one attribute a flag (`options.dry_run`), and `config_file`, as given or None.
+      (config, options): options has one attribute a flag (`options.dry_run`), and `config_file`, as given or None. With
+      `sweeps` also `sweep`, path -> text, and `resolve`, which takes more settings as text and returns another config.
 
     Raises:
       Help: `--help` was given. Raised before ml_collections is imported.
       UserError: an unknown flag, a flag without value, and all that `resolve` and `load_file` refuse.
     """
-    options, settings = _scan(argv, dict(flags or {}), {}, usage, with_config=True)
+    options, settings = _scan(argv, dict(flags or {}), {}, usage, with_config=True, with_sweep=sweeps)
     overrides, source = load_file(options.config_file) if options.config_file else ({}, "the config")
+    if sweeps:
+        options.resolve = lambda more: resolve(overrides, settings | dict(more), source=source)
     return resolve(overrides, settings, source=source, required=required), options
 
 
@@ -163,7 +176,12 @@ def parse_options(
 
 
 def _scan(
-    argv: Sequence[str], flags: dict[str, Flag], arguments: dict[str, Flag], usage: str, with_config: bool
+    argv: Sequence[str],
+    flags: dict[str, Flag],
+    arguments: dict[str, Flag],
+    usage: str,
+    with_config: bool,
+    with_sweep: bool = False,
 ) -> tuple[SimpleNamespace, dict[str, str]]:
     """Split argv into options and settings (path -> text)."""
     if with_config:
@@ -172,6 +190,7 @@ def _scan(
         raise Help(_command_help(usage, flags, arguments, with_config))
     options: dict[str, Any] = {}
     settings: dict[str, str] = {}
+    sweep: dict[str, str] = {}
     positionals: list[str] = []
     queue = deque(argv)
     while queue:
@@ -182,6 +201,12 @@ def _scan(
         elif with_config and token.startswith(("--config.", "--noconfig.")):
             path, text = _setting_text(token, queue)
             settings[path] = text
+        elif with_sweep and token.startswith("--sweep."):
+            head, equals, text = token.partition("=")
+            path = head.removeprefix("--sweep.")
+            if path in sweep:
+                raise UserError(f"{head} is given twice")
+            sweep[path] = text if equals else _next(head, queue)
         elif not token.startswith("--") or name not in flags:
             raise UserError(f"unknown flag {token.partition('=')[0]}.{_nearest_flag(name, flags, with_config)}")
         elif flags[name].type is list:
@@ -198,6 +223,8 @@ def _scan(
         options.setdefault(name, flag.default)
     if with_config:
         options["config_file"] = options.pop("config")
+    if with_sweep:
+        options["sweep"] = sweep
     return SimpleNamespace(**{name.replace("-", "_"): value for name, value in options.items()}), settings
 
 

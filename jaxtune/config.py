@@ -75,6 +75,10 @@ SECTIONS = {
     "model": "the pretrained model",
     "tune": "what is trained",
     "tune.lora": "the adapters of tune.method=lora, in PEFT's names",
+    "tune.ia3": "the vectors of tune.method=ia3, in PEFT's names",
+    "tune.prompt_tuning": "the soft prompt of tune.method=prompt_tuning",
+    "tune.last_n": "what tune.method=last_n trains",
+    "tune.regex": "what tune.method=regex trains",
     "data": "rows in, token batches out",
     "objective": "the loss",
     "optim": "the optimizer and its schedule",
@@ -87,7 +91,18 @@ Paths = tuple[Path, ...]
 Numbers = tuple[float, ...]
 Columns = dict[str, str]
 Targets = str | tuple[str, ...]
+Names = tuple[str, ...]
+ClassWeights = str | tuple[float, ...]
 
+TASKS = ("causal_lm", "sequence_classification", "token_classification")
+PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
+POOLINGS = ("auto", "cls", "mean", "last")
+Integers = tuple[int, ...]
+Ranks = tuple[tuple[str, int], ...]
+Alphas = tuple[tuple[str, float], ...]
+
+ADAPTERS = ("lora", "ia3", "prompt_tuning")  # their result is a PEFT directory
+METHODS = (*ADAPTERS, "full", "head", "bitfit", "norms", "embeddings", "last_n", "regex")
 FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text")
 
 SETTINGS = (
@@ -98,15 +113,31 @@ SETTINGS = (
     Setting("model.dtype", str, "auto", "auto: bfloat16 on GPU, float32 on CPU", ("auto", "float32", "bfloat16")),
     Setting("model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "xla", "cudnn")),
     Setting("model.remat", str, "none", "recomputed to save memory", ("none", "full", "dots", "attention")),
+    Setting("model.quantization", str, "none", "of the frozen body, while it is read", ("none", "nf4", "int8", "fp8")),
     Setting("model.unroll", int, 1, "layers unrolled in each step of the scan; copies weights", range=AT_LEAST_1),
     #
-    Setting("tune.method", str, "lora", "adapters, all weights, or final norm and LM head", ("lora", "full", "head")),
+    Setting("tune.method", str, "lora", "adapters, all weights, or a part of them (head: final norm too)", METHODS),
     Setting("tune.lora.r", int, 8, "rank", range=AT_LEAST_1),
     Setting("tune.lora.lora_alpha", float, 8.0, "the update is scaled by lora_alpha / r", range=POSITIVE),
     Setting("tune.lora.lora_dropout", float, 0.0, "on the input of the adapters", range=BELOW_1),
     Setting("tune.lora.target_modules", Targets, "all-linear", "all-linear, module names, or a regex over full names"),
     Setting("tune.lora.bias", str, "none", "which biases are trained too", ("none", "all", "lora_only")),
     Setting("tune.lora.use_rslora", bool, False, "scale by lora_alpha / sqrt(r)"),
+    Setting("tune.lora.use_dora", bool, False, "train direction and magnitude apart (DoRA)"),
+    Setting("tune.lora.init_lora_weights", str, "default", "how adapters begin", ("default", "gaussian", "pissa")),
+    Setting("tune.lora.rank_pattern", Ranks, None, "other ranks for modules whose names end in a regex"),
+    Setting("tune.lora.alpha_pattern", Alphas, None, "other alphas, as rank_pattern"),
+    Setting("tune.lora.layers_to_transform", Integers, None, "numbers of the layers with adapters; default: all"),
+    Setting("tune.lora.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
+    Setting("tune.lora.modules_to_save", Names, None, "modules that are trained whole, such as embed_tokens,lm_head"),
+    Setting("tune.lora.trainable_token_indices", Integers, None, "rows of the token embedding that are trained"),
+    Setting("tune.ia3.target_modules", Targets, ("k_proj", "v_proj", "down_proj"), "module names or a regex"),
+    Setting("tune.ia3.feedforward_modules", Targets, ("down_proj",), "targets whose input is scaled, not the output"),
+    Setting("tune.ia3.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
+    Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=AT_LEAST_1),
+    Setting("tune.prompt_tuning.init", str, "vocab", "rows of the embedding, or N(0, 1)", ("vocab", "random")),
+    Setting("tune.last_n.layers", int, 2, "blocks from the top, trained with the final norm", range=AT_LEAST_1),
+    Setting("tune.regex.pattern", str, ".*", "over whole HF names: model.layers.0.mlp.up_proj.weight"),
     #
     Setting("data.train", Paths, None, "files, directories or hub ids (required)"),
     Setting("data.weights", Numbers, None, "how often each source is drawn; default: by its size", range=ALL_POSITIVE),
@@ -122,11 +153,16 @@ SETTINGS = (
     Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),
     #
-    Setting("objective.name", str, "causal_lm", "the task", ("causal_lm",)),
+    Setting("objective.name", str, "causal_lm", "the task", TASKS),
+    Setting("objective.problem_type", str, "auto", "auto: the model's, else one label a text", PROBLEM_TYPES),
+    Setting("objective.labels", Names, None, "names of the labels in order; default: the model's, else the data's"),
+    Setting("objective.class_weights", ClassWeights, None, "of the loss: balanced, or a number for each label"),
+    Setting("objective.pooling", str, "auto", "from tokens to a text; auto: the family's", POOLINGS),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
     #
     Setting("optim.name", str, "adamw", "the optimizer", ("adamw", "sgd", "lion")),
     Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
+    Setting("optim.loraplus_lr_ratio", float, 1.0, "LoRA+: the rate of B is this times lr", range=POSITIVE),
     Setting("optim.schedule", str, "cosine", "from the peak to min_lr_ratio of it", ("constant", "linear", "cosine")),
     Setting("optim.warmup", float, 0.03, "below 1: share of the steps; from 1: steps", range=SHARE_OR_STEPS),
     Setting("optim.min_lr_ratio", float, 0.0, "where the schedule ends, as a share of lr", range=UP_TO_1),
@@ -187,7 +223,10 @@ OTHER_NAMES = {
     "logging_steps": "log.every",
 }
 
-DEFAULT_LR = {"full": 1e-5, "lora": 2e-4, "head": 1e-3}
+DEFAULT_LR = {
+    **{"full": 1e-5, "lora": 2e-4, "head": 1e-3, "bitfit": 1e-3, "norms": 1e-3, "embeddings": 1e-4},
+    **{"last_n": 1e-5, "regex": 1e-5, "ia3": 3e-3, "prompt_tuning": 3e-2},
+}
 
 # Defaults that follow from other settings: what is left None becomes a value in the resolved config.
 DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -221,7 +260,11 @@ def _no_eval_data(values: Mapping[str, Any]) -> bool:
 
 
 IDLE = (
-    Idle(("tune.lora",), lambda v: v["tune.method"] != "lora", "tune.method is {tune.method}"),
+    *(
+        Idle((f"tune.{name}",), lambda v, name=name: v["tune.method"] != name, "tune.method is {tune.method}")
+        for name in ("lora", "ia3", "prompt_tuning", "last_n", "regex")
+    ),
+    Idle(("optim.loraplus_lr_ratio",), lambda v: v["tune.method"] != "lora", "tune.method is {tune.method}"),
     Idle(("optim.b1", "optim.b2"), lambda v: v["optim.name"] == "sgd", "optim.name is sgd"),
     Idle(("optim.eps",), lambda v: v["optim.name"] != "adamw", "optim.name is {optim.name}"),
     Idle(("optim.momentum",), lambda v: v["optim.name"] != "sgd", "optim.name is {optim.name}, not sgd"),
@@ -243,6 +286,29 @@ IDLE = (
         ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate.json"),
         _no_eval_data,
         "there is nothing to evaluate on: give data.eval or data.eval_fraction",
+    ),
+    Idle(
+        (
+            *("model.chat_template", "data.system", "data.format", "data.template", "data.completion_from"),
+            *("data.packing", "objective.z_loss", "evaluate.json"),
+        ),
+        lambda v: v["objective.name"] != "causal_lm",
+        "objective.name is {objective.name}",
+    ),
+    Idle(
+        ("objective.labels", "objective.class_weights"),
+        lambda v: v["objective.name"] == "causal_lm",
+        "objective.name is causal_lm",
+    ),
+    Idle(
+        ("objective.problem_type", "objective.pooling"),
+        lambda v: v["objective.name"] != "sequence_classification",
+        "objective.name is {objective.name}",
+    ),
+    Idle(
+        ("objective.labels", "objective.class_weights"),
+        lambda v: v["objective.problem_type"] == "regression",
+        "objective.problem_type is regression",
     ),
     Idle(("evaluate.max_new_tokens", "evaluate.rows"), lambda v: not v["evaluate.json"], "evaluate.json is off"),
 )
@@ -293,6 +359,33 @@ def _paths(value: Any) -> tuple[str, ...]:
     if isinstance(value, os.PathLike):
         value = (value,)
     return _sequence(value.split(",") if isinstance(value, str) else value, _path)
+
+
+def _class_weights(value: Any) -> str | tuple[float, ...]:
+    if isinstance(value, str):
+        if value != "balanced":
+            raise ValueError
+        return value
+    weights = _sequence(value, _number)
+    if min(weights) <= 0:
+        raise Explained("each must be above 0")
+    return weights
+
+
+def _pairs(item: Callable[[Any], Any]) -> Callable[[Any], tuple]:
+    """Checks ((regex, value), ...). A ConfigDict takes no dots in a key, so it cannot be a mapping."""
+
+    def check(value: Any) -> tuple:
+        pairs = _sequence(value, lambda pair: pair)
+        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+            raise ValueError
+        return tuple((_text(key), item(v)) for key, v in pairs)
+
+    return check
+
+
+def _pairs_of_text(item: Callable[[str], Any]) -> Callable[[str], tuple]:
+    return lambda text: tuple((_text(k), item(v)) for k, _, v in (pair.rpartition("=") for pair in text.split(",")))
 
 
 def _mapping(value: Any) -> dict[str, str]:
@@ -363,6 +456,36 @@ KINDS = {
         _mapping_of_text,
         _mapping,
     ),
+    Names: Kind(
+        "str,...",
+        "names (a,b on the command line, a tuple in a file)",
+        lambda text: tuple(map(_text, text.split(","))),
+        lambda value: _sequence(value, _text),
+    ),
+    ClassWeights: Kind(
+        "float,...",
+        "balanced, or numbers (1,2 on the command line, a tuple in a file)",
+        lambda text: _class_weights(text if text == "balanced" else tuple(map(float, text.split(",")))),
+        _class_weights,
+    ),
+    Integers: Kind(
+        "int,...",
+        "integers (1,2 on the command line, a tuple in a file)",
+        lambda text: tuple(int(item) for item in text.split(",")),
+        lambda value: _sequence(value, _integer),
+    ),
+    Ranks: Kind(
+        "regex=int,...",
+        "pairs (q_proj=4,layers.0=8 on the command line, a tuple of pairs in a file)",
+        _pairs_of_text(int),
+        _pairs(_integer),
+    ),
+    Alphas: Kind(
+        "regex=float,...",
+        "pairs (q_proj=4,layers.0=8 on the command line, a tuple of pairs in a file)",
+        _pairs_of_text(lambda text: _number(float(text))),
+        _pairs(_number),
+    ),
     Targets: Kind("str,...", "all-linear, module names (a,b or a tuple) or a regex", _targets, _targets),
 }
 
@@ -399,7 +522,8 @@ def resolve(
     """Merge defaults, a file's overrides and the command line, check everything, and return the frozen config.
 
     Args:
-      overrides: nested, with keys of the schema only. None takes a setting back to its default.
+      overrides: nested, with keys of the schema only. None takes a setting back to its default. What loses its effect
+        by a flag is taken back with it.
       flags: setting path -> text as typed on the command line; wins over `overrides`; "none" takes back.
       source: what an error calls `overrides`.
       required: settings that must be given.
@@ -413,14 +537,30 @@ def resolve(
     from ml_collections import FrozenConfigDict
 
     problems: list[str] = []
-    given = dict(_read_overrides(overrides or {}, source, problems))
-    given.update(_read_flags(flags or {}, problems))
-    given = {path: g for path, g in given.items() if g.value is not None}
-    values = {s.path: given[s.path].value if s.path in given else s.default for s in SETTINGS}
+    file = dict(_read_overrides(overrides or {}, source, problems))
+    given = file | dict(_read_flags(flags or {}, problems))
+    given, file = ({path: g for path, g in some.items() if g.value is not None} for some in (given, file))
+    values = _values(given)
     if not problems:
+        lost = _overruled(given, file)
+        given = {path: g for path, g in given.items() if path not in lost}
+        values = _values(given)
         problems = [*_missing(values, required), *_conflicts(values), *_idle(values, given)]
     _refuse(problems)
     return FrozenConfigDict(_nested(_derive(values)))
+
+
+def _values(given: Mapping[str, Given]) -> dict[str, Any]:
+    return {s.path: given[s.path].value if s.path in given else s.default for s in SETTINGS}
+
+
+def _overruled(given: Mapping[str, Given], file: Mapping[str, Given]) -> set[str]:
+    """Settings of the file that have an effect there, and none since the command line changed another: taken back.
+
+    So `--config.tune.method=full` makes a LoRA recipe one for full tuning.
+    """
+    idle = [p for rule in IDLE if rule.when(_values(given)) and not rule.when(_values(file)) for p in rule.paths]
+    return {path for path, g in file.items() if _within(path, idle) and given.get(path) is g}
 
 
 def notes(config: "ConfigDict") -> list[str]:
@@ -444,7 +584,7 @@ def _read_overrides(tree: Any, source: str, problems: list[str], prefix: str = "
             if path in SECTIONS and _is_mapping(value):
                 yield from _read_overrides(value, source, problems, f"{path}.")
             else:
-                yield path, Given(None if value is None else _checked(path, value, source), source)
+                yield path, Given(None if value is None else read_value(path, value, source), source)
         except UserError as error:
             problems.append(str(error))
 
@@ -453,12 +593,12 @@ def _read_flags(flags: Mapping[str, str], problems: list[str]) -> Iterator[tuple
     for path, text in flags.items():
         flag = f"--config.{path}={text}"
         try:
-            yield path, Given(None if text.lower() == "none" else _checked(path, text, flag), flag)
+            yield path, Given(None if text.lower() == "none" else read_value(path, text, flag), flag)
         except UserError as error:
             problems.append(str(error))
 
 
-def _checked(path: str, raw: Any, origin: str) -> Any:
+def read_value(path: str, raw: Any, origin: str) -> Any:
     """Return `raw` (text, if a flag is its origin) in the setting's type, within its choices and range."""
     setting = find_setting(path, origin)
     kind = KINDS[setting.type]
@@ -537,6 +677,14 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"train.batch_size={values['train.batch_size']} rows cannot be split into "
             f"train.grad_accum={values['train.grad_accum']} equal parts; choose a divisor of the batch size"
         )
+    labels = values["objective.labels"] or ()
+    if twice := next((name for name in labels if labels.count(name) > 1), None):
+        yield f"objective.labels has {twice!r} twice; each label has one name"
+    if values["objective.name"] != "causal_lm" and values["data.overlength"] == "split":
+        yield (
+            f"data.overlength=split has no meaning for {values['objective.name']}, whose labels belong to whole rows; "
+            "choose drop or truncate"
+        )
     sources, weights = values["data.train"] or (), values["data.weights"] or ()
     if len(sources) > 1 and weights and len(weights) != len(sources):
         yield f"data.weights has {len(weights)} numbers and data.train {len(sources)} sources; give one weight a source"
@@ -610,6 +758,12 @@ def check_resume(old: "ConfigDict", new: "ConfigDict") -> None:
             + "\n  ".join(lines)
             + "\nTake the differences back to go on with that run, or give another --workdir."
         )
+
+
+def overrides(config: "ConfigDict") -> list[tuple[str, Any]]:
+    """Return `(path, value)` of the settings that a config has beyond the defaults, as a file would give them."""
+    tree = _overrides_in_json(to_json(config), "config")
+    return [(path, g.value) for path, g in _read_overrides(tree, "config", [])]
 
 
 def _overrides_in_json(text: str, source: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from jaxtune.errors import UserError
 
@@ -58,11 +59,23 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     Raises:
         UserError: there is no room on the disk.
     """
+    with atomic_open(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path) -> Iterator[TextIO]:
+    """Give a UTF-8 file to write to; it becomes `path`, or replaces it, when the block ends well.
+
+    Raises:
+        UserError: there is no room on the disk.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with _plain_errors(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                yield file
             _fsync(temporary)
             os.replace(temporary, path)
         finally:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import UserError
-from jaxtune.weights import LoraWeight, is_weight, row_keys
+from jaxtune.weights import LoraWeight, is_weight, row_keys, virtual_tokens
 
 Array = jax.Array
 Prompt = str | list[dict[str, Any]]
@@ -80,7 +80,7 @@ def generate(
     """Continue prompts of any lengths.
 
     Args:
-        module, params: a decoder; leaves may be polymorphic, LoRA factors are merged first.
+        module, params: a decoder; leaves may be polymorphic: LoRA factors are merged, a soft prompt is put first.
         prompts: token ids, at least one a prompt.
         max_new_tokens: how many tokens are decoded at most.
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
@@ -99,7 +99,9 @@ def generate(
         UserError: an empty prompt, a token outside the vocabulary, a setting out of range, or a prompt that exceeds the
             model's positions with what is to be added.
     """
-    _check(module.spec, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
+    prefix = virtual_tokens(params)
+    _check(module.spec, prompts, max_new_tokens + len(prefix), temperature, top_p, top_k, batch_size)
+    prompts = [[*prefix, *prompt] for prompt in prompts]
     params = prepare(module, params)
     mode = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "plain"
     eos = jnp.asarray(sorted(set(eos_ids)), jnp.int32)
@@ -125,9 +127,10 @@ def prepare(module: Any, params: Any) -> Any:
     """
 
     def ready(path, leaf):
-        if isinstance(leaf, LoraWeight) and not is_weight(leaf.w):
+        # An adapted table stays one: merged, it would change the head that is tied to it.
+        if isinstance(leaf, LoraWeight) and not is_weight(leaf.w) and path[-1].key == "kernel":
             leaf = leaf.merge()
-        matrix = not is_weight(leaf) and path[-1].key in ("kernel", "embedding")
+        matrix = not is_weight(leaf) and path[-1].key not in ("scale", "bias")
         return leaf.astype(module.dtype) if matrix else leaf
 
     return jax.tree_util.tree_map_with_path(ready, params, is_leaf=is_weight)
@@ -293,7 +296,7 @@ def generate_text(
     ids = encode_prompts(tokenizer, prompts, chat)
 
     def watch(i: int, new: list[int]) -> bool:
-        text, stopped = cut(_decode_text(tokenizer, ids[i], new), stop)
+        text, stopped = cut(decode_new(tokenizer, ids[i], new), stop)
         if on_text:
             on_text(i, text)
         return stopped
@@ -301,7 +304,7 @@ def generate_text(
     if on_text or stop:
         settings |= {"watch": watch, "watch_every": 4 if on_text else 16}
     results = generate(module, params, ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids, **settings)
-    return [cut(_decode_text(tokenizer, p, new), stop)[0] for p, new in zip(ids, results, strict=True)]
+    return [cut(decode_new(tokenizer, p, new), stop)[0] for p, new in zip(ids, results, strict=True)]
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: bool = False) -> list[list[int]]:
@@ -334,7 +337,7 @@ def _render(tokenizer: Any, number: int, prompt: Prompt) -> str:
         raise UserError(f"Prompt {number}: the chat template refuses this conversation: {error}") from None
 
 
-def _decode_text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+def decode_new(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """The text of `new` as it stands after the prompt: sentencepiece drops the space before a text's first word."""
     whole, before = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt + new, prompt))
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)

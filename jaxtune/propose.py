@@ -469,7 +469,7 @@ def write_config(proposal: Proposal, title: str, command: str, findings: Sequenc
     docstring = "\n".join([title, "", f"    {command}", "", *found])
     lines = [f'"""{_in_docstring(docstring)}\n"""', "", "from ml_collections import ConfigDict", "", ""]
     sections = {c.path.partition(".")[0]: {} for c in proposal.choices}
-    if proposal["tune.method"] == "lora":
+    if any(c.path.startswith("tune.lora.") for c in proposal.choices):
         sections["tune"] = {"lora": {}}
     lines += ["def get_config():", f"    config = ConfigDict({_literal(sections)})"]
     for _, choices in groupby(proposal.choices, key=lambda c: c.path.partition(".")[0]):
@@ -496,7 +496,8 @@ def _literal(value: Any) -> str:
         return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_literal, value)) + ("," if len(value) == 1 else "") + ")"
-    return f"{value:g}" if isinstance(value, float) else repr(value)
+    short = f"{value:g}" if isinstance(value, float) else repr(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def _in_docstring(text: str) -> str:

@@ -14,12 +14,12 @@ trap forward TERM INT # before the command starts: a signal may come at once
 "$@" &
 pid=$!
 [[ -z $stopped ]] || forward
+# A signal that ends `wait` while the command ends makes bash forget the command's status: wait for what is over.
+while kill -0 "$pid" 2>/dev/null; do
+  sleep 0.2 || true
+done
 status=0
 wait "$pid" || status=$?
-while kill -0 "$pid" 2>/dev/null; do # a signal ended the wait, not the command
-  status=0
-  wait "$pid" || status=$?
-done
 
 if ((status == 3)); then
   # A job that was cancelled is COMPLETING by now: it stays cancelled.

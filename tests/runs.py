@@ -83,6 +83,28 @@ def compiled(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+def write_run(home, workdir, **data):
+    """The directory of a LoRA run that nobody trained: its adapter is drawn."""
+    import zoo
+
+    from jaxtune import config
+    from jaxtune.hf.load import load
+    from jaxtune.hf.peft import export_adapter
+
+    module, params = load(home / "model")
+    overrides = {
+        "model": {"path": str(home / "model")},
+        "data": {"train": str(home / "train.jsonl"), "cache": False, **data},
+    }
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config.to_json(config.resolve(overrides)))
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    tuned = zoo.with_lora(params, jax.random.key(0), r=2)
+    facts = {"method": "lora"}
+    export_adapter(module, tuned, workdir / "adapter", base=str(home / "model"), facts=facts)
+    return workdir
+
+
 def command(home, workdir, *flags, **settings):
     """`train ...` for the runs here; settings are written with two underscores for a dot, None takes one away."""
     chosen = {

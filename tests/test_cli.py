@@ -256,3 +256,18 @@ def test_python_m_jaxtune_is_the_command():
     done = subprocess.run([sys.executable, "-m", "jaxtune", "tarin"], cwd=REPO, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_does_not_import_torch(tmp_path):
+    """transformers does so where torch is installed, which costs seconds and 300 MiB."""
+    argv = ["jaxtune", "train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", "--dry-run"]
+    done = python(
+        "import sys; from importlib.util import find_spec; assert find_spec('torch')\n"
+        f"sys.argv = {argv!r}\n"
+        "from jaxtune.cli import run\n"
+        "try: run()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'transformers' in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('torch.')]"
+    )
+    assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def test_each_setting_has_a_section_a_meaning_and_a_default_that_passes_its_own_
         assert setting.section in c.SECTIONS
         assert setting.doc
         if setting.default not in (None, {}):
-            assert c._checked(setting.path, setting.default, "schema") == setting.default
+            assert c.read_value(setting.path, setting.default, "schema") == setting.default
     assert {s.section for s in c.SETTINGS} == set(c.SECTIONS)
 
 
@@ -241,9 +241,19 @@ def test_a_setting_without_effect_is_an_error(flags, idle, because):
 
 
 def test_a_setting_without_effect_in_a_file_can_be_taken_back():
-    said = refused({"tune": {"lora": {"r": 16}}}, {"tune.method": "full"})
+    file = {"tune": {"method": "full", "lora": {"r": 16}}}
+    said = refused(file, {})
     assert "my.py: tune.lora.r" in said
     assert "--config.tune.lora.r=none" in said
+    assert resolve(file, **{"tune.lora.r": "none"}).tune.lora.r == 8
+
+
+def test_a_flag_takes_back_what_it_leaves_without_effect_in_the_file():
+    file = {"tune": {"lora": {"r": 16}}, "evaluate": {"json": True, "rows": 5}, "data": {"eval": "b"}}
+    resolved = resolve(file, **{"tune.method": "full", "evaluate.json": "false"})
+    assert (resolved.tune.lora.r, resolved.evaluate.rows) == (8, 100)
+    said = refused(file, {"tune.method": "full", "tune.lora.r": "16"})  # what is typed is meant
+    assert "tune.lora.r has no effect" in said
 
 
 def test_a_setting_that_is_off_needs_no_effect():

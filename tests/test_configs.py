@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from runs import write_jsonl
+from test_classification_runs import write_encoder
 
 from jaxtune import cli, tiny
 
@@ -18,6 +20,20 @@ ROWS = {
     },
 }
 
+LABELLED = {
+    "token_classification": {"tokens": ["Two", "mugs"], "labels": ["B-number", "O"]},
+    **{f"classify_{method}": {"text": "Two mugs?", "label": "order"} for method in ("head", "lora", "full")},
+}
+
+
+def labelled(folder, name: str) -> list[str]:
+    """An encoder and two rows."""
+    (folder / "model").mkdir()
+    write_encoder(folder / "model")
+    other = {"tokens": ["blue"], "labels": ["O"]} if name.startswith("token") else {"text": "blue", "label": "colour"}
+    file = write_jsonl(folder / "rows.jsonl", [LABELLED[name], other])
+    return [f"--config.model.path={folder}/model", f"--config.data.train={file}"]
+
 
 @pytest.fixture
 def flags(tmp_path):
@@ -26,6 +42,8 @@ def flags(tmp_path):
     def make(name: str) -> list[str]:
         if name == "quickstart":
             return []
+        if name in LABELLED:
+            return labelled(tmp_path, name)
         rows = [ROWS.get(name, {"prompt": "Two mugs?", "completion": "Of course."})] * 8
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -109,6 +109,7 @@ def test_filters_against_the_definition(top_k, top_p):
         assert all(out[i] == row[i] for i in kept)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax_at_a_temperature():
     module, params = zoo.ours("llama")
     prompt, n, temperature = [5, 9, 11], 2048, 3.0
@@ -128,6 +129,7 @@ def test_top_k_1_is_greedy():
     assert generate(module, params, prompts(), max_new_tokens=6, temperature=2.0, top_k=1) == greedy
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_and_the_prompt_alone():
     module, params = zoo.ours("llama")
     settings = {"max_new_tokens": 12, "temperature": 2.0, "top_p": 0.95}
@@ -142,6 +144,7 @@ def test_draws_depend_on_the_seed_and_the_prompt_alone():
 # ------------------------------------------------------------------------------------------------- programs and shapes
 
 
+@pytest.mark.slow
 def test_one_program_serves_a_bucket():
     module, params = zoo.ours("qwen3")
     module = module.clone(unroll=2)  # programs of its own

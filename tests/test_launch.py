@@ -115,12 +115,13 @@ class Place:
 
     def start(self, *command: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        # A shell cannot trap what it inherits as ignored, and a test run may itself be under nohup.
-        inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        # A shell cannot trap what it inherits as ignored, and a test run may be under nohup or in the background.
+        inherited = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
         try:
             return subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **pipes)
         finally:
-            signal.signal(signal.SIGHUP, inherited)
+            for number, handler in inherited.items():
+                signal.signal(number, handler)
 
     def run(self, *command: str, status: int = 0) -> tuple[str, str]:
         return self.end(self.start(*command), status)
@@ -454,6 +455,17 @@ def test_a_job_that_is_stopped_goes_back_in_the_queue_and_goes_on(place):
     place.run(*job)
     assert (place.folder / "run" / "summary.json").exists()
     assert place.scontrol().count("requeue 100") == 1
+
+
+def test_a_job_that_ends_at_the_signal_keeps_its_status(place):
+    place.slurm()
+    place.env["SLURM_JOB_ID"] = "100"
+    # The command sends the signal itself and ends: the two meet.
+    place.stand_in("ends", '#!/usr/bin/env bash\ntrap "" TERM\nkill -s TERM $PPID\nexit 3\n')
+    runs = 30
+    for process in [place.start("launch/requeue.sh", "ends") for _ in range(runs)]:
+        place.end(process, 3)
+    assert place.scontrol().count("requeue 100") == runs
 
 
 def test_a_job_that_was_cancelled_stays_so(place):

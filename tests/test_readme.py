@@ -21,7 +21,7 @@ def reader():
 
 
 def test_every_example_is_short():
-    assert set(EXAMPLES) == {"loop", "sweep", "grad", "peft"}
+    assert set(EXAMPLES) == {"loop", "sweep", "grad", "adapt", "peft"}
     assert all(len(code.strip().splitlines()) < 20 for code in EXAMPLES.values())
 
 
@@ -46,6 +46,13 @@ def test_sweep_trains_each_member_at_its_own_rate(reader):
 def test_grad_exists_for_the_trainable_part_only(reader):
     exec(EXAMPLES["grad"], reader)
     assert jax.tree.structure(reader["grads"]) == jax.tree.structure(reader["trainable"])
+
+
+def test_adapted_model_is_the_merged_one(reader):
+    exec(EXAMPLES["adapt"], reader)
+    wanted = reader["model"].apply(reader["jaxtune"].merge(reader["lora"]), reader["x"])
+    assert len(reader["layouts"]) == 5
+    np.testing.assert_allclose(reader["y"], wanted, atol=1e-6)
 
 
 def test_peft_snippet_prints_pefts_line(reader, capsys):

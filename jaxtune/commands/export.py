@@ -6,7 +6,7 @@ from typing import Any
 from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError
 
-USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter] [--dtype=bfloat16]
+USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter [--bake]] [--dtype=bfloat16]
 
 Write a run, a PEFT adapter or a model as a Hugging Face directory: adapters are merged into their base, or kept as a
 PEFT directory with --adapter. OUT must not exist."""
@@ -18,6 +18,7 @@ ARGUMENTS = {
 FLAGS = {
     "merge": Flag("merge the adapter into its base (what is done anyway)", bool, False),
     "adapter": Flag("write the adapter alone", bool, False),
+    "bake": Flag("with --adapter: multiply scales into B, one rank for all: for engines without patterns", bool, False),
     "dtype": Flag("of the weights; default: the base's", choices=("float32", "bfloat16", "float16")),
     "base": Flag("directory or hub id of the adapter's base; default: the one that it names"),
     "allow-other-base": Flag("also where the adapter was made for a base of another name", bool, False),
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--merge and --adapter exclude each other.")
     if options.adapter and options.dtype:
         raise UserError("--dtype has no effect with --adapter: adapters are float32, as peft writes them.")
+    if options.bake and not options.adapter:
+        raise UserError("--bake has no effect without --adapter: a merged model has no scales.")
     from jaxtune.files import refuse_existing
 
     refuse_existing(options.out)
@@ -44,11 +47,16 @@ def main(argv: list[str]) -> None:
     module, params, config = open_source(source, any_base=options.allow_other_base)
     shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": source.tokenizer}
     if options.adapter:
-        notes = export_adapter(module, params, options.out, base=source.base, config=config, **shared)
+        where = {"base": source.base, "config": config, "bake": options.bake}
+        notes = export_adapter(module, params, options.out, **where, **shared)
     else:
         notes = export_model(
             module, params, options.out, base=source.model, tuned_from=source.base, dtype=options.dtype, **shared
         )
+    if source.run:
+        from jaxtune.card import carry_evaluation
+
+        carry_evaluation(source.run, options.out)
     for note in notes:
         print(note)
     print(f"written: {options.out}")

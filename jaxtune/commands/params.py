@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     def build(params):
         found.append(tree.count(*job.tuned(cfg, cfg_model, params)))
 
-    jax.eval_shape(build, cfg_model.module.abstract_params())
+    jax.eval_shape(build, cfg_model.abstract())
     [counts] = found
     if not counts.trainable:
         raise UserError("Nothing is left to train.")
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
 
 
 def _abstract_model(cfg):
-    from jaxtune import models
+    from jaxtune.commands.tasks import open_task
     from jaxtune.hf import load as hf
 
     folder = hf.resolve(cfg.model.path)
-    return folder, models.build(hf.read_config(folder)), cfg.model.init
+    return folder, open_task(cfg, hf.read_config(folder)), cfg.model.init, cfg.model.quantization

@@ -1,22 +1,25 @@
-"""`jaxtune report`: write the page of a run again, or one page that compares several."""
+"""`jaxtune report`: write the page of a run or a sweep again, or one page that compares several runs."""
 
 from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune report RUN [RUN ...] [--out=FILE.html]
+       jaxtune report SWEEP [--out=FILE.html]
 
-One run: writes its report.html again. Several: writes one page that compares them, beside the first.
+One run, or the directory of a sweep: writes its report.html again. Several runs: writes one page that compares them,
+beside the first.
 The page is a single file without references to others; it is opened in any browser, with no network."""
 
-ARGUMENTS = {"RUN": Flag("directories of runs (the --workdir of jaxtune train)", list, required=True)}
-FLAGS = {"out": Flag("the page to write; default: report.html in the run, or beside the first of several")}
+ARGUMENTS = {"RUN": Flag("directories of runs (the --workdir of jaxtune train), or of one sweep", list, required=True)}
+FLAGS = {"out": Flag("the page to write; default: report.html in the directory, or beside the first of several")}
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(argv, FLAGS, ARGUMENTS, usage=USAGE)
     from pathlib import Path
 
-    from jaxtune.report import write_comparison, write_report
+    from jaxtune.report import write_comparison, write_report, write_sweep
+    from jaxtune.report.sweep import is_sweep
 
     out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and out.suffix not in (".html", ".htm"):
@@ -24,4 +27,7 @@ def main(argv: list[str]) -> None:
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out={options.out}: there is no directory {out.parent}")
     runs = options.RUN
-    print(write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out))
+    if len(runs) > 1:
+        print(write_comparison(runs, out))
+    else:
+        print(write_sweep(runs[0], out) if is_sweep(Path(runs[0]).expanduser()) else write_report(runs[0], out))

@@ -9,11 +9,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.card import run_facts
+from jaxtune.card import carry_evaluation, run_facts
 from jaxtune.commands.job import as_stored, has_adapter, method_settings
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
+from jaxtune.loop import EARLY
+from jaxtune.models import auto_class
 
 
 def versions() -> dict[str, str]:
@@ -30,26 +32,28 @@ def versions() -> dict[str, str]:
     return found
 
 
-def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, generated) -> None:
+def finish(member, place, j, params, run, clock, generated) -> None:
     """Write adapter/ or model/, summary.json and report.html; print the table and the next commands."""
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
     from jaxtune.report import write_report
 
+    cfg, workdir = member.cfg, place.folder
     adapter = has_adapter(params)
     out = workdir / ("adapter" if adapter else "model")
     rows = read_metrics(workdir)
     summary = {
-        "trainable": j.counts.trainable,
-        "all": j.counts.all,
-        "groups": j.counts.groups,
+        "trainable": member.counts.trainable,
+        "all": member.counts.all,
+        "groups": member.counts.groups,
         "seconds": {k: round(v, 2) for k, v in clock.parts.items()},
         "device": jax.devices()[0].device_kind,
         "data": j.data.report.lines(),
-        "argv": ["jaxtune", "train", *argv],
-        "best": result.best,
-        "early_stop": result.early,
+        "argv": place.argv,
+        "best": run.best,
+        "early_stop": run.ended == EARLY,
         "samples": _samples(generated),
+        **place.facts,
     }
     facts = run_facts(json.loads((workdir / "config.json").read_text()), rows, summary)
     where = {
@@ -60,15 +64,19 @@ def finish(cfg, argv: list[str], workdir: Path, j, params, result, clock, genera
     }
     if adapter:
         settings = dict(method_settings(cfg))
-        notes = export_adapter(j.model.module, params, out, base=cfg.model.path, config=settings, mask=j.mask, **where)
+        notes = export_adapter(
+            j.model.module, params, out, base=cfg.model.path, config=settings, mask=member.mask, **where
+        )
     else:
-        params = as_stored(cfg, j.model, params, j.mask)
+        params = as_stored(cfg, j.model, params, member.mask)
         notes = export_model(j.model.module, params, out, base=j.model.folder, tuned_from=str(cfg.model.path), **where)
+    carry_evaluation(workdir, out)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
     atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = write_report(workdir)
-    _show(cfg, j, rows, clock, out, page, adapter, int(result.state.step))
+    if not j.stacked:
+        _show(member, rows, clock, out, page, adapter, auto_class(j.model.module))
     for note in notes:
         print(note)
 
@@ -100,10 +108,11 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
     return (values[0], values[-1]) if values else (None, None)
 
 
-def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool, steps: int) -> None:
+def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) -> None:
     console = Console(soft_wrap=True, highlight=False)
     table = Table("", "before", "after")
     shown = {"eval/loss": "held-out loss", "eval/json_valid": "valid JSON", "eval/json_exact": "all fields right"}
+    shown |= {"eval/accuracy": "accuracy", "eval/macro_f1": "macro F1", "eval/entity_f1": "entity F1"}
     for name, label in shown.items():
         before, after = _column(rows, name)
         if before is not None:
@@ -112,17 +121,17 @@ def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool, steps: int)
     if table.row_count:
         console.print(table)
     first, last = _column(rows, "train/loss")
-    console.print(str(j.counts))
+    console.print(str(member.counts))
     losses = "" if first is None else f"train loss {first:.4f} -> {last:.4f}; "  # none was logged before it stopped
-    console.print(f"{losses}{steps} steps; {sum(clock.parts.values()):.1f} s in all "
+    console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")
-    base, quoted = str(cfg.model.path), str(out)
+    base, quoted = str(member.cfg.model.path), str(out)
     if adapter:
         console.print(
             "load it with peft:\n"
-            "  from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
-            f"  model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {quoted!r})\n"
+            f"  from transformers import {auto}; from peft import PeftModel\n"
+            f"  model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), {quoted!r})\n"
             "with jaxtune:\n"
             f"  import jaxtune; module, params = jaxtune.load({base!r})\n"
             f"  params, mask, config = jaxtune.load_adapter(module, params, {quoted!r}, base={base!r})",
@@ -131,10 +140,11 @@ def _show(cfg, j, rows, clock, out: Path, page: Path, adapter: bool, steps: int)
     else:
         console.print(
             "load it with transformers:\n"
-            "  from transformers import AutoModelForCausalLM\n"
-            f"  model = AutoModelForCausalLM.from_pretrained({quoted!r})\n"
+            f"  from transformers import {auto}\n"
+            f"  model = {auto}.from_pretrained({quoted!r})\n"
             "with jaxtune:\n"
             f"  import jaxtune; module, params = jaxtune.load({quoted!r})",
             markup=False,
         )
-    console.print(f"or try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)
+    if auto == "AutoModelForCausalLM":
+        console.print(f"or try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)
