@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtune import data, optim, sweep, tree
 from jaxtune.commands.tasks import Task, open_task
 from jaxtune.config import ADAPTERS
+from jaxtune.curate import NOTE, DataReport, glance
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.files import cache_root
 from jaxtune.hf import load as hf
@@ -114,6 +116,12 @@ class Data:
     report: data.Report
     length: int
     prefix: Sequence[int] = ()  # virtual tokens before each row, within `length`
+    form: data.LabelForm | None = None
+
+    @cached_property
+    def glance(self) -> DataReport:
+        """What is wrong with the rows, as far as their tokens say."""
+        return glance(self.tokenizer, self.train, self.eval, self.report, self.form)
 
 
 def open_data(cfg: Any, model: Model) -> Data:
@@ -140,7 +148,7 @@ def open_data(cfg: Any, model: Model) -> Data:
         vocab_size=model.module.spec.vocab,
         cache=cfg.data.cache,
     )
-    return Data(tokenizer, train, held_out, report, length, prefix)
+    return Data(tokenizer, train, held_out, report, length, prefix, model.task.form)
 
 
 def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
@@ -149,6 +157,7 @@ def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
     if cfg.data.max_length is None:
         known = model.module.spec.positions
         lines.append(f"data.max_length is {d.length} by default (the model knows {known}).")
+    lines += [f"{f.severity}: {f.message}: {f.fix}." for f in d.glance.findings if f.severity != NOTE]
     return lines
 
 
