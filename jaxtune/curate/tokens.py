@@ -73,7 +73,7 @@ class EmptyMasks(SetCheck):
                 "empty_masks",
                 graded(len(never), len(rows)),
                 f"{share(len(never), len(rows))} of the training data have no token to train on and are dropped",
-                "a conversation needs an assistant's turn, a pair a completion; --write-clean leaves these rows out",
+                "a conversation needs an assistant's turn, a pair a completion; jaxtune data --write-clean drops them",
                 ledger.places(never, SHOWN),
                 len(never),
                 never,
