@@ -115,7 +115,7 @@ def class_balance(counts: Counter) -> Iterator[Finding]:
         yield Finding(
             "class_balance",
             WARNING,
-            f"{len(counts)} answers, unbalanced: {_named(most)} in {many:,} rows, {_named(least)} in {few:,}",
+            f"{len(counts)} classes, unbalanced: {_named(most)} {many:,} times, {_named(least)} {few:,}",
             "judge by macro-F1 rather than accuracy, and collect or repeat rows of the rare answers",
             tuple(f"{_named(value)}: {n:,} rows" for value, n in ordered[: -min(5, len(ordered)) - 1 : -1]),
         )

@@ -200,7 +200,10 @@ def examine(
     several = labels is not None and (labels.per_token or labels.several)
     balance = Balance((lambda example: classes(example, labels)) if several else None)
     packed = Packing(overlength, packing or labels is not None, rows_a_batch)
-    quality, drawn = TokenQuality(tokenizer, vocab_size), Samples(tokenizer, samples, labels)
+    quality, drawn = (
+        TokenQuality(tokenizer, vocab_size, labelled=labels is not None),
+        Samples(tokenizer, samples, labels),
+    )
     checks: list[Check] = [
         *(row_checks(tokenizer) if labels is None else label_row_checks(tokenizer)),
         NothingLeft(overlength),
@@ -294,7 +297,9 @@ def length_summary(lengths: np.ndarray) -> dict[str, Any]:
     """Percentiles and a histogram of rows by tokens, i64[N]; nothing where there is no row."""
     if not len(lengths):
         return {}
-    counts, edges = np.histogram(lengths, bins=np.unique(np.linspace(0, lengths.max() + 1, BINS + 1).astype(int)))
+    most, usual = int(lengths.max()), int(np.percentile(lengths, 99))
+    even = np.linspace(0, usual + 1, BINS) if most > 1.5 * usual else np.linspace(0, most + 1, BINS + 1)
+    counts, edges = np.histogram(lengths, bins=np.unique([*even.astype(int), most + 1]))  # a long tail is one bin
     percentiles = {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES}
     return {"lengths": {"percentiles": percentiles, "edges": edges.tolist(), "counts": counts.tolist()}}
 
