@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
     j = job.build(cfg, model, data)
     clock("load")
-    print(j.members[0].counts)
+    print(j.members[0].counts, *filter(None, [j.note]), sep="\n")
     if workdir is not None:
         job.check_room(workdir, cfg, j)
     if options.dry_run:
