@@ -303,9 +303,7 @@ def _message(where: str, message: object) -> dict:
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
     if not isinstance(role, str):
-        raise UserError(
-            f"{where}: no role. Fields found: {found}; expected role and content (or from and value)."
-        )
+        raise UserError(f"{where}: no role. Fields found: {found}; expected role and content (or from and value).")
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}.{nearest(role, ROLES)} Known: {', '.join(ROLES)}.")
     if isinstance(content, list):
