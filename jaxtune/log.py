@@ -21,9 +21,7 @@ class Metrics:
         self.file = self.path.open("a")
         self.writer = self.wandb = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.writer = Events(folder / "tensorboard", step + 1)
         if wandb:
             try:
                 import wandb as library
@@ -58,6 +56,32 @@ class Metrics:
             self.writer.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Events:
+    """A TensorBoard event file of scalars, written as they come; those from `purge_step` on in older files are void.
+
+    tensorboardX's own writer hands them to a thread, which dies on a full disk: the run then waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar, self._writer = Event, scalar, EventsWriter(str(folder / "events"))
+        self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step, summary=self._scalar(name, value))
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **what))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _lines(path: Path) -> list[tuple[str, dict]]:

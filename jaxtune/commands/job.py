@@ -452,6 +452,12 @@ def _left_behind(name: str) -> bool:
     )
 
 
+def check_is_folder(workdir: Path) -> None:
+    """Raise UserError if something stands at `workdir`, or at a folder above it, that is no folder."""
+    if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
+        raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
+
+
 def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, member: bool = False) -> bool:
     """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
 
@@ -460,6 +466,7 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, me
     """
     from jaxtune import config
 
+    check_is_folder(workdir)
     file = workdir / "config.json"
     if not file.exists():
         if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
