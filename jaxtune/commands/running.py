@@ -10,7 +10,7 @@ import jax
 
 from jaxtune import config, loop
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.commands import results
+from jaxtune.commands import job, results, sampling
 from jaxtune.commands.job import Job, Member
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
@@ -18,6 +18,7 @@ from jaxtune.log import Metrics, Progress, read_metrics
 from jaxtune.parallel import replicate, shard_batch
 from jaxtune.step import TrainState
 from jaxtune.sweep import stack, take
+from jaxtune.watch import Watch
 
 
 @dataclass
@@ -93,39 +94,42 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             f"The run in {places[0].folder} has done {start} steps, and this config asks for {last}; nothing was "
             "changed. Raise train.steps or train.epochs, or give another --workdir."
         )
-    progress = Progress(last, start, bar=cfg.log.progress)
+    progress = Progress(last, start, bar=cfg.log.progress, plot=cfg.log.plot, several=j.stacked)
     if found:
         progress.say(f"Going on after step {start} of {last}.")
-    runs = []
+    runs, after = [], start if found or first else -1
     for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
         _write_config(j, member, place)
-        runs.append(_open(j, member, place, lane, record, start if found or first else -1))
+        runs.append(_open(j, member, place, lane, record, after))
+        progress.recall(place.name, runs[-1].metrics.lines.kept)
+    samples = sampling.open_samples(j, {place.name: place.folder for place in places}, after, progress.say)
     if not found and not first:
         _generate_before(j, runs, generated)
     clock("setup")
+    training = loop.Loop(
+        state,
+        j.frozen,
+        j.step_fn,
+        j.batch_at,
+        _plan(j, last),
+        [run for run in runs if run.name in in_step],
+        dropped=[run for run in runs if run.name not in in_step],
+        put=j.put,
+        checkpoints=checkpoints,
+        progress=progress,
+        evaluate=_evaluation(j),
+        sample=samples,
+        take=take if j.stacked else None,
+    )
     try:
-        result = loop.fit(
-            state,
-            j.frozen,
-            j.step_fn,
-            j.batch_at,
-            _plan(j, last),
-            [run for run in runs if run.name in in_step],
-            dropped=[run for run in runs if run.name not in in_step],
-            put=j.put,
-            checkpoints=checkpoints,
-            progress=progress,
-            evaluate=_evaluation(j),
-            take=take if j.stacked else None,
-        )
+        training.run()
     finally:
         progress.close()
-        for run in runs:
-            run.metrics.close()
-        checkpoints.close()
+        for opened in (*(run.metrics for run in runs), samples, checkpoints):
+            if opened is not None:
+                opened.close()
     clock("train")
-
-    return Ended(runs, result.state)
+    return Ended(runs, training.state)
 
 
 def saved_state(j: Job, i: int, name: str, step: int | None, folders: Sequence[Path]) -> TrainState:
@@ -180,10 +184,11 @@ def _write_config(j: Job, member: Member, place: Place) -> None:
     atomic_write_text(place.folder / "config.json", text)
 
 
-def _metrics(cfg: Any, place: Place, step: int) -> Metrics:
+def _metrics(cfg: Any, place: Place, step: int, watch: Watch | None = None) -> Metrics:
     return Metrics(
         place.folder,
         step,
+        watch=watch,
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         config=json.loads(config.to_json(cfg)),
@@ -194,7 +199,7 @@ def _open(j: Job, member: Member, place: Place, lane: int, record: dict | None, 
     lr, shape = member.cfg.optim.lr, j.shape
     return loop.Run(
         place.name,
-        _metrics(member.cfg, place, step),
+        _metrics(member.cfg, place, step, Watch(job.rate_hint(member.cfg, j.model))),
         lr_at=lambda step: float(lr * shape(step)),
         places=member.batches.places,
         lane=lane,
