@@ -206,5 +206,5 @@ def _results(metrics: list[Mapping[str, Any]]) -> dict[str, Any]:
 def _versions(recorded: Mapping[str, str] | None) -> list[str]:
     if not recorded:
         recorded = {name: metadata.version(name) for name in ("jax", "flax", "optax", "transformers")}
-    # A run also records the fingerprint of its data there.
-    return [f"{name} {version}" for name, version in recorded.items() if name != "data"]
+    # A run also records the fingerprint of its data there, and where its features end.
+    return [f"{name} {version}" for name, version in recorded.items() if name not in ("data", "features")]

@@ -103,6 +103,7 @@ Alphas = tuple[tuple[str, float], ...]
 
 ADAPTERS = ("lora", "ia3", "prompt_tuning")  # their result is a PEFT directory
 METHODS = (*ADAPTERS, "full", "head", "bitfit", "norms", "embeddings", "last_n", "regex")
+AUTO = ("auto", "on", "off")
 FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text")
 
 SETTINGS = (
@@ -182,6 +183,8 @@ SETTINGS = (
     Setting("train.save_every", int, 0, "steps; 0: at evaluations and at the end", range=NOT_NEGATIVE),
     Setting("train.keep", int, 2, "checkpoints kept beside the best", range=AT_LEAST_1),
     Setting("train.early_stop", int, 0, "evaluations without improvement before stopping; 0: off", range=NOT_NEGATIVE),
+    Setting("train.cache_features", str, "auto", "what lies below all that is trained, computed once", AUTO),
+    Setting("train.cache_gib", float, 20.0, "most that such features of all runs take on disk", range=POSITIVE),
     Setting("train.seed", int, 0, "of the order of rows, dropout and initial values", range=SEED),
     #
     Setting("log.every", int, 10, "steps", range=AT_LEAST_1),
@@ -242,7 +245,8 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 RESUMABLE = frozenset(
     [
         *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches", "train.early_stop"),
-        *("train.save_every", "train.keep", "data.cache", "log", "evaluate"),
+        *("train.save_every", "train.keep", "train.cache_features", "train.cache_gib"),
+        *("data.cache", "log", "evaluate"),
     ]
 )
 
@@ -320,6 +324,7 @@ IDLE = (
         "evaluate.json, evaluate.samples and evaluate.prompts are off",
     ),
     Idle(("log.plot",), lambda v: not v["log.progress"], "log.progress is off"),
+    Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
 )
 
 

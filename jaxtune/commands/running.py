@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 from jaxtune import config, loop
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.commands import job, results, sampling
-from jaxtune.commands.job import Job, Member
+from jaxtune.commands.job import Job, Member, with_features
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.log import Metrics, Progress, read_metrics
@@ -94,42 +95,67 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             f"The run in {places[0].folder} has done {start} steps, and this config asks for {last}; nothing was "
             "changed. Raise train.steps or train.epochs, or give another --workdir."
         )
-    progress = Progress(last, start, bar=cfg.log.progress, plot=cfg.log.plot, several=j.stacked)
-    if found:
-        progress.say(f"Going on after step {start} of {last}.")
-    runs, after = [], start if found or first else -1
-    for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
-        _write_config(j, member, place)
-        runs.append(_open(j, member, place, lane, record, after))
-        progress.recall(place.name, runs[-1].metrics.lines.kept)
-    samples = sampling.open_samples(j, {place.name: place.folder for place in places}, after, progress.say)
-    if not found and not first:
-        _generate_before(j, runs, generated)
-    clock("setup")
-    training = loop.Loop(
-        state,
-        j.frozen,
-        j.step_fn,
-        j.batch_at,
-        _plan(j, last),
-        [run for run in runs if run.name in in_step],
-        dropped=[run for run in runs if run.name not in in_step],
-        put=j.put,
-        checkpoints=checkpoints,
-        progress=progress,
-        evaluate=_evaluation(j),
-        sample=samples,
-        take=take if j.stacked else None,
-    )
-    try:
+    j = _without_change(j, places[0])
+    with ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        progress = Progress(last, start, bar=cfg.log.progress, plot=cfg.log.plot, several=j.stacked)
+        opened.callback(progress.close)
+        if found:
+            progress.say(f"Going on after step {start} of {last}.")
+        if start < last:
+            with loop.stop_on_signal() as stopped:
+                j = with_features(j, progress.say, stopped)
+        clock("features")
+        runs, after = [], start if found or first else -1
+        for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
+            _write_config(j, member, place)
+            run = _open(j, member, place, lane, record, after)
+            opened.callback(run.metrics.close)
+            progress.recall(run.name, run.metrics.lines.kept)
+            runs.append(run)
+        samples = sampling.Samples(j, {place.name: place.folder for place in places}, after, progress.say)
+        opened.callback(samples.close)
+        if not found and not first:
+            _generate_before(j, runs, generated)
+        clock("setup")
+        training = loop.Loop(
+            state,
+            j.frozen,
+            j.step_fn,
+            j.batch_at,
+            _plan(j, last),
+            [run for run in runs if run.name in in_step],
+            dropped=[run for run in runs if run.name not in in_step],
+            put=j.put,
+            checkpoints=checkpoints,
+            progress=progress,
+            evaluate=_evaluation(j),
+            sample=samples,
+            take=take if j.stacked else None,
+        )
         training.run()
-    finally:
-        progress.close()
-        for opened in (*(run.metrics for run in runs), samples, checkpoints):
-            if opened is not None:
-                opened.close()
     clock("train")
     return Ended(runs, training.state)
+
+
+def _without_change(j: Job, place: Place) -> Job:
+    """The job with features cached, or not, as they were when the run began: the last bits of its numbers differ.
+
+    Raises:
+        UserError: they were, and cannot be now.
+    """
+    file = place.folder / "config.json"
+    before = json.loads(file.read_text()).get("versions", {}).get("features") if file.exists() else None
+    if before is None or j.members[0].cfg.train.cache_features != "auto":
+        return j
+    if before == "none":
+        return replace(j, features=None)
+    if j.features is None:
+        raise UserError(
+            f"The run in {place.folder} began on cached features, and now it would not: {j.note or 'it is too short.'} "
+            "Nothing was changed. Set train.cache_features=on or off; results differ in their last digits."
+        )
+    return j
 
 
 def saved_state(j: Job, i: int, name: str, step: int | None, folders: Sequence[Path]) -> TrainState:
@@ -180,7 +206,8 @@ def json_evaluations(j: Job) -> list[Any]:
 
 
 def _write_config(j: Job, member: Member, place: Place) -> None:
-    text = config.to_json(member.cfg, results.versions() | {"data": j.data.report.fingerprint})
+    facts = {"data": j.data.report.fingerprint, "features": str(j.features.cut) if j.features else "none"}
+    text = config.to_json(member.cfg, results.versions() | facts)
     atomic_write_text(place.folder / "config.json", text)
 
 

@@ -82,11 +82,11 @@ class Samples:
         """`folders`: name of a run -> its directory. `step`: what was written after it is dropped."""
         self.job, self.say = job, say
         self.prompts = prompts(job.members[0].cfg, job.model, job.data)
-        self.files = {name: JsonLines(folder / FILE, step) for name, folder in folders.items()}
+        self.files = {name: JsonLines(folder / FILE, step) for name, folder in folders.items() if self.prompts}
 
     def __call__(self, step: int, state: TrainState, runs: Sequence[loop.Run]) -> None:
         for lane, run in enumerate(runs):
-            if run.ended:
+            if run.ended or not self.prompts:
                 continue
             alone = self.job.alone(state, lane, self.job.members[run.lane])
             for prompt, text in zip(self.prompts, self._continued(self.job.params(alone)), strict=True):
@@ -111,9 +111,3 @@ class Samples:
 def _short(text: str) -> str:
     """On one line."""
     return " ".join(text.split())
-
-
-def open_samples(job: Any, folders: Mapping[str, Path], step: int, say: Callable[[str], None]) -> Samples | None:
-    """Return what writes the samples of a job; None where none are asked for."""
-    e = job.members[0].cfg.evaluate
-    return Samples(job, folders, step, say) if e.samples or e.prompts else None

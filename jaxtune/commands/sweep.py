@@ -327,6 +327,8 @@ class Sweep:
             self._built = None  # its arrays go first
             cfgs = [self.points[name].cfg for name in names]
             j = job.build_group(cfgs, *self.open(cfgs[0]))
+            if j.note:
+                print(j.note)
             job.check_room(self.folder, cfgs[0], j)
             self.clock("load")
             self._built = names, j, running.json_evaluations(j)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
     j = job.build(cfg, model, data)
     clock("load")
-    print(j.members[0].counts, *job.rate_hint(cfg, model), sep="\n")
+    print(j.members[0].counts, *filter(None, [j.note]), *job.rate_hint(cfg, model), sep="\n")
     if workdir is not None:
         job.check_room(workdir, cfg, j)
     sampling.prompts(cfg, model, data)
