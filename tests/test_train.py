@@ -58,7 +58,13 @@ def test_metrics_are_those_of_the_contract(alone):
     lines = read(alone)
     steps = [m for m in lines if "train/loss" in m]
     assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
-    assert all(set(m) == {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens"} for m in steps)
+    groups = [f"{part}/lora_{factor}" for part in ("attention", "mlp") for factor in "AB"]
+    by_group = {f"train/{metric}/{group}" for metric in ("grad_norm", "update_ratio") for group in groups}
+    named = {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens"}
+    assert all(set(m) == named | by_group for m in steps)
+    for m in steps:
+        squares = sum(m[f"train/grad_norm/{group}"] ** 2 for group in groups)
+        assert m["train/grad_norm"] == pytest.approx(squares**0.5, rel=1e-3)
     raw = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
     assert all(m["train/tokens_per_second"] > 0 for m in raw if "train/loss" in m)
     evaluations = [m for m in lines if "eval/loss" in m]

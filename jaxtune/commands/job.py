@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import data, optim, sweep, tree
+from jaxtune import data, optim, sweep, tree, watch
 from jaxtune.commands import extract
 from jaxtune.commands.tasks import Task, open_task
-from jaxtune.config import ADAPTERS
+from jaxtune.config import ADAPTERS, DEFAULT_LR
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.features import Extractor, above
 from jaxtune.files import cache_root
@@ -259,6 +259,15 @@ def make_tx(cfg: Any, shape: Callable[[Any], Any]) -> Any:
     )
 
 
+def rate_hint(cfg: Any, model: Model) -> list[watch.Finding]:
+    """What is to be said of the learning rate before the run."""
+    if cfg.optim.name != "adamw" or cfg.model.init == "random":  # a model that knows nothing takes other rates
+        return []
+    settings = method_settings(cfg)
+    scale = settings["lora_alpha"] / settings["r"] if "lora_alpha" in settings else 1.0
+    return watch.rate_hint(cfg.optim.lr, cfg.tune.method, DEFAULT_LR, width=model.module.spec.width, scale=scale)
+
+
 def build(cfg: Any, model: Model, d: Data) -> Job:
     """Load the weights and put everything on the devices, for one run."""
     return _build([cfg], model, d, stacked=False)
@@ -369,9 +378,9 @@ def _programs(
     loss_fn = model.task.loss(module or model.module, cfg, len(cfgs))
     tx = make_tx(cfg, shape)
     if not stacked:
-        return make_train_step(loss_fn, tx, mesh), make_eval_step(loss_fn, mesh)
-    shared = _one_order(cfgs)
-    return sweep.make_sweep_step(loss_fn, tx, mesh, shared_batch=shared), sweep.make_sweep_eval_step(loss_fn, mesh)
+        return make_train_step(loss_fn, tx, mesh, group=watch.group), make_eval_step(loss_fn, mesh)
+    step = sweep.make_sweep_step(loss_fn, tx, mesh, shared_batch=_one_order(cfgs), group=watch.group)
+    return step, sweep.make_sweep_eval_step(loss_fn, mesh)
 
 
 def _one_order(cfgs: Sequence[Any]) -> bool:

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.card import carry_evaluation, run_facts
-from jaxtune.commands.job import as_stored, has_adapter, method_settings
+from jaxtune.commands.job import as_stored, has_adapter, method_settings, rate_hint
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
 from jaxtune.loop import EARLY
 from jaxtune.models import auto_class
+from jaxtune.watch import findings
 
 
 def versions() -> dict[str, str]:
@@ -52,6 +53,7 @@ def finish(member, place, j, params, run, clock, generated) -> None:
         "argv": place.argv,
         "best": run.best,
         "early_stop": run.ended == EARLY,
+        "findings": [finding.as_json() for finding in findings(rows, rate_hint(cfg, j.model))],
         "samples": _samples(generated),
         **place.facts,
     }
