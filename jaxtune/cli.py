@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from jaxtune import torchless
 from jaxtune.config import KINDS, REQUIRED, SECTIONS, SETTINGS, find_setting, load_file, namesakes, resolve
 from jaxtune.errors import Interrupted, RunFailed, UserError, disk_full, nearest
 
@@ -55,8 +56,7 @@ EXIT_STATUS = """exit status
 def run() -> None:
     """Console entry point."""
     if not any(word.startswith("--tasks") for word in sys.argv):  # whose data sets are hashed with torch's help
-        # transformers imports torch wherever it finds it: seconds, and 300 MiB. None says that there is none.
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+        torchless.hide()
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing
     try:
         status = main()

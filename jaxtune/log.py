@@ -1,5 +1,6 @@
 """What a run writes while it runs: metrics.jsonl with its mirrors and findings, and lines or a bar on the terminal."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -138,12 +139,10 @@ def _wandb_run(folder: Path, config: Any) -> Any:
 def _lines(path: Path) -> list[tuple[str, dict]]:
     """The whole lines of a .jsonl file; a torn last line is left out."""
     pairs = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: text may hold other separators
-        line += "\n"
-        try:
-            pairs.append((line, json.loads(line)))
-        except json.JSONDecodeError:
-            continue
+    with path.open(encoding="utf-8", newline="\n") as lines:  # texts may hold other separators
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                pairs.append((line, json.loads(line)))
     return pairs
 
 

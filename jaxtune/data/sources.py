@@ -8,13 +8,13 @@ import csv
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jaxtune import torchless
 from jaxtune.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".conll")
@@ -290,9 +290,8 @@ def _read_saved(name: str, path: Path, split: str) -> Source:
 
 
 def _datasets() -> Any:
-    """The library, which looks for torch again, and breaks where the command line hides it (`cli.run`)."""
-    if sys.modules.get("torch", "not asked for") is None:
-        del sys.modules["torch"]
+    """The library, which looks for torch again, and breaks where the command line hides it."""
+    torchless.unhide()
     import datasets
 
     return datasets
