@@ -57,7 +57,6 @@ def run() -> None:
     """Console entry point."""
     if not any(word.startswith("--tasks") for word in sys.argv):  # whose data sets are hashed with torch's help
         torchless.hide()
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing
     try:
         status = main()
         sys.stdout.flush()
