@@ -84,7 +84,7 @@ SECTIONS = {
     "optim": "the optimizer and its schedule",
     "train": "the run",
     "log": "what is written while it runs",
-    "evaluate": "what is generated and scored at the end",
+    "evaluate": "what is generated at evaluations, and scored at the end",
 }
 
 Paths = tuple[Path, ...]
@@ -103,6 +103,7 @@ Alphas = tuple[tuple[str, float], ...]
 
 ADAPTERS = ("lora", "ia3", "prompt_tuning")  # their result is a PEFT directory
 METHODS = (*ADAPTERS, "full", "head", "bitfit", "norms", "embeddings", "last_n", "regex")
+AUTO = ("auto", "on", "off")
 FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text")
 
 SETTINGS = (
@@ -182,13 +183,18 @@ SETTINGS = (
     Setting("train.save_every", int, 0, "steps; 0: at evaluations and at the end", range=NOT_NEGATIVE),
     Setting("train.keep", int, 2, "checkpoints kept beside the best", range=AT_LEAST_1),
     Setting("train.early_stop", int, 0, "evaluations without improvement before stopping; 0: off", range=NOT_NEGATIVE),
+    Setting("train.cache_features", str, "auto", "what lies below all that is trained, computed once", AUTO),
+    Setting("train.cache_gib", float, 20.0, "most that such features of all runs take on disk", range=POSITIVE),
     Setting("train.seed", int, 0, "of the order of rows, dropout and initial values", range=SEED),
     #
     Setting("log.every", int, 10, "steps", range=AT_LEAST_1),
     Setting("log.tensorboard", bool, True, "write event files"),
     Setting("log.wandb", bool, False, "also log to Weights & Biases"),
-    Setting("log.progress", bool, True, "show a progress bar"),
+    Setting("log.progress", bool, True, "show a progress bar on a terminal"),
+    Setting("log.plot", bool, True, "and a plot of the losses above it"),
     #
+    Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
+    Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
     Setting("evaluate.json", bool, False, "generate JSON for held-out rows; score valid and exact"),
     Setting("evaluate.max_new_tokens", int, 64, "longest generated answer", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
@@ -239,7 +245,8 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 RESUMABLE = frozenset(
     [
         *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches", "train.early_stop"),
-        *("train.save_every", "train.keep", "data.cache", "log", "evaluate"),
+        *("train.save_every", "train.keep", "train.cache_features", "train.cache_gib"),
+        *("data.cache", "log", "evaluate"),
     ]
 )
 
@@ -283,14 +290,14 @@ IDLE = (
         "the completion of {data.format} rows is known",
     ),
     Idle(
-        ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate.json"),
+        ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate"),
         _no_eval_data,
         "there is nothing to evaluate on: give data.eval or data.eval_fraction",
     ),
     Idle(
         (
             *("model.chat_template", "data.system", "data.format", "data.template", "data.completion_from"),
-            *("data.packing", "objective.z_loss", "evaluate.json"),
+            *("data.packing", "objective.z_loss", "evaluate"),
         ),
         lambda v: v["objective.name"] != "causal_lm",
         "objective.name is {objective.name}",
@@ -310,7 +317,14 @@ IDLE = (
         lambda v: v["objective.problem_type"] == "regression",
         "objective.problem_type is regression",
     ),
-    Idle(("evaluate.max_new_tokens", "evaluate.rows"), lambda v: not v["evaluate.json"], "evaluate.json is off"),
+    Idle(("evaluate.rows",), lambda v: not v["evaluate.json"], "evaluate.json is off"),
+    Idle(
+        ("evaluate.max_new_tokens",),
+        lambda v: not (v["evaluate.json"] or v["evaluate.samples"] or v["evaluate.prompts"]),
+        "evaluate.json, evaluate.samples and evaluate.prompts are off",
+    ),
+    Idle(("log.plot",), lambda v: not v["log.progress"], "log.progress is off"),
+    Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
 )
 
 

@@ -371,14 +371,34 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
     return _masters(params, _map_paths(role, params))
 
 
+def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+    chosen = {(p.path, p.index) for p in _lora_places(places(module.abstract_params(), module), **settings)}
+    every_bias, saved = settings.get("bias") == "all", settings.get("modules_to_save")
+    return lambda p: (
+        (p.path, p.index) in chosen
+        or (every_bias and p.path.endswith("/bias"))
+        or is_saved(p.name.rpartition(".")[0], saved)
+    )
+
+
+def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+    chosen = {(p.path, p.index) for p in _ia3_places(places(module.abstract_params(), module), **settings)}
+    return lambda p: (p.path, p.index) in chosen
+
+
+# An adapter of a stack leaves layers alone where its scale is 0, so that it needs no cut; but below the lowest layer
+# that it adapts nothing is trained, and the backward pass ends there.
+_ADAPTS = {"lora": _lora_adapts, "ia3": _ia3_adapts}
+
+
 def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
     """Return the module split between layers that `method` trains and layers that it does not; mostly, as it is.
 
     To be done before the weights are loaded: what is loaded then has the split module's tree.
     """
-    if method not in _CHOICES:
+    if method not in _CHOICES and method not in _ADAPTS:
         return module
-    choose = _CHOICES[method](module, settings)
+    choose = (_CHOICES | _ADAPTS)[method](module, settings)
     chosen: dict[tuple[str, int], set[str]] = {}
     for place in parameters(module.abstract_params(), module):
         if place.index is not None:
@@ -391,6 +411,9 @@ def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
         rows = [chosen[f"segment_{i}", n] for n in range(segment.repeats)]
         edges += [first + n * len(segment.pattern) for n in range(1, len(rows)) if rows[n] != rows[n - 1]]
         first += segment.layers
+        if method in _ADAPTS and any(rows):
+            edges = edges[: not rows[0]]
+            break
     for at in edges:
         module = _split_module(module, at)
     return module
@@ -453,9 +476,7 @@ def lora(
         UserError: a target matches nothing, the rank exceeds a matrix's smaller side, or two options claim one leaf.
     """
     candidates = places(params, module, layouts)
-    if target_modules == "all-linear" and modules_to_save:
-        candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
-    chosen = adapted(
+    chosen = _lora_places(
         candidates,
         r=r,
         lora_alpha=lora_alpha,
@@ -466,6 +487,7 @@ def lora(
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
         exclude_modules=exclude_modules,
+        modules_to_save=modules_to_save,
     )
     return attach(
         params,
@@ -479,6 +501,38 @@ def lora(
         trainable_token_indices=trainable_token_indices,
         module=module,
         layouts=layouts,
+    )
+
+
+def _lora_places(
+    candidates: list[Place],
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] | None = None,
+    r: int = 8,
+    lora_alpha: float = 8,
+    use_rslora: bool = False,
+    rank_pattern: Pattern = (),
+    alpha_pattern: Pattern = (),
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    **_: Any,
+) -> dict[Place, Factors]:
+    """`adapted` from the arguments of `lora`."""
+    if target_modules == "all-linear" and modules_to_save:
+        candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
+    return adapted(
+        candidates,
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=target_modules,
+        use_rslora=use_rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        exclude_modules=exclude_modules,
     )
 
 
@@ -711,11 +765,7 @@ def ia3(
         UserError: a target matches nothing or is an embedding.
     """
     _no_label_head("ia3", params)
-    chosen = [
-        p for p in resolve_targets(target_modules, places(params, module)) if not _excluded(p.name, exclude_modules)
-    ]
-    if not chosen:
-        raise UserError("exclude_modules leaves no module to adapt.")
+    chosen = _ia3_places(places(params, module), target_modules, exclude_modules)
     rows, leaves = _rows(chosen), flatten_weights(params)
     inputs = {p.path: set() for p in chosen}
     for p in chosen:
@@ -745,6 +795,18 @@ def ia3(
 
     new = _map_paths(adapt, params)
     return _masters(new, _map_paths(role, new))
+
+
+def _ia3_places(
+    candidates: list[Place],
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    feedforward_modules: Any = None,
+) -> list[Place]:
+    chosen = [p for p in resolve_targets(target_modules, candidates) if not _excluded(p.name, exclude_modules)]
+    if not chosen:
+        raise UserError("exclude_modules leaves no module to adapt.")
+    return chosen
 
 
 def _no_label_head(method: str, params: PyTree) -> None:

@@ -1,7 +1,11 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("jaxtune", deadline=None)  # compiles and busy machines take the time they take
+hypothesis.settings.load_profile("jaxtune")
 
 
 @pytest.fixture(scope="session")

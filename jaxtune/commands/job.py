@@ -3,9 +3,10 @@
 import ctypes
 import json
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import data, optim, sweep, tree
+from jaxtune import data, optim, sweep, tree, watch
+from jaxtune.commands import extract
 from jaxtune.commands.tasks import Task, open_task
-from jaxtune.config import ADAPTERS
+from jaxtune.config import ADAPTERS, DEFAULT_LR
 from jaxtune.curate import NOTE, DataReport, glance
 from jaxtune.errors import RunFailed, UserError
+from jaxtune.features import Extractor, above
 from jaxtune.files import cache_root
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
@@ -215,6 +218,8 @@ class Job:
     step_fn: Any
     eval_step: Any
     shape: Any  # of the learning rate
+    features: Extractor | None = None  # what lies below all that is trained is to be computed once
+    note: str | None = None  # on that
 
     def alone(self, state: TrainState, lane: int, member: Member) -> TrainState:
         """The state of `member`, which is in `lane` of a state of this job."""
@@ -263,6 +268,15 @@ def make_tx(cfg: Any, shape: Callable[[Any], Any]) -> Any:
     )
 
 
+def rate_hint(cfg: Any, model: Model) -> list[watch.Finding]:
+    """What is to be said of the learning rate before the run."""
+    if cfg.optim.name != "adamw" or cfg.model.init == "random":  # a model that knows nothing takes other rates
+        return []
+    settings = method_settings(cfg)
+    scale = settings["lora_alpha"] / settings["r"] if "lora_alpha" in settings else 1.0
+    return watch.rate_hint(cfg.optim.lr, cfg.tune.method, DEFAULT_LR, width=model.module.spec.width, scale=scale)
+
+
 def build(cfg: Any, model: Model, d: Data) -> Job:
     """Load the weights and put everything on the devices, for one run."""
     return _build([cfg], model, d, stacked=False)
@@ -291,21 +305,62 @@ def _build(cfgs: Sequence[Any], model: Model, d: Data, *, stacked: bool) -> Job:
     for c, (state, mask, counts) in zip(cfgs, starts, strict=True):
         like = jax.eval_shape(lambda state: state, state)
         members.append(Member(c, mask, counts, like, streams[c.train.seed][0]))
+    frozen = replicate(frozen, mesh)
+    passes = extract.passes(cfg, d, batches, held_out, steps)
+    features, note = extract.plan(cfg, model.module, d, members[0].mask, frozen, passes)
     return Job(
         model=model,
         data=d,
         members=members,
         stacked=stacked,
         state=replicate(sweep.stack([state for state, _, _ in starts]) if stacked else starts[0][0], mesh),
-        frozen=replicate(frozen, mesh),
+        frozen=frozen,
         mesh=mesh,
         steps=steps,
-        batch_at=batches.batch if len(streams) == 1 else data.side_by_side([m.batches for m in members]),
+        batch_at=_batch_at(members),
         put=put,
         eval_batches=held_out,
         step_fn=step_fn,
         eval_step=eval_step,
         shape=shape,
+        features=features,
+        note=note,
+    )
+
+
+def _batch_at(members: Sequence[Member]) -> Callable[[int], Any]:
+    """The batch of a step: one for all, or for each member its own."""
+    if _one_order([m.cfg for m in members]):
+        return members[0].batches.batch
+    return data.side_by_side([m.batches for m in members])
+
+
+def with_features(j: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
+    """The same job over features in place of tokens, which are computed if they are not there.
+
+    Raises:
+        Interrupted: `stop` said so; what is done is kept.
+    """
+    if j.features is None:
+        return j
+    began = time.monotonic()
+
+    def progress(done, total):
+        say(f"features: {done:,} of {total:,} tokens, {done / (time.monotonic() - began):,.0f} tokens/s")
+
+    train, *rest = (j.features.open(rows, stop, progress) for rows in extract.sets(j.data))
+    say(f"features: ready after {time.monotonic() - began:.1f} s")
+    streams = {id(m.batches): data.with_features(m.batches, train) for m in j.members}
+    members = [replace(m, batches=streams[id(m.batches)]) for m in j.members]
+    module = above(j.model.module, j.features.cut)
+    step_fn, eval_step = _programs([m.cfg for m in members], j.model, j.mesh, j.shape, stacked=j.stacked, module=module)
+    return replace(
+        j,
+        members=members,
+        batch_at=_batch_at(members),
+        eval_batches=None if j.eval_batches is None else data.with_features(j.eval_batches, *rest),
+        step_fn=step_fn,
+        eval_step=eval_step,
     )
 
 
@@ -325,16 +380,16 @@ def _starts(
 
 
 def _programs(
-    cfgs: Sequence[Any], model: Model, mesh: Any, shape: Callable[[Any], Any], *, stacked: bool
+    cfgs: Sequence[Any], model: Model, mesh: Any, shape: Callable[[Any], Any], *, stacked: bool, module: Any = None
 ) -> tuple[Any, Any]:
-    """The train step and the evaluation step of a group."""
+    """The train step and the evaluation step of a group; `module`: of the part of the model above a cut."""
     cfg = cfgs[0]
-    loss_fn = model.task.loss(cfg, len(cfgs))
+    loss_fn = model.task.loss(module or model.module, cfg, len(cfgs))
     tx = make_tx(cfg, shape)
     if not stacked:
-        return make_train_step(loss_fn, tx, mesh), make_eval_step(loss_fn, mesh)
-    shared = _one_order(cfgs)
-    return sweep.make_sweep_step(loss_fn, tx, mesh, shared_batch=shared), sweep.make_sweep_eval_step(loss_fn, mesh)
+        return make_train_step(loss_fn, tx, mesh, group=watch.group), make_eval_step(loss_fn, mesh)
+    step = sweep.make_sweep_step(loss_fn, tx, mesh, shared_batch=_one_order(cfgs), group=watch.group)
+    return step, sweep.make_sweep_eval_step(loss_fn, mesh)
 
 
 def _one_order(cfgs: Sequence[Any]) -> bool:
@@ -415,6 +470,12 @@ def _left_behind(name: str) -> bool:
     )
 
 
+def check_is_folder(workdir: Path) -> None:
+    """Raise UserError if something stands at `workdir`, or at a folder above it, that is no folder."""
+    if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
+        raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
+
+
 def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, member: bool = False) -> bool:
     """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
 
@@ -423,6 +484,7 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, me
     """
     from jaxtune import config
 
+    check_is_folder(workdir)
     file = workdir / "config.json"
     if not file.exists():
         if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):

@@ -23,6 +23,7 @@ IN_STEP = (
 FIXED = (
     *("log", "evaluate", "data.cache", "data.eval", "data.eval_fraction"),
     *("train.eval_every", "train.eval_batches", "train.save_every", "train.keep", "train.early_stop"),
+    *("train.cache_features", "train.cache_gib"),
 )
 LIMIT = 64  # runs, without --yes
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.card import carry_evaluation, loading, run_facts
-from jaxtune.commands.job import as_stored, has_adapter, method_settings
+from jaxtune.commands.job import as_stored, has_adapter, method_settings, rate_hint
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
@@ -22,6 +22,7 @@ from jaxtune.loop import EARLY
 from jaxtune.models import auto_class
 from jaxtune.objectives.cross_entropy import chunk_size
 from jaxtune.plan import dot_flops
+from jaxtune.watch import findings
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +59,7 @@ def finish(member, place, j, params, run, clock, generated) -> None:
         "argv": place.argv,
         "best": run.best,
         "early_stop": run.ended == EARLY,
+        "findings": [finding.as_json() for finding in findings(rows, rate_hint(cfg, j.model))],
         "samples": _samples(generated),
         "scores": _scores(generated),
         "data_report": j.data.glance.as_json() | {"glance": True},

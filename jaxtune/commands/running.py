@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import jax
 
 from jaxtune import config, loop
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.commands import results
-from jaxtune.commands.job import Job, Member
+from jaxtune.commands import job, results, sampling
+from jaxtune.commands.job import Job, Member, with_features
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.log import Metrics, Progress, read_metrics
 from jaxtune.parallel import replicate, shard_batch
 from jaxtune.step import TrainState
 from jaxtune.sweep import stack, take
+from jaxtune.watch import Watch
 
 
 @dataclass
@@ -93,18 +95,30 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             f"The run in {places[0].folder} has done {start} steps, and this config asks for {last}; nothing was "
             "changed. Raise train.steps or train.epochs, or give another --workdir."
         )
-    progress = Progress(last, start, bar=cfg.log.progress)
-    if found:
-        progress.say(f"Going on after step {start} of {last}.")
-    runs = []
-    for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
-        _write_config(j, member, place)
-        runs.append(_open(j, member, place, lane, record, start if found or first else -1))
-    if not found and not first:
-        _generate_before(j, runs, generated)
-    clock("setup")
-    try:
-        result = loop.fit(
+    j = _without_change(j, places[0])
+    with ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        progress = Progress(last, start, bar=cfg.log.progress, plot=cfg.log.plot, several=j.stacked)
+        opened.callback(progress.close)
+        if found:
+            progress.say(f"Going on after step {start} of {last}.")
+        if start < last:
+            with loop.stop_on_signal() as stopped:
+                j = with_features(j, progress.say, stopped)
+        clock("features")
+        runs, after = [], start if found or first else -1
+        for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
+            _write_config(j, member, place)
+            run = _open(j, member, place, lane, record, after)
+            opened.callback(run.metrics.close)
+            progress.recall(run.name, run.metrics.lines.kept)
+            runs.append(run)
+        samples = sampling.Samples(j, {place.name: place.folder for place in places}, after, progress.say)
+        opened.callback(samples.close)
+        if not found and not first:
+            _generate_before(j, runs, generated)
+        clock("setup")
+        training = loop.Loop(
             state,
             j.frozen,
             j.step_fn,
@@ -116,16 +130,32 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             checkpoints=checkpoints,
             progress=progress,
             evaluate=_evaluation(j),
+            sample=samples,
             take=take if j.stacked else None,
         )
-    finally:
-        progress.close()
-        for run in runs:
-            run.metrics.close()
-        checkpoints.close()
+        training.run()
     clock("train")
+    return Ended(runs, training.state)
 
-    return Ended(runs, result.state)
+
+def _without_change(j: Job, place: Place) -> Job:
+    """The job with features cached, or not, as they were when the run began: the last bits of its numbers differ.
+
+    Raises:
+        UserError: they were, and cannot be now.
+    """
+    file = place.folder / "config.json"
+    before = json.loads(file.read_text()).get("versions", {}).get("features") if file.exists() else None
+    if before is None or j.members[0].cfg.train.cache_features != "auto":
+        return j
+    if before == "none":
+        return replace(j, features=None)
+    if j.features is None:
+        raise UserError(
+            f"The run in {place.folder} began on cached features, and now it would not: {j.note or 'it is too short.'} "
+            "Nothing was changed. Set train.cache_features=on or off; results differ in their last digits."
+        )
+    return j
 
 
 def saved_state(j: Job, i: int, name: str, step: int | None, folders: Sequence[Path]) -> TrainState:
@@ -176,14 +206,16 @@ def json_evaluations(j: Job) -> list[Any]:
 
 
 def _write_config(j: Job, member: Member, place: Place) -> None:
-    text = config.to_json(member.cfg, results.versions() | {"data": j.data.report.fingerprint})
+    facts = {"data": j.data.report.fingerprint, "features": str(j.features.cut) if j.features else "none"}
+    text = config.to_json(member.cfg, results.versions() | facts)
     atomic_write_text(place.folder / "config.json", text)
 
 
-def _metrics(cfg: Any, place: Place, step: int) -> Metrics:
+def _metrics(cfg: Any, place: Place, step: int, watch: Watch | None = None) -> Metrics:
     return Metrics(
         place.folder,
         step,
+        watch=watch,
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         config=json.loads(config.to_json(cfg)),
@@ -194,7 +226,7 @@ def _open(j: Job, member: Member, place: Place, lane: int, record: dict | None, 
     lr, shape = member.cfg.optim.lr, j.shape
     return loop.Run(
         place.name,
-        _metrics(member.cfg, place, step),
+        _metrics(member.cfg, place, step, Watch(job.rate_hint(member.cfg, j.model))),
         lr_at=lambda step: float(lr * shape(step)),
         places=member.batches.places,
         lane=lane,

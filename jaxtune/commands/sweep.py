@@ -153,6 +153,9 @@ class Sweep:
         return new
 
     def _read(self) -> None:
+        from jaxtune.commands import job
+
+        job.check_is_folder(self.folder)
         file = self.folder / "sweep.json"
         if not file.exists():
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
@@ -327,6 +330,8 @@ class Sweep:
             self._built = None  # its arrays go first
             cfgs = [self.points[name].cfg for name in names]
             j = job.build_group(cfgs, *self.open(cfgs[0]))
+            if j.note:
+                print(j.note)
             job.check_room(self.folder, cfgs[0], j)
             self.clock("load")
             self._built = names, j, running.json_evaluations(j)

@@ -27,14 +27,15 @@ class Task:
 
     Attributes:
         module: the model.
-        loss: (config, runs that share the step) -> loss_fn; see `objectives`.
+        loss: (the module or what of it lies above a cut, config, runs that share the step) -> loss_fn; see
+            `objectives`.
         metrics: (loss, weight, sums of what the loss counts) -> what an evaluation logs.
         form: how labelled rows are read; None: text to be continued.
         assembler: lays rows into batches.
     """
 
     module: Any
-    loss: Callable[[Any, int], Callable[..., Any]]
+    loss: Callable[[Any, Any, int], Callable[..., Any]]
     metrics: Callable[[float, float, Any], dict[str, float]]
     form: LabelForm | None = None
     assembler: type[Assembler] = Assembler
@@ -61,7 +62,7 @@ def _causal_lm(cfg: Any, config: Mapping[str, Any], settings: Mapping[str, Any])
         )
     module = cut(cfg.tune.method, module, cfg.tune.get(cfg.tune.method, None) or {})
 
-    def loss(cfg, lanes):
+    def loss(module, cfg, lanes):
         return causal_lm(module, packed=cfg.data.packing, z_loss=cfg.objective.z_loss, lanes=lanes)
 
     return Task(module, loss, loop.language_metrics)
@@ -105,8 +106,13 @@ def _classification(kind: str, cfg: Any, config: Mapping[str, Any], settings: Ma
         tokenizer = data.load_tokenizer(cfg.model.tokenizer)
         config |= {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     module = with_labels(models.build(config, **settings), labels)
-    loss_fn = classification(module, _class_weights(o.class_weights, form, counted))
-    return Task(module, lambda cfg, lanes: loss_fn, lambda loss, weight, aux: metrics(aux), form, LabelAssembler)
+    module = cut(cfg.tune.method, module, cfg.tune.get(cfg.tune.method, None) or {})
+    weights = _class_weights(o.class_weights, form, counted)
+
+    def loss(module, cfg, lanes):
+        return classification(module, weights)
+
+    return Task(module, loss, lambda loss, weight, aux: metrics(aux), form, LabelAssembler)
 
 
 def _class_weights(asked: Any, form: LabelForm, counted: Any) -> tuple[float, ...] | None:

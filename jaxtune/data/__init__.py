@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side
+from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side, with_features
 from jaxtune.data.chat import DEFAULT_TEMPLATE
 from jaxtune.data.formats import make_reader
 from jaxtune.data.labels import LabelForm, check_classes, render_labelled
@@ -48,6 +48,7 @@ __all__ = [
     "render_rows",
     "side_by_side",
     "source_names",
+    "with_features",
 ]
 
 

@@ -4,11 +4,13 @@ An epoch is a permutation of its rows (packed: of its bins), drawn from (seed, e
 without a gap: a batch may hold the end of one and the start of the next.
 """
 
+import copy
 import queue
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,8 +26,27 @@ def _shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
+class Features(Protocol):
+    """What a model makes of each data row, which batches then hold in place of its tokens; see `jaxtune.features`.
+
+    Attributes:
+        per_token: one vector for each token, not for each row.
+    """
+
+    per_token: bool
+
+    def lay(self, plan: Plan, n: int, t: int) -> np.ndarray:
+        """Return [n, t, D] of the rows of `plan`, laid as their tokens are; or [n, D]."""
+
+
 class Assembler:
-    """Lays data rows into arrays [A, B, T]."""
+    """Lays data rows into arrays [A, B, T].
+
+    Attributes:
+        features: of the data rows, counted over all sources; None: batches hold tokens.
+    """
+
+    features: Features | None = None
 
     def __init__(self, rows: list[Rows], batch_size: int, grad_accum: int, max_length: int, packing: bool):
         if batch_size < 1 or grad_accum < 1:
@@ -49,6 +70,8 @@ class Assembler:
         """Return T for a batch of these rows."""
         if self.packing:
             return self.max_length
+        if self.features is not None and not self.features.per_token:
+            plan = [self.length.argmax(keepdims=True)]  # nothing is computed over T, so there is one for all
         longest = max((int(self.length[row].sum()) for row in plan), default=1)
         return min(-(-longest // self.bucket) * self.bucket, self.max_length)
 
@@ -74,12 +97,28 @@ class Assembler:
             "positions": positions,
             "segments": segments,
             "weights": weights,
-            "row": np.arange(n, dtype=np.int32),
         }
+        return self._finished(batch, plan, t)
+
+    def _finished(self, batch: dict[str, np.ndarray], plan: Plan, t: int) -> dict[str, np.ndarray]:
+        """What all batches have in common: numbers of rows, maybe features, and micro-batches [A, B, ...]."""
+        n = self.batch_size
+        batch["row"] = np.arange(n, dtype=np.int32)
+        if self.features is not None:
+            del batch["tokens"]
+            batch["features"] = self.features.lay(plan, n, t)
         return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
 
     def places(self, plan: Plan) -> list[str]:
         return [self.rows[self.source[m]].where(self.index[m]) for members in plan for m in members]
+
+
+def with_features(batches: Any, features: Features) -> Any:
+    """Return the same `Batches` or `EvalBatches` with the features of their rows in place of tokens."""
+    new = copy.copy(batches)
+    new._assembler = copy.copy(batches._assembler)
+    new._assembler.features = features
+    return new
 
 
 class Batches:

@@ -294,8 +294,7 @@ class LabelAssembler(Assembler):
                 targets[b, :end], weights[b, :end] = np.maximum(marks, 1) - 1, marks > 0
         batch = {"tokens": tokens, "positions": positions, "segments": segments, "weights": weights}
         batch |= {"label": label} if size else {"targets": targets}
-        batch["row"] = np.arange(n, dtype=np.int32)
-        return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
+        return self._finished(batch, plan, t)
 
 
 def render_labelled(rows: Rows, tokenizer: Any, form: LabelForm, n: int = 2) -> str:

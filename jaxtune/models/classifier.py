@@ -108,11 +108,15 @@ class Classifier:
     """An encoder or a decoder with a label head; it has what the job asks of a module.
 
     `apply({"params": params}, tokens, ...)` gives logits: f32[B, C], or f32[B, T, C] for a label each token.
+
+    Attributes:
+        pooled: `apply` takes what `pooled_body` gave, [B, D], in place of tokens.
     """
 
     body: Any
     labels: Labels
     layout: Layout
+    pooled: bool = False
 
     @property
     def spec(self) -> Any:
@@ -147,10 +151,7 @@ class Classifier:
             keys: one PRNG key a row, [B]; None switches every dropout off.
         """
         params = variables["params"]
-        seen = segments if isinstance(self.body, Encoder) else None  # a decoder never looks to the right
-        x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, method="hidden")
-        if self.pooling is not None:
-            x = pool(x, jnp.ones_like(tokens) if segments is None else segments, self.pooling)
+        x = tokens if self.pooled else self.pooled_body(params, tokens, positions, segments, keys)
         head = params["classifier"]
         if self.layout.act is not None:
             x = _affine(x, head["dense"], fold(keys, "classifier/dense"))
@@ -158,6 +159,14 @@ class Classifier:
             if self.layout.norm:
                 x = Norm(self.spec.norm, self.spec.eps, bias=self.spec.norm_bias).apply({"params": head["norm"]}, x)
         return _affine(x, head["out"], fold(keys, "classifier/out")).astype(jnp.float32)
+
+    def pooled_body(self, params: Any, tokens: Array, positions=None, segments=None, keys: Keys = None) -> Array:
+        """What the head reads, [B, D], or [B, T, D] for a label each token. Arguments as in `apply`."""
+        seen = segments if isinstance(self.body, Encoder) else None  # a decoder never looks to the right
+        x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, method="hidden")
+        if self.pooling is None:
+            return x
+        return pool(x, jnp.ones(tokens.shape[:2], jnp.int32) if segments is None else segments, self.pooling)
 
     def init_params(self, key: Array) -> Any:
         """Random float32 parameters."""

@@ -65,6 +65,8 @@ class Decoder(nn.Module):
         attention: "auto", "mapped", "xla" or "cudnn".
         remat: "none" keeps every activation for the backward pass; see `REMAT`.
         unroll: blocks in one iteration of the scan.
+        start, stop: the segments that `hidden` runs, as a slice. Above 0, `start` makes it take the residual stream
+            [B, T, D] that the segments below left in place of tokens; a `stop` makes it return that stream.
     """
 
     spec: DecoderSpec
@@ -72,6 +74,8 @@ class Decoder(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     unroll: int = 1
+    start: int = 0
+    stop: int | None = None
 
     @nn.compact
     def hidden(
@@ -95,10 +99,8 @@ class Decoder(nn.Module):
         spec = self.spec
         slots = positions
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype) * spec.embed_scale
-        if spec.learned_positions:
-            x += embed(positions, self._table("embed_positions", spec.positions)).astype(self.dtype)
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
+        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions)
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
         length = positions.max(-1) + 1
         if cache is not None:
@@ -109,8 +111,8 @@ class Decoder(nn.Module):
         if kept is not None and cache is None:
             policy = jax.checkpoint_policies.save_only_these_names(*kept)
             pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
-        first, caches = 0, []
-        for i, segment in enumerate(spec.segments):
+        first, caches = sum(segment.layers for segment in spec.segments[: self.start]), []
+        for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:
             scanned = nn.scan(
                 pattern,
                 variable_axes={"params": 0},
@@ -123,6 +125,8 @@ class Decoder(nn.Module):
             (x, held), _ = scanned((x, held), jnp.arange(segment.repeats), ctx)
             caches.append(held)
             first += segment.layers
+        if self.stop is not None:
+            return x
         x = Norm(spec.norm, spec.eps, name="norm")(x)
         if self.is_initializing() and not spec.tied:
             self._head_kernel()
@@ -156,6 +160,13 @@ class Decoder(nn.Module):
     def abstract_params(self) -> Any:
         """Shapes and dtypes of `init_params`, nothing allocated."""
         return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def _embedded(self, tokens: Array, positions: Array) -> Array:
+        spec = self.spec
+        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype) * spec.embed_scale
+        if spec.learned_positions:
+            x += embed(positions, self._table("embed_positions", spec.positions)).astype(self.dtype)
+        return x
 
     def _table(self, name: str, rows: int) -> Any:
         return Table(rows, self.spec.width, self.spec.init_std, name=name)()

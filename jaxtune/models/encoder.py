@@ -142,6 +142,8 @@ class Encoder(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     unroll: int = 1
+    start: int = 0
+    stop: int | None = None
 
     @nn.compact
     def hidden(
@@ -163,15 +165,8 @@ class Encoder(nn.Module):
         """
         spec = self.spec
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
-        if spec.learned_positions:
-            table = self._table("embed_positions", spec.first_position + spec.positions)
-            x += embed(positions + spec.first_position, table).astype(self.dtype)
-        if spec.types:
-            table = self._table("embed_types", spec.types)
-            x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
-        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
+        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types)
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
         ctx = Context(None, segments, {str(r): rope.tables(r, positions, positions.max(-1) + 1) for r in ropes}, keys)
         pattern = EncoderPattern
@@ -179,8 +174,8 @@ class Encoder(nn.Module):
         if kept is not None:
             policy = jax.checkpoint_policies.save_only_these_names(*kept)
             pattern = nn.remat(EncoderPattern, policy=policy, prevent_cse=False)
-        first = 0
-        for i, segment in enumerate(spec.segments):
+        first = sum(segment.layers for segment in spec.segments[: self.start])
+        for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:
             scanned = nn.scan(
                 pattern,
                 variable_axes={"params": 0},
@@ -191,7 +186,9 @@ class Encoder(nn.Module):
             )(segment, first, self.attention, spec.init_std, name=f"segment_{i}")
             x, _ = scanned(x, jnp.arange(segment.repeats), ctx)
             first += segment.layers
-        return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x) if spec.last_norm else x
+        if not spec.last_norm or self.stop is not None:
+            return x
+        return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
 
     def __call__(self, tokens: Array, positions=None, segments=None, keys=None, types=None) -> Array:
         """The same as `hidden`."""
@@ -204,6 +201,17 @@ class Encoder(nn.Module):
     def abstract_params(self) -> Any:
         """Shapes and dtypes of `init_params`, nothing allocated."""
         return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def _embedded(self, tokens: Array, positions: Array, types: Array | None) -> Array:
+        spec = self.spec
+        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
+        if spec.learned_positions:
+            table = self._table("embed_positions", spec.first_position + spec.positions)
+            x += embed(positions + spec.first_position, table).astype(self.dtype)
+        if spec.types:
+            table = self._table("embed_types", spec.types)
+            x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
+        return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
 
     def _table(self, name: str, rows: int) -> Any:
         return Table(rows, self.spec.width, self.spec.init_std, name=name)()

@@ -1,1 +1,9 @@
 """Objectives: `module -> loss_fn`, where `loss_fn(params, batch, key) -> ((sum f32[], weight f32[]), aux)`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def inputs(batch: Mapping[str, Any]) -> Any:
+    """What the module reads: tokens i32[B, T], or in their place features [B, T, D] or [B, D] (`jaxtune.features`)."""
+    return batch["features"] if "features" in batch else batch["tokens"]

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtune.models.decoder import head_leaf, head_logits
+from jaxtune.objectives import inputs
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.weights import row_keys
 
@@ -28,7 +29,7 @@ def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0, lanes: 
         keys = None if key is None else row_keys(key, batch["row"])
         x = module.apply(
             {"params": params},
-            batch["tokens"],
+            inputs(batch),
             batch["positions"],
             batch["segments"] if packed else None,
             keys=keys,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.models.classifier import PROBLEMS, TOKEN
+from jaxtune.objectives import inputs
 from jaxtune.weights import Array, row_keys
 
 SINGLE, MULTI, REGRESSION = PROBLEMS
@@ -38,7 +39,7 @@ def classification(module: Any, class_weights: Sequence[float] | None = None) ->
 
     def loss_fn(params, batch, key):
         keys = None if key is None else row_keys(key, batch["row"])
-        logits = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], keys=keys)
+        logits = module.apply({"params": params}, inputs(batch), batch["positions"], batch["segments"], keys=keys)
         weights = batch["weights"]
         if labels.problem == REGRESSION:
             errors = jnp.square(logits - batch["label"]) * weights[:, None]
