@@ -1,9 +1,11 @@
 """What a run writes while it runs: metrics.jsonl with its mirrors and findings, and lines or a bar on the terminal."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +64,7 @@ class Metrics:
             self._keep_findings()
         self.writer = self.wandb = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.writer = Events(folder / "tensorboard", step + 1)
         if wandb:
             self.wandb = _wandb_run(folder, config)
 
@@ -97,6 +97,32 @@ class Metrics:
             self.wandb.finish()
 
 
+class Events:
+    """A TensorBoard event file of scalars, written as they come; those from `purge_step` on in older files are void.
+
+    tensorboardX's own writer hands them to a thread, which dies on a full disk: the run then waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar, self._writer = Event, scalar, EventsWriter(str(folder / "events"))
+        self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step, summary=self._scalar(name, value))
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **what))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 def _wandb_run(folder: Path, config: Any) -> Any:
     try:
         import wandb
@@ -113,11 +139,10 @@ def _wandb_run(folder: Path, config: Any) -> Any:
 def _lines(path: Path) -> list[tuple[str, dict]]:
     """The whole lines of a .jsonl file; a torn last line is left out."""
     pairs = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            pairs.append((line, json.loads(line)))
-        except json.JSONDecodeError:
-            continue
+    with path.open(encoding="utf-8", newline="\n") as lines:  # texts may hold other separators
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                pairs.append((line, json.loads(line)))
     return pairs
 
 

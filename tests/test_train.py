@@ -1,5 +1,6 @@
 """`jaxtune train` from the command line to the bytes on the disk, killed, resumed, and refused."""
 
+import errno
 import json
 import os
 import random
@@ -331,6 +332,21 @@ def test_out_of_device_memory(run, tmp_path, monkeypatch):
     ]
 
 
+def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
+    """Also while an event for TensorBoard is written, by whatever thread."""
+    from tensorboardX.record_writer import RecordWriter
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    during(monkeypatch, 5, lambda: monkeypatch.setattr(RecordWriter, "write", full))
+    status, _, err = run(tmp_path / "full", log__tensorboard="true")
+    assert status == 1
+    assert "No room is left on the disk" in err
+    assert "Traceback" not in err
+    assert checkpoints(tmp_path / "full") == [3, 4]
+
+
 def test_remedies_fit_the_config():
     cfg = SimpleNamespace(
         train=SimpleNamespace(grad_accum=4, batch_size=4),
@@ -455,7 +471,7 @@ def test_a_batch_that_does_not_divide_over_the_devices(refused, monkeypatch):
 
 def test_no_room_on_the_disk(refused, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2**40, used=0, free=1000))
-    assert "0.00 GiB free" in refused()
+    assert "0.0 MiB free" in refused()
 
 
 def test_a_workdir_that_is_no_run(run, tmp_path):
@@ -472,6 +488,15 @@ def test_a_workdir_that_is_no_run(run, tmp_path):
 def test_what_a_kill_before_the_first_step_left_is_no_obstacle(left, tmp_path):
     (tmp_path / left).write_text("{")
     assert job.check_workdir(tmp_path, None) is False
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_workdir_that_is_a_file(inside, run, tmp_path):
+    (tmp_path / "thesis").write_text("precious")
+    status, _, err = run(tmp_path / "thesis" / inside)
+    assert status == 2
+    assert "thesis is a file, not a directory" in err
+    assert (tmp_path / "thesis").read_text() == "precious"
 
 
 def test_no_workdir(run):

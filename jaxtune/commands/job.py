@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtune import data, optim, sweep, tree, watch
 from jaxtune.commands import extract
 from jaxtune.commands.tasks import Task, open_task
 from jaxtune.config import ADAPTERS, DEFAULT_LR
+from jaxtune.curate import NOTE, DataReport, glance
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.features import Extractor, above
 from jaxtune.files import cache_root
@@ -117,6 +119,12 @@ class Data:
     report: data.Report
     length: int
     prefix: Sequence[int] = ()  # virtual tokens before each row, within `length`
+    form: data.LabelForm | None = None
+
+    @cached_property
+    def glance(self) -> DataReport:
+        """What is wrong with the rows, as far as their tokens say."""
+        return glance(self.tokenizer, self.train, self.eval, self.report, self.form)
 
 
 def open_data(cfg: Any, model: Model) -> Data:
@@ -143,7 +151,7 @@ def open_data(cfg: Any, model: Model) -> Data:
         vocab_size=model.module.spec.vocab,
         cache=cfg.data.cache,
     )
-    return Data(tokenizer, train, held_out, report, length, prefix)
+    return Data(tokenizer, train, held_out, report, length, prefix, model.task.form)
 
 
 def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
@@ -152,6 +160,7 @@ def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
     if cfg.data.max_length is None:
         known = model.module.spec.positions
         lines.append(f"data.max_length is {d.length} by default (the model knows {known}).")
+    lines += [f"{f.severity}: {f.message}: {f.fix}." for f in d.glance.findings if f.severity != NOTE]
     return lines
 
 
@@ -461,6 +470,12 @@ def _left_behind(name: str) -> bool:
     )
 
 
+def check_is_folder(workdir: Path) -> None:
+    """Raise UserError if something stands at `workdir`, or at a folder above it, that is no folder."""
+    if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
+        raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
+
+
 def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, member: bool = False) -> bool:
     """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
 
@@ -469,6 +484,7 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, me
     """
     from jaxtune import config
 
+    check_is_folder(workdir)
     file = workdir / "config.json"
     if not file.exists():
         if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
