@@ -25,6 +25,7 @@ from jaxtune.models.attention import choose
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.cross_entropy import chunk_size
 from jaxtune.step import init_state, make_train_step
+from jaxtune.weights import Packed
 
 GIB = 2**30
 POLICIES = ("none", "dots", "attention", "full")  # from most memory to least
@@ -193,13 +194,16 @@ def shapes(setup: Setup) -> Shapes:
         found.append(tree.count(params, mask))
         part = tree.partition(params, mask)
         state = init_state(part.trainable, part.member, setup.tx, jax.random.key(0), copy=False)
-        return state, jax.tree.map(functools.partial(_cast, dtype=setup.module.dtype), part.frozen)
+        cast = functools.partial(_cast, dtype=setup.module.dtype)
+        return state, jax.tree.map(cast, part.frozen, is_leaf=lambda leaf: isinstance(leaf, Packed))
 
     state, frozen = jax.eval_shape(first, setup.module.abstract_params())
     return Shapes(state, frozen, found[0])
 
 
 def _cast(leaf, dtype):
+    if isinstance(leaf, Packed):
+        return leaf
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 

@@ -204,3 +204,24 @@ def test_real_configs_plan(assets, capsys, monkeypatch):
             assert one["parameters"] > one["trainable"] > 0
             done += 1
     assert done >= 8
+
+
+@pytest.mark.slow
+def test_an_8b_on_4_bits_fits_a_consumer_card(assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    overrides = {
+        "model": {"path": str(assets / "hf-configs" / "llama3_1_8b"), "remat": "full"},
+        "tune": {"lora": {"r": 16}},
+        "data": {"packing": True, "max_length": 4096},
+        "train": {"batch_size": 1},
+    }
+
+    def total(**model):
+        config = overrides | {"model": overrides["model"] | model}
+        (tmp_path / "c.py").write_text(f"def get_config():\n    return {config}\n")
+        return planned(capsys, tmp_path / "c.py", "--gpu=rtx4090")[0]["total_bytes"] / 2**30
+
+    plain, small = total(), total(quantization="nf4")
+    # 6.98e9 weights of the body: 16 bits become 4.127.
+    assert plain - small == pytest.approx(6.98e9 * (16 - 4.127) / 8 / 2**30, rel=0.01)
+    assert small < 22

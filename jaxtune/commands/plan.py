@@ -122,7 +122,8 @@ def _setup(cfg: Any, backend: str) -> "Setup":
     from jaxtune import models, plan
     from jaxtune.commands import job
     from jaxtune.hf import load as hf
-    from jaxtune.methods import tune
+    from jaxtune.methods import cut, tune
+    from jaxtune.quantized import quantize
 
     dtype = cfg.model.dtype
     if dtype == "auto":
@@ -139,10 +140,17 @@ def _setup(cfg: Any, backend: str) -> "Setup":
         raise UserError(
             f"{folder}: jaxtune plan knows causal language models; it does not plan encoders or labels yet."
         )
+    module = cut(cfg.tune.method, module, job.method_settings(cfg))
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
+
+    def method(params):
+        if cfg.model.quantization != "none":
+            params = quantize(params, cfg.model.quantization)
+        return tune(cfg.tune.method, params, key, module, job.method_settings(cfg))
+
     return plan.Setup(
         module=module,
-        method=lambda params: tune(cfg.tune.method, params, key, module, job.method_settings(cfg)),
+        method=method,
         tx=job.make_tx(cfg, job.make_shape(cfg, 100)),
         rows=cfg.train.batch_size // cfg.train.grad_accum,
         length=job.max_length(cfg, module),
