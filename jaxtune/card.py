@@ -8,33 +8,39 @@ from typing import Any
 
 from jaxtune.files import atomic_write_text
 
-_LOAD_ADAPTER = """```python
-from peft import PeftModel
-from transformers import {auto}
+AUTO = {  # objective.name -> the class of transformers that loads the result
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained({base}), {here})
-```
 
-```python
-import jaxtune
+def loading(base: str, here: str, *, adapter: bool, auto: str = AUTO["causal_lm"]) -> dict[str, str]:
+    """Code to paste that loads a result: library -> lines.
 
-module, params = jaxtune.load({base})
-params, mask, config = jaxtune.load_adapter(module, params, {here}, base={base})
-```
-"""
+    Args:
+        base: hub id or path of the model that was tuned.
+        here: the directory of the adapter or the model.
+        auto: the class of transformers that loads it.
+    """
+    base, here = json.dumps(base), json.dumps(here)
+    if adapter:
+        return {
+            "peft": "from peft import PeftModel\n"
+            f"from transformers import {auto}, AutoTokenizer\n\n"
+            f"base = {auto}.from_pretrained({base})\n"
+            f"model = PeftModel.from_pretrained(base, {here})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({here})",
+            "jaxtune": f"import jaxtune\n\nmodule, params = jaxtune.load({base})\n"
+            f"params, mask, config = jaxtune.load_adapter(module, params, {here}, base={base})",
+        }
+    return {
+        "transformers": f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"model = {auto}.from_pretrained({here})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({here})",
+        "jaxtune": f"import jaxtune\n\nmodule, params = jaxtune.load({here})",
+    }
 
-_LOAD_MODEL = """```python
-from transformers import {auto}
-
-model = {auto}.from_pretrained({here})
-```
-
-```python
-import jaxtune
-
-module, params = jaxtune.load({here})
-```
-"""
 
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -78,9 +84,9 @@ def model_card(
     if facts:
         rows = [f"| {label} | {_cell(value)} |" for label, value in facts.items()]
         blocks.append("\n".join(["## The run", "", "| | |", "|---|---|", *rows]))
-    code = (_LOAD_ADAPTER if adapter else _LOAD_MODEL).format(base=json.dumps(base), here=json.dumps(name), auto=auto)
-    blocks.append(f"## How to load it\n\n{code}")
-    return "\n\n".join(blocks)
+    code = loading(base, name, adapter=bool(adapter), auto=auto)
+    blocks.append("\n\n".join(["## How to load it", *(f"```python\n{lines}\n```" for lines in code.values())]))
+    return "\n\n".join(blocks) + "\n"
 
 
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"

@@ -88,7 +88,8 @@ class Checkpoints:
                 if step is not None:
                     raise
                 why = str(e).partition("\n")[0][:200] or type(e).__name__
-                self.say(f"The checkpoint of step {candidate} cannot be read ({why}); using the one before.")
+                then = "using the one before" if candidate != self.steps()[0] else "there is none before it"
+                self.say(f"The checkpoint of step {candidate} cannot be read ({why}); {then}.")
                 damaged = self.folder / str(candidate)
                 damaged.rename(damaged.with_name(f"damaged-{candidate}"))
                 self.manager.reload()
@@ -149,6 +150,10 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if free < needed:
         raise UserError(
-            f"The disk of {folder} has {free / 2**30:.2f} GiB free; this run writes up to {needed / 2**30:.2f} GiB "
+            f"The disk of {folder} has {_size(free)} free; this run writes up to {_size(needed)} "
             "(checkpoints and the result). Free some, lower train.keep, or give another --workdir."
         )
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"

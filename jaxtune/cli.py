@@ -10,6 +10,7 @@ Nothing here imports jax, and `--help` does not even import ml_collections.
 
 import importlib
 import importlib.util
+import os
 import sys
 import textwrap
 import traceback
@@ -20,8 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from jaxtune import torchless
 from jaxtune.config import KINDS, REQUIRED, SECTIONS, SETTINGS, find_setting, load_file, namesakes, resolve
-from jaxtune.errors import Interrupted, RunFailed, UserError, nearest
+from jaxtune.errors import Interrupted, RunFailed, UserError, disk_full, nearest
 
 if TYPE_CHECKING:
     from ml_collections import FrozenConfigDict
@@ -54,9 +56,14 @@ EXIT_STATUS = """exit status
 def run() -> None:
     """Console entry point."""
     if not any(word.startswith("--tasks") for word in sys.argv):  # whose data sets are hashed with torch's help
-        # transformers imports torch wherever it finds it: seconds, and 300 MiB. None says that there is none.
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    sys.exit(main())
+        torchless.hide()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `jaxtune train --help | head`; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,8 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxtune: interrupted", file=sys.stderr)
         return 1
-    except Exception:
-        traceback.print_exc()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if not disk_full(error):
+            traceback.print_exc()
+            return 1
+        print("jaxtune: error: No room is left on the disk. Free some; the same command goes on.", file=sys.stderr)
         return 1
 
 
@@ -332,6 +344,8 @@ def _shown(default: Any) -> str:
         return "-"
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

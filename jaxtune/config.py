@@ -84,7 +84,7 @@ SECTIONS = {
     "optim": "the optimizer and its schedule",
     "train": "the run",
     "log": "what is written while it runs",
-    "evaluate": "what is generated and scored at the end",
+    "evaluate": "what is generated at evaluations, and scored at the end",
 }
 
 Paths = tuple[Path, ...]
@@ -190,8 +190,11 @@ SETTINGS = (
     Setting("log.every", int, 10, "steps", range=AT_LEAST_1),
     Setting("log.tensorboard", bool, True, "write event files"),
     Setting("log.wandb", bool, False, "also log to Weights & Biases"),
-    Setting("log.progress", bool, True, "show a progress bar"),
+    Setting("log.progress", bool, True, "show a progress bar on a terminal"),
+    Setting("log.plot", bool, True, "and a plot of the losses above it"),
     #
+    Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
+    Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
     Setting("evaluate.json", bool, False, "generate JSON for held-out rows; score valid and exact"),
     Setting("evaluate.max_new_tokens", int, 64, "longest generated answer", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
@@ -287,14 +290,14 @@ IDLE = (
         "the completion of {data.format} rows is known",
     ),
     Idle(
-        ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate.json"),
+        ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate"),
         _no_eval_data,
         "there is nothing to evaluate on: give data.eval or data.eval_fraction",
     ),
     Idle(
         (
             *("model.chat_template", "data.system", "data.format", "data.template", "data.completion_from"),
-            *("data.packing", "objective.z_loss", "evaluate.json"),
+            *("data.packing", "objective.z_loss", "evaluate"),
         ),
         lambda v: v["objective.name"] != "causal_lm",
         "objective.name is {objective.name}",
@@ -314,8 +317,14 @@ IDLE = (
         lambda v: v["objective.problem_type"] == "regression",
         "objective.problem_type is regression",
     ),
+    Idle(("evaluate.rows",), lambda v: not v["evaluate.json"], "evaluate.json is off"),
+    Idle(
+        ("evaluate.max_new_tokens",),
+        lambda v: not (v["evaluate.json"] or v["evaluate.samples"] or v["evaluate.prompts"]),
+        "evaluate.json, evaluate.samples and evaluate.prompts are off",
+    ),
+    Idle(("log.plot",), lambda v: not v["log.progress"], "log.progress is off"),
     Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
-    Idle(("evaluate.max_new_tokens", "evaluate.rows"), lambda v: not v["evaluate.json"], "evaluate.json is off"),
 )
 
 

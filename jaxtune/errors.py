@@ -1,6 +1,7 @@
 """The two ways a run ends that are not a defect: wrong input, and a signal."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -23,3 +24,13 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
 
 class RunFailed(Exception):
     """The run itself failed: a non-finite loss, no device memory. The message alone is printed; status 1."""
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that the disk is full; libraries in C++ say so in words only."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

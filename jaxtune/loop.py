@@ -77,21 +77,6 @@ def fresh_window() -> dict[str, float]:
     return {"loss": 0.0, "weight": 0.0, "tokens": 0}
 
 
-@dataclass
-class Result:
-    """How it ended.
-
-    Attributes:
-        state: the last state; that of a sweep holds those of `runs`, stacked in this order.
-        runs: the runs that were in the step to the end.
-        dropped: the runs that were taken out of the step before.
-    """
-
-    state: TrainState
-    runs: list[Run]
-    dropped: list[Run]
-
-
 @contextmanager
 def stop_on_signal():
     """Yield a function that tells whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
@@ -110,159 +95,176 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def fit(
-    state: TrainState,
-    frozen: Any,
-    step_fn: Callable[..., Any],
-    batch_at: Callable[[int], dict[str, np.ndarray]],
-    plan: Plan,
-    runs: Sequence[Run],
-    *,
-    put: Callable[[Any, list[int]], Any],
-    checkpoints: Checkpoints,
-    progress: Progress,
-    evaluate: Callable[[TrainState], list[dict[str, float]]] | None = None,
-    dropped: Sequence[Run] = (),
-    take: Callable[[TrainState, list[int]], TrainState] | None = None,
-) -> Result:
-    """Train from `state.step` to `plan.steps`.
+@dataclass
+class Loop:
+    """The loop over the steps of one run, or of those that share its step.
 
-    Args:
+    Attributes:
+        state: the last state.
+        frozen: what `step_fn(state, frozen, batch) -> (state, metrics)` takes beside it.
         batch_at: the host batch of a step, a pure function of it.
         runs: whose state this is: one, or those that are stacked in it, in their order.
         put: (host batch, the runs' lanes) -> device batch.
         evaluate: state -> metrics of each run, of which "eval/loss" decides what is best.
-        dropped: runs that ended in an earlier part of a run that goes on.
+        sample: called with (step, state, its runs) after each evaluation.
+        dropped: runs that were taken out of the step, also in an earlier part of a run that goes on.
         take: state with the given of its runs; after an evaluation, what has ended leaves the step, which never holds
             less than two because the numbers of a single member differ in the last bits. None: a run alone.
-
-    Raises:
-        Interrupted: a signal came; a checkpoint was saved.
-        RunFailed: the loss of a run alone is not finite. In a sweep, that run has `ended`, and the others go on.
     """
-    runs, dropped = list(runs), list(dropped)
-    start = int(np.ravel(jax.device_get(state.step))[0])
-    pending: tuple[int, dict] | None = None  # metrics of the step before, still on the device
-    clock = time.monotonic()
 
-    def live():
-        return [run for run in runs if not run.ended]
+    state: TrainState
+    frozen: Any
+    step_fn: Callable[..., Any]
+    batch_at: Callable[[int], dict[str, np.ndarray]]
+    plan: Plan
+    runs: list[Run]
+    put: Callable[[Any, list[int]], Any]
+    checkpoints: Checkpoints
+    progress: Progress
+    evaluate: Callable[[TrainState], list[dict[str, float]]] | None = None
+    sample: Callable[[int, TrainState, Sequence[Run]], None] | None = None
+    dropped: list[Run] = field(default_factory=list)
+    take: Callable[[TrainState, list[int]], TrainState] | None = None
+    clock: float = field(default_factory=time.monotonic)  # of the last logged line
+    unread: tuple[int, dict] | None = None  # a step whose metrics are still on the device
 
-    def evaluates(number):
-        due = number == plan.steps or (plan.eval_every and number % plan.eval_every == 0)
-        return evaluate is not None and bool(due)
+    def run(self) -> None:
+        """Train from `state.step` to `plan.steps`; `state`, `runs` and `dropped` then say how it ended.
 
-    def settle(item):
-        """Wait for a step's metrics and add them to the windows."""
-        nonlocal clock
-        number, arrays = item
+        Raises:
+            Interrupted: a signal came; a checkpoint was saved.
+            RunFailed: the loss of a run alone is not finite. In a sweep, that run has `ended`, and the others go on.
+        """
+        start, last = int(np.ravel(jax.device_get(self.state.step))[0]), self.plan.steps
+        self._judge_patience()
+        if start == 0 and self.evaluate is not None and not self.checkpoints.steps():
+            self._assess(0)
+        if self._evaluates(start):
+            self._regroup()
+        with stop_on_signal() as stopped, Prefetch(self.batch_at, start, last) as batches:
+            for number, batch in enumerate(batches, start + 1):
+                if not self._live():
+                    break
+                self._step(number, batch)
+                stopping = stopped()  # asked once: a signal that comes after this is seen in the next step
+                self._after(number, stopping)
+                if stopping and number < last and self._live():
+                    self.checkpoints.wait()
+                    raise Interrupted(
+                        f"Stopped by a signal after step {number}; the checkpoint is saved. Start again to go on."
+                    )
+                if self._evaluates(number):
+                    self._regroup()
+        self.checkpoints.wait()
+
+    def _live(self) -> list[Run]:
+        return [run for run in self.runs if not run.ended]
+
+    def _evaluates(self, number: int) -> bool:
+        due = number == self.plan.steps or _every(self.plan.eval_every, number)
+        return self.evaluate is not None and due
+
+    def _step(self, number: int, batch: dict[str, np.ndarray]) -> None:
+        """Start a step, and read the metrics of the one before while it runs."""
+        lanes = [run.lane for run in self.runs]
+        self.state, metrics = self.step_fn(self.state, self.frozen, self.put(batch, lanes))
+        self._read()
+        for run, tokens in zip(self.runs, _tokens(batch, lanes), strict=True):
+            if not run.ended:
+                run.record["window"]["tokens"] += tokens
+                run.record["tokens"] += tokens
+        self.unread = number, metrics
+
+    def _after(self, number: int, stopping: bool) -> None:
+        """Log, evaluate and save, where it is time for it; a checkpoint holds what was logged and found before it."""
+        evaluates, last = self._evaluates(number), number == self.plan.steps
+        saves = last or evaluates or stopping or _every(self.plan.save_every, number)
+        if saves or _every(self.plan.log_every, number):
+            self._read()
+        if evaluates:
+            began = time.monotonic()
+            self._assess(number)
+            self.clock += time.monotonic() - began  # not the training's time
+            self._judge_patience()
+        if saves:
+            counters = [run.record | {"name": run.name} for run in [*self.runs, *self.dropped]]
+            self.checkpoints.save(number, self.state, {"runs": counters, "in_step": len(self.runs)})
+
+    def _read(self) -> None:
+        """Wait for the metrics of the last step, add them to the windows, and log those at their end."""
+        if self.unread is None:
+            return
+        (number, arrays), self.unread = self.unread, None
         arrays = {k: np.atleast_1d(v) for k, v in jax.device_get(arrays).items()}
-        lines = {}
-        now = time.monotonic()
-        for i, run in enumerate(runs):
+        logs = number == self.plan.steps or _every(self.plan.log_every, number)
+        now, lines = time.monotonic(), {}
+        for i, run in enumerate(self.runs):
             if run.ended:
                 continue
             values = {k: float(v[i]) for k, v in arrays.items()}
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                run.record["ended"] = _not_finite(run, number, values)
-                if take is not None:
-                    progress.say(f"{run.name}: {run.ended}")
+                self._fail(run, _not_finite(run, number, values))
                 continue
             window = run.record["window"]
             window["loss"] += values["loss"] * values["weight"]
             window["weight"] += values["weight"]
-            if number % plan.log_every == 0 or number == plan.steps:
-                lines[run.name] = {
-                    "train/loss": window["loss"] / max(window["weight"], 1.0),
-                    "train/lr": run.lr_at(number - 1),
-                    "train/grad_norm": values["grad_norm"],
-                    "train/tokens": run.record["tokens"],
-                    "train/tokens_per_second": round(window["tokens"] / max(now - clock, 1e-9), 1),
-                }
-                run.metrics.write(number, lines[run.name])
+            if logs:
+                lines[run.name] = _line(run, number, values, now - self.clock)
                 run.record["window"] = fresh_window()
-        if take is None and runs[0].failed:
-            checkpoints.wait()
-            steps = checkpoints.steps()
-            kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "No checkpoint was saved."
-            raise RunFailed(f"{runs[0].ended} {kept} {REMEDY}")
+                self._log(run, number, lines[run.name])
         if lines:
-            clock = now
-            progress.update(number, lines)
+            self.clock = now
+            self.progress.update(number, lines)
 
-    def save(number):
-        counters = {"runs": [run.record | {"name": run.name} for run in [*runs, *dropped]], "in_step": len(runs)}
-        checkpoints.save(number, state, counters)
+    def _log(self, run: Run, number: int, values: dict[str, Any]) -> None:
+        for finding in run.metrics.write(number, values):
+            self._say(run, str(finding))
 
-    def assess(number):
-        for run, values in zip(runs, evaluate(state), strict=True):
+    def _say(self, run: Run, text: str) -> None:
+        self.progress.say(text if self.take is None else f"{run.name}: {text}")
+
+    def _fail(self, run: Run, why: str) -> None:
+        run.record["ended"] = why
+        if self.take is not None:
+            self._say(run, why)
+            return
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "No checkpoint was saved."
+        raise RunFailed(f"{why} {kept} {REMEDY}")
+
+    def _assess(self, number: int) -> None:
+        """Evaluate every run. What they all start as is a base to compare with, not a result that could be the best."""
+        found = {}
+        for run, values in zip(self.runs, self.evaluate(self.state), strict=True):
             if run.ended:
                 continue
-            run.metrics.write(number, values)
-            loss = values["eval/loss"]
-            progress.say(f"step {number}  {run.name + '  ' if len(runs) > 1 else ''}eval loss {loss:.4f}")
-            best = run.best
-            if best is None or loss < best["loss"] or math.isnan(best["loss"]):
+            self._log(run, number, values)
+            found[run.name], loss = values, values["eval/loss"]
+            if not number:
+                continue
+            if run.best is None or loss < run.best["loss"] or math.isnan(run.best["loss"]):
                 run.record["best"], run.record["waited"] = {"step": number, "loss": loss}, 0
             else:
                 run.record["waited"] += 1
+        self.progress.evaluated(number, found)
+        if self.sample is not None:
+            self.sample(number, self.state, self.runs)
 
-    def lose_patience():
-        for run in runs:
-            if not run.failed:  # of a run that goes on, the patience may have been changed
-                spent = plan.early_stop and run.record["waited"] >= plan.early_stop
+    def _judge_patience(self) -> None:
+        """Early stopping; of a run that goes on, the patience may have been changed."""
+        for run in self.runs:
+            if not run.failed:
+                spent = self.plan.early_stop and run.record["waited"] >= self.plan.early_stop
                 run.record["ended"] = EARLY if spent else None
 
-    def regroup():
-        nonlocal state, runs
-        kept = [i for i, run in enumerate(runs) if not run.ended]
-        kept = sorted([*kept, *(i for i in range(len(runs)) if i not in kept)][: max(2, len(kept))])
-        if take is not None and len(kept) < len(runs):
-            dropped.extend(run for i, run in enumerate(runs) if i not in kept)
-            state, runs = take(state, kept), [runs[i] for i in kept]
-
-    lose_patience()
-    if start == 0 and evaluate is not None and not checkpoints.steps():
-        for run, values in zip(runs, evaluate(state), strict=True):
-            run.metrics.write(0, values)
-    if evaluates(start):
-        regroup()
-    with stop_on_signal() as stopped, Prefetch(batch_at, start, plan.steps) as batches:
-        for number, batch in enumerate(batches, start + 1):
-            if not live():
-                break
-            lanes = [run.lane for run in runs]
-            state, values = step_fn(state, frozen, put(batch, lanes))
-            if pending is not None:
-                settle(pending)
-            for run, tokens in zip(runs, _tokens(batch, lanes), strict=True):
-                if not run.ended:
-                    run.record["window"]["tokens"] += tokens
-                    run.record["tokens"] += tokens
-            pending = (number, values)
-            last = number == plan.steps
-            evaluating = evaluates(number)
-            stopping = stopped()  # asked once: a signal that comes after this is seen in the next step
-            saving = last or evaluating or (plan.save_every and number % plan.save_every == 0) or stopping
-            if saving or number % plan.log_every == 0:
-                settle(pending)
-                pending = None
-            if evaluating:
-                began = time.monotonic()
-                assess(number)
-                clock += time.monotonic() - began  # not the training's time
-                lose_patience()
-            if saving:
-                save(number)
-            if stopping and not last and live():
-                checkpoints.wait()
-                raise Interrupted(
-                    f"Stopped by a signal after step {number}; the checkpoint is saved. Start again to go on."
-                )
-            if evaluating:
-                regroup()
-    checkpoints.wait()
-    return Result(state, runs, dropped)
+    def _regroup(self) -> None:
+        """Take what has ended out of a sweep's step."""
+        kept = [i for i, run in enumerate(self.runs) if not run.ended]
+        kept = sorted([*kept, *(i for i in range(len(self.runs)) if i not in kept)][: max(2, len(kept))])
+        if self.take is not None and len(kept) < len(self.runs):
+            self.dropped.extend(run for i, run in enumerate(self.runs) if i not in kept)
+            self.state, self.runs = self.take(self.state, kept), [self.runs[i] for i in kept]
 
 
 REMEDY = "Lower optim.lr, set optim.grad_clip, or look at these rows."
@@ -274,6 +276,24 @@ def _not_finite(run: Run, number: int, values: dict[str, float]) -> str:
         f"The loss is not finite at step {number} (loss {values['loss']}, gradient {values['grad_norm']})."
         + f" Its rows: {rows}." * bool(rows)
     )
+
+
+def _every(interval: int, number: int) -> bool:
+    """Whether something happens at a step; an interval of 0 switches it off."""
+    return bool(interval) and number % interval == 0
+
+
+def _line(run: Run, number: int, values: dict[str, float], seconds: float) -> dict[str, float]:
+    """What is logged of a run at a step, after `seconds` of training since the last line."""
+    window = run.record["window"]
+    line = {
+        "train/loss": window["loss"] / max(window["weight"], 1.0),
+        "train/lr": run.lr_at(number - 1),
+        "train/grad_norm": values["grad_norm"],
+        "train/tokens": run.record["tokens"],
+        "train/tokens_per_second": round(window["tokens"] / max(seconds, 1e-9), 1),
+    }
+    return line | {f"train/{k}": float(f"{v:.4g}") for k, v in values.items() if "/" in k}
 
 
 def _tokens(batch: dict[str, np.ndarray], lanes: list[int]) -> list[int]:

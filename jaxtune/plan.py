@@ -20,10 +20,13 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import tree
+from jaxtune import tree, watch
 from jaxtune.models.attention import choose
+from jaxtune.models.classifier import PROBLEMS, SEQUENCE
 from jaxtune.objectives.causal_lm import causal_lm
+from jaxtune.objectives.classification import classification
 from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.quantized import quantize
 from jaxtune.step import init_state, make_train_step
 from jaxtune.weights import Packed
 
@@ -69,13 +72,14 @@ class Setup:
     """What decides the cost of a step.
 
     Attributes:
-        module: the decoder; its dtype, remat policy and attention are those of the step.
+        module: the decoder or classifier; its dtype, remat policy and attention are those of the step.
         method: params -> (params, mask).
         tx: the optimizer.
         rows, length: of a micro-batch, in tokens.
         micros: micro-batches in a step.
         packed: whether rows hold several documents.
         backend: "cpu" or "gpu".
+        quantization: of the frozen body, as model.quantization.
     """
 
     module: Any
@@ -87,6 +91,29 @@ class Setup:
     packed: bool = False
     z_loss: float = 0.0
     backend: str = "gpu"
+    quantization: str = "none"
+
+    @property
+    def body(self) -> Any:
+        """The module below a label head."""
+        return getattr(self.module, "body", self.module)
+
+    @property
+    def labels(self) -> Any:
+        """What a classifier classifies into; None of a language model."""
+        return getattr(self.module, "labels", None)
+
+    def base(self) -> Any:
+        """The abstract parameters before the method."""
+        params = self.module.abstract_params()
+        if self.quantization == "none":
+            return params
+        return jax.eval_shape(functools.partial(quantize, kind=self.quantization), params)
+
+    def loss(self, module: Any) -> Callable[..., Any]:
+        if self.labels is not None:
+            return classification(module)
+        return causal_lm(module, packed=self.packed, z_loss=self.z_loss)
 
 
 class Shapes(NamedTuple):
@@ -138,6 +165,7 @@ class Cost:
         """Return the memory of a step with `rows` in a micro-batch, for as many members of a sweep."""
         tokens, vocab = rows * self.setup.length, self.setup.module.spec.vocab
         chunk = min(tokens, chunk_size(tokens, vocab, members, self.setup.backend))
+        chunk = 0 if self.setup.labels else chunk  # logits of labels are kept with the activations
         f = self.fixed
         return Bytes(
             frozen=f.frozen,
@@ -197,14 +225,13 @@ def shapes(setup: Setup) -> Shapes:
         cast = functools.partial(_cast, dtype=setup.module.dtype)
         return state, jax.tree.map(cast, part.frozen, is_leaf=lambda leaf: isinstance(leaf, Packed))
 
-    state, frozen = jax.eval_shape(first, setup.module.abstract_params())
+    state, frozen = jax.eval_shape(first, setup.base())
     return Shapes(state, frozen, found[0])
 
 
 def _cast(leaf, dtype):
-    if isinstance(leaf, Packed):
-        return leaf
-    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    plain = not isinstance(leaf, Packed) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(dtype) if plain else leaf
 
 
 def batch_like(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
@@ -212,8 +239,13 @@ def batch_like(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     lead = (setup.micros, setup.rows)
     tokens = jax.ShapeDtypeStruct((*lead, setup.length), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
-    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
-    return batch | {"weights": weights, "row": jax.ShapeDtypeStruct(lead, jnp.int32)}
+    batch |= {"weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32), "row": jax.ShapeDtypeStruct(lead, jnp.int32)}
+    if setup.labels is not None and setup.labels.kind == SEQUENCE:
+        width = 1 if setup.labels.problem == PROBLEMS[0] else len(setup.labels.names)
+        del batch["targets"]
+        batch["label"] = jax.ShapeDtypeStruct((*lead, width), jnp.float32)
+        batch["weights"] = jax.ShapeDtypeStruct(lead, jnp.float32)
+    return batch
 
 
 def nbytes(shapes: Any) -> int:
@@ -249,11 +281,11 @@ def measure(setup: Setup, known: Shapes | None = None, everything: tuple[float, 
         logits=0,
         batch=0,
     )
-    all_kept = setup.module.remat == "none" and setup.backend != "cpu"
-    kept = everything if all_kept else saved_by(setup, known, setup.module.remat)
+    all_kept = setup.body.remat == "none" and setup.backend != "cpu"
+    kept = everything if all_kept else saved_by(setup, known, setup.body.remat)
     base, slope = everything
     # The gradient of the head is made in the forward pass; it is one of the gradients already.
-    head = nbytes({k: known.state.trainable[k] for k in _head_of(known.state.trainable)})
+    head = 0 if setup.labels else nbytes({k: known.state.trainable[k] for k in _head_of(known.state.trainable)})
     layers = setup.module.spec.layers
     return Cost(
         setup=setup,
@@ -267,7 +299,7 @@ def measure(setup: Setup, known: Shapes | None = None, everything: tuple[float, 
 
 def _head_of(trainable: Any) -> list[str]:
     """The part of the trainable tree that is the output head."""
-    own = "lm_head" if trainable.get("lm_head") is not None else "embed_tokens"
+    own = "lm_head" if "lm_head" in trainable else "embed_tokens"
     return [own] if jax.tree.leaves(trainable.get(own)) else []
 
 
@@ -284,7 +316,8 @@ def _traceable(setup: Setup, policy: str) -> Any:
     """
     module = setup.module
     block = module.spec.segments[0].pattern[0]
-    chosen = choose(module.attention, setup.packed, module.dtype, block.head_dim, setup.backend)
+    special = setup.packed or not block.causal  # an encoder tells padding by segments
+    chosen = choose(setup.body.attention, special, module.dtype, block.head_dim, setup.backend)
     if policy == "none" and setup.backend != "cpu":
         policy = "everything"
     return module.clone(attention="mapped" if chosen == "cudnn" else chosen, remat=policy)
@@ -292,7 +325,7 @@ def _traceable(setup: Setup, policy: str) -> Any:
 
 def _loss(setup: Setup, known: Shapes, policy: str, rows: int) -> tuple[Callable[..., Any], tuple]:
     """The differentiated loss of one micro-batch and its abstract arguments."""
-    loss_fn = causal_lm(_traceable(setup, policy), packed=setup.packed, z_loss=setup.z_loss)
+    loss_fn = setup.loss(_traceable(setup, policy))
     micro = {k: jax.ShapeDtypeStruct((rows, *x.shape[2:]), x.dtype) for k, x in batch_like(setup).items()}
 
     def forward(trainable, member, frozen, micro, key):
@@ -318,7 +351,7 @@ def _saved(jaxpr: Any) -> int:
 
 def _flops(setup: Setup, known: Shapes) -> float:
     """FLOPs of one row, forward and backward."""
-    forward, arguments = _loss(setup, known, setup.module.remat, 1)
+    forward, arguments = _loss(setup, known, setup.body.remat, 1)
 
     def both(*arguments):
         total, pull, _ = forward(*arguments)
@@ -335,10 +368,15 @@ def dot_flops(jaxpr: Any, trips: int = 1) -> float:
     Args:
         trips: of while loops, whose length a jaxpr does not say: the chunks of the cross-entropy.
     """
-    total = 0.0
-    for eqn in jaxpr.eqns:
+    total, live = 0.0, {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not live & set(eqn.outvars) and not eqn.effects:
+            continue  # XLA drops what nobody reads: the gradient of a frozen expert
+        live |= {v for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)}
         name = eqn.primitive.name
-        if name == "dot_general":
+        if name.startswith("ragged_dot"):  # each row of the left side meets one of the matrices
+            total += 2.0 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1]
+        elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
@@ -359,8 +397,7 @@ def _inner(eqn: Any) -> Iterator[Any]:
 def compiled(setup: Setup, known: Shapes | None = None) -> int:
     """Return the bytes of a step on one device of the backend at hand, as its compiled program plans them."""
     known = known or shapes(setup)
-    loss_fn = causal_lm(setup.module, packed=setup.packed, z_loss=setup.z_loss)
-    step = make_train_step(loss_fn, setup.tx)
+    step = make_train_step(setup.loss(setup.module), setup.tx, group=watch.group)
     return planned_bytes(step.lower(known.state, known.frozen, batch_like(setup)).compile())
 
 

@@ -1,5 +1,6 @@
 """The train step: differentiate the trainable part, sum over micro-batches and devices, divide once, update."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.parallel import DATA
-from jaxtune.tree import PyTree, combine
+from jaxtune.tree import PyTree, combine, flatten
 
 LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]]
 
@@ -68,12 +69,21 @@ def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., A
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh | None = None, *, jit: bool = True
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    group: Callable[[str], str] | None = None,
+    jit: bool = True,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`.
 
     `state` is donated, `frozen` never is. `metrics` are f32[]: loss (mean over trained tokens), weight (their number),
     grad_norm (before clipping). `jit=False` leaves compilation to the caller, who may `vmap` over the state first.
+
+    Args:
+        group: path of a trainable leaf -> group; then `metrics` also hold grad_norm/GROUP (before clipping), and
+            update_ratio/GROUP: the norm of the step's update over that of the weights it gives.
     """
     gradients = value_and_grad(loss_fn, mesh)
 
@@ -85,9 +95,24 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.tree.norm(grads)}
+        if group is not None:
+            metrics |= _by_group(group, grads, updates, trainable)
         return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
+
+
+def _by_group(group: Callable[[str], str], grads: PyTree, updates: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
+    squares = [Counter(), Counter(), Counter()]
+    for found, leaves in zip(squares, (grads, updates, trainable), strict=True):
+        for path, leaf in flatten(leaves).items():
+            found[group(path)] += jnp.square(leaf).sum()
+    metrics = {}
+    for name in squares[0]:
+        grad, update, weight = (jnp.sqrt(found[name]) for found in squares)
+        metrics[f"grad_norm/{name}"] = grad
+        metrics[f"update_ratio/{name}"] = update / jnp.where(weight > 0, weight, 1.0)
+    return metrics
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:

@@ -75,16 +75,22 @@ def _flatten(state: TrainState) -> tuple[list[Any], Any]:
 
 
 def make_sweep_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh | None = None, *, shared_batch: bool = True
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    shared_batch: bool = True,
+    group: Callable[[str], str] | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Return `step(state, frozen, batch) -> (state, metrics)` over a stacked state; metrics are f32[K].
 
     Args:
         shared_batch: all members see the same batch [A, B, ...]; otherwise batches are [K, A, B, ...].
+        group: see `make_train_step`.
 
     As in `make_train_step`, `state` is donated. Clipping and dropout keys are the member's own.
     """
-    step = make_train_step(loss_fn, tx, mesh, jit=False)
+    step = make_train_step(loss_fn, tx, mesh, group=group, jit=False)
     return jax.jit(jax.vmap(step, in_axes=(0, None, None if shared_batch else 0)), donate_argnums=0)
 
 

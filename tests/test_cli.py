@@ -1,5 +1,6 @@
 """Exit statuses, flags and help, through `main` with a command that only reads its flags."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -258,6 +259,32 @@ def test_python_m_jaxtune_is_the_command():
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_has_enough_is_no_error():
+    """`jaxtune train --help | head -1`"""
+    command = [sys.executable, "-m", "jaxtune", "train", "--help"]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("INTERNAL: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_said_without_a_traceback(error, monkeypatch, capsys):
+    def fails(argv):
+        raise RuntimeError("asynchronous save failed") from error
+
+    monkeypatch.setattr(cli, "_dispatch", fails)
+    assert main(["train"]) == 1
+    assert (
+        capsys.readouterr().err == "jaxtune: error: No room is left on the disk. Free some; the same command goes on.\n"
+    )
+
+
 def test_the_command_does_not_import_torch(tmp_path):
     """transformers does so where torch is installed, which costs seconds and 300 MiB."""
     argv = ["jaxtune", "train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", "--dry-run"]
@@ -270,4 +297,4 @@ def test_the_command_does_not_import_torch(tmp_path):
         "assert 'transformers' in sys.modules\n"
         "assert not [name for name in sys.modules if name.startswith('torch.')]"
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")

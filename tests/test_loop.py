@@ -52,6 +52,9 @@ class Silent:
         self.logged.append(step)
         self.act(step)
 
+    def evaluated(self, step, lines):
+        pass
+
     def say(self, text):
         self.said.append(text)
 
@@ -76,9 +79,9 @@ def start(step=0, value=0):
 class Alone:
     """How one run ended."""
 
-    def __init__(self, result):
-        [run] = result.runs
-        self.state, self.best, self.early = result.state, run.best, run.ended == loop.EARLY
+    def __init__(self, training):
+        [run] = training.runs
+        self.state, self.best, self.early = training.state, run.best, run.ended == loop.EARLY
 
 
 def run(folder, plan, state=None, *, record=None, checkpoints=None, progress=None, evaluate=None, fn=step_fn):
@@ -91,22 +94,23 @@ def run(folder, plan, state=None, *, record=None, checkpoints=None, progress=Non
         places=lambda step: [f"file:{step}", f"file:{step + 100}"],
         record=record or loop.fresh_record(),
     )
+    training = loop.Loop(
+        state,
+        None,
+        fn,
+        batch_at,
+        plan,
+        [one],
+        put=lambda batch, lanes: batch,
+        checkpoints=checkpoints or Memory(),
+        progress=progress or Silent(),
+        evaluate=evaluate and (lambda state: [evaluate(state)]),
+    )
     try:
-        result = loop.fit(
-            state,
-            None,
-            fn,
-            batch_at,
-            plan,
-            [one],
-            put=lambda batch, lanes: batch,
-            checkpoints=checkpoints or Memory(),
-            progress=progress or Silent(),
-            evaluate=evaluate and (lambda state: [evaluate(state)]),
-        )
+        training.run()
     finally:
         metrics.close()
-    return Alone(result)
+    return Alone(training)
 
 
 def losses(*values):

@@ -382,7 +382,7 @@ def test_prompt_tuning_both_ways(name, tmp_path):
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
-        use_cache=False,  # peft 0.21.2 on transformers 5.24 loses the virtual tokens' place from the second token on
+        use_cache=False,  # peft 0.21 with transformers 5.24 loses a prompt's positions in a cache
     )
     assert jaxtune.generate(module, params, TOKENS.tolist(), max_new_tokens=5) == new[:, -5:].tolist()
     with pytest.raises(UserError, match="soft prompt cannot be merged"):

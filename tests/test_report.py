@@ -1,122 +1,22 @@
 """Reports of made-up runs: they say what is in the files, stand alone, and show no markup that a run brings in."""
 
+import html
 import json
 import re
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
+import time
 from pathlib import Path
 
 import pytest
+from report_runs import DATA, HOSTILE, OVERRIDES, SUMMARY, Page, make_run, metrics
 
-from jaxtune import config
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.report import write_comparison, write_report
 from jaxtune.report.chart import linear_axis, log_axis, smooth, step_axis, thin
-from jaxtune.report.html import compact, duration, number, percent
 from jaxtune.report.run import Point, read_run
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\ud800"
-VOID = {"meta", "link", "img", "br"}
-OVERRIDES = {
-    "model": {"path": "models/tiny/base"},
-    "tune": {"lora": {"r": 16}},
-    "data": {"train": "data/train.jsonl", "eval": "data/eval.jsonl"},
-    "train": {"steps": 40},
-    "evaluate": {"json": True},
-}
-SUMMARY = {
-    "trainable": 2_500,
-    "all": 100_000,
-    "groups": {"mlp/up_proj": [2_500, 40_000], "embed": [0, 60_000]},
-    "seconds": {"train": 70.0, "export": 22.0},
-    "device": "TPU v9",
-    "data": ["data/train.jsonl: 123 rows"],
-    "samples": [
-        {
-            "prompt": "two red mugs",
-            "expected": '{"n": 2, "c": "red"}',
-            "before": "mugs",
-            "after": '{"c": "red", "n": 2}',
-        },
-        {"prompt": "one blue mug", "expected": '{"n": 1, "c": "blue"}', "before": "", "after": '{"n": 1, "c": "pink"}'},
-    ],
-    "argv": ["jaxtune", "train", "--config=my config.py"],
-}
-
-
-def metrics(best=20):
-    lines = [{"step": 0, "eval/json_valid": 0.0, "eval/json_exact": 0.0}, {"step": 0, "eval/loss": 3.5}]
-    for step in range(1, 41):
-        lines.append(
-            {
-                "step": step,
-                "train/loss": 4 - step / 20,
-                "train/lr": 1e-3,
-                "train/grad_norm": 1.5,
-                "train/tokens": step * 100,
-                "train/tokens_per_second": 1234.0,
-            }
-        )
-        if step % 10 == 0:
-            lines.append({"step": step, "eval/loss": 1.25 if step == best else 2.0 + step / 100})
-    return [*lines, {"step": 40, "eval/json_valid": 0.99, "eval/json_exact": 0.915}]
-
-
-def make_run(folder, overrides=OVERRIDES, lines=None, summary=SUMMARY, tail=""):
-    folder.mkdir(parents=True)
-    resolved = config.resolve(overrides)
-    (folder / "config.json").write_text(config.to_json(resolved, {"jaxtune": "0.1.0", "jax": "9.8.7"}))
-    lines = metrics() if lines is None else lines
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    if summary is not None:
-        (folder / "adapter").mkdir()
-        (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-class Page(HTMLParser):
-    """Reads a page strictly: elements are closed in order. Keeps tags, rows of tables and text."""
-
-    def __init__(self, file):
-        super().__init__()
-        self.open, self.tags, self.rows, self.texts, self.scripts = [], [], [], [], []
-        self.source = file.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self.open
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts.append((self.tags[-1][1].get("type"), data))
-        elif self.open and self.open[-1] != "style":
-            self.texts.append(data)
-            if self.rows and {"td", "th"} & set(self.open):
-                self.rows[-1][-1] += data
-
-    def row(self, head):
-        return next(row for row in self.rows if row[0] == head)
-
-    def charts(self):
-        """Curves by name, as the read-out has them: {chart: {curve: {step: value}}}."""
-        titles = re.findall(r"<figcaption><b>(.*?)</b>", self.source)
-        data = [json.loads(text) for kind, text in self.scripts if kind == "application/json"]
-        return {t: {s["name"]: dict(s["points"]) for s in d["series"]} for t, d in zip(titles, data, strict=True)}
+from jaxtune.report.words import compact, duration, number, percent
 
 
 @pytest.fixture
@@ -132,11 +32,11 @@ def test_the_figures_are_those_of_the_run(run):
     assert "Held-out loss fell from 3.5 before tuning to 1.25 at step 20 and ended at 2.4" in page.text
     assert "every JSON field right went from 0% to 91.5%." in page.text
     assert "It took 1 min 32 s and read 4,000 tokens at 1,234 tokens a second on TPU v9." in page.text
-    assert page.row("Held-out loss") == ["Held-out loss", "3.5", "1.25", "−2.25 better"]
-    assert page.row("Valid JSON") == ["Valid JSON", "0%", "99%", "+99.0 points better"]
+    assert page.row("held-out loss") == ["held-out loss", "", "3.5", "1.25", "−2.25"]
+    assert page.row("valid JSON") == ["valid JSON", "", "0.0%", "99.0%", "+99.0"]
     assert page.row("tune.lora.r") == ["tune.lora.r", "16", "8", "rank"]
     assert page.row("mlp/up_proj") == ["mlp/up_proj", "2,500", "40,000", "6.2%"]
-    assert page.row("jax") == ["jax", "9.8.7"]
+    assert "jax 9.8.7" in page.text
     assert page.row("train") == ["train", "1 min 10 s", "76.1%"]
     assert "data/train.jsonl: 123 rows" in page.text
     assert not any(row and row[0] == "optim.lr" for row in page.rows), "a setting at its default"
@@ -168,20 +68,20 @@ def test_the_page_stands_alone(run):
         assert ("meta", {"charset": "utf-8"}) in page.tags
         for _, attributes in page.tags:
             assert not {"src", "srcset", "action", "onclick"} & set(attributes)
-            assert attributes.get("href", "data:,") in ("data:,", "quick/report.html")
+            assert re.fullmatch(r"data:,|quick/report\.html|#[a-z-]+", attributes.get("href", "data:,"))
         assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", page.source)
         policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
         assert policy.startswith("default-src 'none'")
-        assert "prefers-color-scheme:dark" in page.source
 
 
 def test_samples_are_judged_and_their_differences_marked(run):
     source = write_report(run).read_text(encoding="utf-8")
-    cards = re.findall(r"<article.*?</article>", source)
+    cards = re.findall(r"<article.*?</article>", source, re.DOTALL)
     assert len(cards) == 2
     assert cards[0].count("as expected") == 1, "JSON in another order is the same"
     assert cards[1].count("differs") == 2
     assert re.findall(r"<mark>(.*?)</mark>", cards[1]) == ["pink"]
+    assert re.findall(r"<mark class=missed>(.*?)</mark>", cards[1]) == ["blue"]
     assert "(nothing)" in cards[1]
 
 
@@ -260,22 +160,114 @@ def test_lines_may_say_before_and_after(tmp_path):
         {"step": 40, "eval/loss": 7.0},
     ]
     page = Page(write_report(make_run(tmp_path / "run", lines=lines)))
-    assert page.row("Held-out loss") == ["Held-out loss", "8", "9", "+1 worse"]
-    assert page.row("Valid JSON") == ["Valid JSON", "75%", "50%", "−25.0 points worse"]
+    assert page.row("held-out loss") == ["held-out loss", "", "8", "9", "+1"]
+    assert page.row("valid JSON") == ["valid JSON", "", "75.0%", "50.0%", "−25.0"]
     assert page.charts()["Loss"]["held out"] == {0: 8.0, 40: 7.0}
 
 
 def test_what_to_paste(run):
     def snippets():
-        return re.findall(r"<pre>(.*?)</pre>", write_report(run).read_text(), re.DOTALL)
+        return list(map(html.unescape, re.findall(r"<pre>(.*?)</pre>", write_report(run).read_text(), re.DOTALL)))
 
     loading = next(text for text in snippets() if "PeftModel." in text)
     assert f"{run}/adapter" in loading and "models/tiny/base" in loading
-    compile(loading.replace("&#x27;", "'"), "snippet", "exec")
-    assert "jaxtune train &#x27;--config=my config.py&#x27;" in snippets()
+    compile(loading, "snippet", "exec")
+    assert "jaxtune train '--config=my config.py'" in snippets()
     assert f"jaxtune train --config={run}/config.json --workdir={run}-again" in snippets()
     (run / "adapter").rename(run / "model")
     assert not any("PeftModel" in text for text in snippets()), "what was exported decides"
+
+
+def test_what_was_found_in_the_data(run):
+    (run / "data_report.json").write_text(json.dumps(DATA))
+    page = Page(write_report(run))
+    assert "error 2 rows (50.0%) of the evaluation data are known leave them out" in page.text
+    assert "data/eval.jsonl:3 = data/train.jsonl:7" in page.text and "note 4 rows are long raise it" in page.text
+    assert "tokens 1,000, of them 250 (25%) trained" in page.text
+    assert "limit 64 tokens: 4 rows are longer and dropped" in page.text
+    bars = re.findall(r'<div class="c(\d)" title="(.*?)"><i style="height:([\d.]+)%', page.source)
+    assert [(colour, float(height)) for colour, _, height in bars] == [("1", 50), ("1", 100), ("1", 30), ("1", 20)]
+    assert bars[-1][1] == "60 to 79 tokens: 4 rows"
+    assert re.findall(r"<li><span>(..)</span>.*?width:([\d.]+)%", page.source) == [("en", "100.0"), ("de", "20.0")]
+    assert re.findall(r'<pre>Q <mark class="trained">A</mark></pre>', page.source)
+    assert "This is what training saw" not in page.text
+
+
+def test_bars_beyond_the_limit_have_another_colour(run):
+    lengths = DATA["summary"]["lengths"] | {"edges": [0, 32, 65, 97, 129]}
+    (run / "data_report.json").write_text(json.dumps(DATA | {"summary": DATA["summary"] | {"lengths": lengths}}))
+    source = write_report(run).read_text()
+    assert re.findall(r'<div class="c(\d)" title', source) == ["1", "1", "2", "2"]
+    assert "beyond 64" in source
+
+
+def test_training_itself_sees_some_of_it(tmp_path):
+    run = make_run(tmp_path / "run", summary=SUMMARY | {"data_report": DATA | {"findings": [], "glance": True}})
+    page = Page(write_report(run))
+    assert "Nothing was found to be wrong with it. This is what training saw on its way." in page.text
+    (run / "data_report.json").write_text(json.dumps(DATA))
+    assert "This is what training saw" not in Page(write_report(run)).text, "jaxtune data sees more"
+
+
+@pytest.mark.parametrize("broken", [{"summary": {}}, DATA | {"findings": [{"check": "x"}]}, DATA | {"samples": 3}])
+def test_a_broken_report_on_data_is_named(run, broken):
+    (run / "data_report.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match="is not what jaxtune data writes"):
+        write_report(run)
+
+
+def test_what_the_run_noticed(tmp_path):
+    found = [
+        {"step": 30, "severity": "warning", "what": "The loss spiked.", "fix": "Clip gradients."},
+        {"step": 7, "severity": "odd", "what": "<b>", "fix": None},
+        "no object",
+    ]
+    page = Page(write_report(make_run(tmp_path / "run", summary=SUMMARY | {"findings": found})))
+    assert "warning The loss spiked. Clip gradients. step 30 note <b> step 7 Before and after" in page.text
+    quiet = make_run(tmp_path / "quiet", summary=SUMMARY | {"findings": []})
+    assert "<h2>Findings</h2>" not in write_report(quiet).read_text()
+
+
+def test_what_it_cost(tmp_path):
+    cost = {"flops": 7e13, "peak_bytes": 3 * 2**29, "peak_of": "device", "runs": 2}
+    page = Page(write_report(make_run(tmp_path / "run", summary=SUMMARY | {"cost": cost})))
+    assert "Operations 70 TFLOP 17.5 GFLOP a token, 1 TFLOP/s while training" in page.text  # 4,000 tokens in 70 s
+    assert "Peak memory 1.5 GiB of the device, with 2 runs" in page.text
+    assert "Operations" not in Page(write_report(make_run(tmp_path / "old"))).text
+
+
+def test_scores_with_intervals_stand_in_for_plain_ones(tmp_path):
+    cells = {name: {"value": v, "low": v - 0.1, "high": v + 0.1} for name, v in (("base", 0.2), ("tuned", 0.8))}
+    entry = cells | {"difference": {"value": 0.6, "low": 0.5, "high": 0.7}, "p": 0.0004, "verdict": "better"}
+    entry |= {"label": "every field right", "better": 1, "share": True, "rows": 200}
+    page = Page(write_report(make_run(tmp_path / "run", summary=SUMMARY | {"scores": {"json_exact": entry}})))
+    row = page.row("every field right")
+    assert row[2:] == ["20.0%[10.0, 30.0]", "80.0%[70.0, 90.0]", "+60.0[+50.0, +70.0]", "better (p < 0.001)"]
+    assert page.row("held-out loss")[2:] == ["3.5", "1.25", "−2.25", ""]
+    with pytest.raises(UserError, match=r"summary\.json: its scores"):
+        write_report(make_run(tmp_path / "broken", summary=SUMMARY | {"scores": {"json_exact": {}}}))
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [
+        ({"method": "full"}, "All weights of tiny/base were tuned"),
+        ({"method": "last_n", "last_n": {"layers": 3}}, "The last 3 layers of tiny/base were tuned"),
+        ({"method": "regex", "regex": {"pattern": "50%s.*"}}, "The parameters that match 50%s.* of tiny/base were"),
+        ({"method": "prompt_tuning", "prompt_tuning": {"num_virtual_tokens": 9}}, "9 virtual tokens for tiny/base"),
+        ({"lora": {"use_dora": True}}, "DoRA adapters (rank 8, alpha 8, on all linear layers) for tiny/base were"),
+    ],
+)
+def test_the_method_in_words(tmp_path, tune, said):
+    assert said in Page(write_report(make_run(tmp_path / "run", OVERRIDES | {"tune": tune}))).text
+
+
+def test_a_classifier_is_loaded_as_one(tmp_path):
+    overrides = {key: section for key, section in OVERRIDES.items() if key != "evaluate"}
+    overrides |= {"objective": {"name": "sequence_classification"}}
+    source = write_report(make_run(tmp_path / "run", overrides)).read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in source
+    assert "CausalLM" not in source and "jaxtune generate" not in source
 
 
 # --------------------------------------------------------------------------------------------------- several runs
@@ -296,7 +288,7 @@ def test_several_runs_on_one_page(tmp_path):
     assert page.rows[0][:4] == ["run", "optim.lr", "held-out loss", "at step"]
     assert [row[0] for row in page.rows[1:]] == ["b", "a", "c"]
     assert page.row("a")[1:4] == ["1e-4", "1.009", "20"]
-    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["b/report.html"]
+    assert page.links() == ["b/report.html"]
     charts = page.charts()
     assert set(charts["Held-out loss"]) == set(charts["Training loss, smoothed"]) == set(rates)
     assert charts["Held-out loss"]["a"][20] == pytest.approx(1.009)
@@ -414,48 +406,62 @@ def test_numbers_in_words():
 
 # -------------------------------------------------------------------------------------------------------- in a browser
 
-PROBE = """<script>
-const said = {errors: []};
-for (const kind of ['error', 'securitypolicyviolation'])
-  addEventListener(kind, e => said.errors.push(e.message || e.violatedDirective));
-addEventListener('load', () => {
-  const plot = document.querySelector('.plot'), box = plot.getBoundingClientRect();
-  plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2, clientY: box.top + 5}));
-  said.tip = document.querySelector('.tip').innerText;
-  plot.dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}));
-  said.end = document.querySelector('.tip').innerText;
-  plot.dispatchEvent(new PointerEvent('pointerleave'));
-  said.hidden = document.querySelector('.tip').hidden;
-  const table = document.querySelector('table.sortable');
-  const column = () => [...table.tBodies[0].rows].map(row => row.cells[2].textContent);
-  const button = table.tHead.rows[0].cells[2].querySelector('button');
-  button.click(); said.up = column();
-  button.click(); said.down = column();
-  said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  document.body.replaceChildren(JSON.stringify(said));
-});
-</script>"""
+
+def test_the_read_out_and_the_sorting(run, browser):
+    page = write_report(run)
+    browser.open(page)
+    tip = browser.find(".tip")
+    browser.hover(browser.find(".plot"))
+    said = tip.text.split()
+    assert (said[:4], said[-3:]) == (["step", "20", "training", "3"], ["held", "out", "1.25"])
+    browser.press(browser.find(".plot"), "END")
+    assert tip.text.split()[:4] == ["step", "40", "training", "2"]
+    browser.press(browser.find(".plot"), "ARROW_LEFT")
+    assert tip.text.split()[:2] == ["step", "39"]
+    browser.hover(browser.find("h1"))
+    assert not tip.is_displayed()
+    browser.find("#curves details summary").click()
+    up, down = [], []
+    for found in (up, down):
+        browser.find("#curves th:nth-child(3) button").click()
+        found += [cell.text for cell in browser.driver.find_elements("css selector", "#curves tbody td:nth-child(3)")]
+    assert up == ["1.25", "2.1", "2.3", "2.4", "3.5"] and down == up[::-1]
+    assert browser.requests() - {"data:,"} == {page.as_uri()}
+    assert browser.errors() == []
 
 
-def test_the_read_out_and_the_sorting_in_a_browser(run, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no chromium to open the page in")
-    page = tmp_path / "probe.html"
-    page.write_text(write_report(run).read_text().replace("<body>", "<body>" + PROBE))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --window-size=400,900 --user-data-dir={tmp_path / 'profile'}"
-    command = [browser, *flags.split(), "--dump-dom", page.as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    said = json.loads(re.search(r"<body>(.*?)</body>", dumped, re.DOTALL)[1])
-    assert said["errors"] == []
-    assert said["tip"].split() == [
-        *("step", "20", "training", "3"),
-        *said["tip"].split()[4:-3],
-        *("held", "out", "1.25"),
-    ]
-    assert said["end"].split()[:4] == ["step", "40", "training", "2"]
-    assert said["hidden"] is True
-    assert said["up"] == ["1.25", "2.1", "2.3", "2.4", "3.5"]
-    assert said["down"] == said["up"][::-1]
-    assert said["overflow"] <= 0
+def test_what_to_paste_is_copied_or_selected(run, browser):
+    browser.open(write_report(run))
+    snippet = browser.find("#do-it-again .snippet")
+    button = snippet.find_element("css selector", "button")
+    button.click()
+    deadline = time.monotonic() + 5
+    while button.text == "copy" and time.monotonic() < deadline:
+        pass
+    assert button.text in ("copied", "selected")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_every_word_can_be_read(run, browser, width, dark):
+    (run / "data_report.json").write_text(json.dumps(DATA))
+    browser.open(write_report(run), width, dark=dark)
+    for details in browser.driver.find_elements("css selector", "details"):
+        browser.js_on(details, "arguments[0].open = true")
+    assert browser.overflow() <= 0
+    assert browser.contrast() > (4.5, "")
+    background = browser.js("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background))) < 60) is dark
+    assert browser.find("nav").is_displayed() is (width > 1000)
+    assert browser.errors() == []
+
+
+def test_no_script_but_its_own_runs(run, browser):
+    """The policy holds even for markup that would have slipped in."""
+    page = write_report(run)
+    source = page.read_text().replace("<main>", "<main><img src=x onerror='window.ran=1'><script>window.ran=1</script>")
+    page.write_text(source)
+    browser.open(page)
+    assert browser.js("window.ran === undefined")
+    assert browser.find(".copy").is_displayed(), "its own has run"
+    assert browser.errors() != []

@@ -1,5 +1,6 @@
 """`jaxtune train` from the command line to the bytes on the disk, killed, resumed, and refused."""
 
+import errno
 import json
 import os
 import random
@@ -57,7 +58,13 @@ def test_metrics_are_those_of_the_contract(alone):
     lines = read(alone)
     steps = [m for m in lines if "train/loss" in m]
     assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
-    assert all(set(m) == {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens"} for m in steps)
+    groups = [f"{part}/lora_{factor}" for part in ("attention", "mlp") for factor in "AB"]
+    by_group = {f"train/{metric}/{group}" for metric in ("grad_norm", "update_ratio") for group in groups}
+    named = {"step", "train/loss", "train/lr", "train/grad_norm", "train/tokens"}
+    assert all(set(m) == named | by_group for m in steps)
+    for m in steps:
+        squares = sum(m[f"train/grad_norm/{group}"] ** 2 for group in groups)
+        assert m["train/grad_norm"] == pytest.approx(squares**0.5, rel=1e-3)
     raw = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
     assert all(m["train/tokens_per_second"] > 0 for m in raw if "train/loss" in m)
     evaluations = [m for m in lines if "eval/loss" in m]
@@ -325,6 +332,21 @@ def test_out_of_device_memory(run, tmp_path, monkeypatch):
     ]
 
 
+def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
+    """Also while an event for TensorBoard is written, by whatever thread."""
+    from tensorboardX.record_writer import RecordWriter
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    during(monkeypatch, 5, lambda: monkeypatch.setattr(RecordWriter, "write", full))
+    status, _, err = run(tmp_path / "full", log__tensorboard="true")
+    assert status == 1
+    assert "No room is left on the disk" in err
+    assert "Traceback" not in err
+    assert checkpoints(tmp_path / "full") == [3, 4]
+
+
 def test_remedies_fit_the_config():
     cfg = SimpleNamespace(
         train=SimpleNamespace(grad_accum=4, batch_size=4),
@@ -449,7 +471,7 @@ def test_a_batch_that_does_not_divide_over_the_devices(refused, monkeypatch):
 
 def test_no_room_on_the_disk(refused, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2**40, used=0, free=1000))
-    assert "0.00 GiB free" in refused()
+    assert "0.0 MiB free" in refused()
 
 
 def test_a_workdir_that_is_no_run(run, tmp_path):
@@ -466,6 +488,15 @@ def test_a_workdir_that_is_no_run(run, tmp_path):
 def test_what_a_kill_before_the_first_step_left_is_no_obstacle(left, tmp_path):
     (tmp_path / left).write_text("{")
     assert job.check_workdir(tmp_path, None) is False
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_workdir_that_is_a_file(inside, run, tmp_path):
+    (tmp_path / "thesis").write_text("precious")
+    status, _, err = run(tmp_path / "thesis" / inside)
+    assert status == 2
+    assert "thesis is a file, not a directory" in err
+    assert (tmp_path / "thesis").read_text() == "precious"
 
 
 def test_no_workdir(run):

@@ -1,5 +1,6 @@
 """`jaxtune data`: what training would read, and what is wrong with it."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         from jaxtune.files import atomic_write_text
 
         options.workdir.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(options.workdir / REPORT, report.as_json())
+        atomic_write_text(options.workdir / REPORT, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
         console.print(f"written: {options.workdir / REPORT}", highlight=False)
     if options.write_clean:
         _write_clean(report, options.write_clean, console)

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune import data, optim, sweep, tree
+from jaxtune import data, optim, sweep, tree, watch
 from jaxtune.commands import extract
 from jaxtune.commands.tasks import Task, open_task
-from jaxtune.config import ADAPTERS
+from jaxtune.config import ADAPTERS, DEFAULT_LR
+from jaxtune.curate import NOTE, DataReport, glance
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.features import Extractor, above
 from jaxtune.files import cache_root
@@ -117,6 +119,12 @@ class Data:
     report: data.Report
     length: int
     prefix: Sequence[int] = ()  # virtual tokens before each row, within `length`
+    form: data.LabelForm | None = None
+
+    @cached_property
+    def glance(self) -> DataReport:
+        """What is wrong with the rows, as far as their tokens say."""
+        return glance(self.tokenizer, self.train, self.eval, self.report, self.form)
 
 
 def open_data(cfg: Any, model: Model) -> Data:
@@ -143,7 +151,7 @@ def open_data(cfg: Any, model: Model) -> Data:
         vocab_size=model.module.spec.vocab,
         cache=cfg.data.cache,
     )
-    return Data(tokenizer, train, held_out, report, length, prefix)
+    return Data(tokenizer, train, held_out, report, length, prefix, model.task.form)
 
 
 def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
@@ -152,6 +160,7 @@ def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
     if cfg.data.max_length is None:
         known = model.module.spec.positions
         lines.append(f"data.max_length is {d.length} by default (the model knows {known}).")
+    lines += [f"{f.severity}: {f.message}: {f.fix}." for f in d.glance.findings if f.severity != NOTE]
     return lines
 
 
@@ -257,6 +266,15 @@ def make_tx(cfg: Any, shape: Callable[[Any], Any]) -> Any:
         momentum=o.momentum,
         loraplus_lr_ratio=o.loraplus_lr_ratio,
     )
+
+
+def rate_hint(cfg: Any, model: Model) -> list[watch.Finding]:
+    """What is to be said of the learning rate before the run."""
+    if cfg.optim.name != "adamw" or cfg.model.init == "random":  # a model that knows nothing takes other rates
+        return []
+    settings = method_settings(cfg)
+    scale = settings["lora_alpha"] / settings["r"] if "lora_alpha" in settings else 1.0
+    return watch.rate_hint(cfg.optim.lr, cfg.tune.method, DEFAULT_LR, width=model.module.spec.width, scale=scale)
 
 
 def build(cfg: Any, model: Model, d: Data) -> Job:
@@ -369,9 +387,9 @@ def _programs(
     loss_fn = model.task.loss(module or model.module, cfg, len(cfgs))
     tx = make_tx(cfg, shape)
     if not stacked:
-        return make_train_step(loss_fn, tx, mesh), make_eval_step(loss_fn, mesh)
-    shared = _one_order(cfgs)
-    return sweep.make_sweep_step(loss_fn, tx, mesh, shared_batch=shared), sweep.make_sweep_eval_step(loss_fn, mesh)
+        return make_train_step(loss_fn, tx, mesh, group=watch.group), make_eval_step(loss_fn, mesh)
+    step = sweep.make_sweep_step(loss_fn, tx, mesh, shared_batch=_one_order(cfgs), group=watch.group)
+    return step, sweep.make_sweep_eval_step(loss_fn, mesh)
 
 
 def _one_order(cfgs: Sequence[Any]) -> bool:
@@ -452,6 +470,12 @@ def _left_behind(name: str) -> bool:
     )
 
 
+def check_is_folder(workdir: Path) -> None:
+    """Raise UserError if something stands at `workdir`, or at a folder above it, that is no folder."""
+    if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
+        raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
+
+
 def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, member: bool = False) -> bool:
     """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
 
@@ -460,6 +484,7 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, me
     """
     from jaxtune import config
 
+    check_is_folder(workdir)
     file = workdir / "config.json"
     if not file.exists():
         if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):

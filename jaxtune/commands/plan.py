@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,11 +95,27 @@ def _configs(model: str, options: Any) -> Iterator[Any]:
     else:
         path = Path(model).expanduser()
         folder = str(path.parent) if path.is_file() else model
-        overrides, source = {"model": {"path": folder}}, model
+        overrides, source = {"model": {"path": folder}, "objective": _objective(folder)}, model
     settings = {} if options.length is None else {"data.max_length": str(options.length)}
     for method in options.method.split(",") if options.method else [None]:
         chosen = {} if method is None else {"tune.method": method.strip()}
         yield resolve(overrides, settings | chosen | _micro(options), source=source, required=("model.path",))
+
+
+def _objective(folder: str) -> dict[str, Any]:
+    """The task of a model that is named without a config: that of its head; an encoder's is taken for two classes."""
+    from jaxtune import models
+    from jaxtune.hf import load as hf
+    from jaxtune.models.classifier import TOKEN, read_labels
+
+    values = hf.read_config(hf.resolve(folder))
+    labels = read_labels(values)
+    if labels is None and models.auto_class(models.build(values)) == "AutoModelForCausalLM":
+        return {}
+    name = "token_classification" if labels and labels.kind == TOKEN else "sequence_classification"
+    if labels and labels.problem != "single_label_classification":
+        return {"name": name, "problem_type": labels.problem}
+    return {"name": name, "labels": labels.names if labels else ("LABEL_0", "LABEL_1")}
 
 
 def _micro(options: Any) -> dict[str, str]:
@@ -119,38 +136,28 @@ def _setup(cfg: Any, backend: str) -> "Setup":
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import models, plan
+    from jaxtune import plan
     from jaxtune.commands import job
+    from jaxtune.commands.tasks import open_task
     from jaxtune.hf import load as hf
-    from jaxtune.methods import cut, tune
-    from jaxtune.quantized import quantize
+    from jaxtune.methods import tune
 
     dtype = cfg.model.dtype
     if dtype == "auto":
         dtype = "float32" if backend == "cpu" else "bfloat16"
     folder = hf.resolve(cfg.model.path)
-    module = models.build(
+    module = open_task(
+        cfg,
         hf.read_config(folder),
         dtype=jnp.dtype(dtype),
         attention=cfg.model.attention,
         remat=cfg.model.remat,
         unroll=cfg.model.unroll,
-    )
-    if cfg.objective.name != "causal_lm" or models.auto_class(module) != "AutoModelForCausalLM":
-        raise UserError(
-            f"{folder}: jaxtune plan knows causal language models; it does not plan encoders or labels yet."
-        )
-    module = cut(cfg.tune.method, module, job.method_settings(cfg))
+    ).module
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
-
-    def method(params):
-        if cfg.model.quantization != "none":
-            params = quantize(params, cfg.model.quantization)
-        return tune(cfg.tune.method, params, key, module, job.method_settings(cfg))
-
     return plan.Setup(
         module=module,
-        method=method,
+        method=lambda params: tune(cfg.tune.method, params, key, module, job.method_settings(cfg)),
         tx=job.make_tx(cfg, job.make_shape(cfg, 100)),
         rows=cfg.train.batch_size // cfg.train.grad_accum,
         length=job.max_length(cfg, module),
@@ -158,6 +165,7 @@ def _setup(cfg: Any, backend: str) -> "Setup":
         packed=cfg.data.packing,
         z_loss=cfg.objective.z_loss,
         backend=backend,
+        quantization=cfg.model.quantization,
     )
 
 
@@ -226,9 +234,12 @@ def _costs(cost: "Cost", rows: int, memory: int, card: "Card | None") -> dict[st
 
 def _remedies(cfg: Any, setup: "Setup", policies: dict[str, "Cost"], memory: int) -> Iterator[str]:
     """What makes it fit, the cheapest first; each was measured."""
+    import jax
     import jax.numpy as jnp
 
     from jaxtune import plan
+    from jaxtune.config import ADAPTERS
+    from jaxtune.methods import tune
 
     now, rows = policies[cfg.model.remat], setup.rows
     if most := _divisor(cfg.train.batch_size, now.largest(memory)):
@@ -248,6 +259,14 @@ def _remedies(cfg: Any, setup: "Setup", policies: dict[str, "Cost"], memory: int
         half = plan.measure(replace(leanest, module=leanest.module.clone(dtype=jnp.dtype(jnp.bfloat16))))
         if most := half.largest(memory):
             yield f"--config.model.dtype=bfloat16 --config.model.remat=full (up to {most} rows at a time)"
+    lora = replace(leanest, method=lambda params: tune("lora", params, jax.random.key(0), setup.module, {}))
+    for flag, leaner, helps in (
+        ("tune.method=lora", lora, cfg.tune.method not in ADAPTERS),
+        ("model.quantization=nf4", replace(leanest, quantization="nf4"), cfg.tune.method in ADAPTERS),
+    ):
+        with suppress(UserError):  # a body that cannot be quantised, or has no matrix to adapt
+            if helps and setup.quantization == "none" and (most := plan.measure(leaner).largest(memory)):
+                yield f"--config.{flag} --config.model.remat=full (up to {most} rows at a time)"
     short = replace(leanest, length=max(16, setup.length // 2))
     if most := plan.measure(short).largest(memory):
         yield f"--config.data.max_length={short.length} --config.model.remat=full (up to {most} rows at a time)"

@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import json
+import math
+import resource
+import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,16 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.card import carry_evaluation, run_facts
-from jaxtune.commands.job import as_stored, has_adapter, method_settings
+from jaxtune.card import carry_evaluation, loading, run_facts
+from jaxtune.commands.job import as_stored, has_adapter, method_settings, rate_hint
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
 from jaxtune.loop import EARLY
 from jaxtune.models import auto_class
+from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.plan import dot_flops
+from jaxtune.watch import findings
 
 
 def versions() -> dict[str, str]:
@@ -52,7 +59,11 @@ def finish(member, place, j, params, run, clock, generated) -> None:
         "argv": place.argv,
         "best": run.best,
         "early_stop": run.ended == EARLY,
+        "findings": [finding.as_json() for finding in findings(rows, rate_hint(cfg, j.model))],
         "samples": _samples(generated),
+        "scores": _scores(generated),
+        "data_report": j.data.glance.as_json() | {"glance": True},
+        "cost": _cost(j, max(row["step"] for row in rows)),
         **place.facts,
     }
     facts = run_facts(json.loads((workdir / "config.json").read_text()), rows, summary)
@@ -102,6 +113,42 @@ def _samples(generated) -> list[dict[str, str]]:
     ]
 
 
+def _scores(generated) -> dict[str, Any]:
+    """What the answers before and after come to, with intervals and a paired test, as `jaxtune eval` has it."""
+    if generated is None or len(generated.answers) < 2:
+        return {}
+    from jaxtune.evaluate.held_out import answer_scores
+    from jaxtune.evaluate.metrics import METRICS
+
+    expected = [example.expected for example in generated.examples]
+    metrics = {name: METRICS[name] for name in ("json_valid", "json_exact")}
+    return answer_scores(metrics, expected, base=generated.answers[0], tuned=generated.answers[-1])
+
+
+def _cost(j, steps: int) -> dict[str, Any]:
+    """Operations of a run's steps, its share of them in a sweep; the peak of memory of the device, or of the process.
+
+    The operations are those of the matrix products of a compiled step, by the positions of its batch; how many
+    positions the batches have is known from a sample of them.
+    """
+    state, frozen, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (j.state, j.frozen, j.put(j.batch_at(0), list(range(len(j.members))))),
+    )
+    tokens = batch["tokens"].shape
+    rows, width = tokens[-2:]
+    chunk = min(rows * width, chunk_size(rows * width, j.model.module.spec.vocab, len(j.members)))
+    flops = dot_flops(j.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips=-(-rows * width // chunk))
+    sampled = [j.batch_at(step)["tokens"].size for step in range(0, steps, max(1, steps // 32))]
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps if sampled else 0.0,
+        "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_of": "device" if peak else "process",
+        "runs": len(j.members),
+    }
+
+
 def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
     """First and last value of a metric."""
     values = [m[name] for m in rows if name in m]
@@ -109,42 +156,25 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
 
 
 def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) -> None:
+    from jaxtune.report import evaluation
+    from jaxtune.report.page import measured
+    from jaxtune.report.run import read_run
+
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("", "before", "after")
-    shown = {"eval/loss": "held-out loss", "eval/json_valid": "valid JSON", "eval/json_exact": "all fields right"}
-    shown |= {"eval/accuracy": "accuracy", "eval/macro_f1": "macro F1", "eval/entity_f1": "entity F1"}
-    for name, label in shown.items():
-        before, after = _column(rows, name)
-        if before is not None:
-            text = "{:.4f}" if name == "eval/loss" else "{:.1%}"
-            table.add_row(label, text.format(before), text.format(after))
-    if table.row_count:
+    metrics = measured(read_run(out.parent))
+    if evaluation.who(metrics) == ["base", "tuned"]:
+        table = Table("on held-out rows", "before", "after")
+        for entry in metrics.values():
+            values = (evaluation.value(entry, who) if who in entry else "" for who in ("base", "tuned"))
+            table.add_row(entry["label"], *values)
         console.print(table)
-    first, last = _column(rows, "train/loss")
     console.print(str(member.counts))
+    first, last = _column(rows, "train/loss")
     losses = "" if first is None else f"train loss {first:.4f} -> {last:.4f}; "  # none was logged before it stopped
     console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")
-    base, quoted = str(member.cfg.model.path), str(out)
-    if adapter:
-        console.print(
-            "load it with peft:\n"
-            f"  from transformers import {auto}; from peft import PeftModel\n"
-            f"  model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), {quoted!r})\n"
-            "with jaxtune:\n"
-            f"  import jaxtune; module, params = jaxtune.load({base!r})\n"
-            f"  params, mask, config = jaxtune.load_adapter(module, params, {quoted!r}, base={base!r})",
-            markup=False,
-        )
-    else:
-        console.print(
-            "load it with transformers:\n"
-            f"  from transformers import {auto}\n"
-            f"  model = {auto}.from_pretrained({quoted!r})\n"
-            "with jaxtune:\n"
-            f"  import jaxtune; module, params = jaxtune.load({quoted!r})",
-            markup=False,
-        )
+    for library, lines in loading(str(member.cfg.model.path), str(out), adapter=adapter, auto=auto).items():
+        console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)
     if auto == "AutoModelForCausalLM":
-        console.print(f"or try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)
+        console.print(f"try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)

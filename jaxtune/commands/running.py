@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 
 from jaxtune import config, loop
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.commands import results
+from jaxtune.commands import job, results, sampling
 from jaxtune.commands.job import Job, Member, with_features
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
@@ -18,6 +19,7 @@ from jaxtune.log import Metrics, Progress, read_metrics
 from jaxtune.parallel import replicate, shard_batch
 from jaxtune.step import TrainState
 from jaxtune.sweep import stack, take
+from jaxtune.watch import Watch
 
 
 @dataclass
@@ -94,22 +96,29 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             "changed. Raise train.steps or train.epochs, or give another --workdir."
         )
     j = _without_change(j, places[0])
-    progress = Progress(last, start, bar=cfg.log.progress)
-    if found:
-        progress.say(f"Going on after step {start} of {last}.")
-    if start < last:
-        with loop.stop_on_signal() as stopped:
-            j = with_features(j, progress.say, stopped)
-    clock("features")
-    runs = []
-    for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
-        _write_config(j, member, place)
-        runs.append(_open(j, member, place, lane, record, start if found or first else -1))
-    if not found and not first:
-        _generate_before(j, runs, generated)
-    clock("setup")
-    try:
-        result = loop.fit(
+    with ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        progress = Progress(last, start, bar=cfg.log.progress, plot=cfg.log.plot, several=j.stacked)
+        opened.callback(progress.close)
+        if found:
+            progress.say(f"Going on after step {start} of {last}.")
+        if start < last:
+            with loop.stop_on_signal() as stopped:
+                j = with_features(j, progress.say, stopped)
+        clock("features")
+        runs, after = [], start if found or first else -1
+        for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
+            _write_config(j, member, place)
+            run = _open(j, member, place, lane, record, after)
+            opened.callback(run.metrics.close)
+            progress.recall(run.name, run.metrics.lines.kept)
+            runs.append(run)
+        samples = sampling.Samples(j, {place.name: place.folder for place in places}, after, progress.say)
+        opened.callback(samples.close)
+        if not found and not first:
+            _generate_before(j, runs, generated)
+        clock("setup")
+        training = loop.Loop(
             state,
             j.frozen,
             j.step_fn,
@@ -121,16 +130,12 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             checkpoints=checkpoints,
             progress=progress,
             evaluate=_evaluation(j),
+            sample=samples,
             take=take if j.stacked else None,
         )
-    finally:
-        progress.close()
-        for run in runs:
-            run.metrics.close()
-        checkpoints.close()
+        training.run()
     clock("train")
-
-    return Ended(runs, result.state)
+    return Ended(runs, training.state)
 
 
 def _without_change(j: Job, place: Place) -> Job:
@@ -206,10 +211,11 @@ def _write_config(j: Job, member: Member, place: Place) -> None:
     atomic_write_text(place.folder / "config.json", text)
 
 
-def _metrics(cfg: Any, place: Place, step: int) -> Metrics:
+def _metrics(cfg: Any, place: Place, step: int, watch: Watch | None = None) -> Metrics:
     return Metrics(
         place.folder,
         step,
+        watch=watch,
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         config=json.loads(config.to_json(cfg)),
@@ -220,7 +226,7 @@ def _open(j: Job, member: Member, place: Place, lane: int, record: dict | None, 
     lr, shape = member.cfg.optim.lr, j.shape
     return loop.Run(
         place.name,
-        _metrics(member.cfg, place, step),
+        _metrics(member.cfg, place, step, Watch(job.rate_hint(member.cfg, j.model))),
         lr_at=lambda step: float(lr * shape(step)),
         places=member.batches.places,
         lane=lane,

@@ -153,6 +153,9 @@ class Sweep:
         return new
 
     def _read(self) -> None:
+        from jaxtune.commands import job
+
+        job.check_is_folder(self.folder)
         file = self.folder / "sweep.json"
         if not file.exists():
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):

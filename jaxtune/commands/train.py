@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     cfg, options = parse(argv, FLAGS, usage=USAGE)
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the run.")
-    from jaxtune.commands import job
+    from jaxtune.commands import job, sampling
     from jaxtune.config import notes
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
     print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
     j = job.build(cfg, model, data)
     clock("load")
-    print(j.members[0].counts, *filter(None, [j.note]), sep="\n")
+    print(j.members[0].counts, *filter(None, [j.note]), *job.rate_hint(cfg, model), sep="\n")
     if workdir is not None:
         job.check_room(workdir, cfg, j)
+    sampling.prompts(cfg, model, data)
     if options.dry_run:
         _show_rows(data, model.task.form)
         print(f"{j.steps} steps of {cfg.train.batch_size} rows; every check passed, nothing was compiled.")

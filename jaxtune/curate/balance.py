@@ -74,23 +74,10 @@ class Balance:
         for column in [c for c, counts in self.groups.items() if c != ANSWER and _as_text(counts) == answers]:
             del self.groups[column]  # the answer's own column
         if ANSWER in self.groups:
-            yield from self._classes(self.groups[ANSWER])
+            yield from class_balance(self.groups[ANSWER])
         for column, counts in self.groups.items():
             if column != ANSWER:
                 yield from self._group(column, counts)
-
-    @staticmethod
-    def _classes(counts: Counter) -> Iterator[Finding]:
-        ordered = counts.most_common()
-        (most, many), (least, few) = ordered[0], ordered[-1]
-        if many >= IMBALANCE * few:
-            yield Finding(
-                "class_balance",
-                WARNING,
-                f"{len(counts)} answers, unbalanced: {_named(most)} in {many:,} rows, {_named(least)} in {few:,}",
-                "judge by macro-F1 rather than accuracy, and collect or repeat rows of the rare answers",
-                tuple(f"{_named(value)}: {n:,} rows" for value, n in ordered[: -min(5, len(ordered)) - 1 : -1]),
-            )
 
     def _group(self, column: str, counts: Counter) -> Iterator[Finding]:
         total = sum(counts.values())
@@ -112,6 +99,20 @@ class Balance:
                 "if the column should not decide the answer, balance the answers within its groups, and score by group",
                 tuple(f"{_named(value)}: {n:,} rows" for value, n in counts.most_common(5)),
             )
+
+
+def class_balance(counts: Counter) -> Iterator[Finding]:
+    """Say if the rows of the classes are of very different number."""
+    ordered = counts.most_common()
+    (most, many), (least, few) = ordered[0], ordered[-1]
+    if many >= IMBALANCE * few:
+        yield Finding(
+            "class_balance",
+            WARNING,
+            f"{len(counts)} answers, unbalanced: {_named(most)} in {many:,} rows, {_named(least)} in {few:,}",
+            "judge by macro-F1 rather than accuracy, and collect or repeat rows of the rare answers",
+            tuple(f"{_named(value)}: {n:,} rows" for value, n in ordered[: -min(5, len(ordered)) - 1 : -1]),
+        )
 
 
 def _as_text(counts: Counter) -> Counter:

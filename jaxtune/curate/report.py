@@ -87,23 +87,13 @@ class DataReport:
     def count(self, severity: str) -> int:
         return sum(f.severity == severity for f in self.findings)
 
-    def as_json(self) -> str:
-        return (
-            json.dumps(
-                {
-                    "summary": self.summary,
-                    "findings": [f.as_json() for f in self.findings],
-                    "samples": [
-                        {"row": place, "pieces": [{"text": text, "trained": t} for text, t in pieces]}
-                        for place, pieces in self.samples
-                    ],
-                },
-                indent=2,
-                ensure_ascii=False,
-                default=str,
-            )
-            + "\n"
-        )
+    def as_json(self) -> dict[str, Any]:
+        samples = [
+            {"row": place, "pieces": [{"text": text, "trained": trained} for text, trained in pieces]}
+            for place, pieces in self.samples
+        ]
+        report = {"summary": self.summary, "findings": [f.as_json() for f in self.findings], "samples": samples}
+        return json.loads(json.dumps(report, default=str))  # values of columns may be of any type
 
     def print(self, console: "Console") -> None:
         """Show the numbers, the lengths, the rows drawn and the findings."""
@@ -268,14 +258,16 @@ def _summary(
             for column, counts in balance.groups.items()
         },
     }
-    if len(rows):
-        counts, edges = np.histogram(lengths, bins=np.unique(np.linspace(0, lengths.max() + 1, BINS + 1).astype(int)))
-        summary["lengths"] = {
-            "percentiles": {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES},
-            "edges": edges.tolist(),
-            "counts": counts.tolist(),
-        }
-    return summary
+    return summary | length_summary(lengths)
+
+
+def length_summary(lengths: np.ndarray) -> dict[str, Any]:
+    """Percentiles and a histogram of rows by tokens, i64[N]; nothing where there is no row."""
+    if not len(lengths):
+        return {}
+    counts, edges = np.histogram(lengths, bins=np.unique(np.linspace(0, lengths.max() + 1, BINS + 1).astype(int)))
+    percentiles = {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES}
+    return {"lengths": {"percentiles": percentiles, "edges": edges.tolist(), "counts": counts.tolist()}}
 
 
 def _facts(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

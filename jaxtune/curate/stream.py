@@ -109,13 +109,17 @@ class Ledger:
             "prompt": [_text_hash(text) for text in chunk.prompts],
             "answer": [_text_hash(text) for text in chunk.answers],
         }
+        self.add(n, columns)
         broken = {"source": self.sources.index(chunk.opened), "number": [number for _, number, _ in chunk.broken]}
+        self.add(lost, broken, readable=False)
+
+    def add(self, n: int, columns: Mapping[str, Any], *, readable: bool = True) -> None:
+        """Add n rows by their columns; one that is not given is 0."""
         for name, kind in COLUMNS.items():
-            row = np.zeros(n + lost, kind)
-            row[:n] = columns[name]
-            row[n:] = broken.get(name, 0)
+            row = np.zeros(n, kind)
+            row[:] = columns.get(name, 0)
             self._parts[name].append(row)
-        self._readable.append(np.arange(n + lost) < n)
+        self._readable.append(np.full(n, readable))
 
     def close(self) -> "Ledger":
         """Join the chunks; the columns are attributes from then on, with `split` and `readable`."""

@@ -298,14 +298,12 @@ def _message(where: str, message: object) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"{where}: expected an object with role and content, found {kind(message)}.")
     message = {k: v for k, v in message.items() if v is not None}
+    found = ", ".join(message) or "none"
     role = message.pop("role", None) or message.pop("from", None)
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
     if not isinstance(role, str):
-        raise UserError(
-            f"{where}: no role. Fields found: {', '.join(message) or 'none'}; "
-            "expected role and content (or from and value)."
-        )
+        raise UserError(f"{where}: no role. Fields found: {found}; expected role and content (or from and value).")
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}.{nearest(role, ROLES)} Known: {', '.join(ROLES)}.")
     if isinstance(content, list):

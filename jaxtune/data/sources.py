@@ -8,13 +8,13 @@ import csv
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jaxtune import torchless
 from jaxtune.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".conll")
@@ -114,7 +114,7 @@ def _read_file(name: str, path: Path) -> Source:
     return Source(
         name,
         f"{name}, row {{}}" if by_row else f"{name}:{{}}",
-        lambda: _not_empty(name, _decoded(name, readers[suffix](name, path))),
+        lambda: _not_empty(name, _decoded(name, path, readers[suffix](name, path))),
         lambda: suffix + hash_files([path]),  # the suffix decides how the bytes are read
     )
 
@@ -127,13 +127,18 @@ def _not_empty(name: str, rows: Numbered) -> Numbered:
         raise UserError(f"{name}: no rows in it.")
 
 
-def _decoded(name: str, rows: Numbered) -> Numbered:
+def _decoded(name: str, path: Path, rows: Numbered) -> Numbered:
     try:
         yield from rows
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: not UTF-8 text ({error.reason} at byte {error.start} of a block). Save it as UTF-8."
-        ) from None
+    except UnicodeDecodeError:
+        with path.open("rb") as lines:  # the error counts from the start of a block
+            for number, line in enumerate(lines, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    found = f"{error.reason} at byte {error.start + 1} of the line"
+                    raise UserError(f"{name}:{number}: not UTF-8 text ({found}). Save it as UTF-8.") from None
+        raise
 
 
 def _object(where: str, value: object) -> dict:
@@ -285,9 +290,8 @@ def _read_saved(name: str, path: Path, split: str) -> Source:
 
 
 def _datasets() -> Any:
-    """The library, which looks for torch again, and breaks where the command line hides it (`cli.run`)."""
-    if sys.modules.get("torch", "not asked for") is None:
-        del sys.modules["torch"]
+    """The library, which looks for torch again, and breaks where the command line hides it."""
+    torchless.unhide()
     import datasets
 
     return datasets

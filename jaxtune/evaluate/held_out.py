@@ -194,21 +194,29 @@ def columns(rows: Sequence[Row], measured: Mapping[str, Measured], plan: Plan) -
         "loss": Column("held-out loss", -1, False, statistics.mean, nats, every),
         "perplexity": Column("perplexity", -1, False, perplexity, nats, every),
     }
+    expected = [row.expected for row in rows]
     for name, metric in plan.metrics.items():
-        scores = {who: _scores(metric, rows, m.answers) for who, m in measured.items()}
-        at = np.flatnonzero(~np.isnan(np.stack(list(scores.values()))).any(axis=0))
-        if len(at):
-            values = {who: v[at] for who, v in scores.items()}
-            found[name] = Column(metric.label, metric.better, metric.share, statistics.mean, values, at)
+        scores = {who: _scores(metric, expected, m.answers) for who, m in measured.items()}
+        if (column := _column(metric, scores)) is not None:
+            found[name] = column
     if plan.labels:
         found |= _label_columns(rows, measured)
     return found
 
 
-def _scores(metric: Metric, rows: Sequence[Row], answers: Sequence[str | None]) -> np.ndarray:
+def _scores(metric: Metric, expected: Sequence[str], answers: Sequence[str | None]) -> np.ndarray:
     """A score for each row; NaN where the metric does not apply."""
-    scores = [None if a is None else metric.score(a, row.expected) for row, a in zip(rows, answers, strict=True)]
+    scores = [None if a is None else metric.score(a, e) for e, a in zip(expected, answers, strict=True)]
     return np.array([math.nan if s is None else s for s in scores], float)
+
+
+def _column(metric: Metric, scores: Mapping[str, np.ndarray]) -> Column | None:
+    """The rows to which the metric applies for all models; None where there are none."""
+    at = np.flatnonzero(~np.isnan(np.stack(list(scores.values()))).any(axis=0))
+    if not len(at):
+        return None
+    values = {who: v[at] for who, v in scores.items()}
+    return Column(metric.label, metric.better, metric.share, statistics.mean, values, at)
 
 
 def _label_columns(rows: Sequence[Row], measured: Mapping[str, Measured]) -> dict[str, Column]:
@@ -237,6 +245,20 @@ def confusions(rows: Sequence[Row], measured: Mapping[str, Measured]) -> dict[st
         pairs = [(row.expected, names[got[0]]) for row, got in zip(rows, m.labels, strict=True) if got is not None]
         tables[who] = label_scores.confusion(*zip(*pairs, strict=True), names).tolist()
     return {"names": names, "confusion": tables}
+
+
+def answer_scores(metrics: Mapping[str, Metric], expected: Sequence[str], **answers: Sequence[str]) -> dict[str, Any]:
+    """Compare the answers of base and tuned model by metrics, as `compare` does; metrics that apply to no row are left.
+
+    Args:
+        answers: by the name of the model.
+    """
+    found = {}
+    for name, metric in metrics.items():
+        values = {who: _scores(metric, expected, texts) for who, texts in answers.items()}
+        if (column := _column(metric, values)) is not None:
+            found[name] = column
+    return compare(found)
 
 
 def compare(found: Mapping[str, Column]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune import torchless
 from jaxtune.errors import UserError, nearest
 from jaxtune.evaluate.json_fields import NULL, parse_json, same_json
 
@@ -72,6 +73,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 @functools.cache
 def _rouge() -> Any:
+    torchless.unhide()  # it brings nltk, and that scipy.stats
     from rouge_score.rouge_scorer import RougeScorer
 
     class Words:

@@ -1,7 +1,11 @@
 """HF model directories in: config.json and safetensors -> (module, params)."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Set
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +147,6 @@ def read_tree(
 ) -> Any:
     """Read planned tensors into a tree of `wanted`'s structure.
 
-    Layers are read ahead, transposed, cast and packed on the device, and put into their stack in place: the host holds
-    the few tensors that are under way, the device the tree and one layer.
-
     Args:
         wanted: abstract parameters.
         places: from `plan`.
@@ -153,26 +154,94 @@ def read_tree(
         fresh: {path: array} of leaves that are not read.
         pack: {path: what becomes of each layer's plain array [K, N]}, such as a quantised leaf.
     """
-    by_path: dict[str, list[tuple[Tensor, tensors.Entry]]] = {}
-    for tensor, entry in places:
-        by_path.setdefault(tensor.path, []).append((tensor, entry))
     shapes = {path: leaf.shape for path, leaf in flatten(wanted).items()}
     leaves: dict[str, Any] = dict(fresh or {})
-    order = [pair for path in shapes if path not in leaves for pair in by_path[path]]
-    for (tensor, _), raw in zip(order, tensors.read_ahead([entry for _, entry in order]), strict=True):
+    sources = {path: [] for path in shapes if path not in leaves}
+    for tensor, entry in places:
+        sources[tensor.path].append((tensor, entry))
+    dtypes = {
+        path: np.dtype(dtype or functools.reduce(np.promote_types, (entry.dtype for _, entry in pairs)))
+        for path, pairs in sources.items()
+    }
+    on_host = [p for p in sources if p not in (pack or {})] if jax.default_backend() == "cpu" else []
+    with _progress(sum(entry.nbytes for _, entry in places)) as done:
+        leaves |= _in_place({path: sources.pop(path) for path in on_host}, shapes, dtypes, done)
+        leaves |= _on_device(sources, shapes, dtypes, pack or {}, done)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[path] for path in shapes])
+
+
+Sources = Mapping[str, list[tuple[Tensor, tensors.Entry]]]
+
+
+def _in_place(sources: Sources, shapes, dtypes, done: Callable[[int], None]) -> dict[str, jax.Array]:
+    """Read each tensor into its place of host memory that the array then is: for a CPU, which copies nothing."""
+    hosts = {path: _aligned(shapes[path], dtypes[path]) for path in sources}
+
+    def place(tensor: Tensor) -> np.ndarray:
+        part = hosts[tensor.path][() if tensor.index is None else tensor.index]
+        return part.T if tensor.transpose else part
+
+    tensors.read_all([(entry, place(t)) for pairs in sources.values() for t, entry in pairs], done=done)
+    return {path: jax.device_put(host) for path, host in hosts.items()}
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory at an address that JAX's CPU backend takes as it is, a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _on_device(
+    sources: Sources, shapes, dtypes, pack: Mapping[str, Pack], done: Callable[[int], None]
+) -> dict[str, Any]:
+    """Read layers ahead; transpose, cast and pack them on the device, and put them into their stack in place.
+
+    The host holds one layer's worth of tensors that are under way, the device the tree and one tensor.
+    """
+    leaves: dict[str, Any] = {}
+    order = [pair for pairs in sources.values() for pair in pairs]
+    ahead = tensors.read_ahead([entry for _, entry in order], limit=_layer_bytes(order))
+    for (tensor, entry), raw in zip(order, ahead, strict=True):
         path = tensor.path
-        stored = functools.reduce(np.promote_types, (entry.dtype for _, entry in by_path[path]))
-        fields = {"transpose": tensor.transpose, "dtype": np.dtype(dtype or stored), "pack": (pack or {}).get(path)}
+        fields = {"transpose": tensor.transpose, "dtype": dtypes[path], "pack": pack.get(path)}
         if tensor.index is None:
             leaves[path] = _lay(raw, **fields)
-            continue
-        at = tuple(np.atleast_1d(tensor.index).tolist())
-        if path not in leaves:
-            lead = shapes[path][: len(at)]
-            one = jax.eval_shape(functools.partial(_lay, **fields), raw)
-            leaves[path] = jax.tree.map(lambda x, lead=lead: jnp.zeros((*lead, *x.shape), x.dtype), one)
-        leaves[path] = _put(leaves[path], raw, at, **fields)
-    return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[path] for path in shapes])
+        else:
+            at = tuple(np.atleast_1d(tensor.index).tolist())
+            if path not in leaves:
+                lead = shapes[path][: len(at)]
+                one = jax.eval_shape(functools.partial(_lay, **fields), raw)
+                leaves[path] = jax.tree.map(lambda x, lead=lead: jnp.zeros((*lead, *x.shape), x.dtype), one)
+            leaves[path] = _put(leaves[path], raw, at, **fields)
+        done(entry.nbytes)
+    return leaves
+
+
+def _layer_bytes(order: list[tuple[Tensor, tensors.Entry]]) -> int:
+    """Bytes of the largest layer."""
+    layers: Counter[tuple[str, int]] = Counter()
+    for tensor, entry in order:
+        if tensor.index is not None:
+            block = "/".join(tensor.path.split("/")[:2])
+            layers[block, np.atleast_1d(tensor.index)[0]] += entry.nbytes
+    return max(layers.values(), default=0)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar for a model of a GB or more, on a terminal; give what is told of bytes that were read."""
+    if total < 10**9 or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("loading", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=total)
+        yield lambda n: bar.advance(task, n)
 
 
 def _laid(raw: jax.Array, transpose: bool, dtype: np.dtype, pack: Pack | None) -> Any:

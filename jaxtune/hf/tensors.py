@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -128,32 +128,64 @@ def read(entry: Entry, out: np.ndarray | None = None) -> np.ndarray:
 
     With `out`, the numbers are cast into that array, which may be a transposed or strided view.
     """
-    raw = np.empty(entry.nbytes, np.uint8)
-    view, done = memoryview(raw), 0
+    if out is None:
+        out = np.empty(entry.shape, entry.dtype)
     fd = os.open(entry.file, os.O_RDONLY)
     try:
-        while done < entry.nbytes:
-            n = os.preadv(fd, [view[done:]], entry.offset + done)
-            if n == 0:
-                raise UserError(f"{entry.file} became shorter while it was read.")
-            done += n
+        if out.dtype == entry.dtype and out.flags.c_contiguous:
+            _read_bytes(fd, entry.file, [out.reshape(-1).view(np.uint8)], entry.offset)
+        else:
+            _read_blocks(fd, entry, out)
     finally:
         os.close(fd)
-    array = raw.view(entry.dtype).reshape(entry.shape)
-    if out is None:
-        return array
-    np.copyto(out, array, casting="unsafe")
     return out
 
 
-def read_all(entries: Iterable[tuple[Entry, np.ndarray]], threads: int = 8) -> None:
-    """Read many tensors into their places in parallel."""
+def _read_bytes(fd: int, file: Path, parts: Sequence[np.ndarray], offset: int) -> None:
+    """Fill arrays of bytes, one after another."""
+    views = deque(map(memoryview, parts))
+    while views:
+        n = os.preadv(fd, list(views), offset)
+        if n == 0 and any(len(view) for view in views):
+            raise UserError(f"{file} became shorter while it was read.")
+        offset += n
+        while views and n >= len(views[0]):
+            n -= len(views.popleft())
+        if n:
+            views[0] = views[0][n:]
+
+
+def _read_blocks(fd: int, entry: Entry, out: np.ndarray, rows: int = 128) -> None:
+    """Read and cast `rows` rows at a time, which the processor's cache holds while they are transposed."""
+    dtype, shape = entry.dtype, entry.shape or (1,)
+    if out.dtype == dtype:  # as integers: numpy copies bfloat16 element by element
+        dtype = np.dtype(f"u{dtype.itemsize}")
+        out = out.view(dtype)
+    out, row = out.reshape(shape), math.prod(shape[1:])
+    # Rows a power of two apart share few lines of a cache: half the speed.
+    block = np.empty((min(rows, shape[0]), row + 96), dtype)[:, :row]
+    for start in range(0, shape[0], rows):
+        part = block[: shape[0] - start]
+        at = entry.offset + start * row * dtype.itemsize
+        _read_bytes(fd, entry.file, [line.view(np.uint8) for line in part], at)
+        np.copyto(out[start : start + rows], part.reshape(-1, *shape[1:]), casting="unsafe")
+
+
+def read_all(
+    entries: Iterable[tuple[Entry, np.ndarray]], threads: int = 4, done: Callable[[int], None] = lambda n: None
+) -> None:
+    """Read many tensors into their places in parallel; `done` hears of the bytes of each."""
+
+    def one(pair: tuple[Entry, np.ndarray]) -> None:
+        read(*pair)
+        done(pair[0].nbytes)
+
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda pair: read(*pair), entries):
+        for _ in pool.map(one, entries):
             pass
 
 
-def read_ahead(entries: Sequence[Entry], threads: int = 4, limit: int = 256 * 2**20) -> Iterator[np.ndarray]:
+def read_ahead(entries: Sequence[Entry], limit: int, threads: int = 4) -> Iterator[np.ndarray]:
     """Yield tensors in order, the next of them read in threads: as many as `limit` bytes hold, at least one."""
     with ThreadPoolExecutor(threads) as pool:
         under_way: deque[Future[np.ndarray]] = deque()

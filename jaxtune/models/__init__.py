@@ -43,7 +43,10 @@ def build(config: dict, **settings: Any) -> Any:
             "give the model they were made from."
         )
 
-    spec = family(config).spec(Config(config))
+    try:
+        spec = family(config).spec(Config(config))
+    except (TypeError, ValueError, ArithmeticError) as error:  # text for a number, a list for a text, a size of 0
+        raise UserError(f"config.json ({config['model_type']}): a value of a wrong type or size: {error}.") from error
     body = (Encoder if isinstance(spec, EncoderSpec) else Decoder)(spec, **settings)
     labels = read_labels(config)
     return body if labels is None else with_labels(body, labels)

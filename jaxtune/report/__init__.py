@@ -69,7 +69,8 @@ def write_sweep(folder: str | os.PathLike, out: str | os.PathLike | None = None)
       UserError: `folder` is not a sweep, none of its runs has logged anything, or one of its files is not what a sweep
         writes.
     """
-    from jaxtune.report.sweep import read_sweep, sweep_page
+    from jaxtune.report.sweep import read_sweep
+    from jaxtune.report.sweep_page import sweep_page
 
     sweep = read_sweep(folder)
     out = Path(out) if out else sweep.folder / "report.html"

@@ -1,18 +1,18 @@
-"""Curves over the step, and repeats over a rate, as inline SVG that is crisp at any width.
+"""Curves over the step, and repeats over a rate: where everything lies, for the macro that draws it as inline SVG.
 
 The drawing is stretched over its box and strokes keep their width; labels are HTML that is placed by percentages. So a
-page needs no script to be read: the script only adds the read-out under the pointer.
+page is crisp at any width and needs no script to be read: the script only adds the read-out under the pointer.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, NamedTuple
 
-from jaxtune.report.html import Html, compact, h, join, number
 from jaxtune.report.run import Point
+from jaxtune.report.words import compact, number
 
 WIDTH, HEIGHT = 1000, 1000  # units of the drawing; the page decides what they measure
 MOST_POINTS = 600  # of a curve: more than a page has pixels for
@@ -48,6 +48,55 @@ class Spread:
     values: Mapping[float, Sequence[float]]
     lost: Mapping[float, int] = field(default_factory=dict)
     colour: int = 1
+
+
+class Shape(NamedTuple):
+    """A path of the drawing: its classes of style, and its commands."""
+
+    kind: str
+    d: str
+
+
+class Label(NamedTuple):
+    """A word beside the drawing, at a percentage from its top or its left."""
+
+    at: float
+    text: str
+
+
+class Key(NamedTuple):
+    """An entry of the legend."""
+
+    name: str
+    colour: int
+    style: str = "line"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, ready to be drawn.
+
+    Attributes:
+        title: what is drawn, with its unit.
+        by: what it is drawn over.
+        log: whether the value axis is logarithmic.
+        shapes, rows, columns, legend: what is drawn, in order, and the words beside it.
+        lost: (percentage from the left, colours) of crosses at the top edge.
+        readout: what the script says under the pointer.
+        wide: takes a row of its own.
+    """
+
+    title: str
+    by: str
+    log: bool
+    shapes: list[Shape]
+    rows: list[Label]
+    columns: list[Label]
+    legend: list[Key]
+    lost: list[tuple[float, list[int]]]
+    readout: dict[str, Any]
+    wide: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +146,9 @@ def log_axis(values: Sequence[float]) -> Axis:
     hi = min((g for g in grid if g >= max(values) * (1 - 1e-9) and g > lo), default=grid[-1])
     ticks = [g for g in grid if lo <= g <= hi]
     if len(ticks) > 8:
-        decades = [g for g in ticks if f"{g:e}".startswith("1.0")]
+        ticks = [g for g in ticks if f"{g:e}"[0] in "15"]
+    if len(ticks) > 8:
+        decades = [g for g in ticks if f"{g:e}"[0] == "1"]
         ticks = decades[:: math.ceil(len(decades) / 7)]
     return Axis(lo, hi, tuple(ticks), log=True)
 
@@ -148,8 +199,8 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [points[0], *kept, points[-1]]
 
 
-def chart(title: str, series: Sequence[Series], *, zero: bool = False, wide: bool = False) -> Html | None:
-    """Return a `<figure>` with the curves over the step; None where no series has a point.
+def chart(title: str, series: Sequence[Series], *, zero: bool = False, wide: bool = False) -> Chart | None:
+    """Draw curves over the step; None where no series has a point.
 
     Args:
       title: what is drawn, with its unit.
@@ -161,86 +212,71 @@ def chart(title: str, series: Sequence[Series], *, zero: bool = False, wide: boo
         return None
     x = step_axis([p.step for _, points in drawn for p in points])
     y = value_axis([p.value for _, points in drawn for p in points], zero=zero)
-    paths = [_curve(s, points, x, y) for s, points in drawn]
+    shapes = [shape for s, points in drawn for shape in _curve(s, points, x, y)]
     curves = [
         {"name": s.name, "colour": s.colour, "points": [[p.step, _short(p.value)] for p in points]}
         for s, points in drawn
     ]
-    return _figure(title, "step", x, y, paths, curves, _legend(series), wide=wide)
+    return _chart(title, "step", x, y, shapes, curves, _legend(series), wide=wide)
 
 
-def spread_chart(title: str, by: str, spreads: Sequence[Spread]) -> Html | None:
-    """Return a wide `<figure>` of repeats over `by`, on a log axis; None where there is no value.
-
-    The lowest value of all is ringed.
-    """
+def spread_chart(title: str, by: str, spreads: Sequence[Spread]) -> Chart | None:
+    """Draw repeats over `by`, on a log axis; None where there is no value. The lowest value of all is ringed."""
     values = [v for s in spreads for there in s.values.values() for v in there]
     if not values:
         return None
     x, y = _tried_axis({x for s in spreads for x in (*s.values, *s.lost)}), value_axis(values)
-    paths = [_spread(s, x, y, min(values)) for s in spreads]
+    shapes = [shape for s in spreads for shape in _spread(s, x, y, min(values))]
     curves = [{"name": s.name, "colour": s.colour, "points": _read_out(s, y.hi)} for s in spreads]
-    lost = [_lost(at, [s for s in spreads if s.lost.get(at)], x) for at in {at for s in spreads for at in s.lost}]
-    keys = [_key(s.name, "line", s.colour) for s in spreads if s.values and len(spreads) > 1]
-    keys += [h("span", h("i", "× ", class_="c0"), "failed")] if lost else []
-    legend = h("span", *keys, class_="legend") if keys else None
-    return _figure(title, by, x, y, paths, curves, legend, lost, wide=True)
+    lost = [
+        (round(100 * x.at(at), 2), [s.colour for s in spreads if s.lost.get(at)])
+        for at in sorted({at for s in spreads for at in s.lost})
+    ]
+    legend = [Key(s.name, s.colour) for s in spreads if s.values and len(spreads) > 1]
+    legend += [Key("failed", 0, "cross")] if lost else []
+    return _chart(title, by, x, y, shapes, curves, legend, lost, wide=True)
 
 
-def _figure(
+def _chart(
     title: str,
     by: str,
     x: Axis,
     y: Axis,
-    paths: Sequence[Html],
+    shapes: Sequence[Shape],
     curves: Sequence[dict],
-    legend: Html | None,
-    marks: Sequence[Html] = (),
+    legend: list[Key],
+    lost: Sequence[tuple[float, list[int]]] = (),
     *,
     wide: bool,
-) -> Html:
-    """A chart from what is drawn (`paths`, `marks`) and what the read-out says (`curves`)."""
-    svg = h(
-        "svg",
-        _grid(y),
-        *paths,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        preserveAspectRatio="none",
-        role="img",
-        aria_label=f"{title}, by {by}",
-    )
-    labels = [h("span", y.label(t), class_="ty", style=f"top:{100 * (1 - y.at(t)):.2f}%") for t in y.ticks]
-    labels += [h("span", x.label(t), class_="tx", style=f"left:{100 * x.at(t):.2f}%") for t in x.ticks]
-    readout = h("div", class_="cursor", hidden=True), h("div", class_="tip", hidden=True, role="status")
-    data = {"x": [x.lo, x.hi], "log": x.log, "by": by, "series": curves}
-    return h(
-        "figure",
-        h("figcaption", h("b", title), h("span", " log scale", class_="mute") if y.log else None, legend),
-        h("div", svg, *labels, *marks, *readout, class_="plot", tabindex="0"),
-        h("script", _json(data), type="application/json"),
-        class_="chart wide" if wide else "chart",
+) -> Chart:
+    """A chart from what is drawn (`shapes`, `lost`) and what the read-out says (`curves`)."""
+    grid = Shape("grid", "".join(f"M0 {HEIGHT * (1 - y.at(t)):.1f}h{WIDTH}" for t in y.ticks))
+    return Chart(
+        title=title,
+        by=by,
+        log=y.log,
+        shapes=[grid, *shapes],
+        rows=[Label(round(100 * (1 - y.at(t)), 2), y.label(t)) for t in y.ticks],
+        columns=[Label(round(100 * x.at(t), 2), x.label(t)) for t in x.ticks],
+        legend=legend,
+        lost=list(lost),
+        readout={"x": [x.lo, x.hi], "log": x.log, "by": by, "series": curves},
+        wide=wide,
     )
 
 
-def _grid(y: Axis) -> Html:
-    lines = "".join(f"M0 {HEIGHT * (1 - y.at(t)):.1f}h{WIDTH}" for t in y.ticks)
-    return h("path", class_="grid", d=lines)
-
-
-def _curve(series: Series, points: Sequence[Point], x: Axis, y: Axis) -> Html:
+def _curve(series: Series, points: Sequence[Point], x: Axis, y: Axis) -> list[Shape]:
     at = [(f"{WIDTH * x.at(p.step):.1f}", f"{HEIGHT * (1 - y.at(p.value)):.1f}") for p in points]
-    line = h("path", class_=f"line {series.style} c{series.colour}", d="M" + "L".join(" ".join(xy) for xy in at))
+    colour = f"c{series.colour}"
+    shapes = [Shape(f"line {series.style} {colour}", "M" + "L".join(" ".join(xy) for xy in at))]
     # A path of no length with round caps is a dot that the stretched drawing does not squash.
-    dots = rings = None
     if series.style == "dots" or len(points) == 1:
-        dots = h("path", class_=f"dot c{series.colour}", d="".join(f"M{a} {b}h0" for a, b in at))
+        shapes.append(Shape(f"dot {colour}", "".join(f"M{a} {b}h0" for a, b in at)))
     marked = [f"M{a} {b}h0" for p, (a, b) in zip(points, at) if p.step == series.mark]
-    if marked:
-        rings = join(h("path", class_=f"{kind} c{series.colour}", d=marked[0]) for kind in ("ring", "hole", "dot"))
-    return join([line, dots, rings])
+    return [*shapes, *(Shape(f"{kind} {colour}", marked[0]) for kind in ("ring", "hole", "dot") if marked)]
 
 
-def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> Html:
+def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> list[Shape]:
     def place(at, value):
         return f"{WIDTH * x.at(at):.1f} {HEIGHT * (1 - y.at(value)):.1f}"
 
@@ -252,7 +288,7 @@ def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> Html:
 
     repeats = sorted(spread.values.items())
     if not repeats:
-        return Html("")
+        return []
     edge = [(at, min(there)) for at, there in repeats] + [(at, max(there)) for at, there in reversed(repeats)]
     every = [(at, value) for at, there in repeats for value in there]
     paths = [
@@ -261,7 +297,7 @@ def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> Html:
         ("dot", dots(every)),
         *((kind, dots(point for point in every if point[1] == best)) for kind in ("ring", "hole", "dot")),
     ]
-    return join(h("path", class_=f"{kind} c{spread.colour}", d=d) for kind, d in paths if d)
+    return [Shape(f"{kind} c{spread.colour}", d) for kind, d in paths if d]
 
 
 def _read_out(spread: Spread, top: float) -> list[list]:
@@ -279,31 +315,16 @@ def _read_out(spread: Spread, top: float) -> list[list]:
     return points
 
 
-def _lost(at: float, spreads: Sequence[Spread], x: Axis) -> Html:
-    crosses = [h("i", "×", class_=f"c{s.colour}") for s in spreads]
-    return h("span", *crosses, class_="lost", style=f"left:{100 * x.at(at):.2f}%")
-
-
-def _legend(series: Sequence[Series]) -> Html | None:
+def _legend(series: Sequence[Series]) -> list[Key]:
     """The coloured curves by name, and grey ones together, if there are more than a few."""
     if len(series) == 1 and not series[0].note:
-        return None  # the title says it
+        return []  # the title says it
     grey = [s for s in series if s.points and not s.colour]
     together = len(grey) > 3
-    keys = [_key(s.name, s.style, s.colour, s.note) for s in series if s.points and (s.colour or not together)]
-    if together:
-        keys.append(_key(f"{len(grey)} others", grey[0].style, 0))
-    return h("span", *keys, class_="legend")
-
-
-def _key(name: str, style: str, colour: int, note: str = "") -> Html:
-    return h("span", h("i", class_=f"key {style} c{colour}"), name, h("em", f" {note}") if note else None)
+    named = [s for s in series if s.points and s.colour] + ([] if together else grey)
+    keys = [Key(s.name, s.colour, s.style, s.note) for s in named]
+    return [*keys, Key(f"{len(grey)} others", 0, grey[0].style)] if together else keys
 
 
 def _short(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def _json(data: dict) -> Html:
-    """JSON that cannot end its script element."""
-    return Html(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))

@@ -1,35 +1,63 @@
 """The page of several runs: their losses together, and a table of what they differ in and what came of it."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from jaxtune.report.chart import Series, chart, smooth
+from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.evaluation import value
-from jaxtune.report.html import Html, duration, h, join, number, percent
-from jaxtune.report.page import document, reproduce, section, shown, table
+from jaxtune.report.page import reproduce
+from jaxtune.report.render import render
 from jaxtune.report.run import Run
+from jaxtune.report.words import duration, number, percent, setting
 
 COLOURS = 8  # in the palette; runs beyond the best eight are drawn in grey
+
+Cell = str | tuple[Any, str]  # text; or what the column is sorted by, and text
+
+
+class Ranked(NamedTuple):
+    """A row of the table of results.
+
+    Attributes:
+        name: of the run.
+        href: its own page, from where this one lies; None where there is none.
+        colour: of its curves; None where it has none.
+        cells: the columns behind the name.
+        status: of a point of a sweep.
+        best: whether it is the best of all.
+    """
+
+    name: str
+    href: str | None
+    colour: int | None
+    cells: list[Cell]
+    status: str = ""
+    best: bool = False
 
 
 def comparison_page(runs: Sequence[Run], folder: Path) -> str:
     """Return the HTML that compares `runs`; links in it are relative to `folder`, where it will lie."""
-    names = labels(runs)
-    colours = _colours(runs)
-    title = f"{len(runs)} runs"
-    winner = min(range(len(runs)), key=lambda i: _score(runs[i]))
-    return document(
-        title,
-        h("p", "jaxtune · comparison", class_="eyebrow"),
-        h("h1", title),
-        h("p", " ".join(_summary(runs, names, winner)), class_="lead"),
-        section("Results", _results(runs, names, colours, folder)),
-        section("Evaluated on held-out rows", _evaluated(runs)),
-        section("Curves", _curves(runs, names, colours)),
-        section(f"The best run again: {names[winner]}", *reproduce(runs[winner])),
+    names, colours, ranks = labels(runs), _colours(runs), order(runs)
+    heads, rows = result_rows(runs)
+    return render(
+        "comparison.html",
+        title=f"{len(runs)} runs",
+        kind="comparison",
+        summary=_summary(runs, names, ranks[0]),
+        heads=heads,
+        rows=[
+            Ranked(names[i], link(runs[i].folder, folder), colours[i], row[1:])
+            for i, row in zip(ranks, rows, strict=True)
+        ],
+        evaluated=evaluation_rows(runs),
+        notes=evaluation_notes(runs),
+        charts=_curves(runs, names, colours),
+        winner=names[ranks[0]],
+        again=reproduce(runs[ranks[0]]),
     )
 
 
@@ -45,13 +73,13 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return [path for path, value in runs[0].settings.items() if any(run.settings[path] != value for run in runs)]
 
 
-def _score(run: Run) -> float:
-    """What a run is judged by: its best held-out loss; without one, its smoothed training loss at the end."""
+def _score(run: Run) -> tuple[bool, float]:
+    """What a run is judged by: its best held-out loss; behind all that have one, its smoothed training loss."""
     best = run.best()
     if best:
-        return best.value
+        return False, best.value
     losses = smooth(run.series("train/loss"))
-    return losses[-1].value if losses else float("inf")
+    return True, losses[-1].value if losses else math.inf
 
 
 def _colours(runs: Sequence[Run]) -> list[int]:
@@ -63,28 +91,24 @@ def _colours(runs: Sequence[Run]) -> list[int]:
 
 def _summary(runs: Sequence[Run], names: Sequence[str], winner: int) -> list[str]:
     differ = differences(runs)
-    held_out = all(run.best() for run in runs)
     said = [f"The runs differ in {', '.join(differ)}." if differ else "The runs have the same settings."]
-    scores = [_score(run) for run in runs]
-    if any(score < float("inf") for score in scores):
-        kind = "held-out loss" if held_out else "loss"
-        best = runs[winner].best()
-        at = f" at step {best.step:,}" if best else ""
-        said.append(f"{names[winner]} has the lowest {kind}, {number(scores[winner])}{at}.")
-    if not held_out:
-        without = sum(run.best() is None for run in runs)
-        said.append(f"{without} of {len(runs)} have no held-out loss and are judged by their training loss.")
+    best, (_, score) = runs[winner].best(), _score(runs[winner])
+    if math.isfinite(score):
+        kind, at = ("held-out", f" at step {best.step:,}") if best else ("training", "")
+        said.append(f"{names[winner]} has the lowest {kind} loss, {number(score)}{at}.")
+    without = sum(run.best() is None for run in runs)
+    if without:
+        behind = " and stand behind the others" if without < len(runs) else ""
+        said.append(f"{without} of {len(runs)} have no held-out loss, are judged by their training loss{behind}.")
     return said
 
 
-def _curves(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int]) -> Html | None:
-    order = sorted(range(len(runs)), key=lambda i: colours[i] > 0)  # grey lies below
-    evals = [_eval_series(runs[i], names[i], colours[i]) for i in order]
-    train = [Series(names[i], smooth(runs[i].series("train/loss")), colours[i]) for i in order]
-    charts = [
-        c for c in (chart("Held-out loss", evals, wide=True), chart("Training loss, smoothed", train, wide=True)) if c
-    ]
-    return h("div", *charts, class_="charts") if charts else None
+def _curves(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int]) -> list[Chart]:
+    ranks = sorted(range(len(runs)), key=lambda i: colours[i] > 0)  # grey lies below
+    evals = [_eval_series(runs[i], names[i], colours[i]) for i in ranks]
+    train = [Series(names[i], smooth(runs[i].series("train/loss")), colours[i]) for i in ranks]
+    charts = chart("Held-out loss", evals, wide=True), chart("Training loss, smoothed", train, wide=True)
+    return [c for c in charts if c]
 
 
 def _eval_series(run: Run, name: str, colour: int) -> Series:
@@ -92,10 +116,10 @@ def _eval_series(run: Run, name: str, colour: int) -> Series:
     return Series(name, run.series("eval/loss"), colour, "dots", mark=best.step if best else None)
 
 
-def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
     """(heads, rows): one row a run, best first, with its best held-out loss and last training loss.
 
-    A cell is text or `(value, shown)`. Columns in which no run has a value are left out.
+    Columns in which no run has a value are left out.
     """
     names, differ = labels(runs), differences(runs)
     heads = ["run", *differ, "held-out loss", "at step", "training loss", "valid JSON", "fields right"]
@@ -107,33 +131,33 @@ def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
         rows.append(
             [
                 names[i],
-                *(_setting(run.settings[path]) for path in differ),
-                _cell(best and best.value),
-                _cell(best and best.step, "{:,}".format),
-                _cell(losses[-1].value if losses else None),
-                _cell(after.get("eval/json_valid"), percent),
-                _cell(after.get("eval/json_exact"), percent),
-                _cell(run.fact("trainable"), "{:,}".format),
-                _cell(run.seconds(), duration),
-                _cell(run.speed()),
+                *(setting_cell(run.settings[path]) for path in differ),
+                cell(best and best.value),
+                cell(best and best.step, "{:,}".format),
+                cell(losses[-1].value if losses else None),
+                cell(after.get("eval/json_valid"), percent),
+                cell(after.get("eval/json_exact"), percent),
+                cell(run.fact("trainable"), "{:,}".format),
+                cell(run.seconds(), duration),
+                cell(run.speed()),
             ]
         )
-    return _used(heads, rows)
+    return used(heads, rows)
 
 
-def evaluation_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+def evaluation_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
     """(heads, rows): a row for each evaluated run, best first: what eval.json has of its tuned model."""
     names = labels(runs)
     evaluated = {i: runs[i].evaluation["held_out"] for i in order(runs) if "held_out" in runs[i].evaluation}
     metrics = {name: entry["label"] for held in evaluated.values() for name, entry in held["metrics"].items()}
     rows = []
     for i, held in evaluated.items():
-        row: list[Any] = [names[i], (held["rows"], f"{held['rows']:,}")]
+        row: list[Cell] = [names[i], (held["rows"], f"{held['rows']:,}")]
         for name in metrics:
             entry = held["metrics"].get(name)
             row.append((entry["tuned"]["value"], value(entry, "tuned")) if entry and "tuned" in entry else "")
         rows.append(row)
-    return _used(["evaluated", "rows", *metrics.values()], rows)
+    return used(["evaluated", "rows", *metrics.values()], rows)
 
 
 def evaluation_notes(runs: Sequence[Run]) -> list[str]:
@@ -154,41 +178,23 @@ def order(runs: Sequence[Run]) -> list[int]:
     return sorted(range(len(runs)), key=lambda i: _score(runs[i]))
 
 
-def _used(heads: list[str], rows: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:
-    used = [j for j in range(len(heads)) if any(row[j] != "" for row in rows)]
-    return [heads[j] for j in used], [[row[j] for j in used] for row in rows]
+def used(heads: list[str], rows: list[list[Cell]]) -> tuple[list[str], list[list[Cell]]]:
+    """Both without the columns in which no row has anything."""
+    kept = [j for j in range(len(heads)) if any(row[j] != "" for row in rows)]
+    return [heads[j] for j in kept], [[row[j] for j in kept] for row in rows]
 
 
-def _results(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int], folder: Path) -> Html:
-    """The rows of `result_rows`, with the colours of the curves and links to the runs' own pages."""
-    heads, rows = result_rows(runs)
-    marked = []
-    for i, row in zip(order(runs), rows, strict=True):
-        name = join([h("i", class_=f"key c{colours[i]}"), _link(runs[i], names[i], folder)])
-        marked.append([(names[i], name), *row[1:]])
-    return table(heads, marked, right=1, sortable=True)
+def setting_cell(value: Any) -> Cell:
+    """A setting's value."""
+    return (value if isinstance(value, int | float) else setting(value), setting(value))
 
 
-def _evaluated(runs: Sequence[Run]) -> Html | None:
-    heads, rows = evaluation_rows(runs)
-    if not rows:
-        return None
-    said = "Figures of each run's eval.json, with 95% intervals."
-    note = h("p", " ".join([said, *evaluation_notes(runs)]), class_="note")
-    return join([table(heads, rows, right=1, sortable=True), note])
-
-
-def _setting(value: Any) -> tuple[Any, str]:
-    return (value if isinstance(value, int | float) else shown(value), shown(value))
-
-
-def _cell(value: float | None, show=number) -> tuple[float, str] | str:
+def cell(value: float | None, show: Callable[[float], str] = number) -> Cell:
+    """A number, or nothing."""
     return "" if value is None else (value, show(value))
 
 
-def _link(run: Run, name: str, folder: Path) -> Html | str:
-    """To the run's own page, where there is one."""
-    page = run.folder / "report.html"
-    if not page.is_file():
-        return name
-    return h("a", name, href=quote(os.path.relpath(page.resolve(), folder.resolve())))
+def link(run: Path, folder: Path) -> str | None:
+    """A run's own page, from `folder`; None where there is none."""
+    page = run / "report.html"
+    return quote(os.path.relpath(page.resolve(), folder.resolve())) if page.is_file() else None

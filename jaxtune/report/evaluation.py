@@ -1,16 +1,17 @@
-"""eval.json as tables: its numbers in words for terminals, cards and pages, and the sections of a page."""
+"""eval.json as tables: its numbers in words for terminals, cards and pages, and where a page draws them."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtune.errors import UserError
-from jaxtune.report.html import Html, h, join, number
+from jaxtune.report.words import number
 
 MODELS = ("base", "tuned", "model")
-MOST_CONFUSED = 15  # labels up to which a confusion matrix is shown
+MOST_CONFUSED = 12  # labels up to which a confusion matrix is shown whole
+LISTED = 15  # confusions listed where it is not
 BADGES = {"better": "good", "worse": "bad", "no evidence": "even"}
 COLOURS = {"base": 0, "tuned": 1, "model": 1}
 
@@ -31,9 +32,8 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
         whole = json.loads(file.read_text(encoding="utf-8"))
         held_out, tasks = whole.get("held_out"), whole.get("tasks")
         if held_out is not None:
-            cells = [held_out["metrics"], *held_out.get("groups", {}).get("metrics", {}).values()]
-            for entry in (entry for entries in cells for entry in entries.values()):
-                _check_entry(entry)
+            for entries in (held_out["metrics"], *held_out.get("groups", {}).get("metrics", {}).values()):
+                check_metrics(entries)
             int(held_out["rows"])
         if tasks is not None:
             for metrics in (m for task in tasks["results"].values() for m in task.values()):
@@ -44,6 +44,13 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
         ) from None
     parts = {"held_out": held_out, "tasks": tasks}
     return {name: part for name, part in parts.items() if part and (step is None or part.get("step", step) == step)}
+
+
+def check_metrics(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return entries {metric: its values}, or raise what shows that one is not as `jaxtune eval` makes it."""
+    for entry in entries.values():
+        _check_entry(entry)
+    return entries
 
 
 def _check_entry(entry: Any) -> None:
@@ -114,115 +121,123 @@ def _with_interval(interval: Mapping[str, Any], show: Callable[[float], str], un
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def held_out_table(held_out: Mapping[str, Any]) -> Html | None:
-    """The metrics with intervals, drawn and in numbers, and what the paired test says."""
-    entries = held_out["metrics"]
-    if not entries:
-        return None
+class Bar(NamedTuple):
+    """A model's value, the dot, in its interval, the bar; percentages from the left."""
+
+    name: str
+    colour: int
+    left: float
+    width: float
+    dot: float
+
+
+class Line(NamedTuple):
+    """A row of a table of results.
+
+    Attributes:
+        label: metric or group.
+        rows: how many it was measured on.
+        bars: the models' intervals.
+        figures: (value, interval or "") of each model, and of the difference where there are two.
+        verdict, badge, p: what the test says, its colour, how sure; empty without a test.
+    """
+
+    label: str
+    rows: int
+    bars: list[Bar]
+    figures: list[tuple[str, str]]
+    verdict: str = ""
+    badge: str = ""
+    p: str = ""
+
+
+def lines(entries: Mapping[str, Mapping[str, Any]], span: tuple[float, float] | None = None) -> list[Line]:
+    """The rows of a table, by label. `span`: what the bars reach over, for metrics that are no shares."""
     names = who(entries)
-    both = len(names) == 2
-    heads = [f"on {held_out['rows']:,} held-out rows", "", *names, *(["difference", "verdict"] if both else [])]
-    rows = [
-        [
-            entry["label"],
-            whiskers(entry),
-            *(_figure(value(entry, n)) for n in names),
-            *([_figure(difference(entry)), badge(entry)] if both else []),
-        ]
-        for entry in entries.values()
-    ]
-    note = "Brackets and bars: 95% bootstrap intervals over the rows."
-    if both:
-        note += " Verdicts: a paired randomisation test, 5%. Differences of shares are in points."
-    return join([_table(heads, rows), h("p", note, class_="note"), *(_note(n) for n in held_out.get("notes", ()))])
+    found = []
+    for label, entry in entries.items():
+        figures = [value(entry, n) if n in entry else "" for n in names]
+        figures += [difference(entry) if "difference" in entry else ""] if len(names) == 2 else []
+        parted = [figure.partition(" [") for figure in figures]
+        tested = (entry["verdict"], BADGES[entry["verdict"]], _p(entry)) if "verdict" in entry else ()
+        bars = _bars(entry, span or _span([entry]))
+        found.append(Line(label, entry["rows"], bars, [(a, f"[{b}" if b else "") for a, _, b in parted], *tested))
+    return found
 
 
-def group_tables(held_out: Mapping[str, Any]) -> Html | None:
-    """Every metric by group, one table each, the first ones open."""
-    groups = held_out.get("groups")
-    if not groups:
-        return None
-    entries, names = held_out["metrics"], who(held_out["metrics"])
-    both = len(names) == 2
-    parts = []
-    for name, cells in groups["metrics"].items():
-        heads = [str(groups["column"]), "rows", "", *names, *(["verdict"] if both else [])]
-        span = _span(cells.values())
-        rows = [
-            [
-                group,
-                f"{cell['rows']:,}",
-                whiskers(cell, span),
-                *(_figure(value(cell, n)) for n in names),
-                *([badge(cell)] if both else []),
-            ]
-            for group, cell in cells.items()
-        ]
-        opened = not parts or name == "accuracy"
-        parts.append(h("details", h("summary", entries[name]["label"]), _table(heads, rows), open=opened))
-    note = "Verdicts by group are corrected for the number of groups (Holm)." if both else None
-    return join([*parts, h("p", note, class_="note") if note else None])
+def by_label(entries: Mapping[str, Mapping[str, Any]]) -> list[Line]:
+    """The rows of a table of metrics."""
+    return lines({entry["label"]: entry for entry in entries.values()})
 
 
-def confusion_tables(held_out: Mapping[str, Any]) -> Html | None:
-    """Confusion matrices: a row an expected label, a column a predicted one."""
+def groups(held_out: Mapping[str, Any]) -> list[tuple[str, list[Line]]]:
+    """(metric in words, its rows by group) of each metric."""
+    found = held_out.get("groups")
+    if not found:
+        return []
+    metrics = found["metrics"].items()
+    return [(held_out["metrics"][name]["label"], lines(cells, _span(cells.values()))) for name, cells in metrics]
+
+
+class Confusion(NamedTuple):
+    """What a model took for what.
+
+    Attributes:
+        model: its name.
+        table: of few labels, (label, [(count, share of the row), ...]) for each expected one; else None.
+        mistakes: of many labels, the most frequent (expected, predicted, count, count of the expected).
+    """
+
+    model: str
+    table: list[tuple[str, list[tuple[int, float]]]] | None
+    mistakes: list[tuple[str, str, int, int]]
+
+
+def confusions(held_out: Mapping[str, Any]) -> list[Confusion]:
+    """The confusions of each model, whole or the most frequent ones."""
     labels = held_out.get("labels")
-    if not labels or len(labels["names"]) > MOST_CONFUSED:
-        return None
-    parts = []
+    if not labels:
+        return []
+    names = labels["names"]
+    found = []
     for model, counts in labels["confusion"].items():
-        rows = [
-            [label, *(_shaded(count, sum(row)) for count in row)]
-            for label, row in zip(labels["names"], counts, strict=True)
-        ]
-        heads = ["expected \\ predicted", *labels["names"]]
-        parts.append(join([h("h3", model), _table(heads, rows, right=1)]))
-    return join(parts)
+        if len(names) <= MOST_CONFUSED:
+            shares = [[(n, n / sum(row) if n else 0.0) for n in row] for row in counts]
+            found.append(Confusion(model, list(zip(names, shares, strict=True)), []))
+            continue
+        wrong = [(i, j, n) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
+        wrong.sort(key=lambda entry: -entry[2])
+        most = [(names[i], names[j], n, sum(counts[i])) for i, j, n in wrong[:LISTED]]
+        found.append(Confusion(model, None, most))
+    return found
 
 
-def task_table(tasks: Mapping[str, Any]) -> Html | None:
-    """The results of lm-evaluation-harness."""
+def task_rows(tasks: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """(models, rows of task, metric and their values) of lm-evaluation-harness."""
     results = tasks["results"]
-    if not results:
-        return None
-    rows = [
-        [task, metric, *(_task_value(results[model].get(task, {}).get(metric)) for model in results)]
-        for task, metrics in next(iter(results.values())).items()
+    first = next(iter(results.values()), {})
+    return list(results), [
+        (task, metric, [_task_value(results[model].get(task, {}).get(metric)) for model in results])
+        for task, metrics in first.items()
         for metric in metrics
     ]
-    return _table(["task", "metric", *results], rows, right=2)
 
 
-def badge(entry: Mapping[str, Any]) -> Html:
-    """The verdict as a badge, with its p beside it."""
-    return join(
-        [h("span", entry["verdict"], class_=f"badge flush {BADGES[entry['verdict']]}"), h("small", f" {_p(entry)}")]
-    )
-
-
-def _figure(words: str) -> Html:
-    """A value, and its interval smaller beneath it."""
-    head, bracket, bounds = words.partition(" [")
-    return h("div", head, h("small", f"[{bounds}") if bracket else None, class_="figure")
-
-
-def whiskers(entry: Mapping[str, Any], span: tuple[float, float] | None = None) -> Html:
-    """Each model's value as a dot in the bar of its interval, from 0 to 1 for shares, else over `span`."""
-    low, high = (0.0, 1.0) if entry["share"] else span or _span([entry])
+def _bars(entry: Mapping[str, Any], span: tuple[float, float]) -> list[Bar]:
+    """Each model's value and interval, from 0 to 1 for shares, else over `span`."""
+    low, high = (0.0, 1.0) if entry["share"] else span
     width = (high - low) or 1.0
 
     def at(x: float) -> float:
         return round(100 * min(1.0, max(0.0, (x - low) / width)), 2)
 
-    drawn = []
+    bars = []
     for name in MODELS:
-        if name not in entry:
-            continue
-        v = entry[name]
-        left, right = (v["value"] if v[b] is None else v[b] for b in ("low", "high"))
-        bar = h("i", style=f"left:{at(left)}%;width:{max(0.0, at(right) - at(left)):.2f}%")
-        drawn.append(h("span", bar, h("b", style=f"left:{at(v['value'])}%"), class_=f"c{COLOURS[name]}", title=name))
-    return h("div", *drawn, class_="whiskers", role="img", aria_label="values with their intervals")
+        if name in entry:
+            v = entry[name]
+            left, right = (v["value"] if v[b] is None else v[b] for b in ("low", "high"))
+            bars.append(Bar(name, COLOURS[name], at(left), round(max(0.0, at(right) - at(left)), 2), at(v["value"])))
+    return bars
 
 
 def _span(entries: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -237,22 +252,8 @@ def _span(entries: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _shaded(count: int, total: int) -> Html:
-    return h("div", f"{count:,}", class_="shade", style=f"--a:{0.75 * count / total if total else 0:.3f}")
-
-
 def _task_value(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
     error = entry.get("stderr")
     return f"{entry['value']:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
-
-
-def _note(text: Any) -> Html:
-    return h("p", text, class_="note")
-
-
-def _table(heads: list[str], rows: list[list[Any]], right: int | None = None) -> Html:
-    from jaxtune.report.page import table
-
-    return table(heads, rows, right=right)

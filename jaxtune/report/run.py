@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxtune.config import BY_PATH, DERIVED, load_file
 from jaxtune.errors import UserError
 from jaxtune.log import read_metrics
-from jaxtune.report.evaluation import read_evaluation
+from jaxtune.report.evaluation import check_metrics, read_evaluation
 
 
 class Point(NamedTuple):
@@ -34,6 +34,7 @@ class Run:
         metrics: the lines of metrics.jsonl that have a step.
         summary: summary.json; empty where there is none.
         evaluation: eval.json, see `read_evaluation`; empty where there is none of the last step.
+        data: what `jaxtune data` wrote beside the run, or what training found by itself; empty where there is neither.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Run:
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -108,6 +110,21 @@ class Run:
         pairs = value.items() if isinstance(value, dict) else ()
         return {str(k): tuple(v) for k, v in pairs if isinstance(v, list) and len(v) == 2 and all(map(is_number, v))}
 
+    def cost(self, name: str) -> float | None:
+        """A number of what the run took: "flops", "peak_bytes", "runs" that shared the process."""
+        value = self.summary.get("cost")
+        value = value.get(name) if isinstance(value, dict) else None
+        return value if is_number(value) else None
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """What the run measured with intervals of its own: metric -> an entry as in eval.json."""
+        try:
+            return check_metrics(_object_in(self.summary, "scores"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.folder / 'summary.json'}: its scores are not what a run writes: {error!r}"
+            ) from None
+
     def speed(self) -> float | None:
         """Median of the logged tokens per second."""
         values = [point.value for point in self.series("train/tokens_per_second")]
@@ -146,8 +163,11 @@ def read_run(folder: str | os.PathLike) -> Run:
     metrics = [line for line in read_metrics(folder) if isinstance(line, dict) and _is_step(line.get("step"))]
     if not metrics:
         raise UserError(f"{folder / 'metrics.jsonl'}: no step is logged yet; there is nothing to report")
-    versions = _read_object(folder / "config.json").get("versions")
-    summary = folder / "summary.json"
+    versions = read_object(folder / "config.json", "a run").get("versions")
+    summary, report = (
+        read_object(file, whose) if file.is_file() else {}
+        for file, whose in ((folder / "summary.json", "a run"), (folder / "data_report.json", "jaxtune data"))
+    )
     overrides = _flat(overrides)
     return Run(
         folder=folder,
@@ -155,8 +175,9 @@ def read_run(folder: str | os.PathLike) -> Run:
         overrides=overrides,
         versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
         metrics=metrics,
-        summary=_read_object(summary) if summary.exists() else {},
+        summary=summary,
         evaluation=read_evaluation(folder, max(line["step"] for line in metrics)),
+        data=report or _object_in(summary, "data_report"),
     )
 
 
@@ -174,14 +195,20 @@ def _is_step(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, whose: str) -> dict[str, Any]:
+    """Read a JSON object that `whose` wrote; raises UserError if it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected an object, as a run writes it; found {type(value).__name__}")
+        raise UserError(f"{path}: expected an object, as {whose} writes it; found {type(value).__name__}")
     return value
+
+
+def _object_in(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = tree.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _settings(overrides: Mapping[str, Any]) -> dict[str, Any]:

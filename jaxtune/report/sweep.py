@@ -1,29 +1,23 @@
-"""The page of a sweep: what won, the losses together, what the learning rate does, and a table of all its points."""
+"""What a sweep directory says: its points, how each stands, and which is best."""
 
-import json
 import math
 import os
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from jaxtune import sweep_table
-from jaxtune.config import BY_PATH, find_setting
+from jaxtune.config import find_setting
 from jaxtune.errors import UserError
 from jaxtune.log import read_metrics
-from jaxtune.report.chart import Series, Spread, chart, smooth, spread_chart
-from jaxtune.report.compare import COLOURS, differences
-from jaxtune.report.html import Html, duration, h, join, number
-from jaxtune.report.page import document, reproduce, section, settings_table, shown, table
-from jaxtune.report.run import Run, is_number, read_run
+from jaxtune.report.chart import smooth
+from jaxtune.report.compare import differences
+from jaxtune.report.run import Run, is_number, read_object, read_run
 
 LR, SEED = "optim.lr", "train.seed"
 ENDED = ("finished", "cut", "failed")
-LISTED = 4  # values of a setting that are said one by one; more are said as a range
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Sweep:
 
     def values(self, path: str) -> list[Any]:
         """The different values of a setting; numbers in their order, others as the points have them."""
-        values = {_key(m.setting(path)): m.setting(path) for m in self.members if m.knows(path)}
+        values = {key(m.setting(path)): m.setting(path) for m in self.members if m.knows(path)}
         return _in_order(values.values())
 
     def lines(self) -> dict[tuple[Any, ...], list[Member]]:
@@ -111,7 +105,7 @@ class Sweep:
         lines: dict[tuple[Any, ...], list[Member]] = {}
         for member in self.members:
             if all(member.knows(path) for path in (LR, *others)):
-                lines.setdefault(tuple(_key(member.setting(path)) for path in others), []).append(member)
+                lines.setdefault(tuple(key(member.setting(path)) for path in others), []).append(member)
         return lines
 
 
@@ -160,7 +154,7 @@ def _by_rate(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _planned(file: Path) -> dict[str, dict[str, Any]]:
     """What `jaxtune sweep` planned: directory name -> point."""
-    points = _object(file).get("points")
+    points = read_object(file, "a sweep").get("points")
     if not isinstance(points, dict) or not points:
         raise UserError(f"{file}: expected the points of a sweep under 'points', as `jaxtune sweep` writes them")
     for name, point in points.items():
@@ -188,7 +182,7 @@ def _status(folder: Path, run: Run | None) -> tuple[str, str]:
     """How a point stands, and what is known of that."""
     why, file = "", folder / "member.json"
     if file.is_file():
-        record = _object(file)
+        record = read_object(file, "a sweep")
         if not isinstance(record.get("status"), str):
             raise UserError(f"{file}: expected a 'status', as a sweep writes it; found {record}")
         status, why = record["status"], str(record.get("why", ""))
@@ -211,254 +205,13 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected an object, as a sweep writes it; found {type(value).__name__}")
-    return value
-
-
-def _key(value: Any) -> Any:
+def key(value: Any) -> Any:
     """A setting's value, to be compared and looked up: JSON has lists where a config has tuples."""
     if isinstance(value, dict):
-        return tuple((key, _key(entry)) for key, entry in sorted(value.items()))
-    return tuple(map(_key, value)) if isinstance(value, list | tuple) else value
+        return tuple((name, key(entry)) for name, entry in sorted(value.items()))
+    return tuple(map(key, value)) if isinstance(value, list | tuple) else value
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
     values = list(values)
     return sorted(values) if all(map(is_number, values)) else values
-
-
-# ----------------------------------------------------------------------------------------------------------- the page
-
-
-def sweep_page(sweep: Sweep, folder: Path) -> str:
-    """Return the HTML of a sweep's page; links in it are relative to `folder`, where it will lie."""
-    colours = {m.name: i + 1 if i < COLOURS else 0 for i, m in enumerate(m for m in sweep.members if m.run)}
-    name, run, winner = sweep.folder.resolve().name, sweep.runs[0], sweep.winner
-    return document(
-        name,
-        h("p", f"jaxtune · sweep · {run.settings['tune.method']} · {run.model}", class_="eyebrow"),
-        h("h1", name),
-        h("p", " ".join(_lead(sweep)), class_="lead"),
-        section("Loss curves", _curves(sweep, colours)),
-        section("The learning rate", *_by_learning_rate(sweep)),
-        section("All points", _results(sweep, colours, folder)),
-        section("Without a full result", _without_result(sweep)),
-        section("Settings that differ", _differing(sweep), _shared(sweep)),
-        section(f"The best again: {winner.name}", *reproduce(winner.run)) if winner else None,
-    )
-
-
-def _lead(sweep: Sweep) -> list[str]:
-    over = f" over {_listed([_range(sweep, path) for path in sweep.differ])}" if sweep.differ else ""
-    count = len(sweep.members)
-    sentences = [f"{count} point{'s' * (count > 1)}{over}.", _best(sweep), _best_mean(sweep), _edge(sweep)]
-    return [*filter(None, sentences), *_counts(sweep.members)]
-
-
-def _range(sweep: Sweep, path: str) -> str:
-    """`optim.lr (5 values from 1e-5 to 0.01)`."""
-    values = sweep.values(path)
-    if len(values) <= LISTED:
-        return f"{path} ({', '.join(map(shown, values))})"
-    ends = f" from {shown(values[0])} to {shown(values[-1])}" if all(map(is_number, values)) else ""
-    return f"{path} ({len(values)} values{ends})"
-
-
-def _best(sweep: Sweep) -> str:
-    winner, kind = sweep.winner, "held-out" if sweep.held_out else "training"
-    if winner is None:
-        return "None came to a result."
-    best = winner.run.best()
-    at = f" at step {best.step:,}" if best else ""
-    so_far = "" if sweep.over else " so far"
-    told = f"{winner.name} has the lowest {kind} loss{so_far}, {number(sweep.loss(winner))}{at}."
-    return told if sweep.held_out else f"{told} There is no held-out loss to judge by."
-
-
-def _means(sweep: Sweep) -> dict[tuple[Any, ...], list[Member]]:
-    """The points that differ in the seed alone, where none of several is lost; those with the lowest mean first."""
-    groups: dict[tuple[Any, ...], list[Member]] = {}
-    for others, members in sweep.lines().items():
-        for member in members:
-            groups.setdefault((_key(member.setting(LR)), *others), []).append(member)
-
-    def whole(group):
-        return len(group) > 1 and all(m.status != "failed" and math.isfinite(sweep.loss(m)) for m in group)
-
-    ranked = sorted((key for key in groups if whole(groups[key])), key=lambda key: _mean(sweep, groups[key]))
-    return {key: groups[key] for key in ranked}
-
-
-def _mean(sweep: Sweep, members: Sequence[Member]) -> float:
-    return statistics.fmean(sweep.loss(m) for m in members)
-
-
-def _best_mean(sweep: Sweep) -> str:
-    means = _means(sweep)
-    if SEED not in sweep.differ or len(means) < 2:
-        return ""
-    group = next(iter(means.values()))
-    labels = sweep_table.short_names(sweep.differ)
-    settings = [f"{labels[path]}={shown(group[0].setting(path))}" for path in sweep.differ if path != SEED]
-    return f"By the mean over {len(group)} seeds, {', '.join(settings)} is best: {number(_mean(sweep, group))}."
-
-
-def _edge(sweep: Sweep) -> str:
-    """Whether a better rate may lie beyond those that were tried."""
-    rates = sweep.values(LR) if LR in sweep.swept else []
-    if len(rates) < 2 or sweep.winner is None:
-        return ""
-    means = _means(sweep)
-    best = next(iter(means.values()))[0] if SEED in sweep.differ and len(means) > 1 else sweep.winner
-    rate = best.setting(LR)
-    for end, word, beyond in ((rates[0], "lowest", "below"), (rates[-1], "highest", "above")):
-        if rate == end:
-            return f"The best learning rate, {shown(rate)}, is the {word} that was tried: try rates {beyond} it too."
-    return ""
-
-
-def _counts(members: Sequence[Member]) -> list[str]:
-    """`Of them, 2 failed, 3 were cut by halving and 1 has not finished.`"""
-    counts = {status: sum(m.status == status for m in members) for status in ("failed", "cut", "not started")}
-    other = sum(m.status not in (*counts, "finished") for m in members)
-
-    def told(count, one, many):
-        return [f"{count} {one if count == 1 else many}"] if count else []
-
-    parts = told(counts["failed"], "failed", "failed")
-    parts += told(counts["cut"], "was cut by halving", "were cut by halving")
-    parts += told(other, "has not finished", "have not finished")
-    parts += told(counts["not started"], "has not begun", "have not begun")
-    return [f"Of them, {_listed(parts)}."] if parts else []
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-
-
-def _curves(sweep: Sweep, colours: Mapping[str, int]) -> Html | None:
-    members = [m for m in reversed(sweep.members) if m.run and not colours[m.name]]  # grey lies below
-    members += [m for m in sweep.members if m.run and colours[m.name]]
-    evals, train = [], []
-    for m in members:
-        colour, best = colours[m.name], m.run.best()
-        mark = best.step if best and m is sweep.winner else None
-        evals.append(Series(m.name, m.run.series("eval/loss"), colour, "dots" if colour else "faint", mark))
-        train.append(Series(m.name, smooth(m.run.series("train/loss")), colour, "line" if colour else "faint"))
-    charts = [chart("Held-out loss", evals, wide=True), chart("Training loss, smoothed", train, wide=True)]
-    charts = [c for c in charts if c]
-    return h("div", *charts, class_="charts") if charts else None
-
-
-def _by_learning_rate(sweep: Sweep) -> list[Html]:
-    if LR not in sweep.differ:
-        return []
-    lines = sweep.lines()
-    order = sorted(lines, key=lambda key: min(map(sweep.loss, lines[key])))
-    colours = {key: i + 1 if i < COLOURS else 0 for i, key in enumerate(order)}
-    others = [path for path in sweep.differ if path not in (LR, SEED)]
-    spreads = [
-        _spread(sweep, _line_name(lines[key][0], others), lines[key], colours[key])
-        for key in sorted(lines, key=lambda key: colours[key] > 0)  # grey lies below
-    ]
-    kind = "Held-out loss" if sweep.held_out else "Training loss"
-    drawn = spread_chart(f"{kind} by learning rate", "learning rate", spreads)
-    if drawn is None:
-        return []
-    note = ["A dot is a run at its best evaluation." if sweep.held_out else "A dot is a run at its end."]
-    if SEED in sweep.differ:
-        note.append("Lines go through the means over the seeds; bands reach from the lowest to the highest of them.")
-    if any(m.status == "cut" for m in sweep.members):
-        note.append("Runs that halving cut count with the loss they had by then.")
-    return [drawn, h("p", " ".join(note), class_="note")]
-
-
-def _line_name(member: Member, others: Sequence[str]) -> str:
-    labels = sweep_table.short_names(others)
-    return ", ".join(f"{labels[path]}={shown(member.setting(path))}" for path in others) or "all"
-
-
-def _spread(sweep: Sweep, name: str, members: Sequence[Member], colour: int) -> Spread:
-    values: dict[float, list[float]] = {}
-    lost: dict[float, int] = {}
-    for m in members:
-        rate = m.setting(LR)
-        if m.status == "failed":
-            lost[rate] = lost.get(rate, 0) + 1
-        elif math.isfinite(sweep.loss(m)):
-            values.setdefault(rate, []).append(sweep.loss(m))
-    return Spread(name, values, lost, colour)
-
-
-def _results(sweep: Sweep, colours: Mapping[str, int], folder: Path) -> Html:
-    """One row a point, best first. Empty columns are left out."""
-    labels = sweep_table.short_names(sweep.differ)
-    heads = ["run", "status", *(labels[path] for path in sweep.differ)]
-    heads += ["held-out loss", "at step", "training loss", "trained", "time"]
-    rows = []
-    for m in sweep.members:
-        best = m.run.best() if m.run else None
-        losses = m.run.series("train/loss") if m.run else []
-        rows.append(
-            [
-                (m.name, _name(sweep, m, colours.get(m.name), folder)),
-                h("span", m.status, class_={"finished": "status", "failed": "status bad"}.get(m.status, "status dim")),
-                *(_setting(m.setting(path)) if m.knows(path) else "" for path in sweep.differ),
-                _cell(best and best.value),
-                _cell(best and best.step, "{:,}".format),
-                _cell(losses[-1].value if losses else None),
-                _cell(m.run and m.run.fact("trainable"), "{:,}".format),
-                _cell(m.run and m.run.seconds(), duration),
-            ]
-        )
-    used = [j for j in range(len(heads)) if any(row[j] != "" for row in rows)]
-    cells = [[row[j] for j in used] for row in rows]
-    return table([heads[j] for j in used], cells, right=2, sortable=True, filterable=True)
-
-
-def _name(sweep: Sweep, member: Member, colour: int | None, folder: Path) -> Html:
-    """With the curves' colour, and a link to the run's own page where there is one."""
-    page = sweep.folder / member.name / "report.html"
-    href = quote(os.path.relpath(page.resolve(), folder.resolve()))
-    key = h("i", class_=f"key c{colour}") if colour is not None else h("i", class_="key none")
-    badge = h("span", "best", class_="badge good") if member is sweep.winner else None
-    return join([key, h("a", member.name, href=href) if page.is_file() else member.name, badge and join([" ", badge])])
-
-
-def _setting(value: Any) -> tuple[Any, str]:
-    return (value if isinstance(value, int | float) else shown(value), shown(value))
-
-
-def _cell(value: float | None, show=number) -> tuple[float, str] | str:
-    return "" if value is None else (value, show(value))
-
-
-def _without_result(sweep: Sweep) -> Html | None:
-    """Points that did not go to their end, those of one fate together."""
-    fates: dict[tuple[str, str], list[str]] = {}
-    for m in sweep.members:
-        if m.status != "finished":
-            fates.setdefault((m.status, m.why), []).append(m.name)
-    lines = [
-        h("li", h("b", status), f", {why}" if why else None, f": {'; '.join(names)}")
-        for (status, why), names in sorted(fates.items())
-    ]
-    return h("ul", *lines) if lines else None
-
-
-def _differing(sweep: Sweep) -> Html | None:
-    values = {path: ", ".join(map(shown, sweep.values(path))) for path in sweep.differ}
-    return settings_table(values)
-
-
-def _shared(sweep: Sweep) -> Html | None:
-    """What all have in common beyond the defaults."""
-    paths = [path for path in BY_PATH if any(path in run.overrides for run in sweep.runs) and path not in sweep.differ]
-    values = settings_table({path: sweep.runs[0].settings[path] for path in paths})
-    return values and h("details", h("summary", f"{len(paths)} more settings that they share, not defaults"), values)

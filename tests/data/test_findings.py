@@ -255,4 +255,4 @@ def test_real_data_without_a_crash(assets, name, settings):
         settings = settings | {"eval": str(assets / "data" / settings["eval"])}
     report = curate.examine(TOKENIZER, str(assets / "data" / name), max_length=1024, **settings)
     assert report.summary["rows"] + sum(f.count for f in report.findings if f.check == "unreadable") > 0
-    json.loads(report.as_json())
+    json.dumps(report.as_json())

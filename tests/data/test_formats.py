@@ -143,7 +143,7 @@ def test_content_parts_are_joined_and_pictures_refused(convert):
         ({"messages": "x"}, {}, r"column 'messages' is not JSON"),
         ({"messages": []}, {}, r"column 'messages' is an empty list"),
         ({"messages": ["x"]}, {}, r"message 1: expected an object with role and content, found text"),
-        ({"messages": [{"content": "x"}]}, {}, r"message 1: no role"),
+        ({"messages": [{"content": "x"}]}, {}, r"message 1: no role. Fields found: content;"),
         (
             {"messages": [user("x"), {"role": "asistant", "content": "x"}]},
             {},

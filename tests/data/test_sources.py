@@ -119,8 +119,8 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
 
 
 def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "e"}\n' + '{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not UTF-8 text \(.* at byte 11 of the line"):
         rows(tmp_path / "a.jsonl")
 
 

@@ -1,43 +1,8 @@
-"""Markup in which escaping is the default, and numbers in the words of a page."""
+"""Numbers and settings in the words of a page."""
 
-import html
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
-
-
-class Html(str):
-    """Markup. Any other string is text and is escaped when it is put into an element."""
-
-    __slots__ = ()
-
-
-def text(value: Any) -> Html:
-    """Escape a value for use as text or in an attribute. Lone surrogates, which UTF-8 cannot hold, become "?"."""
-    if isinstance(value, Html):
-        return value
-    return Html(html.escape(str(value).encode("utf-8", "replace").decode("utf-8")))
-
-
-def join(parts: Iterable[Any], separator: str = "") -> Html:
-    """Concatenate markup and text; None is left out."""
-    return Html(text(separator).join(text(part) for part in parts if part is not None))
-
-
-def h(tag: str, *children: Any, **attributes: Any) -> Html:
-    """Return `<tag ...>children</tag>`.
-
-    `class_` is written class and `data_v` data-v; an attribute that is None is left out, True stands alone.
-    """
-    pairs = []
-    for name, value in attributes.items():
-        name = name.rstrip("_").replace("_", "-")
-        if value is True:
-            pairs.append(f" {name}")
-        elif value is not None and value is not False:
-            pairs.append(f' {name}="{text(value)}"')
-    head = f"<{tag}{''.join(pairs)}>"
-    return Html(head) if tag in ("meta", "link") else Html(f"{head}{join(children)}</{tag}>")
 
 
 def number(value: float) -> str:
@@ -85,3 +50,34 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def amount(value: float, unit: str) -> str:
+    """Three digits with the prefix of a power of thousand: 4.31 TFLOP, 620 GB."""
+    for least, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= least:
+            return f"{value / least:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def memory(size: float) -> str:
+    """1.2 GiB, 620 MiB."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def setting(value: Any) -> str:
+    """A setting's value in the words of the command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

@@ -1,0 +1,184 @@
+"""A run in three sentences: what was tuned, how the loss moved, what it cost. And what one should know of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune.report import evaluation
+from jaxtune.report.chart import smooth
+from jaxtune.report.run import Run
+from jaxtune.report.words import amount, duration, memory, number, percent, setting
+
+WHAT = {  # method -> what it trains of the model; settings stand in it as %(path)s
+    "full": "All weights of",
+    "head": "The head of",
+    "bitfit": "The biases of",
+    "norms": "The norms of",
+    "embeddings": "The embeddings of",
+    "last_n": "The last %(tune.last_n.layers)s layers of",
+    "regex": "The parameters that match %(tune.regex.pattern)s of",
+    "ia3": "(IA)³ vectors for",
+    "prompt_tuning": "%(tune.prompt_tuning.num_virtual_tokens)s virtual tokens for",
+}
+SHARES = {"eval/json_exact": "answers with every JSON field right", "eval/accuracy": "accuracy", "eval/entity_f1": "F1"}
+
+
+def summary(run: Run) -> list[str]:
+    """The three sentences."""
+    return [_what(run), _result(run), _cost(run)]
+
+
+def _what(run: Run) -> str:
+    settings = run.settings
+    method = settings["tune.method"]
+    what = WHAT[method] % settings if method in WHAT else _lora(settings)
+    start = " from random weights" if settings["model.init"] == "random" else ""
+    over = settings.get("model.quantization", "none")
+    base = f"{run.model} in {over.upper()}" if over != "none" else run.model
+    data = " and ".join(Path(name).name for name in settings["data.train"] or ()) or "the data"
+    trainable, total = run.fact("trainable"), run.fact("all")
+    share = f": {trainable:,} of {total:,} parameters, {percent(trainable / total)}" if trainable and total else ""
+    return f"{what} {base} were tuned{start} on {data} for {_steps(run)}{share}."
+
+
+def _lora(settings: dict[str, Any]) -> str:
+    targets = settings["tune.lora.target_modules"]
+    on = "all linear layers" if targets in ("all-linear", ("all-linear",)) else setting(targets)
+    kind = "DoRA" if settings["tune.lora.use_dora"] else "LoRA"
+    rank, alpha = settings["tune.lora.r"], number(settings["tune.lora.lora_alpha"])
+    return f"{kind} adapters (rank {rank}, alpha {alpha}, on {on}) for"
+
+
+def _steps(run: Run) -> str:
+    last, planned = run.last_step(), run.settings["train.steps"]
+    if planned and last < planned:
+        return f"{last:,} of {planned:,} steps so far" if not run.summary else f"{last:,} of {planned:,} steps"
+    return f"{last:,} steps"
+
+
+def _result(run: Run) -> str:
+    told = _loss(run)
+    held_out = run.evaluation.get("held_out")
+    tally = evaluation.tally(held_out["metrics"].values()) if held_out else ""
+    if tally:
+        return f"{told}; measured on {held_out['rows']:,} held-out rows, {tally}."
+    before, after = run.before(), run.after()
+    for key, what in SHARES.items():
+        if key in before and key in after:
+            return f"{told}, and {what} went from {percent(before[key])} to {percent(after[key])}."
+    return f"{told}."
+
+
+def _loss(run: Run) -> str:
+    evals, best, losses = run.series("eval/loss"), run.best(), run.series("train/loss")
+    if len(evals) > 1:
+        first = evals[0]
+        origin = "before tuning" if first.step == 0 else f"at step {first.step:,}"
+        if best.step == first.step:
+            told = f"Held-out loss never fell below the {number(first.value)} {origin}"
+        else:
+            told = (
+                f"Held-out loss fell from {number(first.value)} {origin} to {number(best.value)} at step {best.step:,}"
+            )
+        if best.step != evals[-1].step and evals[-1].value > best.value:
+            told += f" and ended at {number(evals[-1].value)}"
+        return told
+    if len(losses) > 1:
+        first, last = losses[0], losses[-1]
+        verb = "fell" if last.value < first.value else "went"
+        told = f"Training loss {verb} from {number(first.value)} (step {first.step:,}) to {number(last.value)}"
+        return told + f" (step {last.step:,})" + ("" if evals else "; there was no held-out data")
+    return f"Held-out loss is {number(best.value)} at step {best.step:,}" if evals else "No loss is logged yet"
+
+
+def _cost(run: Run) -> str:
+    seconds, tokens, speed, device = run.seconds(), run.tokens(), run.speed(), run.summary.get("device")
+    parts = []
+    if tokens is not None:
+        parts.append(f"read {tokens:,} tokens")
+    if speed is not None:
+        parts.append(f"at {number(speed)} tokens a second" if parts else f"ran at {number(speed)} tokens a second")
+    if isinstance(device, str):
+        parts.append(f"on {device}" if parts else f"ran on {device}")
+    if seconds is not None:
+        return " ".join([f"It took {duration(seconds)}" + (" and" if parts else ""), *parts]) + "."
+    return f"It {' '.join(parts)}." if parts else "Its cost is not recorded."
+
+
+# --------------------------------------------------------------------------------------------------------- its cost
+
+
+class Fact(NamedTuple):
+    """A figure with what it is of, and a word on it."""
+
+    label: str
+    figure: str
+    note: str = ""
+
+
+def costs(run: Run) -> list[Fact]:
+    """What the run took, as far as it is recorded."""
+    return list(_costs(run))
+
+
+def _costs(run: Run) -> Iterator[Fact]:
+    trainable, total = run.fact("trainable"), run.fact("all")
+    if trainable and total:
+        yield Fact("Trained", percent(trainable / total), f"{trainable:,} of {total:,} parameters")
+    seconds, tokens, flops = run.seconds(), run.tokens(), run.cost("flops")
+    if seconds is not None:
+        yield Fact("Time", duration(seconds), str(run.summary.get("device") or ""))
+    if tokens:
+        speed = run.speed()
+        yield Fact("Tokens", f"{tokens:,}", f"{number(speed)} a second" if speed is not None else "")
+    if flops:
+        training = run.seconds_by_part().get("train")
+        notes = [f"{amount(flops / tokens, 'FLOP')} a token"] if tokens else []
+        notes += [f"{amount(flops / training, 'FLOP/s')} while training"] if training else []
+        yield Fact("Operations", amount(flops, "FLOP"), ", ".join(notes))
+    peak, runs = run.cost("peak_bytes"), run.cost("runs") or 1
+    if peak:
+        note = f"of the {run.summary['cost'].get('peak_of', 'process')}" + (f", with {runs:g} runs" if runs > 1 else "")
+        yield Fact("Peak memory", memory(peak), note)
+
+
+# ------------------------------------------------------------------------------------------------- what to know of it
+
+
+class Finding(NamedTuple):
+    """Something that one should know of a run: severity is error, warning or note; `fix` says what to do."""
+
+    severity: str
+    what: str
+    fix: str
+    step: int | None = None
+
+
+def findings(run: Run) -> list[Finding]:
+    """What the run noticed of itself, in the order of its steps."""
+    found = [
+        Finding(
+            entry["severity"] if entry.get("severity") in ("error", "warning", "note") else "note",
+            str(entry.get("what", "")),
+            str(entry.get("fix") or ""),
+            entry["step"] if isinstance(entry.get("step"), int) else None,
+        )
+        for entry in run.facts("findings", dict)
+    ]
+    since = overfits_since(run)
+    if since is not None and "findings" not in run.summary:
+        told = "Overfitting: from here on held-out loss rises while training loss falls."
+        fix = "The weights of that step are the result. More data, fewer steps or a lower rate may go further."
+        found.append(Finding("warning", told, fix, since))
+    return found
+
+
+def overfits_since(run: Run) -> int | None:
+    """The step from which held-out loss rises while training loss falls, if two evaluations or more say so; or None."""
+    best = run.best()
+    later = [point for point in run.series("eval/loss") if best and point.step > best.step]
+    train = smooth(run.series("train/loss"))
+    before = [point.value for point in train if best and point.step <= best.step]
+    if len(later) < 2 or not before or any(point.value <= 1.005 * best.value for point in later):
+        return None
+    return best.step if train[-1].value < before[-1] else None
