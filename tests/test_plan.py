@@ -318,3 +318,25 @@ def test_real_configs_plan(assets, capsys, monkeypatch):
             assert one["parameters"] > one["trainable"] > 0
             done += 1
     assert done >= 20
+
+
+@pytest.mark.slow
+def test_an_8b_on_4_bits_fits_a_consumer_card(assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    overrides = {
+        "model": {"path": str(assets / "hf-configs" / "llama3_1_8b"), "remat": "full"},
+        "tune": {"lora": {"r": 16}},
+        "data": {"packing": True, "max_length": 4096},
+        "train": {"batch_size": 1},
+    }
+
+    def total(**model):
+        config = overrides | {"model": overrides["model"] | model}
+        (tmp_path / "c.py").write_text(f"def get_config():\n    return {config}\n")
+        found = planned(capsys, tmp_path / "c.py", "--gpu=rtx4090")[0]["policies"]["full"]["bytes"]
+        return found["frozen"] / 2**30, found["total"] / 2**30
+
+    plain, small = total(), total(quantization="nf4")
+    # 6.98e9 weights of the body: 16 bits become 4.127.
+    assert plain[0] - small[0] == pytest.approx(6.979e9 * (16 - 4.127) / 8 / 2**30, rel=1e-3)
+    assert small[1] < 22

@@ -6,11 +6,12 @@ import json
 import re
 
 import pytest
-from report_runs import HOSTILE, Page, make_run
+from report_runs import DATA, HOSTILE, SUMMARY, Page, make_run
 
-from jaxtune.card import model_card, put_evaluation
+from jaxtune.card import model_card, put_evaluation, run_facts
 from jaxtune.cli import main
 from jaxtune.errors import UserError
+from jaxtune.log import read_metrics
 from jaxtune.report import write_report
 
 
@@ -153,6 +154,18 @@ def test_the_card_says_the_same_once(tmp_path):
     assert card.read_text() == first
     head, _, rest = first.partition("<!-- evaluation -->")
     assert head + rest.partition("<!-- end of evaluation -->\n\n")[2] == plain
+
+
+def test_the_card_tells_of_a_run_what_its_page_tells(run):
+    summary = SUMMARY | {"findings": [{"step": 3, "severity": "warning", "what": "It spiked.", "fix": "Clip."}]}
+    summary |= {"data_report": DATA, "cost": {"peak_bytes": 2**30, "peak_of": "device"}}
+    config, lines = json.loads((run / "config.json").read_text()), read_metrics(run)
+    facts = run_facts(config, lines, summary)
+    assert facts["trained"] == "2.5% (2,500 of 100,000 parameters)" and facts["time"] == "1 min 32 s (TPU v9)"
+    assert facts["held-out loss"] == "3.5 before, 1.25 after" and facts["peak memory"] == "1 GiB (of the device)"
+    assert facts["found in the run, warning"] == "It spiked. Clip."
+    assert facts["found in the data, overlap"] == "2 rows (50.0%) of the evaluation data are known"
+    assert "found in the data, length" not in facts, "a note"
 
 
 def test_runs_are_compared_by_what_was_measured(tmp_path, capsys):

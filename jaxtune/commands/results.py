@@ -157,8 +157,8 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
 
 def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) -> None:
     from jaxtune.report import evaluation
-    from jaxtune.report.page import measured
     from jaxtune.report.run import read_run
+    from jaxtune.report.sentences import measured
 
     console = Console(soft_wrap=True, highlight=False)
     metrics = measured(read_run(out.parent))

@@ -105,6 +105,50 @@ def _cost(run: Run) -> str:
     return f"It {' '.join(parts)}." if parts else "Its cost is not recorded."
 
 
+# --------------------------------------------------------------------------------------------------- what it came to
+
+
+LOSS = "held-out loss"
+KNOWN = {  # metric of the training -> label, what is better, whether it is a share
+    "loss": (LOSS, -1, False),
+    "perplexity": ("perplexity", -1, False),
+    "accuracy": ("accuracy", 1, True),
+    "macro_f1": ("macro-F1", 1, True),
+    "entity_f1": ("entity F1", 1, True),
+    "entity_precision": ("entity precision", 1, True),
+    "entity_recall": ("entity recall", 1, True),
+    "json_valid": ("valid JSON", 1, True),
+    "json_exact": ("every field right", 1, True),
+}
+SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
+
+
+def measured(run: Run) -> dict[str, dict[str, Any]]:
+    """The metrics of base and tuned model, as eval.json has them; before it is there, those of the training.
+
+    Of those, most are values without an interval; the run's summary has intervals of what it generated answers for.
+    """
+    if "held_out" in run.evaluation:
+        return run.evaluation["held_out"]["metrics"]
+    before, after = run.before(), run.after()
+    names = [key.removeprefix("eval/") for key in (*before, *after)]
+    scores = run.scores()
+    return {
+        name: scores.get(name) or _plain(name, before.get(f"eval/{name}"), after.get(f"eval/{name}"))
+        for name in dict.fromkeys([*KNOWN, *names])
+        if name in names and name not in SIZES
+    }
+
+
+def _plain(name: str, before: float | None, after: float | None) -> dict[str, Any]:
+    label, better, share = KNOWN.get(name, (name.replace("_", " "), 0, False))
+    pairs = {"base": before, "tuned": after}
+    if before is not None and after is not None:
+        pairs["difference"] = after - before
+    values = {who: {"value": value, "low": None, "high": None} for who, value in pairs.items() if value is not None}
+    return {"label": label, "better": better, "share": share, "rows": 0} | values
+
+
 # --------------------------------------------------------------------------------------------------------- its cost
 
 
