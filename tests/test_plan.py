@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import command, compiled, home  # noqa: F401
 
@@ -144,6 +144,7 @@ def test_operations_that_nobody_reads_are_not_counted():
 
 
 @given(st.integers(1, 96), st.integers(20, 400))
+@settings(deadline=None)
 def test_the_chosen_micro_batch_is_the_fastest_that_fits(rows, mib):
     policies = _measured()
     memory, card = plan.GIB + mib * 2**20, plan.Card(1e12, 1e10, 0)
@@ -271,17 +272,17 @@ def test_a_run_that_cannot_fit_is_refused_with_remedies(home, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
-    "hf, task, head",
+    "hf, head",
     [
-        ({"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}, "sequence", 2 * 64),
-        ({"architectures": ["LlamaForTokenClassification"], "pad_token_id": 0, "num_labels": 5}, "token", 5 * 65),
+        ({"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}, 2 * 64),
+        ({"architectures": ["LlamaForTokenClassification"], "pad_token_id": 0, "num_labels": 5}, 5 * 65),
     ],
 )
-def test_label_heads_plan(hf, task, head, tmp_path, capsys, monkeypatch):
+def test_label_heads_plan(hf, head, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "POLICIES", ("none",))
     (tmp_path / "config.json").write_text(json.dumps(TINY | hf))
     [one] = planned(capsys, tmp_path, "--gpu=l4", "--batch=2", "--length=32", "--method=head")
-    assert one["trainable"] == head + 64  # the final norm, too
+    assert one["trainable"] == head
     assert one["policies"]["none"]["bytes"]["logits"] == 0
 
 
