@@ -69,10 +69,11 @@ class SweepPage(Page):
         return {t: {s["name"]: s["points"] for s in d["series"]} for t, d in zip(titles, data, strict=True)}
 
     def table(self, head="run"):
-        """Rows under the heading, by column."""
-        start = next(i for i, row in enumerate(self.rows) if row[0] == head)
-        rows = itertools.takewhile(lambda row: len(row) == len(self.rows[start]), self.rows[start + 1 :])
-        return [dict(zip(self.rows[start], row, strict=True)) for row in rows]
+        """Rows of the table with this heading, by column."""
+        ends = [*self.tables[1:], len(self.rows)]
+        found = (self.rows[start:end] for start, end in zip(self.tables, ends, strict=True))
+        heading, *rows = next(table for table in found if table[0][0] == head)
+        return [dict(zip(heading, row, strict=True)) for row in rows]
 
 
 BY_RATE = "Held-out loss by learning rate"
