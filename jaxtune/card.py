@@ -201,7 +201,7 @@ def run_facts(
         metrics = metrics if "base" in metrics["loss"] else {k: entry for k, entry in metrics.items() if k != "loss"}
     facts |= dict(_before_and_after(metrics))
     facts |= {cost.label.lower(): f"{cost.figure} ({cost.note})" if cost.note else cost.figure for cost in costs(run)}
-    facts |= {f"found in the run, {f.severity}": f"{f.what} {f.fix}".strip() for f in findings(run)}
+    facts |= {f"found in the run, {f['check']}": f"{f['message']} {f['fix']}".strip() for f in findings(run)}
     for entry in run.data.get("findings", ()):
         if entry.get("severity") in ("error", "warning"):
             facts[f"found in the data, {entry.get('check')}"] = entry.get("message")

@@ -71,7 +71,7 @@ class Page(HTMLParser):
     def __init__(self, file):
         super().__init__()
         self.open, self.tags, self.rows, self.texts, self.scripts = [], [], [], [], []
-        self.tables = []  # the number of each table's first row
+        self.starts = []  # of tables among the rows
         self.source = file.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -84,7 +84,7 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         if tag == "table":
-            self.tables.append(len(self.rows))
+            self.starts.append(len(self.rows))
         elif tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):

@@ -69,11 +69,10 @@ class SweepPage(Page):
         return {t: {s["name"]: s["points"] for s in d["series"]} for t, d in zip(titles, data, strict=True)}
 
     def table(self, head="run"):
-        """Rows of the table with this heading, by column."""
-        ends = [*self.tables[1:], len(self.rows)]
-        found = (self.rows[start:end] for start, end in zip(self.tables, ends, strict=True))
-        heading, *rows = next(table for table in found if table[0][0] == head)
-        return [dict(zip(heading, row, strict=True)) for row in rows]
+        """Rows under the heading, by column."""
+        bounds = itertools.pairwise([*self.starts, len(self.rows)])
+        heads, *rows = next(self.rows[a:b] for a, b in bounds if self.rows[a][0] == head)
+        return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 BY_RATE = "Held-out loss by learning rate"

@@ -131,6 +131,14 @@ def _cost(j, steps: int) -> dict[str, Any]:
     The operations are those of the matrix products of a compiled step, by the positions of its batch; how many
     positions the batches have is known from a sample of them. Over features, they are those above them.
     """
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    cost = {
+        "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_of": "device" if peak else "process",
+        "runs": len(j.members),
+    }
+    if not steps:
+        return cost
     j = over_features_found(j)
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -141,13 +149,7 @@ def _cost(j, steps: int) -> dict[str, Any]:
     chunk = min(rows * width, chunk_size(rows * width, j.model.module.spec.vocab, len(j.members)))
     flops = dot_flops(j.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips=-(-rows * width // chunk))
     sampled = [j.batch_at(step)["segments"].size for step in range(0, steps, max(1, steps // 32))]
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {
-        "flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps if sampled else 0.0,
-        "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "peak_of": "device" if peak else "process",
-        "runs": len(j.members),
-    }
+    return cost | {"flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps}
 
 
 def _column(rows: list[dict], name: str) -> tuple[Any, Any]:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune import watch
 from jaxtune.report import evaluation
-from jaxtune.report.chart import smooth
-from jaxtune.report.run import Run
+from jaxtune.report.run import Run, is_number
 from jaxtune.report.words import amount, duration, memory, number, percent, setting
 
 WHAT = {  # method -> what it trains of the model; settings stand in it as %(path)s
@@ -189,40 +189,19 @@ def _costs(run: Run) -> Iterator[Fact]:
 # ------------------------------------------------------------------------------------------------- what to know of it
 
 
-class Finding(NamedTuple):
-    """Something that one should know of a run: severity is error, warning or note; `fix` says what to do."""
+def findings(run: Run) -> list[dict[str, Any]]:
+    """What the run noticed of itself: {"check", "severity", "step", "message", "fix"}, in the order of their steps.
 
-    severity: str
-    what: str
-    fix: str
-    step: int | None = None
-
-
-def findings(run: Run) -> list[Finding]:
-    """What the run noticed of itself, in the order of its steps."""
-    found = [
-        Finding(
-            entry["severity"] if entry.get("severity") in ("error", "warning", "note") else "note",
-            str(entry.get("what", "")),
-            str(entry.get("fix") or ""),
-            entry["step"] if isinstance(entry.get("step"), int) else None,
-        )
+    Of a run that has not come to its end, and of one from before they were kept, what its metrics say.
+    """
+    if "findings" not in run.summary:
+        lines = ({name: value for name, value in line.items() if is_number(value)} for line in run.metrics)
+        return [finding.as_json() for finding in watch.findings(lines)]
+    return [
+        {
+            "severity": entry["severity"] if entry.get("severity") in ("error", "warning") else "note",
+            "step": entry["step"] if isinstance(entry.get("step"), int) else 0,
+            **{name: str(entry.get(name) or "") for name in ("check", "message", "fix")},
+        }
         for entry in run.facts("findings", dict)
     ]
-    since = overfits_since(run)
-    if since is not None and "findings" not in run.summary:
-        told = "Overfitting: from here on held-out loss rises while training loss falls."
-        fix = "The weights of that step are the result. More data, fewer steps or a lower rate may go further."
-        found.append(Finding("warning", told, fix, since))
-    return found
-
-
-def overfits_since(run: Run) -> int | None:
-    """The step from which held-out loss rises while training loss falls, if two evaluations or more say so; or None."""
-    best = run.best()
-    later = [point for point in run.series("eval/loss") if best and point.step > best.step]
-    train = smooth(run.series("train/loss"))
-    before = [point.value for point in train if best and point.step <= best.step]
-    if len(later) < 2 or not before or any(point.value <= 1.005 * best.value for point in later):
-        return None
-    return best.step if train[-1].value < before[-1] else None
