@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py [--json=OUT]
     python benchmarks/plan.py --h100        XLA's plan for an H100 that is not there; needs the jax[cuda] wheels only
+                                            (never run as a whole: tried on a toy function)
 
 Each case is a process of its own. It compiles the step, gives back what the compiler used, and then measures how far
 its resident memory rises while it allocates the state and runs three steps. Nothing is loaded: weights are ones.
