@@ -177,6 +177,11 @@ class Sweep:
 
         if point.cfg.log.wandb:
             raise UserError("log.wandb: the members of a sweep share one process; switch it off, or use sweep_lr.sh")
+        if point.cfg.train.micro_batch == "auto":
+            raise UserError(
+                "train.micro_batch=auto: the memory of a sweep decides how many runs share a step; give a number, "
+                "such as `jaxtune plan` names"
+            )
         _, data = self.open(point.cfg)
         folder = self.folder / point.name
         job.check_workdir(folder, point.cfg, data.report.fingerprint, member=True)
