@@ -10,7 +10,7 @@ from jaxtune.models.spec import Config
 _NAMES = (
     *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"),
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
-    *("bert", "roberta", "distilbert", "modernbert"),
+    *("bert", "roberta", "distilbert", "modernbert", "vit"),
 )
 FAMILIES = {name: f"jaxtune.models.{name}" for name in _NAMES}
 
@@ -43,8 +43,10 @@ def build(config: dict, **settings: Any) -> Any:
             "give the model they were made from."
         )
 
-    spec = family(config).spec(Config(config))
-    body = (Encoder if isinstance(spec, EncoderSpec) else Decoder)(spec, **settings)
+    described = family(config)
+    spec = described.spec(Config(config))
+    kind = getattr(described, "MODULE", Encoder if isinstance(spec, EncoderSpec) else Decoder)
+    body = kind(spec, **settings)
     labels = read_labels(config)
     return body if labels is None else with_labels(body, labels)
 

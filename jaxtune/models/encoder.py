@@ -171,7 +171,13 @@ class Encoder(nn.Module):
         if spec.types:
             table = self._table("embed_types", spec.types)
             x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
-        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
+        return self.body(
+            Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x), positions, segments, keys
+        )
+
+    def body(self, x: Array, positions: Array, segments: Array | None, keys: Keys) -> Array:
+        """Embeddings [B, T, D] -> the last hidden states [B, T, D]."""
+        spec = self.spec
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
         ctx = Context(None, segments, {str(r): rope.tables(r, positions, positions.max(-1) + 1) for r in ropes}, keys)
         pattern = EncoderPattern
