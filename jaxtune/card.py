@@ -198,7 +198,7 @@ def _results(metrics: list[Mapping[str, Any]]) -> dict[str, Any]:
         found["training loss"] = (
             f"{first['train/loss']:.4f} (step {first['step']}) to {last['train/loss']:.4f} (step {last['step']})"
         )
-    held_out = [r for r in metrics if r.get("eval/loss") is not None]
+    held_out = [r for r in metrics if r.get("eval/loss") is not None and r["step"]]  # step 0 is the base
     if held_out:
         best = min(held_out, key=lambda r: r["eval/loss"])
         found["best held-out loss"] = f"{best['eval/loss']:.4f} (step {best['step']})"
