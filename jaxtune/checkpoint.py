@@ -48,6 +48,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, since: int = 0):
         self.folder, self.keep, self.say, self.since = folder.absolute(), keep, say, since
+        for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # by a process that was killed; orbax would warn
+            shutil.rmtree(left)
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._counters: dict[str, Any] = {}  # of the newest checkpoint

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.formats import FORMATS, MESSAGES, make_reader
+from jaxtune.data.formats import FORMATS, MESSAGES, Reader, make_reader
+from jaxtune.data.labels import SEQUENCE_COLUMNS, TOKEN_COLUMNS, LabelForm, count_labels, in_order
 from jaxtune.data.sources import Source, kind, read
 from jaxtune.errors import UserError
 
@@ -32,6 +33,8 @@ PROMPTS = (
     *("text", "sentence", "message", "utterance", "review", "content"),
 )
 LABELS = ("label", "category", "intent", "class", "sentiment", "topic")
+WORDS, TAGS = ("tokens", "words"), ("labels", "ner_tags", "tags", "pos_tags")
+MOST_LABELS = 1000  # more, or more than half as many as rows, and a column is an answer rather than a label
 COMPLETIONS = (
     *("completion", "response", "answer", "output", "target", "solution", "summary", "highlights", "sql"),
     *LABELS,
@@ -40,7 +43,6 @@ COMPLETIONS = (
 MARKERS = ("\n### Response:", "\n### Assistant:", "\nAssistant:", "\nResponse:", "\nAnswer:", "\nSQL:", "\nA:")
 
 EVAL_WORDS = ("valid", "validation", "val", "dev", "eval", "test")
-TAGGED_TOKENS = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 
 MULTIPLE = 32  # of tokens: max_length is rounded up to it
 CORPUS_LENGTH = 1024  # tokens in a packed sequence
@@ -52,17 +54,36 @@ LR = {"lora": 2e-4, "full": 1e-5}  # for models at least LR_WIDTH wide
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a file are read: the settings of section `data`, and what to tell the person."""
+    """How the rows of a file are read: the settings of section `data`, and what to tell the person.
+
+    Attributes:
+        format: one of FORMATS; of labelled rows, the name of the objective.
+        labels: how labelled rows are read; None: text.
+    """
 
     format: str
     columns: Mapping[str, str]
     completion_from: str | None = None
+    labels: LabelForm | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As `data.prepare` and `make_reader` take them."""
+        """As `data.prepare` takes them."""
+        if self.labels is not None:
+            return {"labels": self.labels}
         return {"format": self.format, "columns": dict(self.columns), "completion_from": self.completion_from}
+
+    def reader(self, source: Source) -> Reader:
+        """Raises UserError if the rows of `source` are not read in this way."""
+        if self.labels is None:
+            reader = make_reader(source, **self.settings)
+            if self.completion_from and _marker(source, reader.columns[0]) is None:
+                raise UserError(f"{source.name}: not every text has {self.completion_from!r}")
+            return reader
+        if more := set(count_labels([source], self.labels).labels) - set(self.labels.names):
+            raise UserError(f"{source.name}: the label {min(more)!r} is in no training row")
+        return self.labels.reader(source)
 
     @property
     def is_corpus(self) -> bool:
@@ -85,12 +106,6 @@ def open_source(name: str) -> Source:
             path.open("rb").close()
         except OSError as error:
             raise UserError(f"{name}: cannot be read: {error.strerror}.") from None
-        if path.suffix.lower() in TAGGED_TOKENS:
-            raise UserError(
-                f"{name}: tokens with tags (CoNLL), for token classification, which jaxtune cannot tune yet. To let a "
-                'model write the entities instead, save rows {"prompt": the sentence, "completion": the answer} as '
-                ".jsonl."
-            )
         if not path.suffix:
             _refuse_bare_table(name, path)
     return read(name)
@@ -119,23 +134,24 @@ def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Layou
 
     columns: our name -> the file's, where the person has said it.
 
-    Raises UserError for rows that no objective of today can use (preferences, tagged tokens), prompts without answers,
-    and columns whose names are not known.
+    Raises UserError for rows that no objective of today can use (preferences), prompts without answers, and columns
+    whose names are not known.
     """
     number, row = next(iter(source))
     where = source.where(number)
     _refuse_other_objectives(where, row)
+    if (labelled := _labelled(source, row, columns or {})) is not None:
+        return labelled
     if columns:
         format, columns = make_reader(source, columns=columns).format, dict(columns)
     else:
         format, columns = _match(where, row)
-    layout = Layout(format, columns)
-    reader = make_reader(source, **layout.settings)
+    reader = Layout(format, columns).reader(source)
     marker = _marker(source, reader.columns[0]) if format == "text" else None
     notes = [*_label_notes(source, columns), *_unused(row, reader.columns)]
     if marker:
         notes.append(f"{marker.strip()!r} stands once in every text: what follows it is trained")
-    return Layout(format, columns, marker, tuple(notes))
+    return Layout(format, columns, marker, notes=tuple(notes))
 
 
 def _refuse_other_objectives(where: str, row: dict) -> None:
@@ -151,8 +167,48 @@ def _refuse_other_objectives(where: str, row: dict) -> None:
             f"{where}: answers judged good or bad (KTO: 'label' is true or false). Preference tuning is not there yet, "
             f"and plain tuning on all rows would teach the bad answers. {instead} {found}"
         )
-    if isinstance(row.get("tokens"), list) and {"tags", "ner_tags", "labels", "pos_tags"} & set(row):
-        raise UserError(f"{where}: tokens with tags, for token classification, which jaxtune cannot tune yet. {found}")
+
+
+def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Layout | None:
+    """How rows of a text and a label, or of words and tags, are read; None for others."""
+    theirs = {name.lower(): name for name in row}
+    if columns:
+        per_token, ours = bool({"tokens", "labels"} & set(columns)), columns
+        if not per_token and "label" not in columns:
+            return None
+    else:
+        words, tags = (next((theirs[n] for n in names if _is_list(row, theirs, n)), None) for names in (WORDS, TAGS))
+        per_token = bool(words and tags)
+        text, label = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
+        if not per_token and not (text and label and label.lower() in LABELS):
+            return None
+        ours = {"tokens": words, "labels": tags} if per_token else {"text": text, "label": label}
+    names = TOKEN_COLUMNS if per_token else SEQUENCE_COLUMNS
+    ours = {name: ours.get(name, name) for name in names}
+    form = LabelForm(per_token, columns=ours)
+    try:
+        counts, rows = count_labels([source], form)
+    except UserError:
+        if columns:
+            raise
+        return None
+    if not columns and not per_token and not 2 <= len(counts) <= min(MOST_LABELS, rows / 2):
+        return None
+    if len(counts) < 2:
+        raise UserError(f"{source.name}: every row has the same label, {min(counts)!r}; two are needed to learn from.")
+    form.names = in_order(counts)
+    shown = ", ".join(name for name, _ in counts.most_common(3)) + (", ..." if len(counts) > 3 else "")
+    notes = [f"{ours[names[1]]!r} has {len(counts)} labels ({shown})"]
+    if not per_token:
+        pair = shlex.quote(f"prompt={ours['text']},completion={ours['label']}")
+        notes.append(f"to have a model write the label after the text instead: --columns={pair}")
+    columns = {name: column for name, column in ours.items() if name != column}
+    kind = "token_classification" if per_token else "sequence_classification"
+    return Layout(kind, columns, labels=form, notes=(*notes, *_unused(row, tuple(ours.values()))))
+
+
+def _is_list(row: dict, theirs: Mapping[str, str], name: str) -> bool:
+    return name in theirs and isinstance(row[theirs[name]], list)
 
 
 def _match(where: str, row: dict) -> tuple[str, dict[str, str]]:
@@ -229,8 +285,6 @@ def _label_notes(source: Source, columns: Mapping[str, str]) -> list[str]:
     notes = [f"{label!r} has {len(counts)} labels ({shown}): the model learns to write the label after the text"]
     if all(name.lstrip("-").isdigit() for name in counts):
         notes.append("the labels are numbers: names say more to a language model")
-    if columns.get("prompt", "").lower() == "text":
-        notes.append("data.format='text' without data.columns would train on the texts alone")
     return notes
 
 
@@ -255,11 +309,10 @@ def held_out(data: str, layout: Layout, rows: int) -> HeldOut:
     notes = []
     for name in siblings(data):
         try:
-            reader = make_reader(read(name), **layout.settings)
-            if layout.completion_from and _marker(read(name), reader.columns[0]) is None:
-                raise UserError(f"{name}: not every text has {layout.completion_from!r}")
+            layout.reader(read(name))
         except UserError as error:
-            notes.append(f"{Path(name).name} lies beside it but is not read the same way ({str(error).split('.')[0]})")
+            why = re.split(r"\.(?:\s|$)", str(error))[0]
+            notes.append(f"{Path(name).name} lies beside it but is not read the same way ({why})")
             continue
         if re.search(r"\btest\b", Path(name).name.replace("_", " ")):
             notes.append(f"{Path(name).name} serves as evaluation data: it chooses the best weights, so it is no test")
@@ -361,39 +414,41 @@ def propose(data: str, layout: Layout, lengths: np.ndarray, model: Model) -> Pro
 
     Raises UserError if no row fits the model.
     """
-    corpus = layout.is_corpus
+    corpus, labelled = layout.is_corpus, layout.labels is not None
     length = min(CORPUS_LENGTH, model.positions) if corpus else max_length(lengths, model.positions)
     long = int((lengths > length).sum())
-    if long == len(lengths) and not corpus:
+    if long == len(lengths) and not corpus and not labelled:
         raise UserError(
             f"{data}: every row is longer than the {model.positions:,} positions of {model.path} (the shortest has "
             f"{int(lengths.min()):,} tokens). Shorten the rows or take another model."
         )
-    held = held_out(data, layout, len(lengths) if corpus else len(lengths) - long)
+    kept = len(lengths) if corpus or labelled else len(lengths) - long
+    held = held_out(data, layout, kept)
     notes = [*layout.notes, *_template_notes(layout, model), *held.notes]
-    if long > 0.1 * len(lengths) and not corpus:
+    if long > 0.1 * len(lengths) and not corpus and not labelled:
         notes.append(
             f"{long / len(lengths):.0%} of the rows are longer than the model's {model.positions:,} positions and are "
             "dropped; data.overlength='truncate' would keep their beginnings"
         )
     full = corpus and model.parameters is not None and model.parameters <= FULL_LIMIT
     method = "full" if full else "lora"
-    rows = round(lengths.sum() / length) if corpus else len(lengths) - long
+    rows = round(lengths.sum() / length) if corpus else kept
     choices = [
         Choice("model.path", model.path),
         *([Choice("model.tokenizer", model.tokenizer)] if model.tokenizer else []),
         *_method(method, corpus, model),
         Choice("data.train", _one_source(data)),
         *_evaluation(held),
-        Choice("data.format", layout.format),
+        *([] if labelled else [Choice("data.format", layout.format)]),
         *([Choice("data.columns", dict(layout.columns), "our name: the file's")] if layout.columns else []),
         *(
             [Choice("data.completion_from", layout.completion_from, "what follows it is trained")]
             if layout.completion_from
             else []
         ),
-        Choice("data.max_length", length, _length_reason(lengths, length, long, model.positions, corpus)),
+        Choice("data.max_length", length, _length_reason(lengths, length, long, model.positions, layout)),
         *_corpus(corpus),
+        *_labels(layout),
         Choice("optim.lr", learning_rate(method, model.width), _lr_reason(method, model.width)),
         Choice("train.epochs", 3 if rows < 10_000 and not corpus else 1),
         Choice("train.batch_size", 8 if rows < 1000 else 16, "rows a step; train.grad_accum splits it to save memory"),
@@ -406,7 +461,7 @@ def _template_notes(layout: Layout, model: Model) -> list[str]:
         if model.has_template:
             return ["rendered with the tokenizer's chat template; only the assistant's turns are trained"]
         return ["the tokenizer has no chat template: a plain one is used and exported with the model"]
-    if layout.format != "text" and model.has_template:
+    if layout.format != "text" and layout.labels is None and model.has_template:
         return ["a row becomes a user's and an assistant's turn of the tokenizer's chat template"]
     return []
 
@@ -445,11 +500,22 @@ def _corpus(corpus: bool) -> list[Choice]:
     ]
 
 
-def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, corpus: bool) -> str:
-    if corpus:
+def _labels(layout: Layout) -> list[Choice]:
+    if layout.labels is None:
+        return []
+    why = f"{len(layout.labels.names)} labels, one for each {'word' if layout.labels.per_token else 'text'}"
+    return [
+        Choice("data.overlength", "truncate", "a longer text keeps its label"),
+        Choice("objective.name", layout.format, why),
+    ]
+
+
+def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, layout: Layout) -> str:
+    if layout.is_corpus:
         return f"tokens in a packed sequence; the model knows {positions:,}"
     mean, longest = round(float(lengths.mean())), int(lengths.max())
-    dropped = f"{long:,} of {len(lengths):,} rows are longer and dropped" if long else "no row is longer"
+    then = "cut" if layout.labels is not None else "dropped"
+    dropped = f"{long:,} of {len(lengths):,} rows are longer and {then}" if long else "no row is longer"
     return f"rows have {mean:,} tokens on average, at most {longest:,}; {dropped}"
 
 

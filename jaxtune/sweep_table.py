@@ -23,9 +23,9 @@ FACTS = ("status", "eval_loss", "step", "train_loss", "run")
 def sweep_rows(outdir: Path) -> list[dict[str, Any]]:
     """Return one row a run: the finished ones by evaluation loss, lowest first, then the others by what was swept.
 
-    A row has a column for each swept setting, called by its last part, and FACTS: eval_loss is the lowest evaluation,
-    the one whose weights are the result, and step is where it was; train_loss is the last one logged. Each is None
-    where there is none, or none that is finite.
+    A row has a column for each swept setting, called by its last part, and FACTS: eval_loss is the lowest evaluation
+    after a step, the one whose weights are the result, and step is where it was; train_loss is the last one logged.
+    Each is None where there is none, or none that is finite.
 
     Raises:
         UserError: outdir holds no run of a sweep.
@@ -112,7 +112,7 @@ def _swept(rows: list[dict[str, Any]]) -> list[str]:
 
 def _row(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-    evaluations = [m for m in metrics if math.isfinite(m.get("eval/loss", math.nan))]
+    evaluations = [m for m in metrics if m["step"] and math.isfinite(m.get("eval/loss", math.nan))]
     best = min(evaluations, key=lambda m: m["eval/loss"], default={})
     losses = [m["train/loss"] for m in metrics if math.isfinite(m.get("train/loss", math.nan))]
     return {

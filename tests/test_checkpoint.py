@@ -202,6 +202,7 @@ def test_what_a_kill_left_half_written_is_not_found(checkpoints, tmp_path):
     again = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert again.steps() == [3]
     again.close()
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["3"]
 
 
 def test_a_best_whose_checkpoint_is_gone_is_forgotten(checkpoints, tmp_path):

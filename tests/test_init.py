@@ -5,12 +5,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from test_classification_runs import texts, write_encoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -124,17 +124,6 @@ def test_any_file_name_survives_in_the_config(model, tmp_path, name):
     file = write(tmp_path / name, pairs(30))
     assert init(model, file, "--out=c.py") == 0
     assert written("c.py").data.train == (str(file),)
-
-
-def test_init_does_not_import_jax(model, tmp_path):
-    write(tmp_path / "rows.jsonl", pairs(30))
-    code = (
-        "import sys; from jaxtune.cli import main\n"
-        f"status = main(['init', '--model={model}', '--data=rows.jsonl'])\n"
-        "sys.exit(status or 'jax' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def _environment():
@@ -281,7 +270,6 @@ def test_columns_are_known_by_their_names(tmp_path, row, format, columns):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference tuning (DPO) is not there yet"),
         ({"messages": MESSAGES, "label": True}, "KTO"),
         ({"prompt": "a", "completion": "b", "label": False}, "KTO"),
-        ({"tokens": ["a"], "ner_tags": [0]}, "token classification"),
         ({"prompt": "a", "id": 1}, "prompts ('prompt') without answers"),
         ({"turns": ["a", "b"], "category": "c"}, "prompts ('turns') without answers"),
         ({"question": [[MESSAGES[0]]], "function": []}, "prompts ('question') without answers"),
@@ -323,12 +311,61 @@ def test_a_marker_that_is_not_once_in_every_text_is_none(tmp_path, odd):
     assert propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).completion_from is None
 
 
-def test_labels_are_counted(tmp_path):
+def test_a_column_of_few_labels_is_an_objective_of_its_own(tmp_path):
     file = tmp_path / "rows.csv"
-    file.write_text("text,label\n" + "".join(f"t{i},{i % 3}\n" for i in range(9)))
-    notes = " ".join(propose.recognise(data.read(str(file))).notes)
-    assert "'label' has 3 labels" in notes
-    assert "the labels are numbers" in notes
+    file.write_text("message,topic\n" + "".join(f"t{i},{i % 3}\n" for i in range(9)))
+    layout = propose.recognise(data.read(str(file)))
+    assert str(layout) == "sequence_classification, text=message, label=topic"
+    assert layout.labels.names == ("0", "1", "2")
+    assert "'topic' has 3 labels" in layout.notes[0]
+    command = layout.notes[1].partition("--columns=")[2]
+    pair = propose.recognise(data.read(str(file)), dict(p.split("=") for p in command.split(",")))
+    assert str(pair) == "prompt_completion, prompt=message, completion=topic"
+    assert "the labels are numbers" in " ".join(pair.notes)
+
+
+@pytest.mark.parametrize("labels", [[f"{i}" for i in range(20)], ["one"] * 20, [0.5, 0.25] * 10])
+def test_a_column_that_holds_no_labels_is_an_answer(tmp_path, labels):
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    assert propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).labels is None
+
+
+def test_tagged_words_are_an_objective_of_their_own(tmp_path):
+    (tmp_path / "train.conll").write_text("Two\tO\nmugs\tB-item\n\nblue\tO\n")
+    assert propose.recognise(data.read(str(tmp_path / "train.conll"))).labels.names == ("O", "B-item")
+    file = write(tmp_path / "rows.jsonl", [{"words": ["a", "b"], "ner_tags": [0, 1]}])
+    layout = propose.recognise(data.read(str(file)))
+    assert str(layout) == "token_classification, tokens=words, labels=ner_tags"
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    write_encoder(folder)
+    return folder
+
+
+def test_training_takes_the_config_of_labelled_rows(encoder, model, tmp_path, capsys):
+    """On an encoder and on a decoder; a file beside it with the same labels is held out, one with others is not."""
+    write(tmp_path / "train.jsonl", texts(0, 60))
+    write(tmp_path / "test.jsonl", texts(60, 80))
+    assert init(encoder, "train.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "[SEP] ⟦red⟧" in shown and "[SEP] ⟦blue⟧" in shown
+    cfg = written()
+    assert (cfg.objective.name, cfg.data.overlength) == ("sequence_classification", "truncate")
+    assert cfg.data.eval == ("test.jsonl",)
+    assert cli.main(["train", "--config=config.py", "--dry-run"]) == 0
+    assert init(model, "train.jsonl", "--out=decoder.py") == 0
+    write(tmp_path / "test.jsonl", [{"text": "a big car", "label": "pink"}])
+    assert init(encoder, "train.jsonl", "--out=other.py") == 0
+    assert written("other.py").data.eval is None
+    assert "the label 'pink' is in no training row" in capsys.readouterr().out
+
+
+def test_an_encoder_does_not_continue_text(encoder, tmp_path, capsys):
+    assert init(encoder, write(tmp_path / "rows.jsonl", pairs(30))) == 2
+    assert "which learns labels" in capsys.readouterr().err
 
 
 def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
@@ -339,7 +376,7 @@ def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
     subprocess.run(["sh", "-c", str(error.value).partition("for example: ")[2]], check=True)
     source = data.read(f"{file}.tsv")
     assert [row for _, row in source][1] == {"label": "spam", "text": "message 1"}
-    assert propose.recognise(source).columns == {"prompt": "text", "completion": "label"}
+    assert propose.recognise(source).labels.names == ("ham", "spam")
 
 
 # ---------------------------------------------------------------------------------------------- wrong input
@@ -355,7 +392,7 @@ def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
         ("broken.jsonl", b'{"text": ', "broken.jsonl:1: malformed JSON"),
         ("one.csv", b"body\nhello\n", "--columns=text=body"),
         ("bare.csv", b"hello,world\na,b\n", "Is the first line a header?"),
-        ("tags.conll", b"Paris\tB-location\n", "token classification"),
+        ("tags.conll", b"Paris\tB-location\n", "every row has the same label"),
         ("rows.pkl", b"x", "never read"),
         ("rows.xml", b"<a/>", "cannot read a .xml"),
     ],
@@ -389,7 +426,8 @@ def _without(model, tmp_path, *names, **settings):
         (("tokenizer.json", "tokenizer_config.json"), {}, "--tokenizer=DIR_OR_ID"),
         (("model.safetensors",), {}, "safetensors"),
         (("config.json",), {}, "no config.json"),
-        ((), {"architectures": ["BertForMaskedLM"]}, "causal language models"),
+        ((), {"architectures": ["LlamaForSequenceClassification"]}, "which learns labels"),
+        ((), {"model_type": "lama"}, "Did you mean 'llama'"),
         ((), {"max_position_embeddings": None}, "max_position_embeddings"),
         ((), {"vocab_size": 5}, "larger than the model's embedding"),
         ((), {"max_position_embeddings": 4}, "every row is longer than the 4 positions"),
@@ -433,7 +471,8 @@ def test_the_target_is_a_python_file(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "found"),
     [
-        ("banking77/train.csv", "prompt_completion, prompt=text, completion=category"),
+        ("banking77/train.csv", "sequence_classification, label=category"),
+        ("wnut17/train.conll", "token_classification"),
         ("gsm8k/train.jsonl", "prompt_completion, prompt=question, completion=answer"),
         ("tinystories/tinystories_sample.txt", "text"),
         ("toolcall/glaive_toolcall_en_demo.json", "sharegpt"),
@@ -457,7 +496,6 @@ def test_real_data_is_recognised(assets, file, found):
         ("preference/dpo_en_demo.json", "preference pairs"),
         ("preference/kto_en_demo.json", "KTO"),
         ("sms_spam/SMSSpamCollection", r"printf 'label\ttext\n'; cut -f1,2"),
-        ("wnut17/train.conll", "token classification"),
     ],
 )
 def test_real_data_for_other_objectives_is_refused(assets, file, said):

@@ -518,7 +518,8 @@ def test_runs_without_evaluation_come_after_those_with_one(tmp_path):
     config = {"optim": {"lr": 1e-5}, "train": {"steps": 2}}
     result = ("summary.json", "model")
     write_run(tmp_path / "lr=1e-5", '{"step": 1, "train/loss": 2.0}\n', config, *result)
-    write_run(tmp_path / "lr=1", '{"step": 1, "eval/loss": NaN}\n{"step": 2, "eval/loss": 9.0}\n{"ste', config, *result)
+    lines = '{"step": 0, "eval/loss": 8.0}\n{"step": 1, "eval/loss": NaN}\n{"step": 2, "eval/loss": 9.0}\n{"ste'
+    write_run(tmp_path / "lr=1", lines, config, *result)
     write_run(tmp_path / "lr=2", '{"step": 1, "eval/loss": 0.5}\n', config)
     (tmp_path / "lr=notes").mkdir()
     rows = sweep_rows(tmp_path)

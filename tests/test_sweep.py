@@ -483,6 +483,9 @@ def test_points_of_a_file(run, home, tmp_path):  # noqa: F811
     assert "2 in one step: seed=1,lr=0.001,r=2, seed=2,lr=0.001,r=2" in out
     assert "4 runs in 2 groups" in out
     assert not (tmp_path / "s").exists()
+    status, out, err = run(None, *RATES, "--dry-run")
+    assert status == 0, err
+    assert "3 runs in 1 group;" in out
     (tmp_path / "points.csv").write_text("optim.lr,train.seed\n1e-3,0\n1e-2,1\n")
     status, out, err = run(tmp_path / "s", f"--points={tmp_path / 'points.csv'}", "--dry-run")
     assert status == 0, err
@@ -609,6 +612,7 @@ def test_bad_input_to_find_lr(run, tmp_path, flags, said):
         (("--sweep.optim.lr=1e-3,1e-2", "--sweep.optim.lr=1"), "given twice"),
         (("--sweep.train.seed=" + ",".join(map(str, range(65))),), "65 runs, more than 64; add --yes"),
         (("--sweep.tune.lora.r=2,1000",), "exceeds the smaller side"),
+        (("--sweep.tune.lora.target_modules=q_proj,qproj", "--sweep.train.batch_size=2,4"), "Did you mean 'q_proj'"),
         (("--sweep.optim.lr=1e-3,1e-2", "--halving=1"), "expected 2 or more"),
         (("--sweep.optim.lr=1e-3,1e-2", "--halving=2"), "nothing to cut among 2 points"),
         (("--sweep.optim.lr=1e-3,1e-2", "--group-size=0"), "expected 1 or more"),
@@ -622,7 +626,7 @@ def test_bad_input(run, tmp_path, flags, said):
     assert status == 2, err
     assert said in err
     assert "Traceback" not in err
-    assert not (tmp_path / "s" / "sweep.json").exists()
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

@@ -25,26 +25,30 @@ WHOLE = 2**31 - 1  # a length that no row exceeds
 
 def main(argv: list[str]) -> None:
     options = parse_options(argv, FLAGS, usage=USAGE)
-    from jaxtune import propose
+    from jaxtune import models, propose
     from jaxtune.data import load_tokenizer, prepare
     from jaxtune.files import atomic_write_text, refuse_existing
+    from jaxtune.models.spec import Config
 
     out, name = options.out, str(options.data)
     if out.suffix != ".py":
         raise UserError(f"--out={out}: a config is a Python file; give a name that ends in .py.")
     refuse_existing(out)
     config, shapes = read_model(options.model)
+    spec = models.family(config).spec(Config(config))
     layout = propose.recognise(propose.open_source(name), options.columns)
+    if layout.labels is None:
+        check_generates(options.model, config, spec)
     tokenizer = load_tokenizer(tokenizer_path(options.model, options.tokenizer))
     model = propose.Model(
         path=str(options.model),
         tokenizer=options.tokenizer and str(options.tokenizer),
-        positions=need(options.model, config, "max_position_embeddings", "n_positions"),
-        width=need(options.model, config, "hidden_size", "n_embd"),
+        positions=spec.positions,
+        width=spec.width,
         shapes=shapes,
         has_template=bool(tokenizer.chat_template),
     )
-    settings = {**layout.settings, "vocab_size": need(options.model, config, "vocab_size")}
+    settings = {**layout.settings, "vocab_size": spec.vocab}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
     proposal = propose.propose(name, layout, whole.length, model)
     train, held_out, report = prepare(
@@ -65,13 +69,13 @@ def main(argv: list[str]) -> None:
     refuse_existing(out)
     atomic_write_text(out, propose.write_config(proposal, title, command, findings))
     last = f"Wrote {out}. Look at it, then run\n\n    {command}"
-    show(train[0], tokenizer, [f"{options.data.name}: {layout}", *findings], last)
+    show(train[0], tokenizer, layout.labels, [f"{options.data.name}: {layout}", *findings], last)
 
 
 def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None]:
     """Return the config.json of a directory or hub id, and the shapes of its tensors where they lie here.
 
-    Raises UserError if there is no such model, it has no weights, or it is no causal language model.
+    Raises UserError if there is no such model, or it has no weights.
     """
     shapes = None
     if path.is_dir():
@@ -89,10 +93,21 @@ def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None]:
         raise UserError(f"{file}: cannot be read as JSON: {error}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected an object with the settings of a model.")
-    classes = config.get("architectures") or []
-    if classes and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
-        raise UserError(f"{path} is a {classes[0]}; jaxtune tunes causal language models (...ForCausalLM).")
     return config, shapes
+
+
+def check_generates(path: Path, config: dict, spec) -> None:
+    """Raise UserError unless the model continues text."""
+    from jaxtune.models.spec import DecoderSpec
+
+    classes = config.get("architectures") or []
+    named = not classes or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
+    if not named or not isinstance(spec, DecoderSpec):
+        raise UserError(
+            f"{path} is a {(classes or [config['model_type']])[0]}, which learns labels (columns text and label, or "
+            "tokens and labels); these rows are text to be continued: give a ...ForCausalLM model, or name the columns "
+            "with --columns=text=THEIRS,label=THEIRS."
+        )
 
 
 def _fetch_config(path: Path) -> Path:
@@ -116,14 +131,6 @@ def tokenizer_path(model: Path, tokenizer: Path | None) -> str:
     return str(tokenizer or model)
 
 
-def need(path: Path, config: dict, *names: str) -> int:
-    """Return the first of `names` that config.json has, or raise UserError."""
-    for name in names:
-        if isinstance(config.get(name), int):
-            return config[name]
-    raise UserError(f"{path}: config.json has no {' or '.join(names)}; is this a language model?")
-
-
 def leaked(held_out, train) -> list[str]:
     """Say how many evaluation rows have the content of a training row."""
     import numpy as np
@@ -143,15 +150,18 @@ def steps(proposal, train) -> str:
     return f"{count:,} steps of {size} {rows} in {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
-def show(rows, tokenizer, findings: list[str], last: str) -> None:
+def show(rows, tokenizer, form, findings: list[str], last: str) -> None:
     """Print what was found and two rows: on a terminal the trained tokens are green, elsewhere between ⟦ and ⟧."""
     from rich.console import Console
 
-    from jaxtune.data import render_plain, render_rows
+    from jaxtune.data import render_labelled, render_plain, render_rows
 
     console = Console(soft_wrap=True, markup=False, highlight=False)
     for line in findings:
         console.print(line)
     console.print()
-    console.print(render_rows(rows, tokenizer) if console.is_terminal else render_plain(rows, tokenizer))
+    if form is not None:
+        console.print(render_labelled(rows, tokenizer, form))
+    else:
+        console.print(render_rows(rows, tokenizer) if console.is_terminal else render_plain(rows, tokenizer))
     console.print(last)

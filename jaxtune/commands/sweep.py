@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     clock = Clock(began)
     job.prepare_jax()
     sweep = Sweep(
-        folder=Path(options.workdir or ".").expanduser(),
+        folder=None if options.workdir is None else Path(options.workdir).expanduser(),
         resolve=options.resolve,
         argv=argv,
         clock=clock,
@@ -106,6 +106,7 @@ class Sweep:
     """A sweep and its directory.
 
     Attributes:
+        folder: None: nothing is planned yet, and nothing will be written.
         resolve: settings as text -> config.
         argv: the command line without what is swept, of which the points' own are made.
         limit: most points that may be asked for; None: any number.
@@ -114,7 +115,7 @@ class Sweep:
             the end), its groups of names, and for each name that has `ended` there, what the loop remembers.
     """
 
-    folder: Path
+    folder: Path | None
     resolve: Callable[[dict[str, str]], Any]
     argv: list[str]
     clock: Any
@@ -124,6 +125,7 @@ class Sweep:
     points: dict[str, pts.Point] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=lambda: {"points": {}, "halving": None, "rungs": []})
     _opened: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _tuned: set[str] = field(default_factory=set)
     _built: tuple[list[str], Any, list[Any]] | None = None
 
     # ---------------------------------------------------------------------------------------------- what is to be done
@@ -155,6 +157,8 @@ class Sweep:
     def _read(self) -> None:
         from jaxtune.commands import job
 
+        if self.folder is None:
+            return
         job.check_is_folder(self.folder)
         file = self.folder / "sweep.json"
         if not file.exists():
@@ -173,6 +177,8 @@ class Sweep:
             self.points[name] = pts.Point(name, values, cfg)
 
     def _check_point(self, point: pts.Point) -> None:
+        import jax
+
         from jaxtune.commands import job
 
         if point.cfg.log.wandb:
@@ -182,9 +188,13 @@ class Sweep:
                 "train.micro_batch=auto: the memory of a sweep decides how many runs share a step; give a number, "
                 "such as `jaxtune plan` names"
             )
-        _, data = self.open(point.cfg)
-        folder = self.folder / point.name
-        job.check_workdir(folder, point.cfg, data.report.fingerprint, member=True)
+        model, data = self.open(point.cfg)
+        method = _sections(point.cfg, "model", "tune")
+        if method not in self._tuned:  # targets that match nothing, ranks that are too large
+            jax.eval_shape(lambda params: job.tuned(point.cfg, model, params)[0], model.abstract())
+            self._tuned.add(method)
+        if self.folder is not None:
+            job.check_workdir(self.folder / point.name, point.cfg, data.report.fingerprint, member=True)
 
     def _check_halving(self, points: Sequence[pts.Point]) -> None:
         if any(p.cfg.data.eval is None and not p.cfg.data.eval_fraction for p in points):
@@ -204,11 +214,9 @@ class Sweep:
 
     def open(self, cfg: Any) -> tuple[Any, Any]:
         """The model, without weights, and the data of a config; read once for all configs that share them."""
-        from jaxtune import config
         from jaxtune.commands import job
 
-        tree = json.loads(config.to_json(cfg))
-        key = json.dumps([tree[section] for section in ("model", "data", "objective")])
+        key = _sections(cfg, "model", "data", "objective")
         if key not in self._opened:
             model = job.open_model(cfg)
             data = job.open_data(cfg, model)
@@ -398,7 +406,8 @@ class Sweep:
         groups = self._groups([*left, *new])
         for names in groups:
             print(f"{len(names)} in one step: {', '.join(names)}" if len(names) > 1 else f"alone: {names[0]}")
-        print(f"{len(left) + len(new)} runs in {len(groups)} groups; every check passed, nothing was compiled.")
+        plural = "s" if len(groups) > 1 else ""
+        print(f"{len(left) + len(new)} runs in {len(groups)} group{plural}; every check passed, nothing was compiled.")
 
     def tell(self) -> None:
         """Print the table, write sweep.csv and report.html, and say how to go on with the best."""
@@ -410,6 +419,14 @@ class Sweep:
         rows = sweep_table.sweep_rows(self.folder)
         if rows[0]["status"] == "finished" and rows[0]["eval_loss"] is not None:
             print(f"again, alone:\n  {shlex.join(self._place(Path(rows[0]['run']).name).argv)}")
+
+
+def _sections(cfg: Any, *names: str) -> str:
+    """Some sections of a config as text: what is read or built once for all configs that share them."""
+    from jaxtune import config
+
+    tree = json.loads(config.to_json(cfg))
+    return json.dumps([tree[name] for name in names])
 
 
 def status(folder: Path) -> str:
