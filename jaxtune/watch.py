@@ -26,18 +26,18 @@ class Finding:
         check: the name of the monitor, "overfitting".
         severity: "warning": look at it; "note": good to know.
         step: since when, in optimizer steps.
-        what: what is seen, in numbers.
+        message: what is seen, in numbers.
         fix: what to do.
     """
 
     check: str
     severity: str
     step: int
-    what: str
+    message: str
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.what} {self.fix}"
+        return f"{self.severity}: {self.message} {self.fix}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
