@@ -7,6 +7,7 @@ Two epochs of `--rows` rows, nothing evaluated, each side a `jaxtune train` in a
 features are computed anew in every repeat. Flags behind -- go to both sides.
 """
 
+import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -14,10 +15,12 @@ from pathlib import Path
 import common
 
 
-def first_rows(file: Path, rows: int, out: Path) -> Path:
-    """The head of a file of one row a line, with every k-th row of it, so that all labels are there."""
-    head, *lines = file.read_text().splitlines(keepends=True)
-    out.write_text(head + "".join(lines[:: max(1, len(lines) // rows)][:rows]))
+def some_rows(file: Path, rows: int, out: Path) -> Path:
+    """Every k-th row of a csv file, so that all labels are there."""
+    with file.open(newline="") as f:
+        head, *lines = csv.reader(f)
+    with out.open("w", newline="") as f:
+        csv.writer(f).writerows([head, *lines[:: max(1, len(lines) // rows)][:rows]])
     return out
 
 
@@ -35,7 +38,7 @@ def main() -> None:
     own, _, more = " ".join(sys.argv[1:]).partition(" -- ")
     p = common.parser(__doc__, repeats=2)
     p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--data", type=Path, required=True, help="a csv file with a row a line")
+    p.add_argument("--data", type=Path, required=True, help="a csv file")
     p.add_argument("--columns", required=True)
     p.add_argument("--config", default="configs/classify_head.py")
     p.add_argument("--rows", type=int, default=3200)
@@ -44,7 +47,7 @@ def main() -> None:
     per_epoch = a.rows // a.batch
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = first_rows(a.data, per_epoch * a.batch, Path(folder) / "train.csv")
+        rows = some_rows(a.data, per_epoch * a.batch, Path(folder) / "train.csv")
 
         def measure(cached: bool, number: list[int]):
             def call():

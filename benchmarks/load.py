@@ -5,7 +5,8 @@
 Each side is a process of its own. "safetensors" is `load_file` of each shard and a copy into memory of the process's
 own, which training and other devices need; "transformers, mapped" is from_pretrained as it is: on a CPU its parameters
 are views of the page cache, of which one byte a page is read, so that it did read the files. "cold": the files were
-dropped from the page cache before the start.
+dropped from the page cache before the start. Before each start another process uses as much memory and ends: a virtual
+machine that has given memory back takes seconds to get it again, whoever asks first.
 Memory is the peak of the resident set during the load, less what was resident before it and the parameters' own size;
 pages of mapped files count, as they do to a container's limit.
 """
@@ -102,6 +103,8 @@ def side_jaxtune(folder: Path):
     import jax
     import jax.numpy as jnp
 
+    import jaxtune.models.classifier
+    import jaxtune.models.llama  # noqa: F401  (as with transformers below, imports are not counted)
     from jaxtune.hf.load import load
 
     jnp.zeros(8).block_until_ready()  # the backend is up
@@ -170,7 +173,10 @@ def main() -> None:
         size = facts(folder)
         cache = str(Path(temporary) / "cache")
 
+        take = f"import numpy; numpy.ones({int(1.5 * size['parameters'] * 2**20)}, 'u1')"
+
         def once(name: str, cold: bool) -> dict[str, float]:
+            common.run([sys.executable, "-c", take], a.threads)
             if cold:
                 evict(folder)
             else:

@@ -1,7 +1,7 @@
 """The model card, README.md of an exported directory: front matter for the hub, facts of the run, how to load it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def loading(base: str, here: str, *, adapter: bool, auto: str = AUTO["causal_lm"
     }
 
 
+_ADAPTERS = {"lora": "A LoRA adapter", "ia3": "An (IA)³ adapter", "prompt_tuning": "A tuned prompt"}
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -78,7 +79,7 @@ def model_card(
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
     ]
-    what = "A LoRA adapter for" if adapter else "A fine-tuned version of"
+    what = f"{_ADAPTERS.get(adapter, 'An adapter')} for" if adapter else "A fine-tuned version of"
     blocks = ["\n".join(["---", *front, "---"]), f"# {name}", f"{what} `{base}`, made with jaxtune."]
     blocks += notes
     if facts:
@@ -165,48 +166,57 @@ def _text(value: Any) -> str:
 def run_facts(
     config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]] = (), summary: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Choose what a card tells about a run: label -> value.
+    """Choose what a card tells about a run, which is what its page tells: label -> value.
 
     Args:
         config: the resolved config, a mapping of sections.
         metrics: the records of metrics.jsonl, in order.
-        summary: with "trainable" and "all", numbers of parameters.
+        summary: that of summary.json.
     """
-    tune, data, optim, train = (config[section] for section in ("tune", "data", "optim", "train"))
-    facts: dict[str, Any] = {"method": tune["method"]}
-    if tune["method"] == "lora":
-        facts |= {label: tune["lora"][label] for label in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    from jaxtune.report.run import as_run
+    from jaxtune.report.sentences import costs, findings, measured
+
+    run = as_run(config, metrics, summary)
+    settings = run.settings
+    facts: dict[str, Any] = {"method": settings["tune.method"]}
+    if settings["tune.method"] == "lora":
+        facts |= {label: settings[f"tune.lora.{label}"] for label in _LORA}
+    fraction, lr = settings["data.eval_fraction"], settings["optim.lr"]
     facts |= {
-        "data": data["train"],
-        "held-out data": data["eval"] or (f"{data['eval_fraction']:g} of it" if data["eval_fraction"] else "none"),
-        "optimizer": f"{optim['name']}, learning rate {optim['lr']:g}, {optim['schedule']} schedule",
-        "batch size": train["batch_size"],
-        "seed": train["seed"],
+        "data": settings["data.train"],
+        "held-out data": settings["data.eval"] or (f"{fraction:g} of it" if fraction else "none"),
+        "optimizer": f"{settings['optim.name']}, learning rate {lr:g}, {settings['optim.schedule']} schedule",
+        "batch size": settings["train.batch_size"],
+        "seed": settings["train.seed"],
     }
-    if summary and "trainable" in summary:
-        facts["trainable parameters"] = f"{summary['trainable']:,} of {summary['all']:,}"
-    return facts | _results(list(metrics)) | {"versions": _versions(config.get("versions"))}
-
-
-def _results(metrics: list[Mapping[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if metrics:
-        found["steps"] = metrics[-1].get("step")
-    losses = [r for r in metrics if "train/loss" in r]
+    if run.metrics:
+        facts["steps"] = run.last_step()
+    losses = run.series("train/loss")
     if losses:
         first, last = losses[0], losses[-1]
-        found["training loss"] = (
-            f"{first['train/loss']:.4f} (step {first['step']}) to {last['train/loss']:.4f} (step {last['step']})"
-        )
-    held_out = [r for r in metrics if r.get("eval/loss") is not None and r["step"]]  # step 0 is the base
-    if held_out:
-        best = min(held_out, key=lambda r: r["eval/loss"])
-        found["best held-out loss"] = f"{best['eval/loss']:.4f} (step {best['step']})"
-    for key in dict.fromkeys(k for r in metrics for k in r if k.startswith("eval/") and k != "eval/loss"):
-        value = next(r[key] for r in reversed(metrics) if key in r)
-        if isinstance(value, int | float):
-            found[key] = float(value)
-    return found
+        facts["training loss"] = f"{first.value:.4f} (step {first.step}) to {last.value:.4f} (step {last.step})"
+    best, metrics = run.best(), measured(run)
+    if best:
+        facts["best held-out loss"] = f"{best.value:.4f} (step {best.step})"
+        metrics = metrics if "base" in metrics["loss"] else {k: entry for k, entry in metrics.items() if k != "loss"}
+    facts |= dict(_before_and_after(metrics))
+    facts |= {cost.label.lower(): f"{cost.figure} ({cost.note})" if cost.note else cost.figure for cost in costs(run)}
+    facts |= {f"found in the run, {f['check']}": f"{f['message']} {f['fix']}".strip() for f in findings(run)}
+    for entry in run.data.get("findings", ()):
+        if entry.get("severity") in ("error", "warning"):
+            facts[f"found in the data, {entry.get('check')}"] = entry.get("message")
+    return facts | {"versions": _versions(run.versions)}
+
+
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules")
+
+
+def _before_and_after(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    from jaxtune.report.evaluation import value
+
+    for entry in metrics.values():
+        told = [value(entry, who) for who in ("base", "tuned") if who in entry]
+        yield entry["label"], " before, ".join(told) + " after" if len(told) == 2 else told[0]
 
 
 def _versions(recorded: Mapping[str, str] | None) -> list[str]:

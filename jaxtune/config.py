@@ -93,6 +93,7 @@ Columns = dict[str, str]
 Targets = str | tuple[str, ...]
 Names = tuple[str, ...]
 ClassWeights = str | tuple[float, ...]
+MicroBatch = int | str
 
 TASKS = ("causal_lm", "sequence_classification", "token_classification")
 PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
@@ -177,7 +178,10 @@ SETTINGS = (
     Setting("train.steps", int, None, "optimizer steps; this or epochs", range=AT_LEAST_1),
     Setting("train.epochs", float, None, "passes over data.train; default: 1", range=POSITIVE),
     Setting("train.batch_size", int, 8, "rows in an optimizer step, over all devices", range=AT_LEAST_1),
-    Setting("train.grad_accum", int, 1, "parts a batch is computed in, to save memory", range=AT_LEAST_1),
+    Setting(
+        "train.grad_accum", int, None, "parts a batch is computed in, to save memory; default: 1", range=AT_LEAST_1
+    ),
+    Setting("train.micro_batch", MicroBatch, None, "or rows of a part; auto: with model.remat, as the memory allows"),
     Setting("train.eval_every", int, 0, "steps; 0: after each epoch and at the end", range=NOT_NEGATIVE),
     Setting("train.eval_batches", int, 0, "batches in an evaluation; 0: all", range=NOT_NEGATIVE),
     Setting("train.save_every", int, 0, "steps; 0: at evaluations and at the end", range=NOT_NEGATIVE),
@@ -239,6 +243,10 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "model.tokenizer": lambda values: values["model.path"],
     "optim.lr": lambda values: DEFAULT_LR[values["tune.method"]],
     "train.epochs": lambda values: 1.0 if values["train.steps"] is None else None,
+    "train.micro_batch": lambda values: values["train.batch_size"] // (values["train.grad_accum"] or 1),
+    "train.grad_accum": lambda values: (
+        values["train.batch_size"] // values["train.micro_batch"] if isinstance(values["train.micro_batch"], int) else 1
+    ),
 }
 
 # What may differ when a run goes on in its workdir: how long, how often, and what is written; never what is computed.
@@ -386,6 +394,16 @@ def _class_weights(value: Any) -> str | tuple[float, ...]:
     return weights
 
 
+def _micro_batch(value: Any) -> int | str:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError
+        return value
+    if _integer(value) < 1:
+        raise Explained("it must be 1 or more")
+    return int(value)
+
+
 def _pairs(item: Callable[[Any], Any]) -> Callable[[Any], tuple]:
     """Checks ((regex, value), ...). A ConfigDict takes no dots in a key, so it cannot be a mapping."""
 
@@ -481,6 +499,12 @@ KINDS = {
         "balanced, or numbers (1,2 on the command line, a tuple in a file)",
         lambda text: _class_weights(text if text == "balanced" else tuple(map(float, text.split(",")))),
         _class_weights,
+    ),
+    MicroBatch: Kind(
+        "int",
+        "auto, or an integer",
+        lambda text: _micro_batch(text if text == "auto" else int(text)),
+        _micro_batch,
     ),
     Integers: Kind(
         "int,...",
@@ -686,10 +710,20 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"train.steps={values['train.steps']} and train.epochs={values['train.epochs']:g} are both given; keep one "
             "(--config.train.epochs=none takes back what a file says)"
         )
-    if values["train.batch_size"] % values["train.grad_accum"]:
+    if values["train.grad_accum"] is not None and values["train.micro_batch"] is not None:
+        yield (
+            f"train.grad_accum={values['train.grad_accum']} and train.micro_batch={values['train.micro_batch']} both "
+            "split a batch; keep one (--config.train.grad_accum=none takes back what a file says)"
+        )
+    elif values["train.batch_size"] % (values["train.grad_accum"] or 1):
         yield (
             f"train.batch_size={values['train.batch_size']} rows cannot be split into "
             f"train.grad_accum={values['train.grad_accum']} equal parts; choose a divisor of the batch size"
+        )
+    elif isinstance(values["train.micro_batch"], int) and values["train.batch_size"] % values["train.micro_batch"]:
+        yield (
+            f"train.batch_size={values['train.batch_size']} rows cannot be split into parts of "
+            f"train.micro_batch={values['train.micro_batch']}; choose a divisor of the batch size"
         )
     labels = values["objective.labels"] or ()
     if twice := next((name for name in labels if labels.count(name) > 1), None):
@@ -772,6 +806,13 @@ def check_resume(old: "ConfigDict", new: "ConfigDict") -> None:
             + "\n  ".join(lines)
             + "\nTake the differences back to go on with that run, or give another --workdir."
         )
+
+
+def replaced(config: "ConfigDict", values: Mapping[str, Any]) -> "FrozenConfigDict":
+    """Return a resolved config with other values for some settings, path -> value; they are not checked again."""
+    from ml_collections import FrozenConfigDict
+
+    return FrozenConfigDict(_nested(dict(_flat(config)) | dict(values)))
 
 
 def overrides(config: "ConfigDict") -> list[tuple[str, Any]]:

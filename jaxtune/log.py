@@ -56,17 +56,16 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
     ):
         self.watch, self.findings = watch, folder / FINDINGS
+        self.wandb = _wandb_run(folder, config) if wandb else None  # first: it may be refused
         self.lines = JsonLines(folder / "metrics.jsonl", step)
         if watch is not None:
             self.kept = self.findings.read_text() if self.findings.exists() else ""
             for line in self.lines.kept:
                 watch.see(line)
             self._keep_findings()
-        self.writer = self.wandb = None
+        self.writer = None
         if tensorboard:
             self.writer = Events(folder / "tensorboard", step + 1)
-        if wandb:
-            self.wandb = _wandb_run(folder, config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> list[Finding]:
         """Write a line; return the findings that are new with it."""

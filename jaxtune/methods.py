@@ -356,7 +356,7 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
         total[place.path] += 1
         hits[place.path] += choose(place)
     if not any(hits.values()):
-        raise UserError(f"Nothing is left to train: {nothing}.")
+        raise UserError(f"Nothing is left to train: {nothing}" + "." * (not nothing.endswith("?")))
     if mixed := [path for path, n in hits.items() if 0 < n < total[path]]:
         raise UserError(
             f"Some layers of the stacked parameter {mixed[0]} would be trained, others not; split the model at their "

@@ -12,7 +12,7 @@ XLA for the plan of the whole step on the backend at hand. `Card` says what a de
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -178,6 +178,12 @@ class Cost:
             batch=self.setup.micros * rows * (self.setup.length * 20 + 4),
         )
 
+    def split(self, micros: int) -> "Cost":
+        """The same with another number of micro-batches, whose gradients are added up."""
+        once = self.fixed.gradients // (2 if self.setup.micros > 1 else 1)
+        fixed = self.fixed._replace(gradients=once * (2 if micros > 1 else 1))
+        return replace(self, setup=replace(self.setup, micros=micros), fixed=fixed)
+
     def largest(self, memory: int) -> int:
         """Return the most rows of a micro-batch that fit into `memory` bytes; 0: not even one."""
         return _most(lambda rows: fits(self.bytes(rows).total, memory))
@@ -195,6 +201,39 @@ class Cost:
         moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
         moved += 2 * (b.trainable + b.optimizer) + b.gradients
         return max(micros * rows * self.flops / (COMPUTE * card.flops), moved / (BANDWIDTH * card.bandwidth))
+
+
+class Choice(NamedTuple):
+    """A micro-batch: rows on one device, and the remat policy."""
+
+    rows: int
+    policy: str
+
+
+def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: Card) -> Choice | None:
+    """Return what is fastest of all that fits `memory` bytes of one device; None: nothing does.
+
+    Args:
+        policies: remat policy -> cost, the cheapest to run first.
+        rows: of an optimizer step, on one device; it is split into equal parts.
+        card: its speed, for `Cost.seconds`. Of equals the one with the fewest parts, then the first policy, is taken.
+    """
+    found = []
+    for order, (policy, cost) in enumerate(policies.items()):
+        for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+            part = cost.split(parts)
+            if fits(part.bytes(rows // parts).total, memory):
+                found.append((part.seconds(rows // parts, card), parts, order, Choice(rows // parts, policy)))
+    return min(found)[-1] if found else None
+
+
+def card_of(device_kind: str, memory: int) -> Card:
+    """The card of a device by its name; of unknown ones the speeds are only right in proportion."""
+    plain = device_kind.lower().replace(" ", "")
+    known = next((card for name, card in CARDS.items() if name.partition("-")[0] in plain), None)
+    if known is None:
+        known = Card(1e12, 4e10, memory) if "cpu" in plain else Card(1.5e14, 1e12, memory)
+    return known._replace(memory=memory)
 
 
 def fits(total: int, memory: int) -> bool:

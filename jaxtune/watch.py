@@ -6,6 +6,7 @@ Findings are a pure function of the lines so far, so a run that goes on, and a r
 sees one line after another and tells what holds by now; thresholds are those of its class. Nothing here imports jax.
 """
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -25,18 +26,18 @@ class Finding:
         check: the name of the monitor, "overfitting".
         severity: "warning": look at it; "note": good to know.
         step: since when, in optimizer steps.
-        message: what is seen, in numbers.
+        what: what is seen, in numbers.
         fix: what to do.
     """
 
     check: str
     severity: str
     step: int
-    message: str
+    what: str
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.message} {self.fix}"
+        return f"{self.severity}: {self.what} {self.fix}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -169,10 +170,11 @@ class LossSpikes:
     """A training loss far above those before it.
 
     OLMo 2 counts values 7 standard deviations above a rolling mean (arXiv:2501.00656). Here logarithms are compared,
-    since batches differ by factors, by their median and median deviation, which hold for a few dozen values.
+    since batches differ by factors: with the median of the last few, which follows a loss that falls, and by the
+    median step from one to the next, which no fall and no spike blows up.
     """
 
-    WINDOW, LEAST, FAR = 50, 10, 7.0
+    WINDOW, LEAST, RECENT, FAR = 50, 10, 5, 7.0
     NARROW = 0.03  # the least deviation: losses that hardly differ have no spikes of a few percent
 
     def __init__(self):
@@ -199,14 +201,16 @@ class LossSpikes:
 
     def _trained(self, step: int, value: float) -> None:
         if len(self.before) >= self.LEAST:
-            middle = statistics.median(self.before)
-            spread = 1.4826 * statistics.median(abs(v - middle) for v in self.before)
-            was, self.inside = self.inside, value > middle + self.FAR * max(spread, self.NARROW)
+            usual = statistics.median(list(self.before)[-self.RECENT :])
+            jumps = [abs(b - a) for a, b in itertools.pairwise(self.before)]
+            spread = 1.4826 * statistics.median(jumps) / math.sqrt(2)
+            was, self.inside = self.inside, value > usual + self.FAR * max(spread, self.NARROW)
             if self.inside and not was:
-                self.spikes.append((step, math.exp(value), math.exp(middle)))
+                self.spikes.append((step, math.exp(value), math.exp(usual)))
             elif self.inside and math.exp(value) > self.spikes[-1][1]:
                 self.spikes[-1] = self.spikes[-1][0], math.exp(value), self.spikes[-1][2]
-        self.before.append(value)
+        if not self.inside:
+            self.before.append(value)
 
 
 class ExplodingGradients:

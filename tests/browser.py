@@ -80,8 +80,9 @@ class Browser:
         return {params["request"]["url"] for params in sent}
 
     def overflow(self):
-        """Pixels by which the page is wider than its window."""
-        return self.js("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        """Pixels by which the page is wider than its window, or what is in a card wider than the card."""
+        wider = "[...document.querySelectorAll(':root, .tile, .chart, .sample, .findings, .facts, .shares li')]"
+        return self.js(f"Math.max(...{wider}.map(e => e.scrollWidth - e.clientWidth))")
 
     def contrast(self):
         """The text that is hardest to read: (ratio, text)."""

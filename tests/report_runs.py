@@ -71,6 +71,7 @@ class Page(HTMLParser):
     def __init__(self, file):
         super().__init__()
         self.open, self.tags, self.rows, self.texts, self.scripts = [], [], [], [], []
+        self.starts = []  # of tables among the rows
         self.source = file.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -82,7 +83,9 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "tr":
+        if tag == "table":
+            self.starts.append(len(self.rows))
+        elif tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")

@@ -427,3 +427,27 @@ def test_the_shipped_configs_resolve_and_say_how_to_run_them(name):
     assert "Expected:" in text
     with pytest.raises(UserError, match=r"--config\.model\.path"):
         c.resolve(overrides, source=source)
+
+
+def test_a_batch_is_split_by_parts_or_by_rows():
+    def split(flags):
+        t = c.resolve({}, GIVEN | flags).train
+        return t.grad_accum, t.micro_batch
+
+    assert split({}) == (1, 8)
+    assert split({"train.grad_accum": "4"}) == (4, 2)
+    assert split({"train.micro_batch": "2"}) == (4, 2)
+    assert split({"train.micro_batch": "auto"}) == (1, "auto")
+    for flags, said in (
+        ({"train.micro_batch": "3"}, "choose a divisor"),
+        ({"train.micro_batch": "2", "train.grad_accum": "4"}, "keep one"),
+        ({"train.micro_batch": "0"}, "1 or more"),
+        ({"train.micro_batch": "most"}, "auto, or an integer"),
+    ):
+        with pytest.raises(UserError, match=said):
+            split(flags)
+
+
+def test_how_a_batch_was_split_survives_config_json():
+    cfg = resolve(train__micro_batch="2")
+    assert c.from_json(c.to_json(cfg)) == cfg

@@ -378,5 +378,5 @@ def test_facts_of_a_full_run_without_held_out_data():
     cfg = config.resolve({"model": {"path": "m"}, "data": {"train": "d"}, "tune": {"method": "full"}})
     facts = run_facts(json.loads(config.to_json(cfg)), [], {"trainable": 1000, "all": 2000})
     assert facts["held-out data"] == "none" and "r" not in facts
-    assert facts["trainable parameters"] == "1,000 of 2,000"
+    assert facts["trained"] == "50% (1,000 of 2,000 parameters)"
     assert any(v.startswith("jax ") for v in facts["versions"])

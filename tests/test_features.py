@@ -372,3 +372,12 @@ def test_a_run_goes_on_as_it_began(run, tmp_path):
     assert run("without", train__steps=1, data__eval=None, train__eval_every=0)[0] == 0
     status, said = run("without", train__steps=30, data__eval=None, train__eval_every=0)
     assert status == 0 and "features: ready" not in said
+
+
+def test_operations_of_a_run_are_those_above_the_features(run, tmp_path):
+    def flops(name):
+        return json.loads((tmp_path / name / "summary.json").read_text())["cost"]["flops"]
+
+    assert run("cached")[0] == run("plain", train__cache_features="off")[0] == 0
+    # Head and its gradients by input and weight, f32[16, 258] each, at every position that a batch has.
+    assert 0 < flops("cached") < 0.75 * flops("plain")

@@ -5,13 +5,15 @@ import json
 import math
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from jaxtune import loop
-from jaxtune.errors import Interrupted, RunFailed
+from jaxtune.errors import Interrupted, RunFailed, UserError
 from jaxtune.log import Metrics, read_metrics
 from jaxtune.step import TrainState
 
@@ -337,3 +339,26 @@ def test_metrics_keep_what_lies_before_the_step_they_go_on_from(tmp_path):
     metrics.write(3, {"x": 30})
     metrics.close()
     assert [(m["step"], m["x"]) for m in read_metrics(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+
+
+def test_a_run_finds_itself_again_in_wandb(tmp_path, monkeypatch):
+    """Folders of one name are different runs; the same folder is the same run."""
+    inits = []
+
+    def init(**given):
+        inits.append(given)
+        return SimpleNamespace(log=lambda numbers, step: inits[-1].update({step: numbers}), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for parent in ("a", "b", "a"):
+        folder = tmp_path / parent / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(folder, -1, wandb=True, config={"seed": 1})
+        metrics.write(3, {"x": 1.5, "note": "text"})
+        metrics.close()
+    a, b, again = inits
+    assert a["id"] == again["id"] != b["id"]
+    assert (a["name"], a["resume"], a["config"], a[3]) == ("run", "allow", {"seed": 1}, {"x": 1.5})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install"):
+        Metrics(tmp_path, -1, wandb=True)

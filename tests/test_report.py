@@ -218,8 +218,8 @@ def test_a_broken_report_on_data_is_named(run, broken):
 
 def test_what_the_run_noticed(tmp_path):
     found = [
-        {"step": 30, "severity": "warning", "what": "The loss spiked.", "fix": "Clip gradients."},
-        {"step": 7, "severity": "odd", "what": "<b>", "fix": None},
+        {"step": 30, "severity": "warning", "check": "spikes", "message": "The loss spiked.", "fix": "Clip gradients."},
+        {"step": 7, "severity": "odd", "message": "<b>", "fix": None},
         "no object",
     ]
     page = Page(write_report(make_run(tmp_path / "run", summary=SUMMARY | {"findings": found})))

@@ -6,11 +6,13 @@ import json
 import re
 
 import pytest
-from report_runs import HOSTILE, Page, make_run
+from report_runs import DATA, HOSTILE, SUMMARY, Page, make_run
 
-from jaxtune.card import model_card, put_evaluation
+from jaxtune import watch
+from jaxtune.card import model_card, put_evaluation, run_facts
 from jaxtune.cli import main
 from jaxtune.errors import UserError
+from jaxtune.log import read_metrics
 from jaxtune.report import write_report
 
 
@@ -116,22 +118,13 @@ def test_a_broken_file_is_named(run, change):
         write_report(run)
 
 
-@pytest.mark.parametrize(
-    ("held_out", "train", "since"),
-    [
-        ([3.0, 2.0, 2.2, 2.4], [3.0, 2.0, 1.0, 0.5], 10),
-        ([3.0, 2.0, 2.2, 2.4], [3.0, 2.0, 2.1, 2.2], None),  # training rises, too
-        ([3.0, 2.5, 2.0, 2.4], [3.0, 2.0, 1.0, 0.5], None),  # one evaluation may be noise
-        ([3.0, 2.0, 2.001, 2.4], [3.0, 2.0, 1.0, 0.5], None),  # flat first
-        ([3.0, 2.5, 2.2, 2.0], [3.0, 2.0, 1.0, 0.5], None),
-    ],
-)
-def test_overfitting_is_told_with_its_step(tmp_path, held_out, train, since):
+def test_what_the_metrics_say_of_a_run_that_goes_on(tmp_path):
     lines = []
-    for i, (e, t) in enumerate(zip(held_out, train, strict=True)):
-        lines += [{"step": 10 * i, "eval/loss": e, "train/loss": t}]
-    page = Page(write_report(make_run(tmp_path / "run", lines=lines)))
-    assert "Overfitting" not in page.text if since is None else re.search(rf"Overfitting: .* step {since} ", page.text)
+    for i, (held_out, train) in enumerate([(3.0, 3.0), (2.0, 2.0), (2.4, 1.0), (2.8, 0.5)]):
+        lines += [{"step": 10 * i, "eval/loss": held_out, "train/loss": train}]
+    [found] = watch.findings(lines)
+    page = Page(write_report(make_run(tmp_path / "run", lines=lines, summary=None)))
+    assert found.check == "overfitting" and found.message in page.text and f"step {found.step}" in page.text
 
 
 def test_figures_of_an_earlier_step_are_left_out(run):
@@ -153,6 +146,18 @@ def test_the_card_says_the_same_once(tmp_path):
     assert card.read_text() == first
     head, _, rest = first.partition("<!-- evaluation -->")
     assert head + rest.partition("<!-- end of evaluation -->\n\n")[2] == plain
+
+
+def test_the_card_tells_of_a_run_what_its_page_tells(run):
+    summary = SUMMARY | {"findings": [{"step": 3, "check": "spikes", "message": "It spiked.", "fix": "Clip."}]}
+    summary |= {"data_report": DATA, "cost": {"peak_bytes": 2**30, "peak_of": "device"}}
+    config, lines = json.loads((run / "config.json").read_text()), read_metrics(run)
+    facts = run_facts(config, lines, summary)
+    assert facts["trained"] == "2.5% (2,500 of 100,000 parameters)" and facts["time"] == "1 min 32 s (TPU v9)"
+    assert facts["held-out loss"] == "3.5 before, 1.25 after" and facts["peak memory"] == "1 GiB (of the device)"
+    assert facts["found in the run, spikes"] == "It spiked. Clip."
+    assert facts["found in the data, overlap"] == "2 rows (50.0%) of the evaluation data are known"
+    assert "found in the data, length" not in facts, "a note"
 
 
 def test_runs_are_compared_by_what_was_measured(tmp_path, capsys):

@@ -70,9 +70,9 @@ class SweepPage(Page):
 
     def table(self, head="run"):
         """Rows under the heading, by column."""
-        start = next(i for i, row in enumerate(self.rows) if row[0] == head)
-        rows = itertools.takewhile(lambda row: len(row) == len(self.rows[start]), self.rows[start + 1 :])
-        return [dict(zip(self.rows[start], row, strict=True)) for row in rows]
+        bounds = itertools.pairwise([*self.starts, len(self.rows)])
+        heads, *rows = next(self.rows[a:b] for a, b in bounds if self.rows[a][0] == head)
+        return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 BY_RATE = "Held-out loss by learning rate"

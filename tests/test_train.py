@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite(run, home, tmp_path):  # noqa: F811
 
 
 def test_out_of_device_memory(run, tmp_path, monkeypatch):
-    def make(*args):
+    def make(*args, **kwargs):
         def step(*args):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 GiB")
 
@@ -373,8 +373,8 @@ def refused(run, tmp_path, monkeypatch):
 
     def call(**settings):
         workdir = tmp_path / "refused"
-        monkeypatch.setattr(job, "make_train_step", lambda *args: never)
-        monkeypatch.setattr(job, "make_eval_step", lambda *args: never)
+        monkeypatch.setattr(job, "make_train_step", lambda *args, **kwargs: never)
+        monkeypatch.setattr(job, "make_eval_step", lambda *args, **kwargs: never)
         status, _, err = run(workdir, **settings)
         assert status == 2, err
         assert err.startswith("jaxtune: error: ")
@@ -510,7 +510,7 @@ def test_no_workdir(run):
 
 def test_a_dry_run_checks_all_shows_rows_and_compiles_nothing(run, tmp_path, monkeypatch):
     for name in ("make_train_step", "make_eval_step"):
-        monkeypatch.setattr(job, name, lambda *args: None)
+        monkeypatch.setattr(job, name, lambda *args, **kwargs: None)
     status, out, _ = run(tmp_path / "dry", "--dry-run")
     assert status == 0
     assert not (tmp_path / "dry").exists()

@@ -51,7 +51,7 @@ def test_overfitting_names_the_best_step():
     finding = found(lines)["overfitting"]
     assert finding.step == 20
     for said in ("since step 20", "from 1.5000 to 1.6000 at step 40", "weights of step 20 are kept"):
-        assert said in finding.message
+        assert said in finding.what
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_no_overfitting(train, evals):
 def test_overfitting_from_the_first_step_keeps_trained_weights():
     finding = found(history(falling(40), evals={0: 1.0, 10: 1.5, 20: 1.4, 30: 1.9, 40: 2.0}))["overfitting"]
     assert finding.step == 0
-    assert "weights of step 20 are kept" in finding.message
+    assert "weights of step 20 are kept" in finding.what
 
 
 # --- spikes
@@ -94,7 +94,7 @@ def test_a_spike_is_found_where_it_is(seed, at):
     losses[at] *= 5
     finding = found(history(losses.tolist(), every=10))["loss_spike"]
     assert finding.step == 10 * (at + 1)
-    assert f"jumped to {losses[at]:.4f} at step {10 * (at + 1)}" in finding.message
+    assert f"jumped to {losses[at]:.4f} at step {10 * (at + 1)}" in finding.what
     assert finding.severity == watch.NOTE
 
 
@@ -102,7 +102,7 @@ def test_a_loss_that_stays_up_is_worse_than_one_that_comes_back():
     losses = [2.0] * 30 + [8.0] * 5
     finding = found(history(losses))["loss_spike"]
     assert (finding.step, finding.severity) == (31, watch.WARNING)
-    assert "has not come back" in finding.message
+    assert "has not come back" in finding.what
     assert found(history([*losses, 2.0]))["loss_spike"].severity == watch.NOTE
 
 
@@ -114,7 +114,7 @@ def test_exploding_gradients_name_the_group():
     groups = {"grad_norm__attention": [0.5] * 23, "grad_norm__mlp": norms}
     finding = found(history(falling(23), norms, **groups))["exploding_gradients"]
     assert finding.step == 21
-    assert "most of it in mlp." in finding.message
+    assert "most of it in mlp." in finding.what
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_a_group_without_a_gradient():
     mlp = [0.1] * 10 + [0.0] * 3
     finding = found(history(falling(13), grad_norm__mlp=mlp, grad_norm__attention=[1.0] * 13))["vanishing_gradients"]
     assert finding.step == 11
-    assert "mlp has had next to no gradient since step 11" in finding.message
+    assert "mlp has had next to no gradient since step 11" in finding.what
     assert not found(history(falling(13), grad_norm__mlp=[*mlp[:12], 0.1], grad_norm__attention=[1.0] * 13))
 
 
 def test_a_gradient_that_fades_with_the_loss_is_convergence():
     norms = np.geomspace(1.0, 1e-5, 40).tolist()
     assert not found(history(np.geomspace(3.0, 1e-3, 40).tolist(), norms))
-    assert "the whole model" in found(history([3.0] * 40, norms))["vanishing_gradients"].message
+    assert "the whole model" in found(history([3.0] * 40, norms))["vanishing_gradients"].what
 
 
 # --- sizes of updates
@@ -159,8 +159,8 @@ def test_update_sizes(group, high, low):
         return found([{k: v for k, v in line.items() if k not in RATIOS or group in k} for line in lines])
 
     rising, still = falling(40, 2.0, 4.0), [2.0] * 40
-    assert "too high" in run(rising, high)["update_size"].message
-    assert "too low" in run(still, low)["update_size"].message
+    assert "too high" in run(rising, high)["update_size"].what
+    assert "too low" in run(still, low)["update_size"].what
     assert not run(falling(40), high) and not run(falling(40), low)  # it learns
     middle = math.sqrt(high * low)
     assert not run(rising, middle) and not run(still, middle)
@@ -180,7 +180,7 @@ def test_update_sizes(group, high, low):
 )
 def test_rates_of_other_methods(method, lr, width, scale, said):
     hints = watch.rate_hint(lr, method, DEFAULT_LR, width=width, scale=scale)
-    assert [said in hint.message for hint in hints] == ([] if said is None else [True])
+    assert [said in hint.what for hint in hints] == ([] if said is None else [True])
 
 
 # --- the mechanism

@@ -30,10 +30,6 @@ REPORT = "data_report.json"
 
 def main(argv: list[str]) -> None:
     cfg, options = parse(argv, FLAGS, usage=USAGE)
-    if cfg.objective.name != "causal_lm":
-        raise UserError(
-            f"jaxtune data reads rows for objective.name=causal_lm; it does not know {cfg.objective.name} yet."
-        )
     if not 0 <= options.near <= 1:
         raise UserError(f"--near={options.near:g}: expected a similarity from 0 to 1")
     if options.rows < 0:
@@ -64,11 +60,13 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
     """Examine the data of a config."""
     from rich.console import Console
 
-    from jaxtune import curate, data, models
+    from jaxtune import curate, data
     from jaxtune.commands import job
+    from jaxtune.commands.tasks import open_task
     from jaxtune.hf import load as hf
 
-    module = models.build(hf.read_config(hf.resolve(cfg.model.path)))
+    task = open_task(cfg, hf.read_config(hf.resolve(cfg.model.path)))
+    module = task.module
     tokenizer = data.load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     d = cfg.data
     with Console(stderr=True).status("reading") as status:
@@ -82,6 +80,7 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
             template=d.template,
             completion_from=d.completion_from,
             system=d.system,
+            labels=task.form,
             max_length=job.max_length(cfg, module),
             overlength=d.overlength,
             packing=d.packing,

@@ -364,6 +364,15 @@ def with_features(j: Job, say: Callable[[str], None], stop: Callable[[], bool]) 
     )
 
 
+def over_features_found(j: Job) -> Job:
+    """`with_features` where they are there: the job as it ran."""
+    if j.features is None:
+        return j
+    sizes = {j.features.key(rows): j.features.layout(rows).nbytes for rows in extract.sets(j.data)}
+    found = all(j.features.store.has(key, size) for key, size in sizes.items())
+    return with_features(j, lambda line: None, lambda: False) if found else j
+
+
 def _starts(
     cfgs: Sequence[Any], model: Model, base: Any, shape: Callable[[Any], Any]
 ) -> tuple[list[tuple[TrainState, Any, tree.Counts]], Any]:

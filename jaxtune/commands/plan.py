@@ -121,7 +121,7 @@ def _objective(folder: str) -> dict[str, Any]:
 def _micro(options: Any) -> dict[str, str]:
     if options.batch is None:
         return {}
-    return {"train.batch_size": str(options.batch), "train.grad_accum": "1"}
+    return {"train.batch_size": str(options.batch), "train.grad_accum": "1", "train.micro_batch": "none"}
 
 
 def _is_hf_config(path: Path) -> bool:
@@ -131,8 +131,8 @@ def _is_hf_config(path: Path) -> bool:
         return False
 
 
-def _setup(cfg: Any, backend: str) -> "Setup":
-    """What a config trains, on a CPU or a GPU."""
+def _setup(cfg: Any, backend: str, module: Any = None) -> "Setup":
+    """What a config trains, on a CPU or a GPU; `module`: its model, if it is there already."""
     import jax
     import jax.numpy as jnp
 
@@ -145,15 +145,10 @@ def _setup(cfg: Any, backend: str) -> "Setup":
     dtype = cfg.model.dtype
     if dtype == "auto":
         dtype = "float32" if backend == "cpu" else "bfloat16"
-    folder = hf.resolve(cfg.model.path)
-    module = open_task(
-        cfg,
-        hf.read_config(folder),
-        dtype=jnp.dtype(dtype),
-        attention=cfg.model.attention,
-        remat=cfg.model.remat,
-        unroll=cfg.model.unroll,
-    ).module
+    if module is None:
+        fields = {"attention": cfg.model.attention, "remat": cfg.model.remat, "unroll": cfg.model.unroll}
+        values = hf.read_config(hf.resolve(cfg.model.path))
+        module = open_task(cfg, values, dtype=jnp.dtype(dtype), **fields).module
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
     return plan.Setup(
         module=module,
@@ -177,16 +172,14 @@ def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any
     from jaxtune.commands import job
 
     backend = "gpu" if card else jax.default_backend()
+    memory = card.memory if card else job.free_bytes()
+    if cfg.train.micro_batch == "auto":
+        cfg, _ = _choose(cfg, _setup(cfg, backend), card or plan.card_of(jax.devices()[0].device_kind, memory))
     setup = _setup(cfg, backend)
     known = plan.shapes(setup)
     if not known.counts.trainable:
         raise UserError(f"{model}: nothing is left to train with tune.method={cfg.tune.method}.")
-    memory = card.memory if card else job.free_bytes()
-    rows, everything = setup.rows, plan.saved_by(setup, known, "everything")
-    policies = {
-        policy: plan.measure(replace(setup, module=setup.module.clone(remat=policy)), known, everything)
-        for policy in plan.POLICIES
-    }
+    rows, policies = setup.rows, _policies(setup, known)
     cost = policies[cfg.model.remat]
     total, source = (
         cost.bytes(rows).total,
@@ -213,6 +206,80 @@ def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any
         "policies": {policy: _costs(c, rows, memory, card) for policy, c in policies.items()},
         "remedies": [] if fits else list(_remedies(cfg, setup, policies, memory))[:3],
     }
+
+
+def _policies(setup: "Setup", known: Any) -> dict[str, "Cost"]:
+    """The cost of each remat policy."""
+    from jaxtune import plan
+
+    everything = plan.saved_by(setup, known, "everything")
+    return {
+        policy: plan.measure(replace(setup, module=setup.module.clone(remat=policy)), known, everything)
+        for policy in plan.POLICIES
+    }
+
+
+def _choose(cfg: Any, setup: "Setup", card: "Card", devices: int = 1) -> tuple[Any, str]:
+    """The config with the micro-batch and remat policy that are fastest on a card, and why in words.
+
+    Raises:
+        UserError: no part of a batch fits.
+    """
+    from jaxtune import plan
+    from jaxtune.config import replaced
+
+    batch = cfg.train.batch_size
+    if batch % devices:
+        raise UserError(f"train.batch_size={batch} does not divide over {devices} devices; choose a multiple of them.")
+    policies = _policies(setup, plan.shapes(setup))
+    free = cfg.model.remat == "none"  # otherwise it was asked for
+    open_ = policies if free else {cfg.model.remat: policies[cfg.model.remat]}
+    choice = plan.choose_micro_batch(open_, batch // devices, card.memory, card)
+    gib = card.memory / plan.GIB
+    if choice is None:
+        least = policies["full"].split(batch // devices).bytes(1).total / plan.GIB
+        ways = "\n  ".join(list(_remedies(cfg, replace(setup, rows=batch // devices), policies, card.memory))[:3])
+        raise UserError(
+            f"train.micro_batch=auto: not even one row of {setup.length} tokens at a time fits the device: with "
+            f"model.remat=full it takes {least:.2f} of {gib:.2f} GiB (by formula, see `jaxtune plan`). The cheapest "
+            f"remedies:\n  {ways}"
+        )
+    rows, parts = choice.rows * devices, batch // devices // choice.rows
+    total = policies[choice.policy].split(parts).bytes(choice.rows).total / plan.GIB
+    said = f"train.micro_batch={rows} of {batch} rows and model.remat={choice.policy}: {total:.2f} of {gib:.2f} GiB"
+    if (rows, choice.policy) == (batch, next(iter(open_))):
+        said += ", by formula; nothing has to be saved"
+    else:
+        most = open_[next(iter(open_))].largest(card.memory)
+        said += f", by formula, and the fastest that fits; {next(iter(open_))} would hold {most} rows a device"
+    values = {"train.micro_batch": rows, "train.grad_accum": parts, "model.remat": choice.policy}
+    return replaced(cfg, values), said
+
+
+def settle(cfg: Any, model: Any, data: Any) -> tuple[Any, str]:
+    """`_choose` for the devices at hand and the rows that were read, before anything is loaded or compiled."""
+    import jax
+
+    from jaxtune import plan
+    from jaxtune.commands import job
+
+    longest = max(int(rows.length.max()) for rows in data.train) + len(data.prefix)
+    length = data.length if cfg.data.packing else min(data.length, -(-longest // 64) * 64)
+    setup = replace(_setup(cfg, jax.default_backend(), model.module), length=length)
+    card = plan.card_of(jax.devices()[0].device_kind, job.free_bytes())
+    return _choose(cfg, setup, card, len(jax.devices()))
+
+
+def settled(cfg: Any, workdir: Path | None) -> Any:
+    """The config as the run in `workdir` has fixed it, if there is one."""
+    from jaxtune import config
+
+    file = None if workdir is None else workdir / "config.json"
+    if cfg.train.micro_batch != "auto" or file is None or not file.exists():
+        return cfg
+    before = config.from_json(file.read_text(), str(file))
+    values = {"train.micro_batch": before.train.micro_batch, "train.grad_accum": before.train.grad_accum}
+    return config.replaced(cfg, values | ({"model.remat": before.model.remat} if cfg.model.remat == "none" else {}))
 
 
 def _costs(cost: "Cost", rows: int, memory: int, card: "Card | None") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.card import carry_evaluation, loading, run_facts
-from jaxtune.commands.job import as_stored, has_adapter, method_settings, rate_hint
+from jaxtune.commands.job import as_stored, has_adapter, method_settings, over_features_found, rate_hint
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import resolve
 from jaxtune.log import read_metrics
@@ -129,24 +129,27 @@ def _cost(j, steps: int) -> dict[str, Any]:
     """Operations of a run's steps, its share of them in a sweep; the peak of memory of the device, or of the process.
 
     The operations are those of the matrix products of a compiled step, by the positions of its batch; how many
-    positions the batches have is known from a sample of them.
+    positions the batches have is known from a sample of them. Over features, they are those above them.
     """
-    state, frozen, batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        (j.state, j.frozen, j.put(j.batch_at(0), list(range(len(j.members))))),
-    )
-    tokens = batch["tokens"].shape
-    rows, width = tokens[-2:]
-    chunk = min(rows * width, chunk_size(rows * width, j.model.module.spec.vocab, len(j.members)))
-    flops = dot_flops(j.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips=-(-rows * width // chunk))
-    sampled = [j.batch_at(step)["tokens"].size for step in range(0, steps, max(1, steps // 32))]
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {
-        "flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps if sampled else 0.0,
+    cost = {
         "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "peak_of": "device" if peak else "process",
         "runs": len(j.members),
     }
+    if not steps:
+        return cost
+    j = over_features_found(j)
+    state, frozen, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (j.state, j.frozen, j.put(j.batch_at(0), list(range(len(j.members))))),
+    )
+    tokens = batch["segments"].shape
+    rows, width = tokens[-2:]
+    chunk = min(rows * width, chunk_size(rows * width, j.model.module.spec.vocab, len(j.members)))
+    flops = dot_flops(j.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips=-(-rows * width // chunk))
+    sampled = [j.batch_at(step)["segments"].size for step in range(0, steps, max(1, steps // 32))]
+    return cost | {"flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps}
 
 
 def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
@@ -157,8 +160,8 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
 
 def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) -> None:
     from jaxtune.report import evaluation
-    from jaxtune.report.page import measured
     from jaxtune.report.run import read_run
+    from jaxtune.report.sentences import measured
 
     console = Console(soft_wrap=True, highlight=False)
     metrics = measured(read_run(out.parent))

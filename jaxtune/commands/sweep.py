@@ -183,6 +183,11 @@ class Sweep:
 
         if point.cfg.log.wandb:
             raise UserError("log.wandb: the members of a sweep share one process; switch it off, or use sweep_lr.sh")
+        if point.cfg.train.micro_batch == "auto":
+            raise UserError(
+                "train.micro_batch=auto: the memory of a sweep decides how many runs share a step; give a number, "
+                "such as `jaxtune plan` names"
+            )
         model, data = self.open(point.cfg)
         method = _sections(point.cfg, "model", "tune")
         if method not in self._tuned:  # targets that match nothing, ranks that are too large

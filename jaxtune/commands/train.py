@@ -23,10 +23,11 @@ def main(argv: list[str]) -> None:
     cfg, options = parse(argv, FLAGS, usage=USAGE)
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the run.")
-    from jaxtune.commands import job, sampling
+    from jaxtune.commands import job, plan, sampling
     from jaxtune.config import notes
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
+    cfg = plan.settled(cfg, workdir)
     if workdir is not None:
         job.check_workdir(workdir, cfg)
     job.prepare_jax()
@@ -37,6 +38,10 @@ def main(argv: list[str]) -> None:
         job.check_workdir(workdir, cfg, data.report.fingerprint)
     clock("data")
     print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
+    if cfg.train.micro_batch == "auto":
+        cfg, said = plan.settle(cfg, model, data)
+        print(said)
+        model = job.open_model(cfg)  # its remat policy may be another
     j = job.build(cfg, model, data)
     clock("load")
     print(j.members[0].counts, *filter(None, [j.note]), *job.rate_hint(cfg, model), sep="\n")

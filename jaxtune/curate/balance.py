@@ -1,7 +1,7 @@
 """Class and group balance: columns of few values, and how answers depend on them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,13 @@ class Balance:
     """Counts rows by the answer, where it is a class, and by every column of few values.
 
     After the last chunk, `groups` is {column: Counter}; the answer's is under "answer".
+
+    Args:
+        several: example -> its classes, where it has any number of them; then they are what is counted.
     """
 
-    def __init__(self):
+    def __init__(self, several: Callable[[Any], Iterable[str]] | None = None):
+        self._several = several
         self.groups: dict[str, Counter] = {ANSWER: Counter()}
         self._with_answer: dict[str, Counter] = {}
         self._gone: set[str] = set()
@@ -34,8 +38,10 @@ class Balance:
             return
         if not any(chunk.prompts):
             self._drop(ANSWER)
+        if self._several is not None and ANSWER in self.groups:
+            self.groups[ANSWER].update(name for example in chunk.examples for name in self._several(example))
         values = {c: [row.get(c) for row in chunk.rows] for c in self._columns(chunk)}
-        if ANSWER in self.groups:
+        if ANSWER in self.groups and self._several is None:
             values[ANSWER] = chunk.answers
         for column, found in values.items():
             if self._grouped(found):
@@ -44,7 +50,7 @@ class Balance:
                 self._drop(column)
         for column in [c for c, counts in self.groups.items() if len(counts) > MOST]:
             self._drop(column)
-        if ANSWER in self.groups:
+        if ANSWER in values and ANSWER in self.groups:
             for column in self.groups.keys() & values.keys() - {ANSWER}:
                 pairs = self._with_answer.setdefault(column, Counter())
                 pairs.update(zip(values[column], chunk.answers))
@@ -109,7 +115,7 @@ def class_balance(counts: Counter) -> Iterator[Finding]:
         yield Finding(
             "class_balance",
             WARNING,
-            f"{len(counts)} answers, unbalanced: {_named(most)} in {many:,} rows, {_named(least)} in {few:,}",
+            f"{len(counts)} classes, unbalanced: {_named(most)} {many:,} times, {_named(least)} {few:,}",
             "judge by macro-F1 rather than accuracy, and collect or repeat rows of the rare answers",
             tuple(f"{_named(value)}: {n:,} rows" for value, n in ordered[: -min(5, len(ordered)) - 1 : -1]),
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtune.curate.balance import MOST, ROWS_A_VALUE, class_balance
 from jaxtune.curate.finding import SEVERITIES, Finding, graded, share
-from jaxtune.curate.report import DataReport, length_summary
+from jaxtune.curate.report import OUTSIDE, DataReport, length_summary
 from jaxtune.curate.sets import set_checks
 from jaxtune.curate.stream import EVAL, TRAIN, Ledger, Opened
 from jaxtune.data import LabelForm, Report, Rows, Source, SourceReport
@@ -47,7 +47,7 @@ def glance(
     classes = _labels(train, form) if form else None if plain else _answers(tokenizer, train, ledger)
     findings = [
         *(finding for source in report.sources for finding in _left_out(source)),
-        *(finding for check in set_checks() for finding in check.findings(ledger)),
+        *(finding for check in set_checks(labelled=form is not None) for finding in check.findings(ledger)),
         *(class_balance(classes) if classes else ()),
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
@@ -140,7 +140,7 @@ def _labels(train: Sequence[Rows], form: LabelForm) -> Counter | None:
     if form.value:
         return None
     counts = dict(zip(form.names, label_counts(train, form).tolist(), strict=True))
-    return Counter({name: n for name, n in counts.items() if not (form.per_token and name == "O")})
+    return Counter({name: n for name, n in counts.items() if not (form.per_token and name == OUTSIDE)})
 
 
 def _answers(tokenizer: Any, train: Sequence[Rows], ledger: Ledger) -> Counter | None:

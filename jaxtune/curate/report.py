@@ -11,20 +11,31 @@ import numpy as np
 from jaxtune.curate.balance import Balance
 from jaxtune.curate.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding
 from jaxtune.curate.near import NearDuplicates
-from jaxtune.curate.rows import Check, row_checks
+from jaxtune.curate.rows import Check, label_row_checks, row_checks
 from jaxtune.curate.sets import SetCheck, set_checks
-from jaxtune.curate.stream import EVAL, TRAIN, Chunk, Ledger, chunks, open_source
+from jaxtune.curate.stream import (
+    EVAL,
+    TRAIN,
+    Chunk,
+    Ledger,
+    Opened,
+    chunks,
+    label_form,
+    label_names,
+    label_sides,
+    text_form,
+)
 from jaxtune.curate.tokens import EmptyMasks, Lengths, Packing, TokenQuality
-from jaxtune.data import held_out, reader_settings, source_names
+from jaxtune.data import LabelForm, held_out, reader_settings, source_names
 from jaxtune.data.preview import runs
 from jaxtune.data.sources import read
-from jaxtune.data.tokenize import Encoder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PERCENTILES = (50, 90, 95, 99, 100)
 BINS = 12
+OUTSIDE = "O"  # the tag of words that belong to nothing
 COLOURS = {ERROR: "bold red", WARNING: "yellow", NOTE: "dim"}
 
 
@@ -47,15 +58,15 @@ class NothingLeft(SetCheck):
 class Samples:
     """A few rows with what is trained, drawn by their hashes: the same ones whatever their order."""
 
-    def __init__(self, tokenizer: Any, n: int):
-        self.tokenizer, self.n = tokenizer, n
-        self._heap: list[tuple[int, int, str, np.ndarray, np.ndarray]] = []
+    def __init__(self, tokenizer: Any, n: int, labels: LabelForm | None = None):
+        self.tokenizer, self.n, self.labels = tokenizer, n, labels
+        self._heap: list[tuple[int, int, str, Any]] = []
 
     def see(self, chunk: Chunk) -> None:
         for k in np.argsort(chunk.digests, kind="stable")[: self.n].tolist():
             span = slice(int(chunk.start[k]), int(chunk.end[k]))
-            entry = -int(chunk.digests[k]), -chunk.first - k, chunk.where(k), chunk.ids[span], chunk.mask[span]
-            heapq.heappush(self._heap, entry)
+            row = (chunk.ids[span], chunk.mask[span]) if self.labels is None else chunk.examples[k]
+            heapq.heappush(self._heap, (-int(chunk.digests[k]), -chunk.first - k, chunk.where(k), row))
             if len(self._heap) > self.n:
                 heapq.heappop(self._heap)
 
@@ -65,7 +76,18 @@ class Samples:
     def drawn(self) -> list[tuple[str, list[tuple[str, bool]]]]:
         """Return (place, [(text, trained), ...]) of each."""
         chosen = sorted(self._heap, key=lambda entry: entry[:2], reverse=True)
-        return [(place, runs(self.tokenizer, ids, mask)) for _, _, place, ids, mask in chosen]
+        return [(place, self._pieces(row)) for _, _, place, row in chosen]
+
+    def _pieces(self, row: Any) -> list[tuple[str, bool]]:
+        if self.labels is None:
+            return runs(self.tokenizer, *row)
+        if not self.labels.per_token:
+            text, label = label_sides(row, self.labels)
+            return [(f"{text}\n", False), (label, True)]
+        pieces = []
+        for word, tag in zip(row[0], label_names(row[1], self.labels)):
+            pieces += [(f"{word} ", False)] + ([(f"{tag} ", True)] if tag != OUTSIDE else [])
+        return pieces
 
 
 @dataclass
@@ -141,6 +163,7 @@ def examine(
     template: str | None = None,
     completion_from: str | None = None,
     system: str | None = None,
+    labels: LabelForm | None = None,
     max_length: int,
     overlength: str = "drop",
     packing: bool = False,
@@ -154,7 +177,7 @@ def examine(
     """Read data as `jaxtune.data.prepare` does, and say what is wrong with it. Rows are never all in memory.
 
     Args:
-      train, eval, eval_fraction, format, columns, template, completion_from, system, max_length, overlength,
+      train, eval, eval_fraction, format, columns, template, completion_from, system, labels, max_length, overlength,
         vocab_size: as `prepare` takes them.
       packing, rows_a_batch: how batches are made, to measure their padding.
       positions: the longest row that the model knows; default: max_length.
@@ -165,22 +188,26 @@ def examine(
     Raises:
       UserError: a source that cannot be opened or read on, and columns that fit no format.
     """
-    settings = reader_settings(
-        tokenizer, format=format, columns=columns, template=template, completion_from=completion_from, system=system
-    )
-    sources = [open_source(read(name), settings, TRAIN) for name in source_names(train)]
-    sources += [open_source(read(name), settings, EVAL) for name in (source_names(eval) if eval else [])]
+    if labels is None:
+        settings = {"format": format, "columns": columns, "template": template, "completion_from": completion_from}
+        form = text_form(tokenizer, reader_settings(tokenizer, system=system, **settings))
+    else:
+        form = label_form(tokenizer, labels)
+    sources = []
+    for split, names in ((TRAIN, source_names(train)), (EVAL, source_names(eval) if eval else [])):
+        sources += [Opened(source, form.reader(source), split) for source in map(read, names)]
     ledger = Ledger(sources, max_length)
-    quality, balance, packed = (
-        TokenQuality(tokenizer, vocab_size),
-        Balance(),
-        Packing(overlength, packing, rows_a_batch),
+    several = labels is not None and (labels.per_token or labels.several)
+    balance = Balance((lambda example: classes(example, labels)) if several else None)
+    packed = Packing(overlength, packing or labels is not None, rows_a_batch)
+    quality, drawn = (
+        TokenQuality(tokenizer, vocab_size, labelled=labels is not None),
+        Samples(tokenizer, samples, labels),
     )
-    drawn = Samples(tokenizer, samples)
     checks: list[Check] = [
-        *row_checks(tokenizer),
+        *(row_checks(tokenizer) if labels is None else label_row_checks(tokenizer)),
         NothingLeft(overlength),
-        *set_checks(),
+        *set_checks(labelled=labels is not None),
         *([NearDuplicates(near)] if near else []),
         Lengths(overlength, positions or max_length),
         EmptyMasks(overlength),
@@ -189,7 +216,7 @@ def examine(
         balance,
         drawn,
     ]
-    for chunk in chunks(sources, Encoder(tokenizer)):
+    for chunk in chunks(sources, form):
         ledger.see(chunk)
         for check in checks:
             check.see(chunk)
@@ -200,6 +227,11 @@ def examine(
     findings = [finding for check in checks for finding in check.findings(ledger)]
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     return DataReport(findings, _summary(ledger, overlength, quality, balance, packed), drawn.drawn(), ledger)
+
+
+def classes(example: Any, labels: LabelForm) -> list[str]:
+    """The classes of a row that has any number of them: labels, or tags but O."""
+    return [name for name in label_names(example[1], labels) if not (labels.per_token and name == OUTSIDE)]
 
 
 def kept(ledger: Ledger, overlength: str) -> np.ndarray:
@@ -265,7 +297,9 @@ def length_summary(lengths: np.ndarray) -> dict[str, Any]:
     """Percentiles and a histogram of rows by tokens, i64[N]; nothing where there is no row."""
     if not len(lengths):
         return {}
-    counts, edges = np.histogram(lengths, bins=np.unique(np.linspace(0, lengths.max() + 1, BINS + 1).astype(int)))
+    most, usual = int(lengths.max()), int(np.percentile(lengths, 99))
+    even = np.linspace(0, usual + 1, BINS) if most > 1.5 * usual else np.linspace(0, most + 1, BINS + 1)
+    counts, edges = np.histogram(lengths, bins=np.unique([*even.astype(int), most + 1]))  # a long tail is one bin
     percentiles = {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES}
     return {"lengths": {"percentiles": percentiles, "edges": edges.tolist(), "counts": counts.tolist()}}
 

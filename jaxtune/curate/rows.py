@@ -96,7 +96,7 @@ class Unreadable:
                 "unreadable",
                 ERROR,
                 f"{share(len(index), len(ledger))} cannot be read, and training stops at the first",
-                "mend them, or leave them out with --write-clean",
+                "mend them, or leave them out with jaxtune data --write-clean",
                 tuple(message for _, message in self._broken[:SHOWN]),
                 len(index),
                 index[ledger.split[index] == TRAIN],
@@ -214,6 +214,32 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
     return checks
 
 
+def label_row_checks(tokenizer: Any) -> list[Check]:
+    """Return the checks of single labelled rows, fresh."""
+    return [
+        Unreadable(),
+        RowCheck(
+            "empty_texts",
+            empty_prompts,
+            "have an empty text, from which no label can be told",
+            "fill them in, or leave them out with jaxtune data --write-clean; check data.columns if there are many",
+            severity=WARNING,
+            drops=True,
+        ),
+        _odd_characters(),
+        *(check for check in template_checks(tokenizer) if check.name == "special_text"),
+    ]
+
+
+def _odd_characters() -> RowCheck:
+    return RowCheck(
+        "odd_characters",
+        odd_characters,
+        "have odd characters: controls, replacement marks, no-width marks, or UTF-8 once read as another encoding",
+        "save the file as UTF-8 from its origin, or mend the text (ftfy does much of it)",
+    )
+
+
 def row_checks(tokenizer: Any) -> list[Check]:
     """Return the checks of single rows, fresh."""
     return [
@@ -222,7 +248,7 @@ def row_checks(tokenizer: Any) -> list[Check]:
             "empty_answers",
             empty_answers,
             "have an empty answer: the model learns to say nothing",
-            "fill them in, or leave them out with --write-clean",
+            "fill them in, or leave them out with jaxtune data --write-clean",
             severity=WARNING,
             drops=True,
         ),
@@ -230,16 +256,11 @@ def row_checks(tokenizer: Any) -> list[Check]:
             "empty_prompts",
             empty_prompts,
             "have an empty prompt: the answer is trained without a question",
-            "fill them in, or leave them out with --write-clean; check data.columns if there are many",
+            "fill them in, or leave them out with jaxtune data --write-clean; check data.columns if there are many",
             severity=WARNING,
             drops=True,
         ),
-        RowCheck(
-            "odd_characters",
-            odd_characters,
-            "have odd characters: controls, replacement marks, no-width marks, or UTF-8 once read as another encoding",
-            "save the file as UTF-8 from its origin, or mend the text (ftfy does much of it)",
-        ),
+        _odd_characters(),
         RowCheck(
             "roles",
             roles,

@@ -41,7 +41,7 @@ class Duplicates(SetCheck):
                 "duplicates",
                 graded(len(index), len(rows)),
                 f"{share(len(index), len(rows))} of the training data repeat an earlier one exactly",
-                "leave them out with --write-clean; to weight rows, use data.weights or more epochs",
+                "leave them out with jaxtune data --write-clean; to weight rows, use data.weights or more epochs",
                 pairs(ledger, index, others),
                 len(index),
                 index,
@@ -77,7 +77,7 @@ class Overlap(SetCheck):
             "overlap",
             severity,
             f"{share(int(chosen.sum()), len(held))} of the evaluation data {message}",
-            "leave the training rows out with --write-clean, or draw other evaluation rows",
+            "leave the training rows out with jaxtune data --write-clean, or draw other evaluation rows",
             pairs(ledger, held[chosen], train[known[chosen]]),
             int(chosen.sum()),
             train[ours[wanted]],
@@ -147,5 +147,6 @@ class RepeatedAnswers(SetCheck):
             )
 
 
-def set_checks() -> list[SetCheck]:
-    return [Overlap(), Duplicates(), Conflicts(), RepeatedAnswers()]
+def set_checks(*, labelled: bool = False) -> list[SetCheck]:
+    """Return the checks, fresh; labels are repeated by nature."""
+    return [Overlap(), Duplicates(), Conflicts(), *([] if labelled else [RepeatedAnswers()])]

@@ -7,15 +7,16 @@ So a million rows need some tens of megabytes, however long they are. A row that
 stream: it is kept with what is wrong with it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune.data.batches import Prefetch
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Example, Reader, make_reader
+from jaxtune.data.labels import LabelEncoder, LabelForm
 from jaxtune.data.sources import Source
 from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
@@ -58,7 +59,7 @@ class Chunk:
     first: int
     numbers: list[int]
     rows: list[dict]
-    examples: list[Example]
+    examples: list[Any]
     prompts: list[str]
     answers: list[str]
     ids: np.ndarray
@@ -150,32 +151,51 @@ def _text_hash(text: str) -> int:
     return hash(" ".join(text.casefold().split())) if text else 0
 
 
-def open_source(source: Source, settings: Mapping[str, Any], split: int) -> Opened:
-    """Decide how a source is read, as training does; raises UserError as `make_reader`."""
-    return Opened(source, make_reader(source, **settings), split)
+class Form(NamedTuple):
+    """How rows are read, as training does.
+
+    Attributes:
+        reader: source -> reader; raises UserError for columns that do not fit.
+        encoder: examples -> (ids, mask, ...).
+        sides: example -> (what is given, what is to be answered), as text.
+    """
+
+    reader: Callable[[Source], Reader]
+    encoder: Encoder | LabelEncoder
+    sides: Callable[[Any], tuple[str, str]]
 
 
-def chunks(sources: Sequence[Opened], encoder: Encoder) -> Iterator[Chunk]:
+def text_form(tokenizer: Any, settings: Mapping[str, Any]) -> Form:
+    """Text to be continued; `settings` are those of `make_reader`."""
+    return Form(lambda source: make_reader(source, **settings), Encoder(tokenizer), sides)
+
+
+def label_form(tokenizer: Any, labels: LabelForm) -> Form:
+    """Texts, or words, with labels."""
+    return Form(labels.reader, labels.encoder(tokenizer), lambda example: label_sides(example, labels))
+
+
+def chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
     """Yield all rows of all sources; the next chunk is tokenised in a thread while one is looked at.
 
     Raises UserError for a file that cannot be read on: a malformed line.
     """
-    made = _chunks(sources, encoder)
+    made = _chunks(sources, form)
     with Prefetch(lambda _: next(made)) as ahead:
         yield from ahead
 
 
-def _chunks(sources: Sequence[Opened], encoder: Encoder) -> Iterator[Chunk]:
+def _chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
     first = 0
     for opened in sources:
         types = ColumnTypes(opened.source, opened.reader.columns)
         numbered = iter(opened.source)
         while part := list(islice(numbered, CHUNK)):
-            yield _chunk(opened, first, part, types, encoder)
+            yield _chunk(opened, first, part, types, form)
             first += len(part)
 
 
-def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: ColumnTypes, encoder: Encoder) -> Chunk:
+def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: ColumnTypes, form: Form) -> Chunk:
     source, reader = opened.source, opened.reader
     kept, broken = [], []
     for number, row in part:
@@ -185,12 +205,13 @@ def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: Colu
             kept.append((number, row, place, reader.convert(place, row)))
         except UserError as error:
             broken.append((number, str(error)))
-    encoded = _encode(encoder, [k[2] for k in kept], [k[3] for k in kept])
+    encoded = _encode(form.encoder, [k[2] for k in kept], [k[3] for k in kept])
     broken += [(k[0], made) for k, made in zip(kept, encoded) if isinstance(made, str)]
     good = [(*k, made) for k, made in zip(kept, encoded) if not isinstance(made, str)]
     numbers, rows, _, examples, tokens = map(list, zip(*good)) if good else ([], [], [], [], [])
-    length = np.array([len(ids) for ids, _ in tokens], np.int64)
-    texts = [sides(example) for example in examples]
+    length = np.array([len(ids) for ids, *_ in tokens], np.int64)
+    texts = [form.sides(example) for example in examples]
+    as_bytes = bytes if np.uint8 == form.encoder.MARK else lambda marks: bytes(map(bool, marks))  # marks name tags
     return Chunk(
         opened=opened,
         first=first,
@@ -199,8 +220,8 @@ def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: Colu
         examples=examples,
         prompts=[prompt for prompt, _ in texts],
         answers=[answer for _, answer in texts],
-        ids=np.fromiter(chain.from_iterable(ids for ids, _ in tokens), np.int32, int(length.sum())),
-        mask=np.frombuffer(b"".join(bytes(mask) for _, mask in tokens), np.uint8),
+        ids=np.fromiter(chain.from_iterable(ids for ids, *_ in tokens), np.int32, int(length.sum())),
+        mask=np.frombuffer(b"".join(as_bytes(mask) for _, mask, *_ in tokens), np.uint8),
         start=np.cumsum(length) - length,
         length=length,
         digests=np.array([reader.digest(row) for row in rows], np.uint64),
@@ -208,8 +229,8 @@ def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: Colu
     )
 
 
-def _encode(encoder: Encoder, places: list[str], examples: list[Example]) -> list[tuple[list[int], list[int]] | str]:
-    """(ids, mask) of each example, or what is wrong with it."""
+def _encode(encoder: Any, places: list[str], examples: list[Any]) -> list[tuple[list[int], Any] | str]:
+    """(ids, mask, ...) of each example, or what is wrong with it."""
     try:
         return list(encoder.encode(places, examples))
     except UserError as error:
@@ -223,6 +244,21 @@ def sides(example: Example) -> tuple[str, str]:
     if isinstance(example, Document):
         return tuple("".join(text for text, trained in example.pieces if trained is side) for side in (False, True))
     return _turns(example)
+
+
+def label_sides(example: tuple[Any, list], labels: LabelForm) -> tuple[str, str]:
+    """Return a text and its labels, or words and their tags, as plain text."""
+    given, found = example
+    if labels.value:
+        return given, f"{found[0]:g}"
+    names = label_names(found, labels)
+    return (" ".join(given), " ".join(names)) if labels.per_token else (given, ", ".join(names))
+
+
+def label_names(found: list, labels: LabelForm) -> list[str]:
+    """The names of a row's labels, of tagged words one for each."""
+    ids = [i for i, yes in enumerate(found) if yes] if labels.several else map(int, found)
+    return [labels.names[i] for i in ids]
 
 
 def _turns(conversation: Conversation) -> tuple[str, str]:

@@ -73,7 +73,7 @@ class EmptyMasks(SetCheck):
                 "empty_masks",
                 graded(len(never), len(rows)),
                 f"{share(len(never), len(rows))} of the training data have no token to train on and are dropped",
-                "a conversation needs an assistant's turn, a pair a completion; --write-clean leaves these rows out",
+                "a conversation needs an assistant's turn, a pair a completion; jaxtune data --write-clean drops them",
                 ledger.places(never, SHOWN),
                 len(never),
                 never,
@@ -124,7 +124,8 @@ class Packing(SetCheck):
 class TokenQuality:
     """Tokens a word, unknown tokens, characters that fall to bytes, and tokens that the model does not have."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int | None = None):
+    def __init__(self, tokenizer: Any, vocab_size: int | None = None, *, labelled: bool = False):
+        self.labelled = labelled  # then answers are no text
         self.vocab_size, self.largest = vocab_size, -1
         self.unknown = tokenizer.unk_token_id
         self.pieces = byte_pieces(tokenizer)
@@ -134,7 +135,8 @@ class TokenQuality:
     def see(self, chunk: Chunk) -> None:
         self.tokens += len(chunk.ids)
         self.largest = max(self.largest, int(chunk.ids.max(initial=-1)))
-        self.words += sum(len(text.split()) for texts in (chunk.prompts, chunk.answers) for text in texts)
+        sides = (chunk.prompts,) if self.labelled else (chunk.prompts, chunk.answers)
+        self.words += sum(len(text.split()) for texts in sides for text in texts)
         odd = self.pieces[np.minimum(chunk.ids, len(self.pieces) - 1)]
         self.bytes += int(odd.sum())
         if self.unknown is not None:

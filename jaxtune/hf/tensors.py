@@ -155,7 +155,7 @@ def _read_bytes(fd: int, file: Path, parts: Sequence[np.ndarray], offset: int) -
             views[0] = views[0][n:]
 
 
-def _read_blocks(fd: int, entry: Entry, out: np.ndarray, rows: int = 128) -> None:
+def _read_blocks(fd: int, entry: Entry, out: np.ndarray, rows: int = 512) -> None:
     """Read and cast `rows` rows at a time, which the processor's cache holds while they are transposed."""
     dtype, shape = entry.dtype, entry.shape or (1,)
     if out.dtype == dtype:  # as integers: numpy copies bfloat16 element by element

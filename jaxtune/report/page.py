@@ -13,7 +13,7 @@ from jaxtune.report.data import data_view
 from jaxtune.report.render import render
 from jaxtune.report.run import Run
 from jaxtune.report.samples import sample
-from jaxtune.report.sentences import costs, findings, summary
+from jaxtune.report.sentences import LOSS, costs, findings, measured, summary
 from jaxtune.report.words import number, setting
 
 MOST_SAMPLES = 20
@@ -58,55 +58,12 @@ def run_page(run: Run) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------- before and after
-
-
-KNOWN = {  # metric of the training -> label, what is better, whether it is a share
-    "loss": ("held-out loss", -1, False),
-    "perplexity": ("perplexity", -1, False),
-    "accuracy": ("accuracy", 1, True),
-    "macro_f1": ("macro-F1", 1, True),
-    "entity_f1": ("entity F1", 1, True),
-    "entity_precision": ("entity precision", 1, True),
-    "entity_recall": ("entity recall", 1, True),
-    "json_valid": ("valid JSON", 1, True),
-    "json_exact": ("every field right", 1, True),
-}
-SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
-
-
-def measured(run: Run) -> dict[str, dict[str, Any]]:
-    """The metrics of base and tuned model, as eval.json has them; before it is there, those of the training.
-
-    Of those, most are values without an interval; the run's summary has intervals of what it generated answers for.
-    """
-    if "held_out" in run.evaluation:
-        return run.evaluation["held_out"]["metrics"]
-    before, after = run.before(), run.after()
-    names = [key.removeprefix("eval/") for key in (*before, *after)]
-    scores = run.scores()
-    return {
-        name: scores.get(name) or _plain(name, before.get(f"eval/{name}"), after.get(f"eval/{name}"))
-        for name in dict.fromkeys([*KNOWN, *names])
-        if name in names and name not in SIZES
-    }
-
-
-def _plain(name: str, before: float | None, after: float | None) -> dict[str, Any]:
-    label, better, share = KNOWN.get(name, (name.replace("_", " "), 0, False))
-    pairs = {"base": before, "tuned": after}
-    if before is not None and after is not None:
-        pairs["difference"] = after - before
-    values = {who: {"value": value, "low": None, "high": None} for who, value in pairs.items() if value is not None}
-    return {"label": label, "better": better, "share": share, "rows": 0} | values
-
-
 def _headline(run: Run, entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """(what, before or "", after, a note)."""
     names = [who for who in ("base", "tuned", "model") if who in entry]
     shown = [evaluation.value(entry, who).partition(" [")[0] for who in names]
     note = f"on {entry['rows']:,} held-out rows" if entry["rows"] else ""
-    if not note and entry["label"] == KNOWN["loss"][0] and run.best():
+    if not note and entry["label"] == LOSS and run.best():
         note = f"the best, at step {run.best().step:,}"
     return entry["label"], shown[0] if len(shown) > 1 else "", shown[-1], note
 

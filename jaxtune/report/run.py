@@ -4,8 +4,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,22 +163,24 @@ def read_run(folder: str | os.PathLike) -> Run:
     metrics = [line for line in read_metrics(folder) if isinstance(line, dict) and _is_step(line.get("step"))]
     if not metrics:
         raise UserError(f"{folder / 'metrics.jsonl'}: no step is logged yet; there is nothing to report")
-    versions = read_object(folder / "config.json", "a run").get("versions")
     summary, report = (
         read_object(file, whose) if file.is_file() else {}
         for file, whose in ((folder / "summary.json", "a run"), (folder / "data_report.json", "jaxtune data"))
     )
-    overrides = _flat(overrides)
-    return Run(
-        folder=folder,
-        settings=_settings(overrides),
-        overrides=overrides,
-        versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
-        metrics=metrics,
-        summary=summary,
-        evaluation=read_evaluation(folder, max(line["step"] for line in metrics)),
-        data=report or _object_in(summary, "data_report"),
-    )
+    evaluation = read_evaluation(folder, max(line["step"] for line in metrics))
+    versions = read_object(folder / "config.json", "a run").get("versions")
+    run = as_run({**overrides, "versions": versions}, metrics, summary)
+    return replace(run, folder=folder, overrides=_flat(overrides), evaluation=evaluation, data=report or run.data)
+
+
+def as_run(
+    config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]] = (), summary: Mapping[str, Any] | None = None
+) -> Run:
+    """A run from what it has in memory: the sections of its config, with versions, its metrics and its summary."""
+    given, summary = _flat({name: keys for name, keys in config.items() if name != "versions"}), dict(summary or {})
+    versions = {str(k): str(v) for k, v in _object_in(config, "versions").items()}
+    data = _object_in(summary, "data_report")
+    return Run(Path("run"), _settings(given), given, versions, list(metrics), summary, data=data)
 
 
 def _check(folder: Path) -> None:
@@ -223,6 +225,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         if path in BY_PATH:
             flat[path] = value
-        else:
+        elif isinstance(value, Mapping):
             flat |= _flat(value, f"{path}.")
     return flat

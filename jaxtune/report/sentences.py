@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune import watch
 from jaxtune.report import evaluation
-from jaxtune.report.chart import smooth
-from jaxtune.report.run import Run
+from jaxtune.report.run import Run, is_number
 from jaxtune.report.words import amount, duration, memory, number, percent, setting
 
 WHAT = {  # method -> what it trains of the model; settings stand in it as %(path)s
@@ -105,6 +105,50 @@ def _cost(run: Run) -> str:
     return f"It {' '.join(parts)}." if parts else "Its cost is not recorded."
 
 
+# --------------------------------------------------------------------------------------------------- what it came to
+
+
+LOSS = "held-out loss"
+KNOWN = {  # metric of the training -> label, what is better, whether it is a share
+    "loss": (LOSS, -1, False),
+    "perplexity": ("perplexity", -1, False),
+    "accuracy": ("accuracy", 1, True),
+    "macro_f1": ("macro-F1", 1, True),
+    "entity_f1": ("entity F1", 1, True),
+    "entity_precision": ("entity precision", 1, True),
+    "entity_recall": ("entity recall", 1, True),
+    "json_valid": ("valid JSON", 1, True),
+    "json_exact": ("every field right", 1, True),
+}
+SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
+
+
+def measured(run: Run) -> dict[str, dict[str, Any]]:
+    """The metrics of base and tuned model, as eval.json has them; before it is there, those of the training.
+
+    Of those, most are values without an interval; the run's summary has intervals of what it generated answers for.
+    """
+    if "held_out" in run.evaluation:
+        return run.evaluation["held_out"]["metrics"]
+    before, after = run.before(), run.after()
+    names = [key.removeprefix("eval/") for key in (*before, *after)]
+    scores = run.scores()
+    return {
+        name: scores.get(name) or _plain(name, before.get(f"eval/{name}"), after.get(f"eval/{name}"))
+        for name in dict.fromkeys([*KNOWN, *names])
+        if name in names and name not in SIZES
+    }
+
+
+def _plain(name: str, before: float | None, after: float | None) -> dict[str, Any]:
+    label, better, share = KNOWN.get(name, (name.replace("_", " "), 0, False))
+    pairs = {"base": before, "tuned": after}
+    if before is not None and after is not None:
+        pairs["difference"] = after - before
+    values = {who: {"value": value, "low": None, "high": None} for who, value in pairs.items() if value is not None}
+    return {"label": label, "better": better, "share": share, "rows": 0} | values
+
+
 # --------------------------------------------------------------------------------------------------------- its cost
 
 
@@ -145,40 +189,19 @@ def _costs(run: Run) -> Iterator[Fact]:
 # ------------------------------------------------------------------------------------------------- what to know of it
 
 
-class Finding(NamedTuple):
-    """Something that one should know of a run: severity is error, warning or note; `fix` says what to do."""
+def findings(run: Run) -> list[dict[str, Any]]:
+    """What the run noticed of itself: {"check", "severity", "step", "message", "fix"}, in the order of their steps.
 
-    severity: str
-    what: str
-    fix: str
-    step: int | None = None
-
-
-def findings(run: Run) -> list[Finding]:
-    """What the run noticed of itself, in the order of its steps."""
-    found = [
-        Finding(
-            entry["severity"] if entry.get("severity") in ("error", "warning", "note") else "note",
-            str(entry.get("what", "")),
-            str(entry.get("fix") or ""),
-            entry["step"] if isinstance(entry.get("step"), int) else None,
-        )
+    Of a run that has not come to its end, and of one from before they were kept, what its metrics say.
+    """
+    if "findings" not in run.summary:
+        lines = ({name: value for name, value in line.items() if is_number(value)} for line in run.metrics)
+        return [finding.as_json() for finding in watch.findings(lines)]
+    return [
+        {
+            "severity": entry["severity"] if entry.get("severity") in ("error", "warning") else "note",
+            "step": entry["step"] if isinstance(entry.get("step"), int) else 0,
+            **{name: str(entry.get(name) or "") for name in ("check", "message", "fix")},
+        }
         for entry in run.facts("findings", dict)
     ]
-    since = overfits_since(run)
-    if since is not None and "findings" not in run.summary:
-        told = "Overfitting: from here on held-out loss rises while training loss falls."
-        fix = "The weights of that step are the result. More data, fewer steps or a lower rate may go further."
-        found.append(Finding("warning", told, fix, since))
-    return found
-
-
-def overfits_since(run: Run) -> int | None:
-    """The step from which held-out loss rises while training loss falls, if two evaluations or more say so; or None."""
-    best = run.best()
-    later = [point for point in run.series("eval/loss") if best and point.step > best.step]
-    train = smooth(run.series("train/loss"))
-    before = [point.value for point in train if best and point.step <= best.step]
-    if len(later) < 2 or not before or any(point.value <= 1.005 * best.value for point in later):
-        return None
-    return best.step if train[-1].value < before[-1] else None
