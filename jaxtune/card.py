@@ -48,6 +48,7 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModel": "feature-extraction",
+    "AutoModelForImageClassification": "image-classification",
 }
 
 

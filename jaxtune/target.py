@@ -47,7 +47,7 @@ def load_target(path: str | Path, adapter: str | Path | None = None, dtype: Any 
             raise UserError(f"{path} is an adapter itself; give the model that {adapter} is put on.")
         source = find(adapter, source.base)._replace(config=source.config)
     tokenizer = tokenizer_of(source)
-    _check_continues(source)
+    check_continues(source)
     tensors.index_dir(source.model)  # missing weights are named before anything is compiled
     if dtype is None:
         dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
@@ -81,7 +81,7 @@ def tokenizer_of(source: Source) -> Any:
     )
 
 
-def _check_continues(source: Source) -> None:
+def check_continues(source: Source) -> None:
     """Raise UserError for a classifier or an encoder, which give no next token."""
     from jaxtune.models import build
     from jaxtune.models.decoder import Decoder

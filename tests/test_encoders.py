@@ -136,11 +136,40 @@ every_encoder = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parity("load", "logits")
 @every_encoder
 def test_hidden_states_equal_transformers_with_and_without_padding(name):
     got = states(*ours(name))
     for row, want in zip(got, reference(name)):
         assert zoo.apart(row, want) < TOLERANCE
+
+
+def first_layers(module, params, count):
+    """The model without what lies above its first layers: every layer a segment of its own."""
+    segments, kept = [], {k: v for k, v in params.items() if not k.startswith("segment_")}
+    for i, segment in enumerate(module.spec.segments):
+        for at in range(segment.layers):
+            repeat, j = divmod(at, len(segment.pattern))
+            if len(segments) < count:
+                block = jax.tree.map(lambda x, at=repeat: x[at : at + 1], params[f"segment_{i}"][f"block_{j}"])
+                kept[f"segment_{len(segments)}"] = {"block_0": block}
+                segments.append(Segment((segment.pattern[j],), 1))
+    return module.clone(spec=dataclasses.replace(module.spec, segments=tuple(segments))), kept
+
+
+@every_encoder
+def test_every_hidden_state_equals_transformers(name):
+    import torch
+
+    model, (ids, _), (module, params) = torch_model(name), rows(), ours(name)
+    norm = model.final_norm if module.spec.last_norm else lambda x: x
+    with torch.no_grad():
+        out = model(torch.tensor(ids, dtype=torch.long), output_hidden_states=True).hidden_states
+        want = [norm(x).numpy() for x in out[:-1]] + [out[-1].numpy()]  # the last is normalised
+    assert len(want) == module.spec.layers + 1
+    for layer, state in enumerate(want):
+        got = hidden(*first_layers(module, params, layer), ids, np.ones_like(ids))
+        assert zoo.apart(got, state) < TOLERANCE, layer
 
 
 def change(module, **changes):
@@ -329,6 +358,137 @@ def test_a_config_of_transformers_4_is_the_same_model():
     old |= {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
     assert models.build(old).spec.segments == ours("modernbert")[0].spec.segments
     assert [s.repeats for s in models.build(old).spec.segments] == [1, 2, 1]
+
+
+# --- images
+
+VIT = {k: v for k, v in BERT.items() if k not in ("vocab_size", "max_position_embeddings")} | {
+    "image_size": 16,
+    "patch_size": 4,
+    "layer_norm_eps": 1e-3,
+}
+IMAGES = {
+    "vit": VIT | {"num_hidden_layers": 4},  # one gelu for another shows after some layers only
+    "vit-oblong": VIT | {"image_size": [8, 16], "patch_size": [4, 2], "num_channels": 1, "num_attention_heads": 2},
+    "vit-no-bias": VIT
+    | {"qkv_bias": False, "hidden_act": "gelu_new", "num_hidden_layers": 3, "num_attention_heads": 1},
+}
+
+
+@functools.cache
+def vit(name):
+    """`(torch model, directory, module, params, pixels)`."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(**IMAGES[name], id2label=dict(enumerate("abc")))
+    config._attn_implementation = "eager"
+    model, folder = enlarge(ViTForImageClassification(config).float().eval()), zoo.scratch() / name
+    with torch.no_grad():
+        model.vit.embeddings.patch_embeddings.projection.weight /= 4  # it is no embedding table, but of their size
+    model.save_pretrained(folder)
+    module, params = load(folder)
+    shape = (3, module.spec.channels, *module.spec.image)
+    return model, folder, module, params, np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_images(module, params, pixels):
+    return module.apply({"params": params}, pixels)
+
+
+def vit_logits(model, pixels):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(pixels)).logits.numpy()
+
+
+@pytest.mark.parity("load", "logits")
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_equal_transformers(name):
+    """Logits, and every layer's hidden states: the body is cut above it."""
+    import torch
+
+    model, _, module, params, pixels = vit(name)
+    assert zoo.apart(of_images(module, params, pixels), vit_logits(model, pixels)) < TOLERANCE
+    with torch.no_grad():
+        states = model.vit(torch.tensor(pixels), output_hidden_states=True).hidden_states
+        want = [model.vit.layernorm(state).numpy() for state in states]
+    assert len(want) == module.spec.layers + 1
+    for layer, state in enumerate(want[:-1]):
+        still = jax.tree_util.tree_map_with_path(
+            lambda p, x, layer=layer: x.at[layer:].set(0) if p[-2].key in ("o_proj", "down_proj") else x, params
+        )
+        assert zoo.apart(of_images(module.body, still, pixels), state) < TOLERANCE, layer
+
+
+def move_positions(m, p):
+    """The class token's position given to the last patch."""
+    return m, p | {"embed_positions": {"table": jnp.roll(p["embed_positions"]["table"], 1, axis=1)}}
+
+
+def body(module, **changes):
+    return dataclasses.replace(module, body=change(module.body, **changes))
+
+
+VIT_MUTATIONS = {
+    "eps": ("vit", lambda m, p: (body(m, eps=1e-5), p)),
+    "tanh gelu": ("vit", lambda m, p: (body(m, act="gelu_tanh"), p)),
+    "causal": ("vit", lambda m, p: (body(m, causal=True), p)),
+    "post-norm": ("vit", lambda m, p: (body(m, post_norm=True), p)),
+    "no class token": ("vit", lambda m, p: (m, zeroed(p, "embed_class"))),
+    "no patch bias": ("vit", lambda m, p: (m, zeroed(p, "embed_patches']['bias"))),
+    "positions": ("vit", move_positions),
+    "no query bias": ("vit", lambda m, p: (m, zeroed(p, "q_proj']['bias"))),
+}
+
+
+@pytest.mark.parametrize("mutation", VIT_MUTATIONS)
+def test_the_tolerance_sees_each_defect_in_images(mutation):
+    name, mutate = VIT_MUTATIONS[mutation]
+    model, _, module, params, pixels = vit(name)
+    assert zoo.apart(of_images(*mutate(module, params), pixels), vit_logits(model, pixels)) > 1.5 * TOLERANCE
+
+
+@pytest.mark.parity("full export")
+@pytest.mark.parametrize("name", ["vit", "vit-oblong"])
+def test_an_image_classifier_goes_out_as_it_came_in(name, tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    model, folder, module, params, pixels = vit(name)
+    changed = jax.tree.map(lambda x: x * 1.1, params)
+    export_model(module, changed, tmp_path / "out", base=folder)
+    again, info = AutoModelForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert again.config.id2label == model.config.id2label
+    assert zoo.apart(vit_logits(again.eval(), pixels), of_images(module, changed, pixels)) < TOLERANCE
+    assert zoo.apart(vit_logits(again, pixels), vit_logits(model, pixels)) > 1e-2
+
+
+def test_a_bare_image_encoder(tmp_path):
+    """ViTModel has no head, no prefix, and a pooler that is passed over."""
+    import torch
+    from transformers import ViTModel
+
+    torch.manual_seed(0)
+    config = vit("vit")[0].config
+    model = enlarge(ViTModel(config).float().eval())
+    model.save_pretrained(tmp_path)
+    module, params = load(tmp_path)
+    pixels = vit("vit")[-1]
+    with torch.no_grad():
+        want = model(torch.tensor(pixels)).last_hidden_state.numpy()
+    assert zoo.apart(of_images(module, params, pixels), want) < TOLERANCE
+
+
+def test_images_of_another_shape_are_refused():
+    _, _, module, params, pixels = vit("vit")
+    with pytest.raises(UserError, match=r"takes images of shape \[B, 3, 16, 16\], this is \[3, 3, 8, 16\]"):
+        module.apply({"params": params}, pixels[:, :, :8])
+    with pytest.raises(UserError, match="takes images"):
+        module.apply({"params": params}, np.zeros((2, 5), np.int32))
 
 
 # --- a real encoder

@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.files import exclusive
     from jaxtune.hf import tensors
     from jaxtune.hf.tuned import find
+    from jaxtune.target import check_continues
 
     source = find(options.target)
     tensors.index_dir(source.model)  # missing weights are named before anything is read
@@ -61,11 +62,41 @@ def main(argv: list[str]) -> None:
     with ExitStack() as stack:
         if out is not None:
             stack.enter_context(exclusive(out / "eval"))
-        (_tasks if options.tasks else _held_out)(options, source, out)
+        if _has_labels(source):
+            if options.tasks:
+                raise UserError(
+                    f"--tasks: {source.model} has a label head; the harness asks models that continue text."
+                )
+            _labelled(options, source, out)
+        else:
+            check_continues(source)
+            (_tasks if options.tasks else _held_out)(options, source, out)
     if out is not None:
         print(f"written: {out / 'eval.json'}")
     if out is not None and out == source.run:
         _refresh(source)
+
+
+def _has_labels(source: Any) -> bool:
+    """Whether what is evaluated has a label head rather than a language model's.
+
+    Raises:
+        UserError: an adapter of a label head without its run, which knows the labels' names.
+    """
+    from jaxtune.hf.load import read_config
+    from jaxtune.hf.peft import read_adapter_config
+    from jaxtune.models.classifier import TASK_TYPES, read_labels
+
+    if source.config is not None:
+        return source.config.get("objective", {}).get("name", "causal_lm") != "causal_lm"
+    if source.adapter is not None:
+        kind = read_adapter_config(source.adapter).get("task_type")
+        if kind in TASK_TYPES.values():
+            raise UserError(
+                f"{source.adapter} is an adapter for {kind}, and its labels are named in its run: give that."
+            )
+        return False
+    return read_labels(read_config(source.model)) is not None
 
 
 def _check_flags(options: SimpleNamespace) -> None:
@@ -107,29 +138,137 @@ def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
             measured[system.name] = held_out.measure(system, rows, tokenizer, plan, kept, progress.begin)
             del system  # a whole base leaves the memory before the tuned model comes
     found = held_out.columns(rows, measured, plan)
+    groups = [row.group for row in rows] if options.group_by else None
+    tokens, labels = sum(sum(row.mask) for row in rows), held_out.confusions(rows, measured) if options.labels else None
+    records = list(held_out.row_records(rows, measured, found))
+    _tell(options, source, out, names, found, records, notes, began, groups=groups, tokens=tokens, labels=labels)
+
+
+def _tell(
+    options: SimpleNamespace,
+    source: Any,
+    out: Path | None,
+    names: list[str],
+    found: dict[str, Any],
+    records: list[dict[str, Any]],
+    notes: list[str],
+    began: float,
+    *,
+    groups: list[str] | None,
+    tokens: int,
+    labels: dict[str, Any] | None,
+) -> None:
+    """Print what was found in the rows, and write it to eval.json and eval/rows.jsonl."""
+    from jaxtune.evaluate import held_out
+    from jaxtune.files import atomic_write_text
+
     report = {
         "target": str(options.target),
         "data": names,
-        "rows": len(rows),
-        "tokens": sum(sum(row.mask) for row in rows),
+        "rows": len(records),
+        "tokens": tokens,
         "metrics": held_out.compare(found),
         "notes": notes,
     }
-    if options.group_by:
-        groups = held_out.compare_groups(found, [row.group for row in rows])
-        report["groups"] = {"column": options.group_by} | groups
-    if options.labels:
-        report["labels"] = held_out.confusions(rows, measured)
-    records = list(held_out.row_records(rows, measured, found))
-    report["samples"] = [_sample(record, measured) for record in records[:MOST_SAMPLES]]
+    if groups is not None:
+        report["groups"] = {"column": options.group_by} | held_out.compare_groups(found, groups)
+    if labels is not None:
+        report["labels"] = labels
+    models = next(iter(found.values())).values
+    report["samples"] = [_sample(record, models) for record in records[:MOST_SAMPLES]]
     report["seconds"] = round(time.time() - began, 2)
     _show(report)
     if out is not None:
-        from jaxtune.files import atomic_write_text
-
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write_text(out / "eval" / "rows.jsonl", lines)
         _write(source, out, "held_out", report)
+
+
+# --------------------------------------------------------------------------------------------------------- label heads
+
+
+def _labelled(options: SimpleNamespace, source: Any, out: Path | None) -> None:
+    """Held-out rows of a model with a label head."""
+    from jaxtune.commands import job
+    from jaxtune.commands.job import max_length
+    from jaxtune.evaluate import classifiers
+    from jaxtune.evaluate.kept import Kept
+    from jaxtune.evaluate.rows import data_names, group_values, tokenised
+    from jaxtune.target import tokenizer_of
+
+    for name in ("format", "metrics", "schema", "scorer", "labels", "max-new-tokens"):
+        if getattr(options, name.replace("-", "_")) != FLAGS[name].default:
+            raise UserError(f"--{name} has no effect on {source.model}, which has a label head.")
+    began = time.time()
+    cfg = _config(source)
+    job.prepare_jax()
+    tokenizer = tokenizer_of(source)
+    heads, form = _heads(options, source, cfg)
+    settings, sources, fraction = _sources(options, source, cfg)
+    rows, lines = tokenised(
+        tokenizer,
+        sources,
+        options.rows,
+        eval_fraction=fraction,
+        labels=form,
+        max_length=max_length(settings, heads[0].module),
+        overlength=settings.data.overlength,
+        vocab_size=heads[0].module.spec.vocab,
+        cache=settings.data.cache,
+    )
+    print(*lines, sep="\n")
+    names, groups = data_names(sources), None
+    if options.group_by:
+        groups = group_values(rows, names, options.group_by)
+    progress = Progress()
+    with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
+        said = {head.name: classifiers.classify(head, rows, form, kept, progress.begin) for head in heads}
+    notes = [] if "base" in said or options.tuned_only else [NO_HEAD]
+    notes += [sentence] if (sentence := classifiers.usual(rows, form)) else []
+    found, labels = classifiers.columns(rows, said, form), classifiers.confusions(rows, said, form)
+    records = classifiers.records(rows, said, form, tokenizer, groups)
+    tokens = int(rows.length.sum())
+    _tell(options, source, out, names, found, records, notes, began, groups=groups, tokens=tokens, labels=labels)
+
+
+NO_HEAD = "The base has no head for these labels, so there is nothing to compare with."
+
+
+def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], Any]:
+    """The models that have a head for the labels, the tuned one last; and how rows for it are read."""
+    import jax
+
+    from jaxtune.commands import job
+    from jaxtune.commands.tasks import open_task
+    from jaxtune.data import LabelForm
+    from jaxtune.evaluate.kept import key_of
+    from jaxtune.evaluate.systems import System, identity
+    from jaxtune.hf import load as hf
+    from jaxtune.hf.peft import load_adapter
+    from jaxtune.models.classifier import PROBLEMS, TOKEN
+
+    dtype = job.compute_dtype(cfg.model.dtype if cfg else "auto")
+    if source.adapter is not None:
+        module = open_task(cfg, hf.read_config(source.model), dtype=dtype).module
+        params, below = hf.read_params(module, source.model, key=jax.random.key(0)), identity(source.model, str(dtype))
+        tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
+        heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
+        if not module.labels.drawn and not options.tuned_only:
+            heads.insert(0, System("base", module, params, below))
+    else:
+        module, params = hf.load(source.model, dtype=dtype)
+        name = "tuned" if source.run else "model"
+        heads = [System(name, module, params, identity(source.model, str(dtype)))]
+    given, labels = _columns(options.columns), module.labels
+    form = LabelForm(
+        per_token=labels.kind == TOKEN,
+        names=labels.names,
+        several=labels.problem == PROBLEMS[1],
+        value=labels.problem == PROBLEMS[2],
+        columns=given if given is not None else dict(cfg.data.columns) if cfg else {},
+        origin="the model",
+    )
+    return heads, form
 
 
 def _config(source: Any) -> Any:
@@ -152,12 +291,12 @@ def _own_metrics(options: SimpleNamespace) -> dict[str, Any]:
 
 def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any) -> tuple[list[Any], list[str]]:
     """The held-out rows, and the names of their sources."""
-    from jaxtune import config, models
+    from jaxtune import models
     from jaxtune.commands.job import max_length
     from jaxtune.evaluate.rows import check_format, data_names, read_rows
     from jaxtune.hf.load import read_config
 
-    settings = cfg or config.resolve({}, {}, source="the defaults", required=())
+    settings, sources, fraction = _sources(options, source, cfg)
     module = models.build(read_config(source.model))
     given = _columns(options.columns)
     read_as = {
@@ -167,14 +306,7 @@ def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any) -> tu
         "completion_from": settings.data.completion_from,
         "system": settings.data.system,
     }
-    fraction, sources = 0.0, options.data
-    if not sources and cfg is not None:
-        sources, fraction = (cfg.data.eval, 0.0) if cfg.data.eval else (cfg.data.train, cfg.data.eval_fraction)
-        if not cfg.data.eval and not fraction:
-            raise UserError(f"The run in {source.run} held out no rows; give --data=FILE.")
-    elif not sources:
-        raise UserError(f"{options.target} is no run, so it has no data of its own; give --data=FILE.")
-    elif cfg is not None and given is None and options.format is None:
+    if options.data and cfg is not None and given is None and options.format is None:
         chat = bool(tokenizer.chat_template) and read_as["template"] is None
         check_format(data_names(cfg.data.train)[0], data_names(sources), read_as | {"chat": chat})
     rows, lines = read_rows(
@@ -191,6 +323,22 @@ def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any) -> tu
     )
     print(*lines, sep="\n")
     return rows, data_names(sources)
+
+
+def _sources(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[Any, Any, float]:
+    """(settings, sources, the share of them that is held out): --data, or what the run held out."""
+    from jaxtune import config
+
+    settings = cfg or config.resolve({}, {}, source="the defaults", required=())
+    if options.data:
+        return settings, options.data, 0.0
+    if cfg is None:
+        raise UserError(f"{options.target} is no run, so it has no data of its own; give --data=FILE.")
+    if cfg.data.eval:
+        return settings, cfg.data.eval, 0.0
+    if not cfg.data.eval_fraction:
+        raise UserError(f"The run in {source.run} held out no rows; give --data=FILE.")
+    return settings, cfg.data.train, cfg.data.eval_fraction
 
 
 def _columns(text: str | None) -> dict[str, str] | None:

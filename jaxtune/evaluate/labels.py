@@ -48,7 +48,11 @@ def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> f
         confidence: the probability of the predicted label, in [0, 1].
         right: whether that prediction is right.
     """
+    return float(np.abs(gap_bins(confidence, right, bins)).sum() / len(right))
+
+
+def gap_bins(confidence: Sequence[float], right: Sequence[bool], bins: int) -> np.ndarray:
+    """Confidence less rightness, summed over each bin of `ece`, f64[bins]."""
     confidence, right = np.asarray(confidence, float), np.asarray(right, float)
     at = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(at, confidence - right, bins)
-    return float(np.abs(gaps).sum() / len(right))
+    return np.bincount(at, confidence - right, bins)

@@ -56,16 +56,24 @@ def read_rows(
     Raises:
         UserError: as `prepare`; a column to group by that is not there, or that has too many values.
     """
+    rows, lines = tokenised(tokenizer, sources, limit, **settings)
+    groups = group_values(rows, data_names(sources), group_by) if group_by else [None] * len(rows)
+    prefix = len(Encoder(tokenizer).prefix)
+    cut = _cut(rows, settings)
+    return [_row(rows, i, tokenizer, prefix, bool(cut[i]), groups[i]) for i in range(len(rows))], lines
+
+
+def tokenised(
+    tokenizer: Any, sources: str | Sequence[str], limit: int | None = None, **settings: Any
+) -> tuple[data.Rows, list[str]]:
+    """Read rows as training would, or those that it held out: (rows, what became of the data); see `read_rows`."""
     train, held_out, report = data.prepare(tokenizer, sources, **settings)
     rows = data.Rows.concatenate(train) if held_out is None else held_out
     lines = [report.lines()[-1]] if held_out is not None else report.lines()
     if limit is not None and limit < len(rows):
         rows = rows.select(np.sort(np.argsort(rows.digest, kind="stable")[:limit]))
         lines.append(f"{limit:,} of the rows are used, drawn by a hash of their content")
-    groups = _groups(rows, data_names(sources), group_by) if group_by else [None] * len(rows)
-    prefix = len(Encoder(tokenizer).prefix)
-    cut = _cut(rows, settings)
-    return [_row(rows, i, tokenizer, prefix, bool(cut[i]), groups[i]) for i in range(len(rows))], lines
+    return rows, lines
 
 
 def data_names(sources: str | Sequence[str]) -> list[str]:
@@ -135,7 +143,7 @@ def _row(rows: data.Rows, i: int, tokenizer: Any, prefix: int, cut: bool, group:
     )
 
 
-def _groups(rows: data.Rows, names: Sequence[str], column: str) -> list[str]:
+def group_values(rows: data.Rows, names: Sequence[str], column: str) -> list[str]:
     """The column's value for each row."""
     by_label: dict[str, dict[int, str]] = {}
     for name in names:

@@ -38,12 +38,12 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
     """
     if source.adapter is not None:
         module, params = load(source.model, dtype=dtype)
-        below = _identity(source.model, str(dtype))
+        below = identity(source.model, str(dtype))
         if base:
             yield System("base", module, prepare(module, params), below)
         tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
         del params
-        yield System("tuned", module, prepare(module, tuned), key_of(below, _identity(source.adapter)))
+        yield System("tuned", module, prepare(module, tuned), key_of(below, identity(source.adapter)))
         return
     named = ["tuned"] if source.run else ["model"]
     folders = [source.model]
@@ -51,10 +51,10 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
         named, folders = ["base", "tuned"], [resolve(source.base), source.model]
     for name, folder in zip(named, folders, strict=True):
         module, params = load(folder, dtype=dtype)
-        yield System(name, module, prepare(module, params), _identity(folder, str(dtype)))
+        yield System(name, module, prepare(module, params), identity(folder, str(dtype)))
 
 
-def _identity(folder: Path, *more: Any) -> str:
+def identity(folder: Path, *more: Any) -> str:
     """A hash of configs and weights: their bytes up to 64 MiB a file, beyond that sizes and times of change."""
     found = []
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):

@@ -10,7 +10,7 @@ from jaxtune.models.spec import Config
 _NAMES = (
     *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"),
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
-    *("bert", "roberta", "distilbert", "modernbert"),
+    *("bert", "roberta", "distilbert", "modernbert", "vit"),
 )
 FAMILIES = {name: f"jaxtune.models.{name}" for name in _NAMES}
 
@@ -43,11 +43,13 @@ def build(config: dict, **settings: Any) -> Any:
             "give the model they were made from."
         )
 
+    described = family(config)
     try:
-        spec = family(config).spec(Config(config))
+        spec = described.spec(Config(config))
     except (TypeError, ValueError, ArithmeticError) as error:  # text for a number, a list for a text, a size of 0
         raise UserError(f"config.json ({config['model_type']}): a value of a wrong type or size: {error}.") from error
-    body = (Encoder if isinstance(spec, EncoderSpec) else Decoder)(spec, **settings)
+    kind = getattr(described, "MODULE", Encoder if isinstance(spec, EncoderSpec) else Decoder)
+    body = kind(spec, **settings)
     labels = read_labels(config)
     return body if labels is None else with_labels(body, labels)
 

@@ -26,8 +26,9 @@ from jaxtune.models.spec import Config
 from jaxtune.tree import flatten
 from jaxtune.weights import Array, Keys, dot, fold
 
-SEQUENCE, TOKEN = "SequenceClassification", "TokenClassification"  # as the names of transformers' classes end
-TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}  # peft's
+# As the names of transformers' classes end.
+SEQUENCE, TOKEN, IMAGE = "SequenceClassification", "TokenClassification", "ImageClassification"
+TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS", IMAGE: None}  # peft's
 POOLINGS = ("cls", "mean", "last")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 PREFIX = "classifier/"
@@ -60,7 +61,7 @@ class Labels:
     """What a model classifies into.
 
     Attributes:
-        kind: SEQUENCE or TOKEN.
+        kind: SEQUENCE, TOKEN or IMAGE.
         names: of the labels, in the order of the logits.
         problem: one of PROBLEMS.
         pooling: of POOLINGS; None: the family's own.

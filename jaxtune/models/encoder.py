@@ -163,10 +163,14 @@ class Encoder(nn.Module):
             keys: one PRNG key a row, [B]; None switches every dropout off.
             types: i32[B, T], BERT's token types; default 0.
         """
-        spec = self.spec
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
         x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types)
+        return self.blocks(x, positions, segments, keys)
+
+    def blocks(self, x: Array, positions: Array, segments: Array | None, keys: Keys) -> Array:
+        """Embeddings [B, T, D] -> the last hidden states [B, T, D]."""
+        spec = self.spec
         ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
         ctx = Context(None, segments, {str(r): rope.tables(r, positions, positions.max(-1) + 1) for r in ropes}, keys)
         pattern = EncoderPattern

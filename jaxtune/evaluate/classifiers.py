@@ -1,0 +1,240 @@
+"""Label heads on held-out rows: what they say of each text or word, scored with intervals, and by group.
+
+A row's share in a score is a vector of counts, so that a draw of rows is a sum of vectors: macro-F1, entity F1 and
+calibration are functions of such sums.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.data import LabelForm, Rows
+from jaxtune.evaluate import statistics
+from jaxtune.evaluate.held_out import Column
+from jaxtune.evaluate.kept import Kept, in_batches, key_of
+from jaxtune.evaluate.labels import confusion, gap_bins
+from jaxtune.evaluate.logprobs import batches_by_length, most_tokens
+from jaxtune.evaluate.systems import System
+from jaxtune.generation import bucket
+from jaxtune.objectives.classification import entity_counts, entity_tables
+
+BINS = 10  # of calibration
+
+
+class Said(NamedTuple):
+    """What a head says of one row.
+
+    Attributes:
+        loss: summed over the row's labels: nats, or squared errors of values.
+        labels: ids, of words one each, of a text any number; or its value.
+        confidence: the probability of each; empty for values and texts with any number of labels.
+    """
+
+    loss: float
+    labels: list[Any]
+    confidence: list[float]
+
+
+def truth(rows: Rows, i: int, form: LabelForm) -> list[Any]:
+    """What row i should be given, as `Said.labels`."""
+    if form.per_token:
+        return [int(mark) - 1 for mark in rows[i][1] if mark]
+    target = rows.target[i]
+    if form.several:
+        return np.flatnonzero(target).tolist()
+    return [float(target[0]) if form.value else int(target[0])]
+
+
+def classify(
+    system: System,
+    rows: Rows,
+    form: LabelForm,
+    kept: Kept,
+    progress: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda n: None,
+) -> list[Said]:
+    """Ask a label head about every row; what is kept from an earlier start is not computed again."""
+
+    def said(batch):
+        width = bucket(max(int(rows.length[i]) for i in batch))
+        width = min(width, max(system.module.spec.positions, int(rows.length[list(batch)].max())))
+        tokens, segments = np.zeros((2, 1 << (len(batch) - 1).bit_length(), width), np.int32)
+        for row, i in enumerate(batch):
+            ids = rows[i][0]
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        logits = np.asarray(_logits(system.module, system.params, tokens, segments), np.float64)
+        return [_said(logits[row, : rows.length[i]] if form.per_token else logits[row], rows, i, form)
+                for row, i in enumerate(batch)]  # fmt: skip
+
+    lengths = rows.length.tolist()
+    keys = [key_of("class", system.identity, rows[i][0].tolist(), truth(rows, i, form)) for i in range(len(rows))]
+    batches = batches_by_length(lengths, most_tokens())
+    found = in_batches(kept, keys, batches, said, progress(f"{system.name}: labels", len(rows)))
+    return [Said(*record) for record in found]
+
+
+@partial(jax.jit, static_argnames="module")
+def _logits(module: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return module.apply({"params": params}, tokens, positions, segments)
+
+
+def _said(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Said:
+    """logits [C] of a text, or [T, C]."""
+    wanted = truth(rows, i, form)
+    if form.value:
+        return Said(float((logits[0] - wanted[0]) ** 2), [float(logits[0])], [])
+    if form.several:
+        there = np.isin(np.arange(len(logits)), wanted)
+        nats = np.logaddexp(0, np.where(there, -logits, logits)).sum()
+        return Said(float(nats), np.flatnonzero(logits > 0).tolist(), [])
+    at = logits[rows[i][1] > 0] if form.per_token else logits[None]
+    logprobs = at - np.logaddexp.reduce(at, axis=-1, keepdims=True)
+    best = logprobs.argmax(-1)
+    nth = np.arange(len(at))
+    return Said(float(-logprobs[nth, wanted].sum()), best.tolist(), np.exp(logprobs[nth, best]).tolist())
+
+
+def columns(rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm) -> dict[str, Column]:
+    """Everything that was measured, as columns of per-row values."""
+    wanted = [truth(rows, i, form) for i in range(len(rows))]
+    every = np.arange(len(rows))
+    count = len(form.names)
+
+    def column(label, better, share, statistic, values):
+        return Column(label, better, share, statistic, values, every)
+
+    weight = [count if form.several else len(labels) for labels in wanted]
+    losses = {who: np.array([(s.loss, w) for s, w in zip(found, weight)]) for who, found in said.items()}
+    loss = "squared error" if form.value else "held-out loss"
+    found = {"loss": column(loss, -1, False, statistics.mean, losses)}
+    if form.value:
+        return found
+    right = {who: np.array([_right(s.labels, w, form) for s, w in zip(f, wanted)], float) for who, f in said.items()}
+    found["accuracy"] = column("accuracy", 1, True, statistics.mean, right)
+    hits = {who: np.stack([_hits(s.labels, w, form, count) for s, w in zip(f, wanted)]) for who, f in said.items()}
+    found["macro_f1"] = column("macro-F1", 1, True, *summed(hits, _macro_f1))
+    tables = entity_tables(form.names) if form.per_token else None
+    if tables is not None:
+        entities = {who: _entities(tables, [s.labels for s in f], wanted) for who, f in said.items()}
+        found["entity_f1"] = column("entity F1", 1, True, *summed(entities, _macro_f1))
+    if not form.several:
+        gaps = {who: np.stack([_gaps(s, w) for s, w in zip(f, wanted)]) for who, f in said.items()}
+        found["ece"] = column("calibration error (ECE)", -1, True, *summed(gaps, _ece))
+    return found
+
+
+def summed(
+    counts: Mapping[str, np.ndarray], score: Callable[[np.ndarray], float]
+) -> tuple[statistics.Statistic, dict[str, np.ndarray]]:
+    """A score of summed counts as (statistic, values): a row's value is where its counts [N, K] stand among all."""
+    table = np.concatenate(list(counts.values()))
+    starts = np.cumsum([0, *(len(part) for part in counts.values())])
+
+    def statistic(draw: np.ndarray) -> float:
+        return score(np.bincount(draw.astype(int), minlength=len(table)) @ table)
+
+    return statistics.each(statistic), {
+        who: np.arange(start, start + len(part), dtype=float) for (who, part), start in zip(counts.items(), starts)
+    }
+
+
+def _right(labels: list[int], wanted: list[int], form: LabelForm) -> tuple[float, float]:
+    """(right, of how many): words, or the row as a whole."""
+    if form.per_token:
+        return sum(a == b for a, b in zip(labels, wanted, strict=True)), len(wanted)
+    return float(labels == wanted), 1.0
+
+
+def _hits(labels: list[int], wanted: list[int], form: LabelForm, count: int) -> np.ndarray:
+    """[3 C]: how often each label was right, said and there."""
+    hits = [a for a, b in zip(labels, wanted) if a == b] if not form.several else [*{*labels} & {*wanted}]
+    return np.concatenate([np.bincount(np.array(ids, int), minlength=count) for ids in (hits, labels, wanted)])
+
+
+def _macro_f1(counts: np.ndarray) -> float:
+    hits, said, there = np.split(counts, 3)
+    both = said + there
+    return float(np.mean(2 * hits[both > 0] / both[both > 0])) if both.any() else 0.0
+
+
+def _entities(tables: Any, said: Sequence[list[int]], wanted: Sequence[list[int]]) -> np.ndarray:
+    """[N, 3]: entities right, said and there in each row."""
+    width = max(map(len, wanted))
+    tags, weights = np.zeros((2, len(wanted), width), np.int32), np.zeros((len(wanted), width), np.float32)
+    for i, (ours, theirs) in enumerate(zip(said, wanted)):
+        tags[0, i, : len(ours)], tags[1, i, : len(theirs)], weights[i, : len(theirs)] = ours, theirs, 1
+
+    def one(ours, theirs, weight):
+        return entity_counts(tables, ours[None], theirs[None], weight[None])
+
+    return np.asarray(jax.jit(jax.vmap(one))(*tags, weights), float)
+
+
+def _gaps(said: Said, wanted: list[int]) -> np.ndarray:
+    """[BINS + 1]: confidence less rightness, summed by bin of confidence; and how many."""
+    right = [float(a == b) for a, b in zip(said.labels, wanted, strict=True)]
+    return np.append(gap_bins(said.confidence, right, BINS), len(wanted))
+
+
+def _ece(counts: np.ndarray) -> float:
+    return float(np.abs(counts[:-1]).sum() / max(counts[-1], 1))
+
+
+def confusions(rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm) -> dict[str, Any] | None:
+    """Label names, and for each model its counts: row the expected label, column the predicted one."""
+    if form.value or form.several:
+        return None
+    true = [form.names[label] for i in range(len(rows)) for label in truth(rows, i, form)]
+    tables = {
+        who: confusion(true, [form.names[label] for s in found for label in s.labels], form.names).tolist()
+        for who, found in said.items()
+    }
+    return {"names": list(form.names), "confusion": tables}
+
+
+def usual(rows: Rows, form: LabelForm) -> str | None:
+    """A sentence on what it takes to be right without reading."""
+    if form.value or form.several:
+        return None
+    labels = [label for i in range(len(rows)) for label in truth(rows, i, form)]
+    ids, counts = np.unique(labels, return_counts=True)
+    most = int(counts.argmax())
+    what = "words" if form.per_token else "rows"
+    return f"Always saying {form.names[ids[most]]!r} would be right in {counts[most] / len(labels):.1%} of the {what}."
+
+
+def records(
+    rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm, tokenizer: Any, groups: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """One JSON object a row: where it stands, its text, what is expected, and what each model says of it."""
+    found = []
+    for i in range(len(rows)):
+        ids, marks = rows[i]
+        pieces = np.split(ids, np.flatnonzero(marks)[1:]) if form.per_token else []
+        words = [tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces]
+
+        def told(labels, words=words):
+            if form.value:
+                return f"{labels[0]:g}"
+            names = [form.names[label] for label in labels]
+            if form.per_token:
+                names = [f"{word}: {name}" for word, name in zip(words, names) if name != "O"]
+            return ", ".join(names) or "none"
+
+        record = {
+            "where": rows.where(i),
+            "prompt": tokenizer.decode(ids, skip_special_tokens=True),
+            "expected": told(truth(rows, i, form)),
+        }
+        if groups is not None:
+            record["group"] = groups[i]
+        for who, of_rows in said.items():
+            record[who] = {"loss": of_rows[i].loss, "label": told(of_rows[i].labels)}
+            if of_rows[i].confidence and not form.per_token:
+                record[who]["confidence"] = of_rows[i].confidence[0]
+        found.append(record)
+    return found
