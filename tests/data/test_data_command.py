@@ -88,25 +88,3 @@ def test_nothing_left_to_write(tmp_path, capsys):
 def test_help_says_what_strict_does(capsys):
     assert main(["data", "--help"]) == 0
     assert "with --strict, a finding is an error or a warning" in capsys.readouterr().out
-
-
-def test_labelled_rows(rows, capsys):
-    labelled = [{"text": f"text {i} of {i * i}", "label": "spam" if i % 40 == 0 else "ham"} for i in range(80)]
-    labelled += [
-        {"text": "Text 3  of 9", "label": "spam"},
-        {"text": "text 5", "label": "eggs"},
-        {"text": 3, "label": "ham"},
-    ]
-    write_jsonl(rows / "labelled.jsonl", labelled)
-    flags = ("--config.objective.name=sequence_classification", "--config.objective.labels=ham,spam")
-    out = rows / "clean.jsonl"
-    assert run(rows, *flags, f"--workdir={rows / 'run'}", f"--write-clean={out}", train="labelled.jsonl") == 0
-    report = json.loads((rows / "run" / "data_report.json").read_text())
-    found = {f["check"]: f for f in report["findings"]}
-    assert {"unreadable", "conflicts", "class_balance"} <= set(found)
-    assert "'eggs' is not one of the 2 labels" in found["unreadable"]["rows"][0]
-    assert "column 'text' is a number (3)" in found["unreadable"]["rows"][1]
-    assert found["conflicts"]["rows"] == [f"{rows / 'labelled.jsonl'}:81 against {rows / 'labelled.jsonl'}:4"]
-    assert report["summary"]["groups"]["answer"][0] == {"value": "ham", "rows": 78}
-    assert {piece["text"] for piece in report["samples"][0]["pieces"] if piece["trained"]} == {"ham"}
-    assert len(out.read_text().splitlines()) == 81
