@@ -7,7 +7,7 @@ A check sees every chunk once, then says what it found (`rows.Check`); `report.e
 
 from jaxtune.curate.clean import write_clean
 from jaxtune.curate.finding import ERROR, NOTE, WARNING, Finding
-from jaxtune.curate.glance import glance
 from jaxtune.curate.report import DataReport, examine
+from jaxtune.curate.training import glance
 
 __all__ = ["ERROR", "NOTE", "WARNING", "DataReport", "Finding", "examine", "glance", "write_clean"]
