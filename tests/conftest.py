@@ -1,7 +1,9 @@
 import os
 from pathlib import Path
 
+import families_table
 import pytest
+from families_table import pytest_addoption  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +14,15 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: JAXTUNE_ASSETS={folder} is not a folder")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    families_table.record(item, report)
+    return report
+
+
+def pytest_sessionfinish(session):
+    if file := session.config.getoption("--families-table"):
+        families_table.write(Path(file))
