@@ -1,8 +1,10 @@
 import os
 from pathlib import Path
 
+import families_table
 import hypothesis
 import pytest
+from families_table import pytest_addoption  # noqa: F401
 
 hypothesis.settings.register_profile("jaxtune", deadline=None)  # compiles and busy machines take the time they take
 hypothesis.settings.load_profile("jaxtune")
@@ -25,3 +27,20 @@ def browser(tmp_path_factory):
 
     with start(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
+
+
+def pytest_configure(config):
+    if config.getoption("--families-table") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--families-table goes with -n 0: one process has to see all tests")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    families_table.record(item, report)
+    return report
+
+
+def pytest_sessionfinish(session):
+    if file := session.config.getoption("--families-table"):
+        families_table.write(Path(file))

@@ -38,7 +38,7 @@ from jaxtune.methods import (
     prompt_tuning,
     untie,
 )
-from jaxtune.tree import TRAIN, flatten, path_str
+from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
 from jaxtune.weights import (
     DoraWeight,
     Ia3Weight,
@@ -198,9 +198,29 @@ def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, A
     return attach(params, jax.random.key(0), _chosen(config, candidates), module=module, **settings)
 
 
-def _saved(module: Any) -> list[str] | None:
-    """The modules that are trained and stored whole beside the adapters: a label head."""
-    return module.saved_modules if hasattr(module, "labels") else None
+def _trained_head(module: Any, params: Any, mask: Any) -> list[str]:
+    """The modules of a label head that are trained and stored whole beside the adapters; all of them, without a mask.
+
+    peft trains "classifier" and "score" alone: in its adapters BERT's pooler is the base's.
+    """
+    if not hasattr(module, "labels"):
+        return []
+    roles = flatten(mask)
+    trained = [
+        t.module
+        for t in models.names(module).tensors(module.spec, set(weights_by_path(params)))
+        if in_label_head(t.path) and roles.get(t.path, TRAIN) is TRAIN
+    ]
+    return [name for name in module.saved_modules if any(is_saved(other, [name]) for other in trained)]
+
+
+def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
+    """The mask of a loaded adapter: what of a label head it does not hold is the base's, and stays."""
+    if not hasattr(module, "labels") or config["peft_type"] != "LORA":
+        return mask
+    tensors_ = models.names(module).tensors(module.spec, set(weights_by_path(params)))
+    kept = {t.path for t in tensors_ if in_label_head(t.path) and not is_saved(t.module, config["modules_to_save"])}
+    return jax.tree_util.tree_map_with_path(lambda p, role: FROZEN if path_str(p) in kept else role, mask)
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -272,8 +292,12 @@ _LORA = (("a", "lora_A.weight"), ("b", "lora_B.weight"), ("magnitude", "lora_mag
 _LORA_TABLE = (("a", "lora_embedding_A"), ("b", "lora_embedding_B"), ("magnitude", "lora_magnitude_vector"))
 
 
-def _spots(module: Any, params: Any, config: Mapping[str, Any]) -> dict[str, Spot]:
-    """Every tensor that peft stores for a tree of `_attach`, by its key in the file."""
+def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool = False) -> dict[str, Spot]:
+    """Every tensor that peft stores for a tree of `_attach`, by its key in the file.
+
+    `whole_head`: also what of a label head modules_to_save does not name.
+    """
+    whole_head = whole_head or config["peft_type"] != "LORA"
     leaves = weights_by_path(params)
     chosen = _chosen(config, places(params, module)) if config["peft_type"] == "LORA" else {}
     spots = {}
@@ -298,7 +322,7 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any]) -> dict[str, Spo
     names = {place.name for place in chosen}
     for t in models.names(module).tensors(module.spec, set(leaves)):
         shape = _hf_shape(t, leaves[t.path])
-        if is_saved(t.module, saved) or in_label_head(t.path):
+        if is_saved(t.module, saved) or (whole_head and in_label_head(t.path)):
             spots[f"{_PREFIX}{t.hf}"] = Spot(t.path, t.index, "", shape, turn=t.transpose)
         elif t.path.endswith("/bias") and t.module in names and bias != "none":
             spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
@@ -351,7 +375,9 @@ def load_adapter(
             refused.append(f"wrong base   {error}")
     if refused:
         raise _misfit(folder, problems + refused)
-    spots = _spots(module, params, config)
+    mask = _frozen_head(module, params, mask, config)
+    drawn = hasattr(module, "labels") and module.labels.drawn  # then the base has none to fall back on
+    spots = _spots(module, params, config, whole_head=drawn)
     entries, other = _without_tables(module, params, _modern_keys(entries, spots), spots)
     problems += other + _compare(spots, entries)
     if problems:
@@ -611,15 +637,16 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
         "fan_in_fan_out": models.names(module).conv1d,
         "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
         "trainable_token_indices": tokens[0] if tokens else None,
-        "modules_to_save": [*(_saved(module) or ()), *_shortest_saved(module, params, saved)] or None,
+        "modules_to_save": [*_trained_head(module, params, mask), *_shortest_saved(module, params, saved)] or None,
     }
     if "r" in given or "lora_alpha" in given:
         config |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name in ("rank_pattern", "alpha_pattern"):
         if name in given:
             given[name] = dict(given[name] or ())
-    if head := set(_saved(module) or ()) - set(given.get("modules_to_save") or ()):
-        given["modules_to_save"] = [*sorted(head), *(given.get("modules_to_save") or ())]
+    saved = given.get("modules_to_save") or []
+    if head := [name for name in _trained_head(module, params, mask) if not is_saved(name, saved)]:
+        given["modules_to_save"] = [*head, *saved]
     if given.get("init_lora_weights") == "default":
         given["init_lora_weights"] = True
     return config | given | {"peft_type": "LORA", "inference_mode": True}
