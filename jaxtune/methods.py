@@ -748,9 +748,12 @@ def _factors(
 # ------------------------------------------------------------------------------------------------------------- others
 
 
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # of Llama's family
+
+
 def ia3(
     params: PyTree,
-    target_modules: str | Sequence[str] = ("k_proj", "v_proj", "down_proj"),
+    target_modules: str | Sequence[str] = IA3_TARGETS,
     feedforward_modules: str | Sequence[str] = ("down_proj",),
     exclude_modules: str | Sequence[str] | None = None,
     module: Any = None,
@@ -799,7 +802,7 @@ def ia3(
 
 def _ia3_places(
     candidates: list[Place],
-    target_modules: str | Sequence[str],
+    target_modules: str | Sequence[str] = IA3_TARGETS,
     exclude_modules: str | Sequence[str] | None = None,
     feedforward_modules: Any = None,
 ) -> list[Place]:

@@ -148,6 +148,8 @@ def _setup(cfg: Any, backend: str, module: Any = None) -> "Setup":
     if module is None:
         fields = {"attention": cfg.model.attention, "remat": cfg.model.remat, "unroll": cfg.model.unroll}
         values = hf.read_config(hf.resolve(cfg.model.path))
+        if values.get("pad_token_id") is None:
+            values |= {"pad_token_id": 0}  # which id it is costs nothing, and no tokenizer need be there to name it
         module = open_task(cfg, values, dtype=jnp.dtype(dtype), **fields).module
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
     return plan.Setup(
