@@ -153,6 +153,7 @@ SETTINGS = (
     Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=AT_LEAST_2),
     Setting("data.overlength", str, "drop", "what happens to longer rows", ("drop", "truncate", "split")),
     Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
+    Setting("data.group_by_length", bool, False, "batches of rows of like length: less padding, a little less random"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),
     #
     Setting("objective.name", str, "causal_lm", "the task", TASKS),
@@ -284,6 +285,7 @@ IDLE = (
     Idle(("optim.eps",), lambda v: v["optim.name"] != "adamw", "optim.name is {optim.name}"),
     Idle(("optim.momentum",), lambda v: v["optim.name"] != "sgd", "optim.name is {optim.name}, not sgd"),
     Idle(("optim.min_lr_ratio",), lambda v: v["optim.schedule"] == "constant", "optim.schedule is constant"),
+    Idle(("data.group_by_length",), lambda v: v["data.packing"], "data.packing leaves nothing to pad"),
     Idle(("data.eval_fraction",), lambda v: v["data.eval"], "data.eval names the held-out data"),
     Idle(("data.weights",), lambda v: v["data.train"] and len(v["data.train"]) == 1, "data.train has one source"),
     Idle(("model.chat_template", "data.system"), lambda v: v["data.format"] == "text", "data.format is text"),

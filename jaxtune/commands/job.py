@@ -240,7 +240,8 @@ def make_batches(cfg: Any, model: Model, d: Data) -> tuple[data.Batches, data.Ev
         "assembler": model.task.assembler,
     }
     train = [rows.prefixed(d.prefix) for rows in d.train]
-    batches = data.Batches(train, weights=cfg.data.weights, seed=cfg.train.seed, **shared)
+    order = {"weights": cfg.data.weights, "seed": cfg.train.seed, "group_by_length": cfg.data.group_by_length}
+    batches = data.Batches(train, **order, **shared)
     held_out = None if d.eval is None else data.EvalBatches(d.eval.prefixed(d.prefix), **shared)
     return batches, held_out, cfg.train.steps or batches.steps(cfg.train.epochs)
 

@@ -130,8 +130,16 @@ class Batches:
         that no row comes again before all of its source were used.
     batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
     packing: lay several rows, as segments, into one of `max_length` tokens.
+    group_by_length: batches of rows of like length, so that little is padded: each run of `GROUPED` batches of the
+        permutation is sorted by length and cut into batches, which are shuffled.
     assembler: what lays rows into arrays.
+
+    Raises:
+        UserError: no rows, or weights that do not fit them.
+        ValueError: both `packing` and `group_by_length`.
     """
+
+    GROUPED = 16
 
     def __init__(
         self,
@@ -143,12 +151,16 @@ class Batches:
         max_length: int,
         seed: int = 0,
         packing: bool = False,
+        group_by_length: bool = False,
         assembler: type[Assembler] = Assembler,
     ):
+        if packing and group_by_length:
+            raise ValueError("packing leaves nothing to pad: group_by_length has no effect")
         self.sources = list(sources)
         self.seed = seed
         self.batch_size = batch_size
         self.packing = packing
+        self.group_by_length = group_by_length
         sizes = [len(s) for s in self.sources]
         if not sum(sizes):
             raise UserError("no training rows.")
@@ -222,10 +234,23 @@ class Batches:
     def _make_plan(self, epoch: int) -> Plan:
         drawn = np.concatenate([self._drawn(s, epoch) for s in range(len(self.sources))])
         drawn = drawn[_shuffled(len(drawn), self.seed, 1, epoch)]
+        if self.group_by_length:
+            drawn = self._grouped(drawn, epoch)
         if not self.packing:
             return drawn[:, None]
         bins = pack(self._assembler.length[drawn], self._assembler.max_length)
         return [drawn[bins[i]] for i in _shuffled(len(bins), self.seed, 2, epoch)]
+
+    def _grouped(self, drawn: np.ndarray, epoch: int) -> np.ndarray:
+        """Reorder the rows of an epoch; those of a batch that begins or ends in another epoch stay where they are."""
+        first = -self._ends[epoch] % self.batch_size
+        count = max(0, len(drawn) - first) // self.batch_size
+        whole = slice(first, first + count * self.batch_size)
+        run = np.arange(count) // self.GROUPED
+        by_length = np.lexsort((self._assembler.length[drawn[whole]], run.repeat(self.batch_size)))
+        batches = drawn[whole][by_length].reshape(count, self.batch_size)
+        shuffled = np.lexsort((_shuffled(count, self.seed, 3, epoch), run))
+        return np.concatenate([drawn[:first], batches[shuffled].ravel(), drawn[whole.stop :]])
 
     def _drawn(self, source: int, epoch: int) -> np.ndarray:
         """Return the rows that `source` gives to `epoch`: a stretch of its permutations laid end to end."""

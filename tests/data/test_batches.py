@@ -45,13 +45,14 @@ def equal(a, b):
 
 LENGTHS = st.lists(st.integers(2, 20), min_size=1, max_size=40)
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3))
+ORDERS = st.sampled_from(({}, {"packing": True}, {"group_by_length": True}))
 
 
 @settings(deadline=None, max_examples=40)
-@given(LENGTHS, SHAPES, st.booleans(), st.integers(0, 3))
-def test_a_batch_depends_on_data_seed_and_step_only(lengths, shape, packing, seed):
+@given(LENGTHS, SHAPES, ORDERS, st.integers(0, 3))
+def test_a_batch_depends_on_data_seed_and_step_only(lengths, shape, order, seed):
     rows, (accum, micro) = make_rows(lengths), shape
-    kwargs = {"batch_size": accum * micro, "grad_accum": accum, "max_length": 24, "seed": seed, "packing": packing}
+    kwargs = {"batch_size": accum * micro, "grad_accum": accum, "max_length": 24, "seed": seed, **order}
     in_order = Batches([rows], **kwargs)
     wanted = [in_order.batch(step) for step in range(12)]
     backwards = Batches([rows], **kwargs)
@@ -61,10 +62,10 @@ def test_a_batch_depends_on_data_seed_and_step_only(lengths, shape, packing, see
 
 
 @settings(deadline=None, max_examples=40)
-@given(LENGTHS, SHAPES, st.booleans())
-def test_every_row_once_an_epoch(lengths, shape, packing):
+@given(LENGTHS, SHAPES, ORDERS)
+def test_every_row_once_an_epoch(lengths, shape, order):
     rows, (accum, micro) = make_rows(lengths), shape
-    batches = Batches([rows], batch_size=accum * micro, grad_accum=accum, max_length=24, packing=packing)
+    batches = Batches([rows], batch_size=accum * micro, grad_accum=accum, max_length=24, **order)
     seen = [row for step in range(batches.steps(3)) for row in rows_in(batches.batch(step))]
     for epoch in range(3):
         assert sorted(seen[epoch * len(lengths) : (epoch + 1) * len(lengths)]) == list(range(1, len(lengths) + 1))
@@ -103,6 +104,26 @@ def test_micro_batches_split_the_same_batch():
     assert two["tokens"].shape[:2] == (2, 2)
     for name in one:
         assert np.array_equal(flat(one, name), flat(two, name))
+
+
+def test_batches_of_like_length():
+    lengths = np.random.default_rng(0).integers(2, 500, 1003)
+
+    def spread(**order):
+        """What a batch of 8 must pad to the longest of its rows, as a share of the epochs' tokens."""
+        batches = Batches([make_rows(lengths)], batch_size=8, max_length=500, **order)
+        drawn = [lengths[np.array(rows_in(batches.batch(step))) - 1] for step in range(250)]
+        return sum(8 * d.max() - d.sum() for d in drawn) / sum(d.sum() for d in drawn), drawn
+
+    mixed, _ = spread()
+    little, drawn = spread(group_by_length=True)
+    assert mixed > 0.6
+    assert little < 0.1
+    # Within an epoch, and from one to the next, short and long batches follow one another at random.
+    means = np.array([d.mean() for d in drawn])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
+    with pytest.raises(ValueError, match="nothing to pad"):
+        Batches([make_rows(lengths)], batch_size=8, max_length=500, packing=True, group_by_length=True)
 
 
 def test_epochs_and_seeds_have_their_own_order():
