@@ -44,6 +44,7 @@ _API = {
     "export_adapter": "jaxtune.hf.peft",
     "load_adapter": "jaxtune.hf.peft",
     "export_model": "jaxtune.hf.export",
+    "export_gguf": "jaxtune.hf.gguf",
     "split": "jaxtune.models.decoder",
     "causal_lm": "jaxtune.objectives.causal_lm",
     "with_labels": "jaxtune.models.classifier",

@@ -70,12 +70,23 @@ def atomic_open(path: str | Path) -> Iterator[TextIO]:
     Raises:
         UserError: there is no room on the disk.
     """
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Give the name of a file to write; that becomes `path`, or replaces it, when the block ends well.
+
+    Raises:
+        UserError: there is no room on the disk, or nothing can be written there.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with _plain_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                yield file
+            yield temporary
             _fsync(temporary)
             os.replace(temporary, path)
         finally:

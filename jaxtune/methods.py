@@ -368,7 +368,7 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
     def role(path, leaf):
         return _all(leaf, TRAIN if hits[path] or (labelled and in_label_head(path)) else FROZEN)
 
-    return _masters(params, _map_paths(role, params))
+    return _with_new_tokens(_masters(params, _map_paths(role, params)), module)
 
 
 def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
@@ -473,7 +473,8 @@ def lora(
         layouts: how the arrays of a model that is not ours are matrices, from `adapt(apply_fn).layouts`.
 
     Raises:
-        UserError: a target matches nothing, the rank exceeds a matrix's smaller side, or two options claim one leaf.
+        UserError: a target matches nothing, the rank exceeds a matrix's smaller side, two options claim one leaf, or a
+            row that `resize` added is not trained.
     """
     candidates = places(params, module, layouts)
     chosen = _lora_places(
@@ -489,7 +490,7 @@ def lora(
         exclude_modules=exclude_modules,
         modules_to_save=modules_to_save,
     )
-    return attach(
+    tuned = attach(
         params,
         key,
         chosen,
@@ -502,6 +503,7 @@ def lora(
         module=module,
         layouts=layouts,
     )
+    return _with_new_tokens(tuned, module)
 
 
 def _lora_places(
@@ -603,6 +605,7 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
     """Give a zoo model room for new tokens: `vocab` rows in its table, and outputs of an untied head.
 
     New rows are the mean of the old; train them with `lora(trainable_token_indices=...)`, which a tied head follows.
+    A method that is given the module and leaves one of them untrained refuses it.
 
     Raises:
         UserError: the table would shrink, or is adapted or quantised.
@@ -619,7 +622,32 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
     if head is not None:
         params["lm_head"] = {**params["lm_head"], "kernel": grow(head, 1)}
     config = json.dumps(module.spec.hf_config | {"vocab_size": vocab})
-    return module.clone(spec=dataclasses.replace(module.spec, vocab=vocab, config=config)), params
+    new = module.spec.new_tokens + vocab - module.spec.vocab
+    return module.clone(spec=dataclasses.replace(module.spec, vocab=vocab, config=config, new_tokens=new)), params
+
+
+def _with_new_tokens(tuned: tuple[PyTree, PyTree], module: Any) -> tuple[PyTree, PyTree]:
+    """What a method returns, if it trains the rows that `resize` gave the module's table.
+
+    Raises:
+        UserError: some of them would stay the mean of the others.
+    """
+    spec = getattr(module, "spec", None)
+    if not getattr(spec, "new_tokens", 0):
+        return tuned
+    role = tuned[1]["embed_tokens"]["embedding"]
+    new, rows = range(spec.vocab - spec.new_tokens, spec.vocab), ()
+    if isinstance(role, TokensWeight):
+        rows = role.ids
+    elif not isinstance(role, PromptWeight) and TRAIN in jax.tree.leaves(role):
+        rows = new
+    if lost := sorted(set(new) - set(rows)):
+        raise UserError(
+            f"resize added {spec.new_tokens} token(s) to the table, and nothing trains the row(s) {lost[:8]}"
+            f"{' and more' * (len(lost) > 8)}: they would stay the mean of the others. Give lora "
+            f"trainable_token_indices with all of {new.start} to {new.stop - 1}, or modules_to_save=['embed_tokens']."
+        )
+    return tuned
 
 
 def leaf_rows(table: Any, ids: Sequence[int]) -> jax.Array:
@@ -797,7 +825,7 @@ def ia3(
         return Ia3Weight(_all(leaf.w, FROZEN), **there)
 
     new = _map_paths(adapt, params)
-    return _masters(new, _map_paths(role, new))
+    return _with_new_tokens(_masters(new, _map_paths(role, new)), module)
 
 
 def _ia3_places(
@@ -845,7 +873,8 @@ def prompt_tuning(
         raise UserError(f"init={init!r} is not one of 'vocab', 'random'.")
     new = {**params, "embed_tokens": {"embedding": PromptWeight(table, prompt)}}
     mask = jax.tree.map(lambda _: FROZEN, params)
-    return _masters(new, {**mask, "embed_tokens": {"embedding": PromptWeight(_all(table, FROZEN), TRAIN)}})
+    mask = {**mask, "embed_tokens": {"embedding": PromptWeight(_all(table, FROZEN), TRAIN)}}
+    return _with_new_tokens(_masters(new, mask), module)
 
 
 def virtual_ids(module: Any, settings: Mapping[str, Any]) -> list[int]:
@@ -862,7 +891,7 @@ def tune(
 
 METHODS = {
     "full": lambda params, key, module, settings: full(params),
-    "head": lambda params, key, module, settings: head(params),
+    "head": lambda params, key, module, settings: _with_new_tokens(head(params), module),
     "lora": lambda params, key, module, settings: lora(params, key, module=module, **settings),
     "bitfit": lambda params, key, module, settings: bitfit(params, module),
     "norms": lambda params, key, module, settings: norms(params, module),

@@ -16,6 +16,7 @@ import zoo
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.errors import UserError
+from jaxtune.hf import load as hf_load
 from jaxtune.hf import tensors
 from jaxtune.hf.load import load, resolve
 from jaxtune.tree import flatten
@@ -50,6 +51,18 @@ def test_one_file_and_many_give_the_same_tree(name, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert not (tmp_path / "model.safetensors").exists()
     same_tree(load(tmp_path)[1], zoo.ours(name)[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_device_that_is_no_cpu_is_given_the_same_tree(name, monkeypatch):
+    """There each layer is laid and put into its stack on the device; here the CPU is that device."""
+    used = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(hf_load, "_in_place", lambda sources, *args: used.append(len(sources)) or {})
+    _, params = load(zoo.directory(name))
+    assert used == [0]
+    monkeypatch.undo()
+    same_tree(params, zoo.ours(name)[1])
 
 
 def test_every_tensor_lands_in_its_layer_and_orientation():

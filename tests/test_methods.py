@@ -13,7 +13,19 @@ from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
 from jaxtune.hf.peft import export_adapter, load_adapter
-from jaxtune.methods import METHODS, cut, full, head, ia3, lora, parameters, places, prompt_tuning, resolve_targets
+from jaxtune.methods import (
+    METHODS,
+    cut,
+    full,
+    head,
+    ia3,
+    lora,
+    parameters,
+    places,
+    prompt_tuning,
+    resize,
+    resolve_targets,
+)
 from jaxtune.models.decoder import head_leaf, head_logits, split
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, count, flatten, partition
 from jaxtune.weights import DoraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
@@ -552,3 +564,49 @@ def test_places_sees_through_an_adapter():
     tuned, _ = lora(params, KEY, module=module, target_modules=["q_proj"])
     assert places(tuned, module) == places(params, module)
     assert len(places(params, module)) == 3 * 7 + 2
+
+
+# --- new tokens
+
+NEW = [zoo.VOCAB, zoo.VOCAB + 1, zoo.VOCAB + 2]
+
+
+@pytest.fixture(scope="module")
+def enlarged():
+    module, params = zoo.ours("llama")
+    return resize(*resize(module, params, zoo.VOCAB + 1), zoo.VOCAB + 3)  # enlarged twice: both times count
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("lora", {}),
+        ("lora", {"target_modules": ["q_proj", "lm_head"]}),
+        ("lora", {"trainable_token_indices": [3, *NEW[:2]]}),
+        ("lora", {"modules_to_save": ["lm_head"]}),
+        ("norms", {}),
+        ("head", {}),
+        ("ia3", {}),
+        ("prompt_tuning", {}),
+    ],
+)
+def test_a_new_token_without_a_trained_row_is_refused(method, settings, enlarged):
+    module, params = enlarged
+    lost = NEW[2:] if "trainable_token_indices" in settings else NEW
+    with pytest.raises(UserError, match=rf"resize added 3 token.*row\(s\) \[{lost[0]}.*trainable_token_indices"):
+        METHODS[method](params, jax.random.key(0), module, settings)
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("lora", {"trainable_token_indices": [3, *NEW]}),
+        ("lora", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("lora", {"modules_to_save": ["embed_tokens"]}),
+        ("embeddings", {}),
+        ("full", {}),
+    ],
+)
+def test_new_tokens_with_trained_rows_pass(method, settings, enlarged):
+    module, params = enlarged
+    METHODS[method](params, jax.random.key(0), module, settings)

@@ -9,11 +9,11 @@ from jaxtune.errors import UserError
 USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter [--bake]] [--dtype=bfloat16]
 
 Write a run, a PEFT adapter or a model as a Hugging Face directory: adapters are merged into their base, or kept as a
-PEFT directory with --adapter. OUT must not exist."""
+PEFT directory with --adapter. An OUT that ends in .gguf becomes one GGUF file, for llama.cpp. OUT must not exist."""
 
 ARGUMENTS = {
     "source": Flag("run directory, adapter directory, model directory or hub id", required=True),
-    "out": Flag("directory to write", Path, required=True),
+    "out": Flag("directory, or file that ends in .gguf, to write", Path, required=True),
 }
 FLAGS = {
     "merge": Flag("merge the adapter into its base (what is done anyway)", bool, False),
@@ -33,6 +33,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--dtype has no effect with --adapter: adapters are float32, as peft writes them.")
     if options.bake and not options.adapter:
         raise UserError("--bake has no effect without --adapter: a merged model has no scales.")
+    as_gguf = options.out.suffix == ".gguf"
+    if as_gguf and options.adapter:
+        raise UserError("--adapter writes a PEFT directory; a GGUF file holds the merged model. Leave one out.")
     from jaxtune.files import refuse_existing
 
     refuse_existing(options.out)
@@ -45,6 +48,14 @@ def main(argv: list[str]) -> None:
         flag = "--merge" if options.merge else "--adapter"
         raise UserError(f"{flag}: {options.source} holds a whole model, not an adapter; leave the flag out.")
     module, params, config = open_source(source, any_base=options.allow_other_base)
+    if as_gguf:
+        from jaxtune.hf.gguf import export_gguf
+
+        where = {"base": source.model, "tuned_from": source.base, "tokenizer": source.tokenizer}
+        for note in export_gguf(module, params, options.out, dtype=options.dtype, **where):
+            print(note)
+        print(f"written: {options.out}")
+        return
     shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": source.tokenizer}
     if options.adapter:
         where = {"base": source.base, "config": config, "bake": options.bake}

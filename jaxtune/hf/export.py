@@ -64,23 +64,14 @@ def export_model(
         UserError: `out` exists, the disk is full, or there is a soft prompt, which no plain model holds.
     """
     base, out = Path(base).expanduser(), Path(out).expanduser()
-    params, notes = settle(params), []
-    has_head = hasattr(module, "head")  # of a language model, which may be tied
-    if has_head and (untied_head := _head_to_untie(params)) is not None:
-        params = {**params, "lm_head": {"kernel": untied_head}}
-        notes.append(
-            "The output head was tied to the embedding and is now a matrix of its own: the embedding was adapted."
-        )
-    elif module.spec.tied and "lm_head" in params:
-        notes.append("The output head was tied to the embedding and is now a matrix of its own: it was trained.")
-    notes += getattr(module, "notes", [])
+    params, notes = whole(module, params)
     leaves = weights_by_path(params)
     wanted = list(models.names(module).tensors(module.spec, set(leaves)))
-    dtypes = _dtypes(wanted, leaves, models.names(module).prefix, base, dtype)
+    dtypes = dtypes_of(wanted, leaves, models.names(module).prefix, base, dtype)
     with atomic_dir(out, overwrite=overwrite) as folder:
         require_space(folder, sum(_size(t, leaves) * dtypes[t.hf].itemsize for t in wanted))
-        tensors.write(folder, {t.hf: _array(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
-        config = _config(module.spec.hf_config, "lm_head" not in params if has_head else None, dtypes)
+        tensors.write(folder, {t.hf: hf_tensor(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
+        config = _config(module.spec.hf_config, "lm_head" not in params if hasattr(module, "head") else None, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if (base / "generation_config.json").is_file():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
@@ -95,6 +86,23 @@ def export_model(
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
+
+
+def whole(module: Any, params: Any) -> tuple[Any, list[str]]:
+    """The tree that a whole model is written from, leaf by leaf, and what the user should know of it.
+
+    Raises:
+        UserError: there is a soft prompt, which no plain model holds.
+    """
+    params, notes = settle(params), []
+    if hasattr(module, "head") and (untied_head := _head_to_untie(params)) is not None:
+        params = {**params, "lm_head": {"kernel": untied_head}}
+        notes.append(
+            "The output head was tied to the embedding and is now a matrix of its own: the embedding was adapted."
+        )
+    elif module.spec.tied and "lm_head" in params:
+        notes.append("The output head was tied to the embedding and is now a matrix of its own: it was trained.")
+    return params, notes + list(getattr(module, "notes", []))
 
 
 def _head_to_untie(params: Any) -> jax.Array | None:
@@ -119,7 +127,7 @@ def _size(tensor: Tensor, leaves: Mapping[str, Any]) -> int:
     return int(np.prod(tensor.part(plain(leaves[tensor.path]).shape)))
 
 
-def _array(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+def hf_tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     """One HF tensor. One layer at a time is merged, so no second copy of the model is made in float32."""
     leaf = leaves[tensor.path]
     if tensor.index is not None:
@@ -130,7 +138,7 @@ def _array(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.nda
     return array.T if tensor.transpose else array
 
 
-def _dtypes(
+def dtypes_of(
     wanted: list[Tensor], leaves: Mapping[str, Any], prefix: str, base: Path, dtype: Any
 ) -> dict[str, np.dtype]:
     """The dtype of each HF tensor."""

@@ -70,6 +70,7 @@ class DecoderSpec:
         embed_scale: multiplies the tokens' embeddings.
         logits_divisor: divides the logits.
         logits_softcap: logits become softcap * tanh(logits / softcap).
+        new_tokens: how many of the table's last rows `resize` added; nothing has trained them yet.
     """
 
     vocab: int
@@ -85,6 +86,7 @@ class DecoderSpec:
     embed_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
+    new_tokens: int = 0
 
     @property
     def layers(self) -> int:
