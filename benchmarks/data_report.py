@@ -50,19 +50,20 @@ def measure(path: str, near: float) -> None:
 
 
 def measure_near(path: str) -> None:
-    """The same for near duplicates alone, from texts in memory."""
+    """The same for near duplicates alone, from words in memory."""
     import numpy as np
 
     from jaxtune.curate import near
 
-    texts = [f"{r['prompt']}\n{r['completion']}" for r in map(json.loads, Path(path).read_text().splitlines())]
+    rows = map(json.loads, Path(path).read_text().splitlines())
+    words = [f"{row['prompt']} {row['completion']}".casefold().split() for row in rows]
     began, cpu = time.monotonic(), time.process_time()
     kept = []
-    for at in range(0, len(texts), 1024):
-        hashes, owner = near.shingles(texts[at : at + 1024])
+    for at in range(0, len(words), 1024):
+        hashes, owner = near.shingles(words[at : at + 1024])
         kept.append(near.signatures(hashes, np.bincount(owner)))
     near.superfluous(*near.similar_pairs(np.concatenate(kept), 0.8))
-    _print(began, cpu, len(texts))
+    _print(began, cpu, len(words))
 
 
 def _print(began: float, cpu: float, rows: int) -> None:

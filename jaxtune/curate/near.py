@@ -41,7 +41,8 @@ class NearDuplicates:
         self._common: np.ndarray | None = None
 
     def see(self, chunk: Chunk) -> None:
-        hashes, owner = shingles([f"{p}\n{a}" for p, a in zip(chunk.prompts, chunk.answers)])
+        texts = zip(chunk.prompts, chunk.answers, *chunk.words)
+        hashes, owner = shingles([_divided(len(p) + len(a), given + answered) for p, a, given, answered in texts])
         if self._common is None:
             self._common = _template(hashes, owner, len(chunk))
         keep = ~np.isin(hashes, self._common)
@@ -98,15 +99,16 @@ def _pairs(ledger: Ledger, index: np.ndarray, others: np.ndarray) -> tuple[str, 
     return tuple(f"{ledger.where(i)} ~ {ledger.where(j)}" for i, j in zip(index[:SHOWN], others[:SHOWN]))
 
 
-def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes u64[N] of all runs of three words, each once a text, and the text each is of, i64[N].
+def _divided(length: int, words: list[str]) -> list[str]:
+    """The words of a text of so many characters; its characters where words are not divided by spaces."""
+    return words if length < 15 * len(words) else list("".join(words))
 
-    Case and white space do not count. Where words are not divided by spaces, characters take their place.
-    """
-    words = [_words(text) for text in texts]
+
+def shingles(words: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes u64[N] of all runs of three words, each once a text, and the text each is of, i64[N]."""
     counts = np.array([len(w) for w in words], np.int64)
     flat = np.fromiter(map(crc32, map(str.encode, chain.from_iterable(words))), np.uint64, int(counts.sum()))
-    owner = np.repeat(np.arange(len(texts)), counts)
+    owner = np.repeat(np.arange(len(words)), counts)
     if len(flat) < SHINGLE:
         return flat[:0], owner[:0]
     n = len(flat) - SHINGLE + 1
@@ -121,11 +123,6 @@ def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     fresh = np.ones(len(mixed), bool)
     fresh[1:] = (mixed[1:] != mixed[:-1]) | (owner[1:] != owner[:-1])
     return mixed[fresh], owner[fresh]
-
-
-def _words(text: str) -> list[str]:
-    words = text.casefold().split()
-    return words if len(text) <= 15 * len(words) else list("".join(words))
 
 
 def _template(hashes: np.ndarray, owner: np.ndarray, rows: int) -> np.ndarray:

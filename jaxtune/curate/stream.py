@@ -9,6 +9,7 @@ stream: it is kept with what is wrong with it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -76,6 +77,12 @@ class Chunk:
     def end(self) -> np.ndarray:
         return self.start + self.length
 
+    @cached_property
+    def words(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The words of each prompt and of each answer, without regard to case."""
+        prompts, answers = ([text.casefold().split() for text in texts] for texts in (self.prompts, self.answers))
+        return prompts, answers
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum values i[N] over the tokens of each row."""
         total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
@@ -107,8 +114,8 @@ class Ledger:
             "trained": chunk.sums(predicted),
             "fitted": chunk.sums(np.where(beyond, 0, predicted)),
             "digest": chunk.digests,
-            "prompt": [_text_hash(text) for text in chunk.prompts],
-            "answer": [_text_hash(text) for text in chunk.answers],
+            "prompt": _text_hashes(chunk.prompts, chunk.words[0]),
+            "answer": _text_hashes(chunk.answers, chunk.words[1]),
         }
         self.add(n, columns)
         broken = {"source": self.sources.index(chunk.opened), "number": [number for _, number, _ in chunk.broken]}
@@ -147,8 +154,8 @@ class Ledger:
         return tuple(self.where(i) for i in islice(index, n))
 
 
-def _text_hash(text: str) -> int:
-    return hash(" ".join(text.casefold().split())) if text else 0
+def _text_hashes(texts: list[str], words: list[list[str]]) -> list[int]:
+    return [hash(" ".join(found)) if text else 0 for text, found in zip(texts, words)]
 
 
 class Form(NamedTuple):
@@ -242,7 +249,13 @@ def _encode(encoder: Any, places: list[str], examples: list[Any]) -> list[tuple[
 def sides(example: Example) -> tuple[str, str]:
     """Return what is given and what is to be answered, as plain text; of a conversation its last answer."""
     if isinstance(example, Document):
-        return tuple("".join(text for text, trained in example.pieces if trained is side) for side in (False, True))
+        given = answer = ""
+        for text, trained in example.pieces:
+            if trained:
+                answer += text
+            else:
+                given += text
+        return given, answer
     return _turns(example)
 
 

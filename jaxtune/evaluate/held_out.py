@@ -300,7 +300,10 @@ def _compared(column: Column, at: np.ndarray) -> dict[str, Any]:
         return entry | {name: told(statistics.interval(alone, column.statistic))}
     result = statistics.paired(values["base"], values["tuned"], column.statistic)
     verdict = statistics.verdict(result.difference.value, result.p, column.better)
-    models = {"base": told(result.base), "tuned": told(result.tuned), "difference": result.difference._asdict()}
+    difference = result.difference
+    if column.share:
+        difference = statistics.paired_at_the_edge(result, values["base"], values["tuned"])
+    models = {"base": told(result.base), "tuned": told(result.tuned), "difference": difference._asdict()}
     return entry | models | {"p": result.p, "verdict": verdict}
 
 

@@ -72,8 +72,9 @@ class Run:
         return [Point(step, values[step]) for step in sorted(values)]
 
     def best(self) -> Point | None:
-        """The evaluation with the lowest loss, the first of equals."""
-        return min(self.series("eval/loss"), key=lambda point: point.value, default=None)
+        """The evaluation with the lowest loss, the first of equals; that of the base, at step 0, is no result."""
+        tuned = (point for point in self.series("eval/loss") if point.step > 0)
+        return min(tuned, key=lambda point: point.value, default=None)
 
     def last_step(self) -> int:
         return max((line["step"] for line in self.metrics), default=0)
