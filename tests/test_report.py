@@ -465,3 +465,13 @@ def test_no_script_but_its_own_runs(run, browser):
     assert browser.js("window.ran === undefined")
     assert browser.find(".copy").is_displayed(), "its own has run"
     assert browser.errors() != []
+
+
+def test_the_base_is_no_result(tmp_path):
+    lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 3.0), (10, 3.5), (20, 4.0))]
+    run = read_run(make_run(tmp_path / "worse", lines=lines))
+    assert run.best() == (10, 3.5)
+    assert (run.before()["eval/loss"], run.after()["eval/loss"]) == (3.0, 3.5)
+    begun = make_run(tmp_path / "begun", lines=lines[:1], summary=None)
+    assert read_run(begun).best() is None
+    assert "Held-out loss is 3 at step 0" in Page(write_report(begun)).text

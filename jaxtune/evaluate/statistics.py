@@ -126,10 +126,10 @@ def exact_at_the_edge(interval: Interval, n: int) -> Interval:
 
 
 def paired_at_the_edge(result: Paired, base: np.ndarray, tuned: np.ndarray) -> Interval:
-    """The difference of two shares of the same rows, where every resample has the same one, as when all rows turn right.
+    """The difference of two shares of the same rows, where every resample has the same: all rows turned right, say.
 
-    Newcombe 1998 (Statistics in Medicine 17: 2635-2650), method 10: Wilson's intervals of both shares, put together with
-    the correlation of the pairs. Any other difference is left as it is.
+    Newcombe 1998 (Statistics in Medicine 17: 2635-2650), method 10: Wilson's intervals of both shares, put together
+    with the correlation of the pairs. Any other difference is left as it is.
 
     Args:
         base, tuned: 1 for each row that is right, else 0 [N]; of other values, a share of 0 or 1 speaks for all rows.

@@ -80,7 +80,7 @@ def _loss(run: Run) -> str:
             told = (
                 f"Held-out loss fell from {number(first.value)} {origin} to {number(best.value)} at step {best.step:,}"
             )
-        if best.value < first.value and evals[-1].value > best.value:
+        if evals[-1].value > min(best.value, first.value):
             told += f" and ended at {number(evals[-1].value)}"
         return told
     if len(losses) > 1:
