@@ -4,11 +4,12 @@ import errno
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from jaxtune import cli
+from jaxtune import cli, tiny
 from jaxtune.cli import Flag, main
 
 REPO = Path(__file__).parent.parent
@@ -298,3 +299,27 @@ def test_the_command_does_not_import_torch(tmp_path):
         "assert not [name for name in sys.modules if name.startswith('torch.')]"
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_libraries_that_trip_over_a_hidden_torch_are_told_of_it(tmp_path):
+    """datasets looks for torch, and scipy.stats behind the ROUGE library asks for one of its classes."""
+    code = f"""
+        import datasets
+        rows = [{{"prompt": f"{{i}} red mugs", "completion": f"{{i}} mugs"}} for i in range(20)]
+        datasets.Dataset.from_list(rows).save_to_disk({str(tmp_path / "saved")!r})
+    """
+    assert python(textwrap.dedent(code)).returncode == 0
+    argv = ["jaxtune", "data", f"--config.model.path={tiny.BASE}", f"--config.data.train={tmp_path / 'saved'}"]
+    done = python(
+        "import sys\n"
+        "from jaxtune import cli, torchless\n"
+        f"sys.argv = {argv!r}\n"
+        "try: cli.run()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "torchless.hide()\n"
+        "sys.modules['torch'] = None\n"  # as for a command that reads no such data
+        "from jaxtune.evaluate.metrics import METRICS\n"
+        "print(METRICS['rouge_l'].score('two red mugs', 'two red mugs'))\n"
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.splitlines()[-1] == "1.0"

@@ -169,7 +169,10 @@ def _no_columns(where: str, problem: str, found: list[str], columns: Mapping[str
     lower = {c.lower(): c for c in found}
     pair = next(((lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower), None)
     turns = next((c for c in found if c.lower() in MESSAGES), None)
-    if columns:
+    other = next((name for name, (needs, _) in FORMATS.items() if all(columns.get(c, c) in found for c in needs)), None)
+    if other:
+        hint = f"These are the columns of data.format={other}."
+    elif columns:
         hint = f"The mapping given was {', '.join(f'{a}={b}' for a, b in columns.items())}."
     elif pair:
         hint = f"Set data.columns, for example prompt={pair[0]},completion={pair[1]}."
