@@ -56,12 +56,13 @@ class NearDuplicates:
     def findings(self, ledger: Ledger) -> Iterator[Finding]:
         if not self._index:
             return
-        index, kept = np.concatenate(self._index), np.concatenate(self._signatures)
+        index = np.concatenate(self._index)
         # A row and its exact copies are one here: the copies are another check's.
         once = first_of(ledger.digest[index]) == np.arange(len(index))
         held = ledger.split[index] == EVAL
         order = np.concatenate([np.flatnonzero(~held & once), np.flatnonzero(held)])  # evaluation rows come last
-        index, kept = index[order], kept[order]
+        kept = self._taken(order, len(index))
+        index = index[order]
         later, earlier = similar_pairs(kept, self.threshold)
         in_train = ledger.split[index[later]] == TRAIN
         copies, originals = superfluous(later[in_train], earlier[in_train])
@@ -93,6 +94,19 @@ class NearDuplicates:
                 ours,
                 theirs,
             )
+
+    def _taken(self, order: np.ndarray, n: int) -> np.ndarray:
+        """Signatures in this order; each part is let go once it is copied, so that all are never there twice."""
+        place = np.full(n, len(order))
+        place[order] = np.arange(len(order))
+        kept = np.empty((len(order) + 1, PERMUTATIONS), np.uint16)  # one row more, for those that are left out
+        at = 0
+        self._signatures.reverse()
+        while self._signatures:
+            part = self._signatures.pop()
+            kept[place[at : at + len(part)]] = part
+            at += len(part)
+        return kept[:-1]
 
 
 def _pairs(ledger: Ledger, index: np.ndarray, others: np.ndarray) -> tuple[str, ...]:

@@ -133,12 +133,11 @@ class Ledger:
 
     def close(self) -> "Ledger":
         """Join the chunks; the columns are attributes from then on, with `split` and `readable`."""
-        for name, parts in self._parts.items():
-            setattr(self, name, np.concatenate(parts))
+        for name in COLUMNS:
+            setattr(self, name, np.concatenate(self._parts.pop(name)))
         self.readable = np.concatenate(self._readable)
         splits = np.array([opened.split for opened in self.sources], np.int8)
         self.split = splits[self.source] if len(self) else np.zeros(0, np.int8)
-        self._parts.clear()
         return self
 
     def __len__(self) -> int:
