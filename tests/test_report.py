@@ -475,3 +475,19 @@ def test_the_base_is_no_result(tmp_path):
     begun = make_run(tmp_path / "begun", lines=lines[:1], summary=None)
     assert read_run(begun).best() is None
     assert "Held-out loss is 3 at step 0" in Page(write_report(begun)).text
+
+
+def test_what_was_generated_at_evaluations_is_shown_if_nothing_else_was(run, tmp_path):
+    lines = [
+        {"step": step, "prompt": prompt, "expected": "13 mugs", "text": f"{step} {prompt[-4:]}"}
+        for step in (0, 10, 20)
+        for prompt in ("how many mugs", "and how many cups")
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "pro'
+    (run / "samples.jsonl").write_text(text)
+    assert "0 mugs" not in Page(write_report(run)).text  # of those that the run scored there are more
+    bare = make_run(tmp_path / "bare", summary={name: v for name, v in SUMMARY.items() if name != "samples"})
+    (bare / "samples.jsonl").write_text(text)
+    page = Page(write_report(bare)).text
+    assert "how many mugs expected 13 mugs before differs 0 mugs after differs 20 mugs" in page
+    assert "10 mugs" not in page

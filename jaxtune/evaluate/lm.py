@@ -14,7 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from jaxtune.errors import UserError
-from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch
+from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch, shapes
 from jaxtune.generation import cut, generate, prepare
 
 
@@ -87,11 +87,13 @@ class JaxtuneLM(TemplateLM):
         """(texts, context ids, continuation ids) -> (log-probability of the continuation, is it the greedy one?)."""
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         found: list[Any] = [None] * len(rows)
+        lengths = [len(row) - 1 for row in rows]
+        batches = batches_by_length(lengths, most_tokens())
+        padded = shapes(lengths, batches, most_tokens(), self.module.spec.positions)
         with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as bar:
-            for batch in batches_by_length([len(row) - 1 for row in rows], most_tokens()):
-                for i, (logprobs, greedy) in zip(
-                    batch, score_batch(self.module, self.params, [rows[i] for i in batch]), strict=True
-                ):
+            for batch, shape in zip(batches, padded, strict=True):
+                scored = score_batch(self.module, self.params, [rows[i] for i in batch], shape)
+                for i, (logprobs, greedy) in zip(batch, scored, strict=True):
                     n = len(requests[i][2])
                     found[i] = float(logprobs[-n:].sum()), bool(greedy[-n:].all())
                 bar.update(len(batch))
