@@ -1,6 +1,6 @@
 """`jaxtune data` on generated rows: rows a second, the search for near duplicates alone, memory.
 
-    python benchmarks/data_report.py [--rows=100000] [--threads=2]
+    python benchmarks/data_report.py [--rows=100000] [--threads=2] [--only=report]
 
 Rows are questions and answers of 8 to 20 words, drawn from the packaged training set; one row in 50 is a near copy of
 an earlier one. The tokenizer is the packaged model's. Each measurement is a process of its own; what it imports and
@@ -20,6 +20,7 @@ from common import last_json, machine, run
 from jaxtune import tiny
 
 COPIES = 50
+WHAT = {"report": "report", "bare": "report, --near=0", "near": "near duplicates alone"}
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
@@ -74,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=WHAT)
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -84,7 +86,9 @@ def main() -> None:
         write_rows(path, args.rows)
         print(machine())
         print(f"{'':<24}{'rows':>10}{'s':>8}{'rows/s':>10}{'cpu us/row':>12}{'peak MiB':>10}")
-        for what, label in (("report", "report"), ("bare", "report, --near=0"), ("near", "near duplicates alone")):
+        for what, label in WHAT.items():
+            if args.only not in (None, what):
+                continue
             done = run([sys.executable, __file__, "--one", what, str(path)], args.threads)
             found = last_json(done.stdout)
             rate = found["rows"] / found["seconds"]

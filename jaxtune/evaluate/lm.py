@@ -17,6 +17,8 @@ from jaxtune.errors import UserError
 from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch, shapes
 from jaxtune.generation import cut, generate, prepare
 
+FEW = 4  # batches of prompts; with so few, one shape for all takes less time than to compile several
+
 
 @register_model("jaxtune")
 class JaxtuneLM(TemplateLM):
@@ -147,7 +149,9 @@ class JaxtuneLM(TemplateLM):
                 "the prompt. Set max_gen_toks in the task's generation_kwargs."
             )
         prompts = [self.tok_encode(text)[-room:] for text in contexts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = list(range(len(prompts)))
+        if len(order) > FEW * self.batch_size:
+            order.sort(key=lambda i: len(prompts[i]))
         found: list[str] = [""] * len(prompts)
         draws = settings["do_sample"] and settings.get("temperature", 1.0) > 0
         for at in range(0, len(order), self.batch_size):
