@@ -201,6 +201,6 @@ def test_batches_take_few_shapes_and_little_more_room(lengths):
 def test_many_batches_of_a_shape_keep_it_and_few_take_the_next():
     lengths = [400] * 8 + [380] * 8 + [200] * 16
     batches = logprobs.batches_by_length(lengths, 4096)
-    assert logprobs.shapes(lengths, batches, 4096, 512) == [(8, 448), (8, 448), (16, 256)]
-    lengths = [400] * 8 + [380] * 8 * 9
-    assert set(logprobs.shapes(lengths, logprobs.batches_by_length(lengths, 4096), 4096, 512)) == {(8, 448), (8, 384)}
+    assert logprobs.shapes(lengths, batches, 4096, 512) == [(8, 416), (8, 416), (16, 208)]
+    lengths = [400] * 8 + [380] * 8 * 17
+    assert set(logprobs.shapes(lengths, logprobs.batches_by_length(lengths, 4096), 4096, 512)) == {(8, 416), (8, 384)}

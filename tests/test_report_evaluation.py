@@ -212,7 +212,7 @@ def test_every_word_can_be_read(run, browser, width, dark):
 
 
 def test_a_table_too_wide_for_the_terminal_is_turned(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "140")
     long = "a/rather/long/path/of/a/file/that/takes/half/of/a/line.jsonl"
     others = OVERRIDES | {"data": {"train": long, "eval": long}, "model": {"path": long}}
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", others)]

@@ -69,7 +69,11 @@ def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], most_tokens
     Batches of a shape are padded to the one before it if all together grow by no more than a batch: compiling costs
     more. With many batches of each shape, none is padded further.
     """
-    own = [_shape([lengths[i] for i in batch], positions) for batch in batches]
+    own = []
+    for batch in batches:
+        longest = max(1, *(lengths[i] for i in batch))
+        step = max(16, 1 << (longest - 1).bit_length() >> 4)
+        own.append(Shape(1 << (len(batch) - 1).bit_length(), min(-(-longest // step) * step, positions)))
     counts, taken = Counter(own), {}
     for shape in counts:  # the widest first
         last = next(reversed(taken.values()), shape)
@@ -79,10 +83,6 @@ def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], most_tokens
     return [taken[shape] for shape in own]
 
 
-def _shape(lengths: Sequence[int], positions: int) -> Shape:
-    return Shape(1 << (len(lengths) - 1).bit_length(), min(bucket(max(1, *lengths)), positions))
-
-
 def score_batch(
     module: Any, params: Any, rows: Sequence[Sequence[int]], shape: Shape | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -90,7 +90,8 @@ def score_batch(
 
     `shape` is what the rows are padded to, by default their own.
     """
-    size, width = shape or _shape([len(row) - 1 for row in rows], module.spec.positions)
+    width = min(bucket(max(len(row) - 1 for row in rows)), module.spec.positions)
+    size, width = shape or (1 << (len(rows) - 1).bit_length(), width)
     tokens, targets = np.zeros((2, size, width), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
