@@ -14,10 +14,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from jaxtune.errors import UserError
-from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch, shapes
+from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch, shapes, worth_a_compile
 from jaxtune.generation import cut, generate, prepare
-
-FEW = 4  # batches of prompts; with so few, one shape for all takes less time than to compile several
 
 
 @register_model("jaxtune")
@@ -50,6 +48,7 @@ class JaxtuneLM(TemplateLM):
 
             module, params, tokenizer, *_ = load_target(target)
         self.module, self.params, self.tokenizer = module, prepare(module, params), tokenizer
+        self.room = worth_a_compile(self.params)
         self.max_length = min(max_length or module.spec.positions, module.spec.positions)
         self.batch_size = 32 if batch_size == "auto" else int(batch_size)
         self.max_gen_toks = 256
@@ -91,7 +90,7 @@ class JaxtuneLM(TemplateLM):
         found: list[Any] = [None] * len(rows)
         lengths = [len(row) - 1 for row in rows]
         batches = batches_by_length(lengths, most_tokens())
-        padded = shapes(lengths, batches, most_tokens(), self.module.spec.positions)
+        padded = shapes(lengths, batches, self.room, self.module.spec.positions)
         with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as bar:
             for batch, shape in zip(batches, padded, strict=True):
                 scored = score_batch(self.module, self.params, [rows[i] for i in batch], shape)
@@ -150,7 +149,7 @@ class JaxtuneLM(TemplateLM):
             )
         prompts = [self.tok_encode(text)[-room:] for text in contexts]
         order = list(range(len(prompts)))
-        if len(order) > FEW * self.batch_size:
+        if sum(max(map(len, prompts)) - len(prompt) for prompt in prompts) > self.room:  # else one shape for all
             order.sort(key=lambda i: len(prompts[i]))
         found: list[str] = [""] * len(prompts)
         draws = settings["do_sample"] and settings.get("temperature", 1.0) > 0

@@ -63,11 +63,11 @@ def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int =
     return batches
 
 
-def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], most_tokens: int, positions: int) -> list[Shape]:
+def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], room: int, positions: int) -> list[Shape]:
     """The shape to which each of `batches_by_length` is padded: few, since each is compiled.
 
-    Batches of a shape are padded to the one before it if all together grow by no more than a batch: compiling costs
-    more. With many batches of each shape, none is padded further.
+    Batches of a shape are padded to the one before it if all together grow by no more than `room` tokens (see
+    `worth_a_compile`). With many batches of each shape, none is padded further.
     """
     own = []
     for batch in batches:
@@ -79,8 +79,17 @@ def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], most_tokens
         last = next(reversed(taken.values()), shape)
         holds = last.rows >= shape.rows and last.width >= shape.width
         grown = counts[shape] * (last.rows * last.width - shape.rows * shape.width)
-        taken[shape] = last if holds and grown <= most_tokens else shape
+        taken[shape] = last if holds and grown <= room else shape
     return [taken[shape] for shape in own]
+
+
+def worth_a_compile(params: Any) -> int:
+    """Tokens that a model reads about as fast as a new shape compiles: many for a small one, few for a large one.
+
+    That is 0.7 s, at two operations a parameter and token and speeds that are right within a factor of a few.
+    """
+    speed = 5e10 if jax.default_backend() == "cpu" else 2e14
+    return int(0.7 * speed / (2 * sum(leaf.size for leaf in jax.tree.leaves(params))))
 
 
 def score_batch(
