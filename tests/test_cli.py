@@ -4,12 +4,11 @@ import errno
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-from jaxtune import cli, tiny
+from jaxtune import cli
 from jaxtune.cli import Flag, main
 
 REPO = Path(__file__).parent.parent
@@ -301,25 +300,20 @@ def test_the_command_does_not_import_torch(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_libraries_that_trip_over_a_hidden_torch_are_told_of_it(tmp_path):
-    """datasets looks for torch, and scipy.stats behind the ROUGE library asks for one of its classes."""
-    code = f"""
-        import datasets
-        rows = [{{"prompt": f"{{i}} red mugs", "completion": f"{{i}} mugs"}} for i in range(20)]
-        datasets.Dataset.from_list(rows).save_to_disk({str(tmp_path / "saved")!r})
-    """
-    assert python(textwrap.dedent(code)).returncode == 0
-    argv = ["jaxtune", "data", f"--config.model.path={tiny.BASE}", f"--config.data.train={tmp_path / 'saved'}"]
+def test_libraries_that_trip_over_a_hidden_torch_are_told_of_it():
+    """datasets hashes what it maps with torch's help, and scipy.stats, behind ROUGE, asks for a class of it."""
     done = python(
         "import sys\n"
-        "from jaxtune import cli, torchless\n"
-        f"sys.argv = {argv!r}\n"
+        "from jaxtune import cli\n"
+        "sys.argv = ['jaxtune', 'params', '--help']\n"
         "try: cli.run()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "torchless.hide()\n"
+        "assert sys.modules['torch'] is None\n"
+        "from jaxtune.data.sources import _datasets\n"
+        "assert len(_datasets().Dataset.from_list([{'a': 1}]).map(dict)) == 1\n"
         "sys.modules['torch'] = None\n"  # as for a command that reads no such data
         "from jaxtune.evaluate.metrics import METRICS\n"
         "print(METRICS['rouge_l'].score('two red mugs', 'two red mugs'))\n"
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1.0"
