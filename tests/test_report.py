@@ -285,9 +285,10 @@ def test_several_runs_on_one_page(tmp_path):
     assert out == tmp_path / "sweep" / "report.html"
     page = Page(out)
     assert "The runs differ in optim.lr. b has the lowest held-out loss, 1 at step 20." in page.text
-    assert page.rows[0][:4] == ["run", "optim.lr", "held-out loss", "at step"]
+    assert page.rows[0][:4] == ["run", "held-out loss", "at step", "training loss"]
     assert [row[0] for row in page.rows[1:]] == ["b", "a", "c"]
-    assert page.row("a")[1:4] == ["1e-4", "1.009", "20"]
+    assert dict(zip(page.rows[0], page.row("a")))["optim.lr"] == "1e-4"
+    assert page.row("a")[1:3] == ["1.009", "20"]
     assert page.links() == ["b/report.html"]
     charts = page.charts()
     assert set(charts["Held-out loss"]) == set(charts["Training loss, smoothed"]) == set(rates)

@@ -1,6 +1,7 @@
 """How sure a measured difference is: bootstrap intervals, and a paired test between base and tuned.
 
-Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13). The test is approximate
+Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13); of shares where no row differs, of
+which a bootstrap sees no other, `exact_at_the_edge` and `paired_at_the_edge`. The test is approximate
 randomisation (Noreen 1989; for language tasks Dror et al. 2018, aclanthology.org/P18-1128): were the two models alike,
 each row's pair of results could as well be swapped. Several tests together are corrected by Holm's step-down procedure.
 Draws come from a fixed seed, so that the same results give the same verdict.
