@@ -1,6 +1,6 @@
 """`jaxtune data` on generated rows: rows a second, the search for near duplicates alone, memory.
 
-    python benchmarks/data_report.py [--rows=100000] [--threads=2]
+    python benchmarks/data_report.py [--rows=100000] [--threads=2] [--only=report]
 
 Rows are questions and answers of 8 to 20 words, drawn from the packaged training set; one row in 50 is a near copy of
 an earlier one. The tokenizer is the packaged model's. Each measurement is a process of its own; what it imports and
@@ -20,6 +20,7 @@ from common import last_json, machine, run
 from jaxtune import tiny
 
 COPIES = 50
+WHAT = {"report": "report", "bare": "report, --near=0", "near": "near duplicates alone"}
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
@@ -50,19 +51,20 @@ def measure(path: str, near: float) -> None:
 
 
 def measure_near(path: str) -> None:
-    """The same for near duplicates alone, from texts in memory."""
+    """The same for near duplicates alone, from words in memory."""
     import numpy as np
 
     from jaxtune.curate import near
 
-    texts = [f"{r['prompt']}\n{r['completion']}" for r in map(json.loads, Path(path).read_text().splitlines())]
+    rows = map(json.loads, Path(path).read_text().splitlines())
+    words = [f"{row['prompt']} {row['completion']}".casefold().split() for row in rows]
     began, cpu = time.monotonic(), time.process_time()
     kept = []
-    for at in range(0, len(texts), 1024):
-        hashes, owner = near.shingles(texts[at : at + 1024])
+    for at in range(0, len(words), 1024):
+        hashes, owner = near.shingles(words[at : at + 1024])
         kept.append(near.signatures(hashes, np.bincount(owner)))
     near.superfluous(*near.similar_pairs(np.concatenate(kept), 0.8))
-    _print(began, cpu, len(texts))
+    _print(began, cpu, len(words))
 
 
 def _print(began: float, cpu: float, rows: int) -> None:
@@ -73,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=WHAT)
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -83,7 +86,9 @@ def main() -> None:
         write_rows(path, args.rows)
         print(machine())
         print(f"{'':<24}{'rows':>10}{'s':>8}{'rows/s':>10}{'cpu us/row':>12}{'peak MiB':>10}")
-        for what, label in (("report", "report"), ("bare", "report, --near=0"), ("near", "near duplicates alone")):
+        for what, label in WHAT.items():
+            if args.only not in (None, what):
+                continue
             done = run([sys.executable, __file__, "--one", what, str(path)], args.threads)
             found = last_json(done.stdout)
             rate = found["rows"] / found["seconds"]

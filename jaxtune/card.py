@@ -133,7 +133,10 @@ def evaluation_block(evaluation: Mapping[str, Any]) -> str:
             for entry in entries.values()
         ]
         blocks.append("\n".join(_table([heads, *rows])))
-        blocks.append("Intervals hold 95% (bootstrap over rows); verdicts are those of a paired randomisation test.")
+        blocks.append(
+            "Intervals hold 95% (bootstrap over rows; where no row differs, binomial); verdicts are those of a paired "
+            "randomisation test."
+        )
     tasks = evaluation.get("tasks")
     if tasks:
         results = tasks["results"]

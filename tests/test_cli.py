@@ -298,3 +298,22 @@ def test_the_command_does_not_import_torch(tmp_path):
         "assert not [name for name in sys.modules if name.startswith('torch.')]"
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_libraries_that_trip_over_a_hidden_torch_are_told_of_it():
+    """datasets hashes what it maps with torch's help, and scipy.stats, behind ROUGE, asks for a class of it."""
+    done = python(
+        "import sys\n"
+        "from jaxtune import cli\n"
+        "sys.argv = ['jaxtune', 'params', '--help']\n"
+        "try: cli.run()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert sys.modules['torch'] is None\n"
+        "from jaxtune.data.sources import _datasets\n"
+        "assert len(_datasets().Dataset.from_list([{'a': 1}]).map(dict)) == 1\n"
+        "sys.modules['torch'] = None\n"  # as for a command that reads no such data
+        "from jaxtune.evaluate.metrics import METRICS\n"
+        "print(METRICS['rouge_l'].score('two red mugs', 'two red mugs'))\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1.0"

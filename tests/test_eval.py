@@ -215,6 +215,14 @@ def test_other_weights_are_other_answers(home, run, tmp_path):  # noqa: F811
 # ----------------------------------------------------------------------------------------------- other runs, own scores
 
 
+def test_a_scorer_of_yes_and_no_is_a_share():
+    def column(*scores):
+        return held_out._column(metrics.Metric("own", len, share=False), {"base": scores, "tuned": scores})
+
+    assert column(True, None, False).share and column(True, None, False).at.tolist() == [0, 2]
+    assert not column(True, 0.5).share and not column(1.0, 0.0).share
+
+
 def test_a_run_of_all_weights_against_its_base_with_a_schema_and_a_scorer(home, tmp_path):  # noqa: F811
     workdir = tmp_path / "run"
     (workdir / "model").mkdir(parents=True)

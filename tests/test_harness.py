@@ -4,9 +4,12 @@ import json
 
 import pytest
 import runs
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import compiled, home  # noqa: F401
 
 from jaxtune import cli
+from jaxtune.evaluate import logprobs
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'jaxtune[eval]'")
 pytestmark = [
@@ -181,3 +184,23 @@ def test_a_task_that_is_not_known(home, tasks, capsys):  # noqa: F811
     assert "'surprize'" in said and "Did you mean 'surprise'?" in said
     assert cli.main(["eval", str(home / "model"), "--tasks=pick", f"--include-path={tasks / 'absent'}"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=400))
+def test_batches_take_few_shapes_and_little_more_room(lengths):
+    batches = logprobs.batches_by_length(lengths, 4096)
+    shapes = logprobs.shapes(lengths, batches, 4096, 512)
+    own = [logprobs.shapes(lengths, [batch], 4096, 512)[0] for batch in batches]
+    for batch, shape in zip(batches, shapes, strict=True):
+        assert len(batch) <= shape.rows and max(lengths[i] for i in batch) <= shape.width <= 512
+    assert set(shapes) <= set(own)
+    grown = sum(a.rows * a.width - b.rows * b.width for a, b in zip(shapes, own))
+    assert 0 <= grown <= 4096 * (len(set(own)) - len(set(shapes)))
+
+
+def test_many_batches_of_a_shape_keep_it_and_few_take_the_next():
+    lengths = [400] * 8 + [380] * 8 + [200] * 16
+    batches = logprobs.batches_by_length(lengths, 4096)
+    assert logprobs.shapes(lengths, batches, 4096, 512) == [(8, 416), (8, 416), (16, 208)]
+    lengths = [400] * 8 + [380] * 8 * 17
+    assert set(logprobs.shapes(lengths, logprobs.batches_by_length(lengths, 4096), 4096, 512)) == {(8, 416), (8, 384)}

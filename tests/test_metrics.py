@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest, norm
 
 from jaxtune.errors import UserError
 from jaxtune.evaluate import labels, statistics
@@ -309,6 +310,47 @@ def test_shares_of_none_and_all_have_the_exact_binomial_interval(n):
         assert got == pytest.approx((right / n, want.low, want.high))
     inner = statistics.Interval(0.5, 0.4, 0.6)
     assert statistics.exact_at_the_edge(inner, n) == inner
+
+
+def test_a_difference_of_which_a_bootstrap_sees_no_other_has_newcombes_interval():
+    def difference(base, tuned):
+        base, tuned = np.array(base, float), np.array(tuned, float)
+        result = statistics.paired(base, tuned)
+        return statistics.paired_at_the_edge(result, base, tuned)
+
+    z2 = norm.ppf(0.975) ** 2
+    for n in (2, 10, 300):  # Wilson's interval of 0 of n ends at z2 / (n + z2); pairs that are all alike say no more
+        reach = math.sqrt(2) * z2 / (n + z2)
+        assert difference([0] * n, [1] * n) == pytest.approx((1, max(-1, 1 - reach), 1))
+        assert difference([1] * n, [0] * n) == pytest.approx((-1, -1, min(1, reach - 1)))
+        alone = z2 / (n + z2)
+        assert difference([1] * n, [1] * n) == pytest.approx((0, -alone, alone))
+    mixed = np.arange(40) % 2
+    same = difference(mixed, mixed)
+    assert same.value == 0 and -0.2 < same.low < 0 < same.high < 0.2
+    assert same.low == pytest.approx(-same.high)
+    ordinary = statistics.paired(np.zeros(40), mixed.astype(float))
+    assert statistics.paired_at_the_edge(ordinary, np.zeros(40), mixed) is ordinary.difference
+    grades = np.full(40, 0.5)  # neither right nor wrong
+    assert difference(grades, grades) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("table", [(20, 12, 2, 16), (14, 5, 0, 22), (0, 3, 0, 9), (40, 1, 0, 0)])
+def test_newcombes_interval_by_the_paper(table):
+    """Method 10, in the paper's letters: pairs that are right twice, first only, second only, never."""
+    a, b, c, d = table
+    n = sum(table)
+    first, second = np.repeat([1, 1, 0, 0], table), np.repeat([1, 0, 1, 0], table)
+    flat = statistics.Interval((b - c) / n, 0.0, 0.0)  # as if no resample differed
+    shares = statistics.Interval((a + c) / n, None, None), statistics.Interval((a + b) / n, None, None)
+    found = statistics.paired_at_the_edge(statistics.Paired(*shares, flat, None), second, first)
+    (l2, u2), (l3, u3) = (tuple(binomtest(k, n).proportion_ci(method="wilson")) for k in (a + b, a + c))
+    p2, p3, theta, product = (a + b) / n, (a + c) / n, (b - c) / n, a * d - b * c
+    root = math.sqrt((a + b) * (c + d) * (a + c) * (b + d))
+    phi = 0 if not root else (product if product < 0 else max(product - n / 2, 0)) / root
+    delta = math.sqrt((p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u3 - p3) + (u3 - p3) ** 2)
+    epsilon = math.sqrt((u2 - p2) ** 2 - 2 * phi * (u2 - p2) * (p3 - l3) + (p3 - l3) ** 2)
+    assert found == pytest.approx((theta, theta - delta, min(1, theta + epsilon)))
 
 
 def test_one_row_has_no_interval_and_no_verdict():

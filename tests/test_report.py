@@ -285,9 +285,10 @@ def test_several_runs_on_one_page(tmp_path):
     assert out == tmp_path / "sweep" / "report.html"
     page = Page(out)
     assert "The runs differ in optim.lr. b has the lowest held-out loss, 1 at step 20." in page.text
-    assert page.rows[0][:4] == ["run", "optim.lr", "held-out loss", "at step"]
+    assert page.rows[0][:4] == ["run", "held-out loss", "at step", "training loss"]
     assert [row[0] for row in page.rows[1:]] == ["b", "a", "c"]
-    assert page.row("a")[1:4] == ["1e-4", "1.009", "20"]
+    assert dict(zip(page.rows[0], page.row("a")))["optim.lr"] == "1e-4"
+    assert page.row("a")[1:3] == ["1.009", "20"]
     assert page.links() == ["b/report.html"]
     charts = page.charts()
     assert set(charts["Held-out loss"]) == set(charts["Training loss, smoothed"]) == set(rates)
@@ -465,3 +466,29 @@ def test_no_script_but_its_own_runs(run, browser):
     assert browser.js("window.ran === undefined")
     assert browser.find(".copy").is_displayed(), "its own has run"
     assert browser.errors() != []
+
+
+def test_the_base_is_no_result(tmp_path):
+    lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 3.0), (10, 3.5), (20, 4.0))]
+    run = read_run(make_run(tmp_path / "worse", lines=lines))
+    assert run.best() == (10, 3.5)
+    assert (run.before()["eval/loss"], run.after()["eval/loss"]) == (3.0, 3.5)
+    begun = make_run(tmp_path / "begun", lines=lines[:1], summary=None)
+    assert read_run(begun).best() is None
+    assert "Held-out loss is 3 at step 0" in Page(write_report(begun)).text
+
+
+def test_what_was_generated_at_evaluations_is_shown_if_nothing_else_was(run, tmp_path):
+    lines = [
+        {"step": step, "prompt": prompt, "expected": "13 mugs", "text": f"{step} {prompt[-4:]}"}
+        for step in (0, 10, 20)
+        for prompt in ("how many mugs", "and how many cups")
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "pro'
+    (run / "samples.jsonl").write_text(text)
+    assert "0 mugs" not in Page(write_report(run)).text  # of those that the run scored there are more
+    bare = make_run(tmp_path / "bare", summary={name: v for name, v in SUMMARY.items() if name != "samples"})
+    (bare / "samples.jsonl").write_text(text)
+    page = Page(write_report(bare)).text
+    assert "how many mugs expected 13 mugs before differs 0 mugs after differs 20 mugs" in page
+    assert "10 mugs" not in page

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from report_runs import DATA, HOSTILE, SUMMARY, Page, make_run
+from report_runs import DATA, HOSTILE, OVERRIDES, SUMMARY, Page, make_run
 
 from jaxtune import watch
 from jaxtune.card import model_card, put_evaluation, run_facts
@@ -209,3 +209,14 @@ def test_every_word_can_be_read(run, browser, width, dark):
     assert browser.overflow() <= 0
     assert browser.contrast() > (4.5, "")
     assert browser.errors() == []
+
+
+def test_a_table_too_wide_for_the_terminal_is_turned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "140")
+    long = "a/rather/long/path/of/a/file/that/takes/half/of/a/line.jsonl"
+    others = OVERRIDES | {"data": {"train": long, "eval": long}, "model": {"path": long}}
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", others)]
+    assert main(["compare", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert any("data.train" in line and long in line for line in out.splitlines())
+    assert any(line.split()[1:2] == ["run"] and "one" in line and "two" in line for line in out.splitlines())

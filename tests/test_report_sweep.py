@@ -85,7 +85,7 @@ def sweep(tmp_path):
     losses = {(1e-4, 0): 2.0, (1e-4, 1): 2.2, (1e-3, 0): 1.0, (1e-3, 1): 1.5, (1e-2, 0): 1.1}
     for (lr, seed), loss in losses.items():
         sweep.member({LR: lr, SEED: seed}, {0: 3.5, 20: loss, 40: loss + 0.25})
-    sweep.member({LR: 1e-2, SEED: 1}, {0: 3.5}, "failed", why="the loss is not finite at step 7")
+    sweep.member({LR: 1e-2, SEED: 1}, {0: 4.0, 5: 3.5}, "failed", why="the loss is not finite at step 7")
     return sweep
 
 
@@ -491,7 +491,7 @@ def test_every_point_is_listed_once_and_the_best_leads(points):
             if status == "absent":
                 sweep.plan(point)
             else:
-                sweep.member(point, dict(enumerate(losses)), status)
+                sweep.member(point, dict(enumerate(losses, 1)), status)
         if all(status == "absent" for status, _ in points.values()):
             with pytest.raises(UserError, match="logged"):
                 write_sweep(sweep.folder)

@@ -31,9 +31,13 @@ def main(argv: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for heads, rows in (result_rows(runs), evaluation_rows(runs)):
         if rows:
-            table = Table(*heads)
-            for row in rows:
-                table.add_row(*(str(cell[1] if isinstance(cell, tuple) else cell) for cell in row))
+            lines = [heads, *([str(cell[1] if isinstance(cell, tuple) else cell) for cell in row] for row in rows)]
+            widths = [max(map(len, column)) for column in zip(*lines)]
+            if sum(widths) + 3 * len(widths) + 1 > console.width and len(lines) < len(widths):  # or no word is readable
+                lines = list(zip(*lines))
+            table = Table(*lines[0])
+            for line in lines[1:]:
+                table.add_row(*line)
             console.print(table)
     for note in evaluation_notes(runs):
         console.print(note, markup=False)

@@ -41,7 +41,8 @@ class NearDuplicates:
         self._common: np.ndarray | None = None
 
     def see(self, chunk: Chunk) -> None:
-        hashes, owner = shingles([f"{p}\n{a}" for p, a in zip(chunk.prompts, chunk.answers)])
+        texts = zip(chunk.prompts, chunk.answers, *chunk.words)
+        hashes, owner = shingles([_divided(len(p) + len(a), given + answered) for p, a, given, answered in texts])
         if self._common is None:
             self._common = _template(hashes, owner, len(chunk))
         keep = ~np.isin(hashes, self._common)
@@ -55,12 +56,13 @@ class NearDuplicates:
     def findings(self, ledger: Ledger) -> Iterator[Finding]:
         if not self._index:
             return
-        index, kept = np.concatenate(self._index), np.concatenate(self._signatures)
+        index = np.concatenate(self._index)
         # A row and its exact copies are one here: the copies are another check's.
         once = first_of(ledger.digest[index]) == np.arange(len(index))
         held = ledger.split[index] == EVAL
         order = np.concatenate([np.flatnonzero(~held & once), np.flatnonzero(held)])  # evaluation rows come last
-        index, kept = index[order], kept[order]
+        kept = self._taken(order, len(index))
+        index = index[order]
         later, earlier = similar_pairs(kept, self.threshold)
         in_train = ledger.split[index[later]] == TRAIN
         copies, originals = superfluous(later[in_train], earlier[in_train])
@@ -93,20 +95,34 @@ class NearDuplicates:
                 theirs,
             )
 
+    def _taken(self, order: np.ndarray, n: int) -> np.ndarray:
+        """Signatures in this order; each part is let go once it is copied, so that all are never there twice."""
+        place = np.full(n, len(order))
+        place[order] = np.arange(len(order))
+        kept = np.empty((len(order) + 1, PERMUTATIONS), np.uint16)  # one row more, for those that are left out
+        at = 0
+        self._signatures.reverse()
+        while self._signatures:
+            part = self._signatures.pop()
+            kept[place[at : at + len(part)]] = part
+            at += len(part)
+        return kept[:-1]
+
 
 def _pairs(ledger: Ledger, index: np.ndarray, others: np.ndarray) -> tuple[str, ...]:
     return tuple(f"{ledger.where(i)} ~ {ledger.where(j)}" for i, j in zip(index[:SHOWN], others[:SHOWN]))
 
 
-def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes u64[N] of all runs of three words, each once a text, and the text each is of, i64[N].
+def _divided(length: int, words: list[str]) -> list[str]:
+    """The words of a text of so many characters; its characters where words are not divided by spaces."""
+    return words if length < 15 * len(words) else list("".join(words))
 
-    Case and white space do not count. Where words are not divided by spaces, characters take their place.
-    """
-    words = [_words(text) for text in texts]
+
+def shingles(words: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes u64[N] of all runs of three words, each once a text, and the text each is of, i64[N]."""
     counts = np.array([len(w) for w in words], np.int64)
     flat = np.fromiter(map(crc32, map(str.encode, chain.from_iterable(words))), np.uint64, int(counts.sum()))
-    owner = np.repeat(np.arange(len(texts)), counts)
+    owner = np.repeat(np.arange(len(words)), counts)
     if len(flat) < SHINGLE:
         return flat[:0], owner[:0]
     n = len(flat) - SHINGLE + 1
@@ -121,11 +137,6 @@ def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     fresh = np.ones(len(mixed), bool)
     fresh[1:] = (mixed[1:] != mixed[:-1]) | (owner[1:] != owner[:-1])
     return mixed[fresh], owner[fresh]
-
-
-def _words(text: str) -> list[str]:
-    words = text.casefold().split()
-    return words if len(text) <= 15 * len(words) else list("".join(words))
 
 
 def _template(hashes: np.ndarray, owner: np.ndarray, rows: int) -> np.ndarray:

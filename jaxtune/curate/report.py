@@ -309,7 +309,8 @@ def _facts(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield source["split"], f"{source['name']} ({source['format']}), {source['rows']:,} rows"
     yield "rows trained on", f"{s['rows_trained']:,} of {s['rows']:,}; {s['eval_rows']:,} to evaluate on"
     share = f" ({s['trained_tokens'] / s['tokens']:.0%})" if s["tokens"] else ""
-    yield "tokens", f"{s['tokens']:,}, {s['trained_tokens']:,}{share} trained"
+    whole = all(source["format"] == "text and label" for source in s["sources"])  # a label is for all of a text
+    yield "tokens", f"{s['tokens']:,}" + ("" if whole else f", {s['trained_tokens']:,}{share} trained")
     fate = {"drop": "dropped", "truncate": "cut", "split": "split"}[s["overlength"]]
     yield "data.max_length", f"{s['max_length']:,}: {s['over_limit']:,} rows {fate}"
     yield "tokens in a batch", f"{s['batch_used_padded']:.0%} padded, {s['batch_used_packed']:.0%} packed; rest padding"

@@ -103,6 +103,32 @@ class Unreadable:
             )
 
 
+class Preferences:
+    """Rows that hold a chosen and a rejected answer of which none is read, as preference data does."""
+
+    def __init__(self):
+        self._rows: list[int] = []
+
+    def see(self, chunk: Chunk) -> None:
+        if "chosen" not in chunk.opened.reader.columns:
+            self._rows += [chunk.first + k for k, row in enumerate(chunk.rows) if "chosen" in row and "rejected" in row]
+
+    def findings(self, ledger: Ledger) -> Iterator[Finding]:
+        index = np.array(self._rows, np.int64)
+        index = index[ledger.split[index] == TRAIN]
+        if len(index):
+            yield Finding(
+                "preferences",
+                WARNING,
+                f"{share(len(index), len(ledger))} have the columns chosen and rejected, which are not read: there is "
+                "no training on preferences",
+                "to train on the better answers, make them the rows' completion or last message "
+                "(--config.data.columns=prompt=THEIRS,completion=chosen where both are text)",
+                ledger.places(index, SHOWN),
+                len(index),
+            )
+
+
 def _excerpt(text: str, n: int = 60) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= n else line[: n - 3] + "...")
@@ -244,6 +270,7 @@ def row_checks(tokenizer: Any) -> list[Check]:
     """Return the checks of single rows, fresh."""
     return [
         Unreadable(),
+        Preferences(),
         RowCheck(
             "empty_answers",
             empty_answers,

@@ -7,8 +7,11 @@ So a million rows need some tens of megabytes, however long they are. A row that
 stream: it is kept with what is wrong with it.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -76,6 +79,12 @@ class Chunk:
     def end(self) -> np.ndarray:
         return self.start + self.length
 
+    @cached_property
+    def words(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The words of each prompt and of each answer, without regard to case."""
+        prompts, answers = ([text.casefold().split() for text in texts] for texts in (self.prompts, self.answers))
+        return prompts, answers
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum values i[N] over the tokens of each row."""
         total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
@@ -107,8 +116,8 @@ class Ledger:
             "trained": chunk.sums(predicted),
             "fitted": chunk.sums(np.where(beyond, 0, predicted)),
             "digest": chunk.digests,
-            "prompt": [_text_hash(text) for text in chunk.prompts],
-            "answer": [_text_hash(text) for text in chunk.answers],
+            "prompt": _text_hashes(chunk.prompts, chunk.words[0]),
+            "answer": _text_hashes(chunk.answers, chunk.words[1]),
         }
         self.add(n, columns)
         broken = {"source": self.sources.index(chunk.opened), "number": [number for _, number, _ in chunk.broken]}
@@ -124,12 +133,11 @@ class Ledger:
 
     def close(self) -> "Ledger":
         """Join the chunks; the columns are attributes from then on, with `split` and `readable`."""
-        for name, parts in self._parts.items():
-            setattr(self, name, np.concatenate(parts))
+        for name in COLUMNS:
+            setattr(self, name, np.concatenate(self._parts.pop(name)))
         self.readable = np.concatenate(self._readable)
         splits = np.array([opened.split for opened in self.sources], np.int8)
         self.split = splits[self.source] if len(self) else np.zeros(0, np.int8)
-        self._parts.clear()
         return self
 
     def __len__(self) -> int:
@@ -147,8 +155,8 @@ class Ledger:
         return tuple(self.where(i) for i in islice(index, n))
 
 
-def _text_hash(text: str) -> int:
-    return hash(" ".join(text.casefold().split())) if text else 0
+def _text_hashes(texts: list[str], words: list[list[str]]) -> list[int]:
+    return [hash(" ".join(found)) if text else 0 for text, found in zip(texts, words)]
 
 
 class Form(NamedTuple):
@@ -181,8 +189,19 @@ def chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
     Raises UserError for a file that cannot be read on: a malformed line.
     """
     made = _chunks(sources, form)
-    with Prefetch(lambda _: next(made)) as ahead:
+    with _collected_rarely(), Prefetch(lambda _: next(made)) as ahead:
         yield from ahead
+
+
+@contextmanager
+def _collected_rarely() -> Iterator[None]:
+    """Look for cycles a hundred times less often: a chunk holds many small objects and none, and that took a fifth."""
+    usual = gc.get_threshold()
+    gc.set_threshold(100 * usual[0], *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def _chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
@@ -242,7 +261,13 @@ def _encode(encoder: Any, places: list[str], examples: list[Any]) -> list[tuple[
 def sides(example: Example) -> tuple[str, str]:
     """Return what is given and what is to be answered, as plain text; of a conversation its last answer."""
     if isinstance(example, Document):
-        return tuple("".join(text for text, trained in example.pieces if trained is side) for side in (False, True))
+        given = answer = ""
+        for text, trained in example.pieces:
+            if trained:
+                answer += text
+            else:
+                given += text
+        return given, answer
     return _turns(example)
 
 

@@ -1,6 +1,7 @@
 """Checks of tokens: lengths against the limit, what is trained, packing, and how well the tokenizer fits the text."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -135,8 +136,7 @@ class TokenQuality:
     def see(self, chunk: Chunk) -> None:
         self.tokens += len(chunk.ids)
         self.largest = max(self.largest, int(chunk.ids.max(initial=-1)))
-        sides = (chunk.prompts,) if self.labelled else (chunk.prompts, chunk.answers)
-        self.words += sum(len(text.split()) for texts in sides for text in texts)
+        self.words += sum(map(len, chain.from_iterable(chunk.words[:1] if self.labelled else chunk.words)))
         odd = self.pieces[np.minimum(chunk.ids, len(self.pieces) - 1)]
         self.bytes += int(odd.sum())
         if self.unknown is not None:

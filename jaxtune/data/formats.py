@@ -69,6 +69,7 @@ class Document:
 Example = Conversation | Document
 
 CANONICAL = json.JSONEncoder(sort_keys=True, default=str).encode  # made once: json.dumps makes one a call
+QUOTED = json.encoder.encode_basestring_ascii
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class Reader:
 
     def digest(self, row: dict) -> int:
         """Return 64 bits over the columns in use: equal rows are equal whatever their number, id or order."""
-        used = CANONICAL([row.get(c) for c in self.columns])
+        values = [row.get(c) for c in self.columns]
+        plain = all(type(v) is str for v in values)  # the usual row, for which the same text is made sooner
+        used = f"[{', '.join(map(QUOTED, values))}]" if plain else CANONICAL(values)
         return int.from_bytes(hashlib.blake2b(used.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
@@ -166,7 +169,10 @@ def _no_columns(where: str, problem: str, found: list[str], columns: Mapping[str
     lower = {c.lower(): c for c in found}
     pair = next(((lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower), None)
     turns = next((c for c in found if c.lower() in MESSAGES), None)
-    if columns:
+    other = next((name for name, (needs, _) in FORMATS.items() if all(columns.get(c, c) in found for c in needs)), None)
+    if other:
+        hint = f"These are the columns of data.format={other}."
+    elif columns:
         hint = f"The mapping given was {', '.join(f'{a}={b}' for a, b in columns.items())}."
     elif pair:
         hint = f"Set data.columns, for example prompt={pair[0]},completion={pair[1]}."
@@ -187,6 +193,8 @@ def _value(where: str, row: dict, column: str):
 
 
 def _text_value(where: str, row: dict, column: str) -> str:
+    if type(value := row.get(column)) is str:
+        return value
     value = _value(where, row, column)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
@@ -369,11 +377,13 @@ class ColumnTypes:
         self.source = source
         self.columns = columns
         self.seen: dict[str, tuple[str, int]] = {}  # column -> (kind, row number where it was first seen)
+        self._usual: dict[str, type] = {}
 
     def check(self, number: int, row: dict) -> None:
         """Raise UserError if `row` holds another type than the rows before it."""
         for column in self.columns:
-            if (value := row.get(column)) is None:
+            value = row.get(column)
+            if value is None or type(value) is self._usual.get(column):
                 continue
             found = kind(value)
             expected, first = self.seen.setdefault(column, (found, number))
@@ -383,3 +393,4 @@ class ColumnTypes:
                     f"({json.dumps(value, default=str)[:40]}), but {expected} at {self.source.where(first)}. "
                     "A column has one type: mend the rows."
                 )
+            self._usual[column] = type(value)

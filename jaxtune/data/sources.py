@@ -30,6 +30,7 @@ KINDS = {
     dict: "an object",
 }
 
+DECODE = json.JSONDecoder().decode
 Numbered = Iterator[tuple[int, dict]]
 
 
@@ -152,7 +153,7 @@ def _json_lines(name: str, path: Path) -> Numbered:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    value = json.loads(line)
+                    value = DECODE(line)
                 except json.JSONDecodeError as error:
                     found = line.strip()
                     found = found if len(found) <= 60 else found[:57] + "..."

@@ -245,8 +245,10 @@ class Encoder:
                 ids += piece
                 mask += [int(trained)] * len(piece)
             ends_itself = ids[-1:] == [self.eos] and len(ids) > len(self.prefix)
-            trained_end = int(row[-1][1]) if row else 0
-            yield (ids, mask) if ends_itself else ([*ids, self.eos], [*mask, trained_end])
+            if not ends_itself:
+                ids.append(self.eos)
+                mask.append(int(row[-1][1]) if row else 0)
+            yield ids, mask
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,6 +1,5 @@
 """Held-out rows through one model or two: losses, answers, scores, intervals and verdicts, also by group."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,19 +203,19 @@ def columns(rows: Sequence[Row], measured: Mapping[str, Measured], plan: Plan) -
     return found
 
 
-def _scores(metric: Metric, expected: Sequence[str], answers: Sequence[str | None]) -> np.ndarray:
-    """A score for each row; NaN where the metric does not apply."""
-    scores = [None if a is None else metric.score(a, e) for e, a in zip(expected, answers, strict=True)]
-    return np.array([math.nan if s is None else s for s in scores], float)
+def _scores(metric: Metric, expected: Sequence[str], answers: Sequence[str | None]) -> list[float | bool | None]:
+    """A score for each row; None where the metric does not apply."""
+    return [None if a is None else metric.score(a, e) for e, a in zip(expected, answers, strict=True)]
 
 
-def _column(metric: Metric, scores: Mapping[str, np.ndarray]) -> Column | None:
-    """The rows to which the metric applies for all models; None where there are none."""
-    at = np.flatnonzero(~np.isnan(np.stack(list(scores.values()))).any(axis=0))
+def _column(metric: Metric, scores: Mapping[str, Sequence[float | bool | None]]) -> Column | None:
+    """The rows to which the metric applies for all models; None where there are none. Of yes and no, it is a share."""
+    at = np.array([i for i, pair in enumerate(zip(*scores.values(), strict=True)) if None not in pair], int)
     if not len(at):
         return None
-    values = {who: v[at] for who, v in scores.items()}
-    return Column(metric.label, metric.better, metric.share, statistics.mean, values, at)
+    share = metric.share or all(isinstance(v[i], bool) for v in scores.values() for i in at)
+    values = {who: np.array([v[i] for i in at], float) for who, v in scores.items()}
+    return Column(metric.label, metric.better, share, statistics.mean, values, at)
 
 
 def _label_columns(rows: Sequence[Row], measured: Mapping[str, Measured]) -> dict[str, Column]:
@@ -300,7 +299,10 @@ def _compared(column: Column, at: np.ndarray) -> dict[str, Any]:
         return entry | {name: told(statistics.interval(alone, column.statistic))}
     result = statistics.paired(values["base"], values["tuned"], column.statistic)
     verdict = statistics.verdict(result.difference.value, result.p, column.better)
-    models = {"base": told(result.base), "tuned": told(result.tuned), "difference": result.difference._asdict()}
+    difference = result.difference
+    if column.share:
+        difference = statistics.paired_at_the_edge(result, values["base"], values["tuned"])
+    models = {"base": told(result.base), "tuned": told(result.tuned), "difference": difference._asdict()}
     return entry | models | {"p": result.p, "verdict": verdict}
 
 

@@ -14,7 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from jaxtune.errors import UserError
-from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch
+from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch, shapes, worth_a_compile
 from jaxtune.generation import cut, generate, prepare
 
 
@@ -48,6 +48,7 @@ class JaxtuneLM(TemplateLM):
 
             module, params, tokenizer, *_ = load_target(target)
         self.module, self.params, self.tokenizer = module, prepare(module, params), tokenizer
+        self.room = worth_a_compile(self.params)
         self.max_length = min(max_length or module.spec.positions, module.spec.positions)
         self.batch_size = 32 if batch_size == "auto" else int(batch_size)
         self.max_gen_toks = 256
@@ -87,11 +88,13 @@ class JaxtuneLM(TemplateLM):
         """(texts, context ids, continuation ids) -> (log-probability of the continuation, is it the greedy one?)."""
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         found: list[Any] = [None] * len(rows)
+        lengths = [len(row) - 1 for row in rows]
+        batches = batches_by_length(lengths, most_tokens())
+        padded = shapes(lengths, batches, self.room, self.module.spec.positions)
         with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as bar:
-            for batch in batches_by_length([len(row) - 1 for row in rows], most_tokens()):
-                for i, (logprobs, greedy) in zip(
-                    batch, score_batch(self.module, self.params, [rows[i] for i in batch]), strict=True
-                ):
+            for batch, shape in zip(batches, padded, strict=True):
+                scored = score_batch(self.module, self.params, [rows[i] for i in batch], shape)
+                for i, (logprobs, greedy) in zip(batch, scored, strict=True):
                     n = len(requests[i][2])
                     found[i] = float(logprobs[-n:].sum()), bool(greedy[-n:].all())
                 bar.update(len(batch))
@@ -145,7 +148,9 @@ class JaxtuneLM(TemplateLM):
                 "the prompt. Set max_gen_toks in the task's generation_kwargs."
             )
         prompts = [self.tok_encode(text)[-room:] for text in contexts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = list(range(len(prompts)))
+        if sum(max(map(len, prompts)) - len(prompt) for prompt in prompts) > self.room:  # else one shape for all
+            order.sort(key=lambda i: len(prompts[i]))
         found: list[str] = [""] * len(prompts)
         draws = settings["do_sample"] and settings.get("temperature", 1.0) > 0
         for at in range(0, len(order), self.batch_size):

@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens, in batches of few shapes; logits exist for a chunk of positions at a time."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ from jaxtune.generation import bucket
 from jaxtune.objectives.cross_entropy import chunk_size
 
 Array = jax.Array
+
+
+class Shape(NamedTuple):
+    """Of a batch of tokens."""
+
+    rows: int
+    width: int
 
 
 @partial(jax.jit, static_argnames="module")
@@ -55,10 +63,44 @@ def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int =
     return batches
 
 
-def score_batch(module: Any, params: Any, rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?)."""
+def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], room: int, positions: int) -> list[Shape]:
+    """The shape to which each of `batches_by_length` is padded: few, since each is compiled.
+
+    Batches of a shape are padded to the one before it if all together grow by no more than `room` tokens (see
+    `worth_a_compile`). With many batches of each shape, none is padded further.
+    """
+    own = []
+    for batch in batches:
+        longest = max(1, *(lengths[i] for i in batch))
+        step = max(16, 1 << (longest - 1).bit_length() >> 4)
+        own.append(Shape(1 << (len(batch) - 1).bit_length(), min(-(-longest // step) * step, positions)))
+    counts, taken = Counter(own), {}
+    for shape in counts:  # the widest first
+        last = next(reversed(taken.values()), shape)
+        holds = last.rows >= shape.rows and last.width >= shape.width
+        grown = counts[shape] * (last.rows * last.width - shape.rows * shape.width)
+        taken[shape] = last if holds and grown <= room else shape
+    return [taken[shape] for shape in own]
+
+
+def worth_a_compile(params: Any) -> int:
+    """Tokens that a model reads about as fast as a new shape compiles: many for a small one, few for a large one.
+
+    That is 0.7 s, at two operations a parameter and token and speeds that are right within a factor of a few.
+    """
+    speed = 5e10 if jax.default_backend() == "cpu" else 2e14
+    return int(0.7 * speed / (2 * sum(leaf.size for leaf in jax.tree.leaves(params))))
+
+
+def score_batch(
+    module: Any, params: Any, rows: Sequence[Sequence[int]], shape: Shape | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?).
+
+    `shape` is what the rows are padded to, by default their own.
+    """
     width = min(bucket(max(len(row) - 1 for row in rows)), module.spec.positions)
-    size = 1 << (len(rows) - 1).bit_length()
+    size, width = shape or (1 << (len(rows) - 1).bit_length(), width)
     tokens, targets = np.zeros((2, size, width), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]

@@ -254,6 +254,6 @@ def load_scorer(given: str) -> tuple[str, Metric]:
             return None
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"--scorer={given}: expected a finite number or None, found {value!r}.")
-        return float(value)
+        return value if isinstance(value, bool) else float(value)
 
     return name, Metric(name.replace("_", " "), score, share=False)

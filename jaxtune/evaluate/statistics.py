@@ -1,12 +1,14 @@
 """How sure a measured difference is: bootstrap intervals, and a paired test between base and tuned.
 
-Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13). The test is approximate
+Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13); of shares where no row differs, of
+which a bootstrap sees no other, `exact_at_the_edge` and `paired_at_the_edge`. The test is approximate
 randomisation (Noreen 1989; for language tasks Dror et al. 2018, aclanthology.org/P18-1128): were the two models alike,
 each row's pair of results could as well be swapped. Several tests together are corrected by Holm's step-down procedure.
 Draws come from a fixed seed, so that the same results give the same verdict.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -122,6 +124,53 @@ def exact_at_the_edge(interval: Interval, n: int) -> Interval:
         return interval
     least = ((1 - LEVEL) / 2) ** (1 / n)
     return Interval(0.0, 0.0, 1 - least) if interval.value == 0 else Interval(1.0, least, 1.0)
+
+
+def paired_at_the_edge(result: Paired, base: np.ndarray, tuned: np.ndarray) -> Interval:
+    """The difference of two shares of the same rows, where every resample has the same: all rows turned right, say.
+
+    Newcombe 1998 (Statistics in Medicine 17: 2635-2650), method 10: Wilson's intervals of both shares, put together
+    with the correlation of the pairs. Any other difference is left as it is.
+
+    Args:
+        base, tuned: 1 for each row that is right, else 0 [N]; of other values, a share of 0 or 1 speaks for all rows.
+    """
+    n, difference = len(base), result.difference
+    if difference.low is None or difference.low < difference.high:
+        return difference
+    right = [_right(values, interval.value) for values, interval in ((base, result.base), (tuned, result.tuned))]
+    if any(values is None for values in right):
+        return difference
+    before, after = right
+    p1, p2 = after.mean(), before.mean()
+    (low1, high1), (low2, high2) = wilson(p1, n), wilson(p2, n)
+    both, neither = int((before & after).sum()), int((~before & ~after).sum())
+    product = both * neither - int((after & ~before).sum()) * int((before & ~after).sum())
+    if product > 0:
+        product = max(product - n / 2, 0)  # his correction for continuity
+    spread = n * n * np.sqrt(p1 * (1 - p1) * p2 * (1 - p2))
+    phi = product / spread if spread else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return float(np.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2)))
+
+    low, high = reach(p1 - low1, high2 - p2), reach(high1 - p1, p2 - low2)
+    return Interval(difference.value, max(-1.0, difference.value - low), min(1.0, difference.value + high))
+
+
+def _right(values: np.ndarray, share: float) -> np.ndarray | None:
+    """Which rows are right, bool[N]; None where that cannot be told."""
+    if share in (0.0, 1.0):
+        return np.full(len(values), bool(share))
+    return values.astype(bool) if values.ndim == 1 and np.isin(values, (0, 1)).all() else None
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The interval of a share of n rows by the score test (Wilson 1927)."""
+    z2 = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = float(np.sqrt(z2 * share * (1 - share) / n + z2**2 / (4 * n * n))) / (1 + z2 / n)
+    return middle - reach, middle + reach
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

@@ -122,8 +122,8 @@ def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
     Columns in which no run has a value are left out.
     """
     names, differ = labels(runs), differences(runs)
-    heads = ["run", *differ, "held-out loss", "at step", "training loss", "valid JSON", "fields right"]
-    heads += ["trained", "time", "tokens/s"]
+    heads = ["run", "held-out loss", "at step", "training loss", "valid JSON", "fields right"]
+    heads += [*differ, "trained", "time", "tokens/s"]  # many settings may differ; what came of them stands before
     rows = []
     for i in order(runs):
         run, after, best = runs[i], runs[i].after(), runs[i].best()
@@ -131,12 +131,12 @@ def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
         rows.append(
             [
                 names[i],
-                *(setting_cell(run.settings[path]) for path in differ),
                 cell(best and best.value),
                 cell(best and best.step, "{:,}".format),
                 cell(losses[-1].value if losses else None),
                 cell(after.get("eval/json_valid"), percent),
                 cell(after.get("eval/json_exact"), percent),
+                *(setting_cell(run.settings[path]) for path in differ),
                 cell(run.fact("trainable"), "{:,}".format),
                 cell(run.seconds(), duration),
                 cell(run.speed()),

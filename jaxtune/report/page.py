@@ -117,7 +117,7 @@ def _modules(run: Run) -> list[tuple[str, int, int]]:
 def _samples(run: Run) -> list[Any]:
     held_out = run.evaluation.get("held_out", {})
     answered = [s for s in held_out.get("samples", ()) if isinstance(s, dict) and "after" in s]
-    samples = (answered or run.facts("samples", dict))[:MOST_SAMPLES]
+    samples = (answered or run.facts("samples", dict) or run.sampled)[:MOST_SAMPLES]
     with_before = any(entry.get("before") for entry in samples)
     laid_out = [sample(entry, with_before=with_before) for entry in samples]
     return [s for s in laid_out if s.texts or s.prompt is not None]

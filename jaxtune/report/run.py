@@ -35,6 +35,8 @@ class Run:
         summary: summary.json; empty where there is none.
         evaluation: eval.json, see `read_evaluation`; empty where there is none of the last step.
         data: what `jaxtune data` wrote beside the run, or what training found by itself; empty where there is neither.
+        sampled: what was generated at evaluations, where that was asked for: {"prompt", "expected", "before", "after"},
+            of the base and of the last evaluation.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Run:
     summary: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    sampled: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -72,8 +75,9 @@ class Run:
         return [Point(step, values[step]) for step in sorted(values)]
 
     def best(self) -> Point | None:
-        """The evaluation with the lowest loss, the first of equals."""
-        return min(self.series("eval/loss"), key=lambda point: point.value, default=None)
+        """The evaluation with the lowest loss, the first of equals; that of the base, at step 0, is no result."""
+        tuned = (point for point in self.series("eval/loss") if point.step > 0)
+        return min(tuned, key=lambda point: point.value, default=None)
 
     def last_step(self) -> int:
         return max((line["step"] for line in self.metrics), default=0)
@@ -170,7 +174,26 @@ def read_run(folder: str | os.PathLike) -> Run:
     evaluation = read_evaluation(folder, max(line["step"] for line in metrics))
     versions = read_object(folder / "config.json", "a run").get("versions")
     run = as_run({**overrides, "versions": versions}, metrics, summary)
-    return replace(run, folder=folder, overrides=_flat(overrides), evaluation=evaluation, data=report or run.data)
+    sampled = _sampled(folder / "samples.jsonl")
+    found = {"evaluation": evaluation, "data": report or run.data, "sampled": sampled}
+    return replace(run, folder=folder, overrides=_flat(overrides), **found)
+
+
+def _sampled(file: Path) -> list[dict[str, Any]]:
+    """The texts of the last evaluation beside those of step 0."""
+    by_step: dict[int, dict[str, dict[str, Any]]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            entry = json.loads(line)
+            by_step.setdefault(entry["step"], {})[entry["prompt"]] = entry
+        except (ValueError, KeyError, TypeError):  # torn by a kill
+            continue
+    last, first = by_step.get(max(by_step, default=0), {}), by_step.get(0, {})
+    return [
+        {"prompt": prompt, "expected": entry.get("expected"), "after": entry.get("text")}
+        | ({"before": first[prompt].get("text")} if prompt in first and entry["step"] else {})
+        for prompt, entry in last.items()
+    ]
 
 
 def as_run(

@@ -74,13 +74,13 @@ def _loss(run: Run) -> str:
     if len(evals) > 1:
         first = evals[0]
         origin = "before tuning" if first.step == 0 else f"at step {first.step:,}"
-        if best.step == first.step:
+        if best.value >= first.value:
             told = f"Held-out loss never fell below the {number(first.value)} {origin}"
         else:
             told = (
                 f"Held-out loss fell from {number(first.value)} {origin} to {number(best.value)} at step {best.step:,}"
             )
-        if best.step != evals[-1].step and evals[-1].value > best.value:
+        if evals[-1].value > min(best.value, first.value):
             told += f" and ended at {number(evals[-1].value)}"
         return told
     if len(losses) > 1:
@@ -88,7 +88,7 @@ def _loss(run: Run) -> str:
         verb = "fell" if last.value < first.value else "went"
         told = f"Training loss {verb} from {number(first.value)} (step {first.step:,}) to {number(last.value)}"
         return told + f" (step {last.step:,})" + ("" if evals else "; there was no held-out data")
-    return f"Held-out loss is {number(best.value)} at step {best.step:,}" if evals else "No loss is logged yet"
+    return f"Held-out loss is {number(evals[0].value)} at step {evals[0].step:,}" if evals else "No loss is logged yet"
 
 
 def _cost(run: Run) -> str:

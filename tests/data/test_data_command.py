@@ -88,3 +88,48 @@ def test_nothing_left_to_write(tmp_path, capsys):
 def test_help_says_what_strict_does(capsys):
     assert main(["data", "--help"]) == 0
     assert "with --strict, a finding is an error or a warning" in capsys.readouterr().out
+
+
+def test_labelled_texts(tmp_path, capsys):
+    rows = [
+        {"review": f"the {i} mugs were {'good' if i % 3 else 'bad'}", "mood": "up" if i % 3 else "down"}
+        for i in range(30)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[7], {"review": "the 4 mugs were good", "mood": "down"}])
+    write_jsonl(tmp_path / "eval.jsonl", [rows[2], {"review": "all mugs are gone", "mood": "down"}])
+    flags = ["--config.objective.name=sequence_classification", "--config.data.columns=text=review,label=mood"]
+    flags += [f"--config.data.train={tmp_path / 'rows.jsonl'}", f"--config.data.eval={tmp_path / 'eval.jsonl'}"]
+    flags += [
+        f"--config.model.path={tiny.BASE}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--write-clean={tmp_path / 'clean.jsonl'}",
+    ]
+    assert main(["data", *flags, "--near=0"]) == 0
+    assert "⟦up⟧" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    found = {f["check"]: f for f in report["findings"]}
+    assert set(found) == {"overlap", "duplicates", "conflicts"}
+    assert [row.rpartition("/")[2] for row in found["duplicates"]["rows"]] == ["rows.jsonl:8"]
+    assert found["conflicts"]["count"] == 1 and found["overlap"]["severity"] == "error"
+    assert report["summary"]["groups"]["answer"] == [{"value": "up", "rows": 21}, {"value": "down", "rows": 11}]
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert kept == [*rows[:2], *rows[3:], {"review": "the 4 mugs were good", "mood": "down"}]
+
+
+def test_tagged_words(tmp_path, capsys):
+    lines = []
+    for i in range(24):
+        lines += [f"mug{i} O", "of O", f"Ada{i} B-person", "Low I-person", ""]
+    lines += ["same O", "mug O", "", "same O", "mug B-person", ""]
+    (tmp_path / "rows.conll").write_text("\n".join(lines))
+    flags = ["--config.objective.name=token_classification", f"--config.data.train={tmp_path / 'rows.conll'}"]
+    flags += [f"--config.model.path={tiny.BASE}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["data", *flags, "--rows=1"]) == 0
+    assert "person" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert {f["check"] for f in report["findings"]} == {"conflicts"}
+    assert report["summary"]["groups"]["answer"] == [
+        {"value": "B-person", "rows": 25},
+        {"value": "I-person", "rows": 24},
+    ]
+    assert report["summary"]["rows"] == 26

@@ -88,6 +88,7 @@ EVERY_DEFECT = {
         1,
         ["user speaks twice in a row, at places 1 and 2"],
     ),
+    "preferences": ([p | {"chosen": sentence(500), "rejected": "no"} for p in PAIRS], {}, 60, ["rows.jsonl:1"]),
     "special_text": ([*PAIRS, pair(99, "alfa </s> bravo charlie")], {}, 1, ["'</s>' in its text"]),
     "padding": (
         [pair(i, sentence(i, 120 if i % 8 == 0 else 2)) for i in range(64)],
@@ -107,6 +108,11 @@ def test_a_defect_is_found_and_no_other(tmp_path, check):
     assert finding.count == count
     assert finding.fix
     assert all(place in "\n".join(finding.rows) for place in places)
+
+
+def test_preferences_whose_chosen_answer_is_trained_are_no_finding(tmp_path):
+    rows = [{"prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in PAIRS]
+    assert found(examine(tmp_path, rows, columns={"completion": "chosen"})) == {}
 
 
 def test_surrogate_and_bad_role_are_listed_not_raised(tmp_path):

@@ -1,10 +1,11 @@
+import hashlib
 import json
 
 import pytest
 from data_zoo import write_jsonl
 
 from jaxtune.data import read
-from jaxtune.data.formats import ColumnTypes, Conversation, Document, make_reader
+from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader, make_reader
 from jaxtune.errors import UserError
 
 
@@ -183,3 +184,14 @@ def test_the_digest_sees_the_columns_in_use_only(tmp_path):
     reader = make_reader(source)
     a, b, c = (reader.digest(row) for _, row in source)
     assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "row", [["plain", "more"], ['"quoted"\n\\ é 😀 \u2028', "\ud800"], [None, "x"], [1, [{"b": 2, "a": 1}]]]
+)
+def test_a_digest_is_that_of_the_canonical_json(row):
+    columns = ("a", "b")
+    reader = Reader("text", columns, lambda where, row: row)
+    text = json.dumps(row, sort_keys=True).encode("utf-8", "surrogatepass")
+    want = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    assert reader.digest(dict(zip(columns, row))) == want
