@@ -134,7 +134,7 @@ class _Block(NamedTuple):
 
 def _blocks(t: int, form: "_Form") -> list[_Block]:
     """Blocks of queries: what causality or the window hides as a whole is never computed."""
-    size = max(64, math.ceil(t / 8))
+    size = max(128, math.ceil(t / 8))
     blocks = []
     for start in range(0, t, size):
         stop = min(start + size, t)
