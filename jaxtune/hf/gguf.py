@@ -275,6 +275,8 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
         types |= {i: _BYTE for i, t in tokens.items() if len(t) == 6 and t.startswith("<0x") and t.endswith(">")}
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = _UNKNOWN
+    if model.get("ignore_merges") and found["tokenizer_pre"] != "llama-bpe":  # llama.cpp does so for that name alone
+        raise UserError(f"{where} has ignore_merges=True, which GGUF's {found['tokenizer_pre']!r} does not do.")
     found["token_list"] = [tokens.get(i, f"[PAD{i}]") for i in range(vocab)]
     found["token_types"] = [types.get(i, _UNUSED) for i in range(vocab)]
     for key in ("bos", "eos", "unk", "pad"):
