@@ -265,17 +265,24 @@ def full(params: PyTree) -> tuple[PyTree, PyTree]:
     return _masters(params, jax.tree.map(lambda _: TRAIN, params))
 
 
-def head(params: PyTree) -> tuple[PyTree, PyTree]:
+def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
     """Train the final norm and the output head over a frozen body; of a classifier all of its label head.
 
     A tied head becomes a matrix of its own: the embedding below, and with it the body, stays as it was.
+
+    Args:
+        module: the zoo module, which knows of rows that `resize` added; the parameters alone do not show them.
+
+    Raises:
+        UserError: another tree than of a zoo model, a leaf is quantised, or `resize` added rows, which stay untrained.
     """
     if "classifier" in params:
         return _masters(params, match([(r"classifier/.*", TRAIN), (r".*", FROZEN)], params))
     if "embed_tokens" not in params:
         raise UserError("The method 'head' knows jaxtune's own models; give a mask by rules for another tree.")
     params = untie(params)
-    return _masters(params, match([(r"(norm|lm_head)/.*", TRAIN), (r".*", FROZEN)], params))
+    tuned = _masters(params, match([(r"(norm|lm_head)/.*", TRAIN), (r".*", FROZEN)], params))
+    return _with_new_tokens(tuned, module)
 
 
 def untie(params: PyTree) -> PyTree:
@@ -605,7 +612,8 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
     """Give a zoo model room for new tokens: `vocab` rows in its table, and outputs of an untied head.
 
     New rows are the mean of the old; train them with `lora(trainable_token_indices=...)`, which a tied head follows.
-    A method that is given the module and leaves one of them untrained refuses it.
+    The module counts them (`spec.new_tokens`), and a method that is given it and leaves one of them untrained refuses.
+    A file has no place for that mark: what was exported and loaded again has rows like any other, trained or not.
 
     Raises:
         UserError: the table would shrink, or is adapted or quantised.
@@ -891,7 +899,7 @@ def tune(
 
 METHODS = {
     "full": lambda params, key, module, settings: full(params),
-    "head": lambda params, key, module, settings: _with_new_tokens(head(params), module),
+    "head": lambda params, key, module, settings: head(params, module),
     "lora": lambda params, key, module, settings: lora(params, key, module=module, **settings),
     "bitfit": lambda params, key, module, settings: bitfit(params, module),
     "norms": lambda params, key, module, settings: norms(params, module),
