@@ -20,25 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
+from jaxtune.adapters import attach, ia3, prompt_tuning
 from jaxtune.card import model_card
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_dir
 from jaxtune.hf import tensors
-from jaxtune.hf.export import copy_tokenizer, plain, public_name, weights_by_path
-from jaxtune.methods import (
-    Factors,
-    Place,
-    adapted,
-    attach,
-    ia3,
-    in_label_head,
-    is_saved,
-    parameters,
-    places,
-    prompt_tuning,
-    untie,
-)
+from jaxtune.hf.export import copy_tokenizer, public_name
+from jaxtune.places import Factors, Place, adapted, in_label_head, is_or_ends, is_saved, parameters, places
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
+from jaxtune.vocabulary import untie
 from jaxtune.weights import (
     DoraWeight,
     Ia3Weight,
@@ -46,8 +36,11 @@ from jaxtune.weights import (
     PromptWeight,
     TokensWeight,
     is_weight,
+    map_paths,
     map_weights,
     merge_leaf,
+    plain,
+    weights_by_path,
 )
 
 # adapter_config.json of LoraConfig(task_type="CAUSAL_LM"), saved.
@@ -175,7 +168,7 @@ def _matching(targets: str | list[str], candidates: list[Place]) -> str | list[s
     """The targets that this model has; all, where it has none, for the message."""
     if isinstance(targets, str):
         return targets
-    return [t for t in targets if any(p.name == t or p.name.endswith("." + t) for p in candidates)] or targets
+    return [t for t in targets if any(is_or_ends(p.name, t) for p in candidates)] or targets
 
 
 def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -461,10 +454,10 @@ def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
     tensors.read_all(jobs)
 
     def put(path, leaf):
-        fields = {field: jnp.asarray(array) for field, array in arrays.get(path_str(path), {}).items()}
+        fields = {field: jnp.asarray(array) for field, array in arrays.get(path, {}).items()}
         return fields[""] if "" in fields else dataclasses.replace(leaf, **fields) if fields else leaf
 
-    return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_weight)
+    return map_paths(put, params)
 
 
 # -------------------------------------------------------------------------------------------------------------- out
