@@ -16,7 +16,7 @@ import numpy as np
 from jaxtune.errors import UserError
 from jaxtune.rewrite import Axis, Rider, Scope, evaluate, ride
 from jaxtune.tree import PyTree, path_str
-from jaxtune.weights import Keys, ShapedWeight, is_weight
+from jaxtune.weights import Keys, ShapedWeight, is_weight, map_paths
 
 
 class Layout(NamedTuple):
@@ -172,13 +172,10 @@ def matrices(params: PyTree, layouts: Mapping[str, Layout]) -> tuple[PyTree, Cal
     shapes = {path_str(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def undo(path, leaf):
-        layout = layouts.get(path_str(path))
+        layout = layouts.get(path)
         if layout is None:
             return leaf
-        shaped = ShapedWeight(leaf, *layout[:3], shapes[path_str(path)])
+        shaped = ShapedWeight(leaf, *layout[:3], shapes[path])
         return shaped if is_weight(leaf) else shaped.restore(leaf) if hasattr(leaf, "shape") else leaf
 
-    def restore(tree):
-        return jax.tree_util.tree_map_with_path(undo, tree, is_leaf=is_weight)
-
-    return jax.tree_util.tree_map_with_path(lay, params), restore
+    return jax.tree_util.tree_map_with_path(lay, params), functools.partial(map_paths, undo)
