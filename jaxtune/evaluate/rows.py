@@ -9,7 +9,7 @@ import numpy as np
 from jaxtune import data
 from jaxtune.data.formats import make_reader
 from jaxtune.data.tokenize import Encoder
-from jaxtune.errors import UserError, nearest
+from jaxtune.errors import UserError
 
 MOST_GROUPS = 40
 
@@ -153,8 +153,8 @@ def group_values(rows: data.Rows, names: Sequence[str], column: str) -> list[str
         for number, row in source:
             if column not in row:
                 raise UserError(
-                    f"--group-by={column}: {source.where(number)} has no such column.{nearest(column, row)} "
-                    f"Columns found: {', '.join(row)}."
+                    f"--group-by={column}: {source.where(number)} has no column {column!r}. Group by one that it has: "
+                    f"{', '.join(row)}."
                 )
             if number in wanted:
                 values[number] = "(none)" if row[column] is None else str(row[column])
