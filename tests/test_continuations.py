@@ -13,6 +13,12 @@ from jaxtune.evaluate.continuations import scorer, shared_batches, sharing_pays
 from jaxtune.methods import prompt_tuning
 
 
+@pytest.fixture(autouse=True)
+def compiles_are_cheap(monkeypatch):
+    """Else such small models would rather read every row than compile one more program."""
+    monkeypatch.setattr(continuations, "worth_a_compile", lambda params: 0)
+
+
 def draw(seed=0, contexts=((9, 4), (1, 2), (30, 3), (17, 1)), longest=6, vocab=zoo.VOCAB):
     """Pairs of ids: for each (length, n) a context of that length, n times with something else behind it."""
     rng = np.random.default_rng(seed)
@@ -52,7 +58,7 @@ def test_each_pair_as_transformers_scores_it_alone(name):
     module, params = zoo.ours(name)
     pairs = draw(contexts=((9, 4), (1, 2), (61, 2), (40, 3)), longest=3)
     pairs += [(pairs[0][0], greedy(name, pairs[0][0], 3)), (pairs[0][0], pairs[0][1])]
-    assert max(len(c) + len(n) for c, n in pairs) > 62 and sharing_pays(module, pairs)
+    assert max(len(c) + len(n) for c, n in pairs) > 62 and sharing_pays(module, params, pairs)
     got = scores(module, params, pairs)
     for (context, new), (value, likeliest) in zip(pairs, got, strict=True):
         want = theirs(name, context, new)
@@ -84,11 +90,15 @@ def test_what_is_longer_than_the_model_is_refused():
         scorer(module, params, [([3] * 60, [4] * 6)] * 2)
 
 
-def test_where_sharing_does_not_pay_or_cannot_be():
-    module, _ = zoo.ours("llama")
-    assert not sharing_pays(module, draw(contexts=((20, 1), (25, 1), (30, 1))))
-    assert sharing_pays(module, draw(contexts=((20, 2), (25, 2), (30, 1))))
-    assert not sharing_pays(zoo.ours("phi3")[0], draw(contexts=((20, 2), (25, 2))))
+def test_where_sharing_does_not_pay_or_cannot_be(monkeypatch):
+    module, params = zoo.ours("llama")
+    twice = draw(contexts=((20, 2), (25, 2), (30, 1)))  # 45 tokens are read once instead of twice
+    assert not sharing_pays(module, params, draw(contexts=((20, 1), (25, 1), (30, 1))))
+    assert sharing_pays(module, params, twice)
+    assert not sharing_pays(*zoo.ours("phi3"), twice)  # longrope
+    for room, pays in ((89, True), (90, False)):
+        monkeypatch.setattr(continuations, "worth_a_compile", lambda params, room=room: room)
+        assert sharing_pays(module, params, twice) is pays
 
 
 @settings(deadline=None, max_examples=40)

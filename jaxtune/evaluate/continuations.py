@@ -47,7 +47,7 @@ def scorer(
         raise UserError(
             f"A context and what follows it have {max(lengths) + 1:,} tokens, and the model has {most:,} positions."
         )
-    if sharing_pays(module, pairs):
+    if sharing_pays(module, params, pairs):
         planned = {batch.groups[0][0]: batch for batch in shared_batches(module, params, pairs)}
         return (
             [batch.members for batch in planned.values()],
@@ -106,13 +106,13 @@ def shared_logprobs(
     return head_logprobs(module, params, hidden, targets)
 
 
-def sharing_pays(module: Any, pairs: Sequence[Pair]) -> bool:
-    """Whether contexts are shared so often that to read each once saves a good part of the tokens."""
+def sharing_pays(module: Any, params: Any, pairs: Sequence[Pair]) -> bool:
+    """Whether to read each context once saves a good part of the tokens, and more than its larger program costs."""
     if any(block.rope and block.rope.kind in BY_LENGTH for s in module.spec.segments for block in s.pattern):
         return False
     whole = sum(len(context) + len(continuation) for context, continuation in pairs)
     shared = sum(map(len, {tuple(context) for context, _ in pairs})) + sum(len(new) for _, new in pairs)
-    return shared <= WORTH_SHARING * whole
+    return shared <= WORTH_SHARING * whole and whole - shared > worth_a_compile(params) // 2
 
 
 def shared_batches(module: Any, params: Any, pairs: Sequence[Pair]) -> list[Batch]:
@@ -122,7 +122,7 @@ def shared_batches(module: Any, params: Any, pairs: Sequence[Pair]) -> list[Batc
     for groups in _by_length(pairs, room):
         longest = max(1, *(len(pairs[i][1]) for group in groups for i in group))
         length = min(_rounded(longest, 4), module.spec.positions)
-        batches += _cut(module, pairs, groups, length, prefix)
+        batches += _cut(module, pairs, groups, length, prefix, room)
     taken: list[Shape] = []
     padded = []
     for groups, shape in batches:
@@ -183,26 +183,32 @@ def _by_length(pairs: Sequence[Pair], room: int) -> list[list[list[int]]]:
     return found
 
 
-def _cut(module, pairs, groups, length: int, prefix: int) -> list[tuple[list[list[int]], Shape]]:
+def _cut(module, pairs, groups, length: int, prefix: int, room: int) -> list[tuple[list[list[int]], Shape]]:
     """Batches of groups, the longest contexts first, and their own shapes."""
     slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: module.init_cache(1, 1))))
 
+    def width(group):
+        return min(_rounded(max(1, prefix + len(pairs[group[0]][0]) - 1), 16), module.spec.positions)
+
+    groups = sorted(groups, key=width, reverse=True)
+    widest = width(groups[0])
+    one_width = sum(widest - width(group) for group in groups) <= room
+
     def shape(batch):
-        longest = prefix + len(pairs[batch[0][0]][0]) - 1
-        width = min(_rounded(max(1, longest), 16), module.spec.positions)
-        return Shape(_rounded(len(batch), 4), width, _rounded(sum(map(len, batch)), 4), length)
+        wide = widest if one_width else width(batch[0])
+        return Shape(_rounded(len(batch), 4), wide, _rounded(sum(map(len, batch)), 4), length)
 
     def fits(batch):
-        size, width, rows, _ = shape(batch)
+        size, wide, rows, _ = shape(batch)
         return (
-            size * width <= most_tokens()
+            size * wide <= most_tokens()
             and rows <= MOST_ROWS
             and rows * length <= most_tokens()
-            and rows * (width + length) * slot <= most_bytes()
+            and rows * (wide + length) * slot <= most_bytes()
         )
 
     batches: list[list[list[int]]] = [[]]
-    for group in sorted(groups, key=lambda group: -len(pairs[group[0]][0])):
+    for group in groups:
         # One context with more continuations than a batch takes is read again.
         for part in _parts(group, lambda part: fits([part])):
             if batches[-1] and not fits([*batches[-1], part]):
