@@ -57,8 +57,9 @@ def test_each_pair_as_transformers_scores_it_alone(name):
     """Also at the last position, where padding has none left, and behind sliding windows."""
     module, params = zoo.ours(name)
     pairs = draw(contexts=((9, 4), (1, 2), (61, 2), (40, 3)), longest=3)
-    pairs += [(pairs[0][0], greedy(name, pairs[0][0], 3)), (pairs[0][0], pairs[0][1])]
-    assert max(len(c) + len(n) for c, n in pairs) > 62 and sharing_pays(module, params, pairs)
+    longest = max((context for context, _ in pairs), key=len)
+    pairs += [(longest, [5, 9, 7]), (pairs[0][0], greedy(name, pairs[0][0], 3)), (pairs[0][0], pairs[0][1])]
+    assert max(len(c) + len(n) for c, n in pairs) == 64 and sharing_pays(module, params, pairs)
     got = scores(module, params, pairs)
     for (context, new), (value, likeliest) in zip(pairs, got, strict=True):
         want = theirs(name, context, new)

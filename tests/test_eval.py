@@ -85,7 +85,8 @@ def test_losses_are_those_that_training_logged(home, tmp_path, method):  # noqa:
     assert cli.main(["eval", str(workdir), "--metrics=loss"]) == 0
     logged = [m["eval/loss"] for m in read(workdir) if "eval/loss" in m]
     loss = report_of(workdir)["metrics"]["loss"]
-    assert loss["base"]["value"] == pytest.approx(logged[0], rel=2e-5)
+    if method == "lora":  # a soft prompt says something from the start
+        assert loss["base"]["value"] == pytest.approx(logged[0], rel=2e-5)
     assert loss["tuned"]["value"] == pytest.approx(min(logged), rel=2e-5)
     assert loss["verdict"] == "better" and loss["rows"] == 8
 

@@ -200,7 +200,7 @@ def test_intervals_are_drawn_where_they_are(run, browser):
         assert got == pytest.approx(want, abs=0.01)
 
 
-@pytest.mark.parametrize("width", [360, 400, 600, 800, 1200])
+@pytest.mark.parametrize("width", [360, 400, 600, 800, 900, 1200])
 def test_a_verdict_is_seen_without_scrolling(run, browser, width):
     browser.open(write_report(run), width)
     for details in browser.driver.find_elements("css selector", "details"):

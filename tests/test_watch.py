@@ -237,8 +237,8 @@ def test_a_run_that_overfits_says_so_and_writes_samples(home, tmp_path, capsys):
     best = min(evals, key=evals.get)
     assert 0 < best < 48  # it memorises four rows; when is a matter of rounding at such a rate
     assert f"warning: overfitting: the evaluation loss has risen since step {best}" in capsys.readouterr().out
-    [finding] = json.loads((tmp_path / "a" / "summary.json").read_text())["findings"]
-    assert (finding["check"], finding["step"]) == ("overfitting", best)
+    findings = json.loads((tmp_path / "a" / "summary.json").read_text())["findings"]
+    assert [f["step"] for f in findings if f["check"] == "overfitting"] == [best]
     samples = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [step for step in (0, 12, 24, 36, 48) for _ in range(4)]
     assert [s["prompt"].strip() for s in samples[:4]] == ["40 and 43 make", "41 and 44 make", "1 and 4 make", "7"]
