@@ -155,8 +155,8 @@ def group_values(rows: data.Rows, names: Sequence[str], column: str) -> list[str
             if column not in row:
                 meant = [f" Did you mean {name!r}?" for name in difflib.get_close_matches(column, row, n=1, cutoff=0.7)]
                 raise UserError(
-                    f"--group-by={column}: {source.where(number)} has no column {column!r}.{''.join(meant)} Group by one "
-                    f"that it has: {', '.join(row)}."
+                    f"--group-by={column}: {source.where(number)} has no column {column!r}.{''.join(meant)} "
+                    f"Group by one that it has: {', '.join(row)}."
                 )
             if number in wanted:
                 values[number] = "(none)" if row[column] is None else str(row[column])
