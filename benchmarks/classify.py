@@ -185,7 +185,7 @@ def mean_pooled() -> Any:
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     class MeanPooled(BertForSequenceClassification):
-        def forward(self, input_ids, attention_mask, labels=None):
+        def forward(self, input_ids, attention_mask, labels=None, **_):
             x = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
             there = attention_mask[..., None].to(x.dtype)
             logits = self.classifier(self.bert.pooler(((x * there).sum(1) / there.sum(1))[:, None]))
