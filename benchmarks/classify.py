@@ -66,12 +66,12 @@ class Case:
 
 
 CASES = {
-    "texts lora": Case("texts", "lora", "classify_lora.py", 32, 3, 0.5, (1e-3, 2e-3, 4e-3)),
-    "texts full": Case("texts", "full", "classify_full.py", 32, 3, 0.5, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
+    "texts lora": Case("texts", "lora", "classify_lora.py", 32, 2, 0.25, (5e-4, 1.5e-3, 4e-3)),
+    "texts full": Case("texts", "full", "classify_full.py", 32, 2, 0.25, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
     "texts head": Case(
         *("texts", "head", "classify_head.py", 32, 20, 20, (3e-4, 1e-3, 3e-3)), grouped=False, sides=("jaxtune",)
     ),
-    "words full": Case("words", "full", "token_classification.py", 16, 3, 1, (5e-5, 1e-4, 2e-4), weight_decay=0.01),
+    "words full": Case("words", "full", "token_classification.py", 16, 2, 0.5, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
 }
 
 
@@ -471,8 +471,11 @@ def known(file: Path) -> list[dict[str, Any]]:
 
 
 def do(a, wanted: Iterator[tuple[str, str, float, int]], searching: bool) -> None:
-    """Measure what is not in the file yet, and write it there at once."""
+    """Measure what is not in the file yet, at most `--most`, and write it there at once."""
+    done = 0
     for name, side, lr, seed in wanted:
+        if done == a.most:
+            return
         found = {(r["case"], r["side"], r["lr"], r["seed"], r["searching"]) for r in known(a.out)}
         if (name, side, lr, seed, searching) in found:
             continue
@@ -480,6 +483,7 @@ def do(a, wanted: Iterator[tuple[str, str, float, int]], searching: bool) -> Non
         with a.out.open("a") as f:
             f.write(json.dumps(record) + "\n")
         print(f"{name}, {side}, lr {lr:g}, seed {seed}: {record['score']:.4f}", file=sys.stderr, flush=True)
+        done += 1
 
 
 def best_rate(records: Sequence[dict[str, Any]], name: str, side: str) -> float:
@@ -494,13 +498,17 @@ def best_rate(records: Sequence[dict[str, Any]], name: str, side: str) -> float:
     return max(CASES[name].rates, key=tried.get)
 
 
+def sides(a, name: str) -> list[str]:
+    return [side for side in CASES[name].sides if side in a.side]
+
+
 def rates(a) -> None:
-    do(a, ((n, side, lr, 0) for n in a.case for side in CASES[n].sides for lr in CASES[n].rates), searching=True)
+    do(a, ((n, side, lr, 0) for n in a.case for side in sides(a, n) for lr in CASES[n].rates), searching=True)
 
 
 def runs(a) -> None:
     tried = known(a.out)
-    todo = ((n, side, seed) for n in a.case for seed in range(a.seeds) for side in CASES[n].sides)
+    todo = ((n, side, seed) for n in a.case for seed in range(a.seeds) for side in sides(a, n))
     do(a, ((n, side, best_rate(tried, n, side), seed) for n, side, seed in todo), searching=False)
 
 
@@ -564,10 +572,10 @@ def speed(a) -> None:
 
         return call
 
-    sides = {who: side(who) for who in case.sides}
+    measured = {who: side(who) for who in case.sides}
     if a.warm:
-        sides["jaxtune"]()  # compiles
-    found = common.alternate(sides, a.repeats)
+        measured["jaxtune"]()  # compiles
+    found = common.alternate(measured, a.repeats)
     ratios = {
         "median step, transformers over jaxtune": (common.ratio(found, "step, s", *SIDES[::-1]), ">= 1.0"),
         "tokens/s, jaxtune over transformers": (common.ratio(found, "tokens/s", *SIDES), ">= 1.0"),
@@ -587,8 +595,10 @@ def main() -> None:
     p.add_argument("--texts", type=Path, help="the folder of banking77")
     p.add_argument("--words", type=Path, help="the folder of wnut17")
     p.add_argument("--out", type=Path, default=Path("classify.jsonl"), help="where results are kept")
-    p.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
+    p.add_argument("--case", nargs="*", choices=CASES, default=list(CASES), help="speed: one that has two sides")
+    p.add_argument("--side", nargs="*", choices=SIDES, default=list(SIDES), help="rates, runs: of these")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--most", type=int, help="rates, runs: stop after so many")
     p.add_argument("--tmp", type=Path, help="where runs lie until they are scored")
     p.add_argument("--steps", type=int, default=60, help="of a run of the stage `speed`")
     p.add_argument("--ungrouped", action="store_true", help="speed: rows of any length in a batch")
