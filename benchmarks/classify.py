@@ -66,8 +66,8 @@ class Case:
 
 
 CASES = {
-    "texts lora": Case("texts", "lora", "classify_lora.py", 32, 2, 0.25, (5e-4, 1.5e-3, 4e-3)),
-    "texts full": Case("texts", "full", "classify_full.py", 32, 2, 0.25, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
+    "texts lora": Case("texts", "lora", "classify_lora.py", 32, 1, 0.2, (1e-3, 2e-3, 4e-3)),
+    "texts full": Case("texts", "full", "classify_full.py", 32, 1, 0.2, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
     "texts head": Case(
         *("texts", "head", "classify_head.py", 32, 20, 20, (3e-4, 1e-3, 3e-3)), grouped=False, sides=("jaxtune",)
     ),
@@ -421,12 +421,19 @@ def measure(a, name: str, side: str, lr: float, seed: int, searching: bool) -> d
         asked.write_text(json.dumps(held_out))
         of_run = {"task": case.task, "names": names, "file": str(asked), "out": str(out)}
         said = run_child(a, {"do": "ask", **of_run})["said"]
-    losses = told.pop("losses")
-    steps, tokens = len(told.pop("seconds")), sum(told.pop("tokens"))
+    losses, seconds, tokens = (told.pop(key) for key in ("losses", "seconds", "tokens"))
+    steps = len(losses)
     record = {"case": name, "side": side, "lr": lr, "seed": seed, "searching": searching, "settings": asdict(case)}
-    record |= {"steps": steps, "tokens": tokens, "first loss": losses[0], "last loss": float(np.mean(losses[-10:]))}
+    record |= {"steps": steps, "tokens": sum(tokens)} | pace(seconds, tokens)
+    record |= {"first loss": losses[0], "last loss": float(np.mean(losses[-10:]))}
     record |= told | {"score": score(case, held_out, said, names), "rows": len(held_out)}
     return record if searching else record | {"said": said}
+
+
+def pace(seconds: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
+    """Of the second half of the steps, by when nearly every width has been compiled."""
+    half = len(seconds) // 2
+    return {"step, s": statistics.median(seconds[half:]), "tokens/s": sum(tokens[half:]) / sum(seconds[half:])}
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
@@ -561,10 +568,8 @@ def speed(a) -> None:
                 if who != "jaxtune":
                     out.mkdir()
                 told = train(a, case, who, file, case.rates[0], 0, 1, out, a.steps)
-            seconds, tokens = told["seconds"][a.steps // 2 :], told["tokens"][a.steps // 2 :]
             return {
-                "step, s": statistics.median(seconds),
-                "tokens/s": sum(tokens) / sum(seconds),
+                **pace(told["seconds"], told["tokens"]),
                 "tokens": sum(told["tokens"]),
                 "last loss": told["losses"][-1],
                 "peak MiB": told["peak MiB"],
