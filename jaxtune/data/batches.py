@@ -26,7 +26,7 @@ def _shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.02) -> np.ndarray:
+def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.03) -> np.ndarray:
     """Return the widths that batches of `rows` rows are padded to, ascending; each is a program to compile.
 
     Of so many they are those that pad the least, on average over batches of rows drawn at random. They are multiples of
