@@ -112,6 +112,19 @@ def test_new_head_gets_the_bases_dtype(tmp_path):
     assert {e.dtype.name for e in index_dir(tmp_path / "out").values()} == {"bfloat16"}
 
 
+def test_new_head_is_not_of_integers_where_the_base_has_a_buffer_of_them(tmp_path):
+    import torch
+    from safetensors import torch as safetensors
+
+    zoo.build("qwen3").bfloat16().save_pretrained(tmp_path / "base")
+    module, params = jaxtune.load(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    safetensors.save_file(safetensors.load_file(file) | {"model.position_ids": torch.arange(8)}, file)
+    assert next(iter(index_dir(tmp_path / "base").values())).dtype == np.int64  # wider types come first in a file
+    jaxtune.export_model(module, head(params)[0], tmp_path / "out", base=tmp_path / "base")
+    assert {e.dtype.name for e in index_dir(tmp_path / "out").values()} == {"bfloat16"}
+
+
 def test_without_the_bases_weights_the_dtypes_are_the_trees(tmp_path):
     module, params = zoo.ours("llama")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtune.curate.finding import ERROR, NOTE, SHOWN, WARNING, Finding, graded, share
 from jaxtune.curate.sets import SetCheck
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
+from jaxtune.data.batches import widths
 from jaxtune.data.packing import pack
 
 PIECES = 3.0  # tokens a word from which a tokenizer fits its text badly; English takes 1.2 to 1.5
@@ -109,9 +110,8 @@ class Packing(SetCheck):
         self.packed = lengths.sum() / (len(pack(lengths, limit)) * limit)
         n = min(self.rows_a_batch, len(lengths))
         groups = lengths[: len(lengths) // n * n].reshape(-1, n)
-        bucket = max(32, -(-int(lengths.max()) // 8 // 8) * 8)  # as a batch is cut
-        widths = np.minimum(-(-groups.max(1) // bucket) * bucket, limit)
-        self.padded = groups.sum() / (widths.sum() * n)
+        cut = np.minimum(widths(lengths, n), limit)  # as a batch is
+        self.padded = groups.sum() / (cut[np.searchsorted(cut, groups.max(1))].sum() * n)
         if not self.packing and self.padded < PADDING and self.packed > 1.5 * self.padded:
             yield Finding(
                 "padding",

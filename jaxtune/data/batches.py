@@ -26,6 +26,37 @@ def _shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
+def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.03) -> np.ndarray:
+    """Return the widths that batches of `rows` rows are padded to, ascending; each is a program to compile.
+
+    Of so many they are those that pad the least, on average over batches of rows drawn at random. They are multiples of
+    8, of more for rows above 1,024 tokens, and the last holds the longest row.
+
+    Args:
+        length: tokens of each data row, i64[N].
+        most: how many there may be.
+        worth: the share of the average that one more width has to save.
+    """
+    longest = int(length.max())
+    grain = 8 * -(-longest // 1024)
+    edges = grain * np.arange(-(-longest // grain) + 1)  # from 0
+    shorter = np.searchsorted(np.sort(length), edges, side="right") / len(length)
+    within = shorter**rows  # the chance that a batch's longest row is at most so long
+    # padded[i, j]: the share of batches whose longest row lies above edge i and up to edge j, times edge j.
+    padded = np.where(np.tri(len(edges), dtype=bool), np.inf, (within - within[:, None]) * edges)
+    cost, before = padded[0], []  # cost[j]: of all batches up to edge j
+    while len(before) < min(most, len(edges) - 1) - 1:
+        one_more = cost[:, None] + padded
+        if one_more[:, -1].min() > (1 - worth) * cost[-1]:
+            break
+        before.append(one_more.argmin(0))
+        cost = one_more.min(0)
+    chosen = [len(edges) - 1]
+    for choice in reversed(before):
+        chosen.append(int(choice[chosen[-1]]))
+    return edges[chosen[::-1]]
+
+
 class Features(Protocol):
     """What a model makes of each data row, which batches then hold in place of its tokens; see `jaxtune.features`.
 
@@ -44,11 +75,20 @@ class Assembler:
 
     Attributes:
         features: of the data rows, counted over all sources; None: batches hold tokens.
+        widths: what T may be; of `grouped` rows, a batch's longest is about as long as any of them.
     """
 
     features: Features | None = None
 
-    def __init__(self, rows: list[Rows], batch_size: int, grad_accum: int, max_length: int, packing: bool):
+    def __init__(
+        self,
+        rows: list[Rows],
+        batch_size: int,
+        grad_accum: int,
+        max_length: int,
+        packing: bool,
+        grouped: bool = False,
+    ):
         if batch_size < 1 or grad_accum < 1:
             raise UserError(f"train.batch_size={batch_size} and train.grad_accum={grad_accum} must be at least 1.")
         if batch_size % grad_accum:
@@ -63,8 +103,7 @@ class Assembler:
         longest = int(self.length.max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
-        # Eight lengths at most, so that at most eight programs are compiled.
-        self.bucket = max(32, -(-longest // 8 // 8) * 8)
+        self.widths = np.minimum(widths(self.length, 1 if grouped else batch_size), max_length)
 
     def width(self, plan: Plan) -> int:
         """Return T for a batch of these rows."""
@@ -73,7 +112,7 @@ class Assembler:
         if self.features is not None and not self.features.per_token:
             plan = [self.length.argmax(keepdims=True)]  # nothing is computed over T, so there is one for all
         longest = max((int(self.length[row].sum()) for row in plan), default=1)
-        return min(-(-longest // self.bucket) * self.bucket, self.max_length)
+        return int(self.widths[np.searchsorted(self.widths, longest)])
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         """Return the batch of `plan`; rows that are missing to batch_size are empty, with weight 0."""
@@ -166,7 +205,7 @@ class Batches:
             raise UserError("no training rows.")
         self.draws = _draws(sizes, weights)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing)
+        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, group_by_length)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._ends = [0]  # _ends[e]: batch rows in all epochs before e
         self._lock = threading.Lock()  # batch() may be called by a prefetching thread and by the loop

@@ -137,7 +137,9 @@ def dtypes_of(
     if any(base.glob("model*.safetensors*")):
         stored = {name: entry.dtype for name, entry in tensors.index_dir(base).items()}
         stored |= {prefix + name: dtype for name, dtype in stored.items() if not name.startswith(prefix)}
-    new = next(iter(stored.values())) if stored else None  # for a head that the base has not
+    # For a head that the base has not. Old checkpoints of BERT also hold a buffer of integers.
+    floats = [dtype for dtype in stored.values() if jnp.issubdtype(dtype, jnp.floating)]
+    new = max(floats, key=floats.count) if floats else None
     return {t.hf: stored.get(t.hf, new) or plain(leaves[t.path]).dtype for t in wanted}
 
 

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtune.data import Batches, EvalBatches, Prefetch, Rows
+from jaxtune.data.batches import widths
 from jaxtune.errors import UserError
 
 
@@ -141,9 +143,39 @@ def test_at_most_eight_widths():
     for longest in (40, 100, 490, 512, 1000):
         rows = make_rows(rng.integers(2, longest + 1, 400))
         batches = Batches([rows], batch_size=1, max_length=1024)
-        widths = {batches.batch(s)["tokens"].shape[-1] for s in range(400)}
-        assert len(widths) <= 8
-        assert max(widths) < rows.length.max() + 40  # no width is wasted on rows that are short
+        used = {batches.batch(s)["tokens"].shape[-1] for s in range(400)}
+        assert len(used) <= 8
+        assert max(used) < rows.length.max() + 40  # no width is wasted on rows that are short
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_widths_pad_less_than_any_other_choice(rows):
+    rng = np.random.default_rng(rows)
+    length = rng.integers(2, 60, 40) + 25 * (rng.random(40) < 0.3)
+
+    def padded(chosen):
+        """The mean width over all batches of rows, drawn with replacement."""
+        longest = np.max(np.meshgrid(*[length] * rows), axis=0)
+        return np.take(chosen, np.searchsorted(chosen, longest)).mean()
+
+    edges = np.arange(8, length.max() + 8, 8)
+    least = {n: min(padded([*c, edges[-1]]) for c in itertools.combinations(edges[:-1], n - 1)) for n in (1, 2, 3, 4)}
+    for n, best in least.items():
+        assert padded(widths(length, rows, n, worth=0.0)) == pytest.approx(best)
+    fewest = next(n for n in (1, 2, 3) if least[n + 1] > 0.85 * least[n])
+    assert len(widths(length, rows, worth=0.15)) == fewest
+
+
+def test_rows_of_like_length_are_padded_little():
+    lengths = np.random.default_rng(0).geometric(0.07, 3000) + 3
+
+    def share(grouped):
+        batches = Batches([make_rows(lengths)], batch_size=32, max_length=512, group_by_length=grouped)
+        drawn = [batches.batch(s)["segments"] for s in range(90)]
+        return sum(d.size for d in drawn) / sum((d > 0).sum() for d in drawn)
+
+    assert share(False) < 4.2
+    assert share(True) < 1.7
 
 
 def test_mixing_keeps_the_shares_and_uses_every_row_before_one_comes_again():
