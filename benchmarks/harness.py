@@ -1,6 +1,8 @@
 """Tasks of lm-evaluation-harness with its own Hugging Face backend and with jaxtune's model, on CPU.
 
-    python benchmarks/harness.py --model=DIR [--docs=200] [--json=OUT]
+    python benchmarks/harness.py [--model=DIR] [--docs=200] [--json=OUT]
+
+Without a model it is a random Llama of 56M parameters, as in generate.py, and documents are words of its vocabulary.
 
 Each side is a process of its own, in turn, with the same local tasks: multiple choice, rolling log-likelihood and
 generation over made-up documents, no network. "cold" is the first evaluation of a process, with what it compiles;
@@ -12,9 +14,20 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
+
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
 
 TASKS = {
     "choice": """output_type: multiple_choice
@@ -39,15 +52,16 @@ WORDS = """the a little big red old happy girl boy dog cat bird tree ball park h
 said to with in on under she he they was very sunny day friend mom""".split()  # noqa: SIM905
 
 
-def write_tasks(folder: Path, docs: int) -> None:
+def write_tasks(folder: Path, docs: int, known: Sequence[str] = WORDS, start: str = "Once upon a time ") -> None:
+    """Write the tasks over documents of `known` words."""
     draw = random.Random(0)
 
     def words(low: int, high: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+        return " ".join(draw.choices(known, k=draw.randint(low, high)))
 
     with (folder / "docs.jsonl").open("w") as file:
         for _ in range(docs):
-            row = {"start": f"Once upon a time {words(5, 60)}", "ends": [f" {words(1, 8)}" for _ in range(4)]}
+            row = {"start": f"{start}{words(5, 60)}", "ends": [f" {words(1, 8)}" for _ in range(4)]}
             file.write(json.dumps(row | {"text": words(40, 220)}) + "\n")
     for name, text in TASKS.items():
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}\n"
@@ -88,7 +102,7 @@ def child(a) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="default: a random Llama")
     parser.add_argument("--docs", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--calls", type=int, default=1)
@@ -99,7 +113,12 @@ def main() -> None:
         return child(a)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_tasks(Path(folder), a.docs)
+        if a.model:
+            write_tasks(Path(folder), a.docs)
+        else:
+            write_tasks(Path(folder), a.docs, [f"w{i}" for i in range(2000)], start="")
+            a.model = f"{folder}/model"
+            common.make_llama(Path(a.model), **LLAMA)
 
         def side(name):
             flags = [f"--{k}={v}" for k, v in vars(a).items() if k in ("model", "docs", "calls", "threads")]

@@ -4,7 +4,8 @@
 
 Each side is a process of its own, in turn, and goes once over the same rows: `--steps` batches of those that fit in
 `--max-length`. jaxtune runs with everything a user gets (checkpoints, TensorBoard, the report page): cold, with no
-token or compilation cache, and warm, with both.
+token or compilation cache, and warm, with both. The peer pads to the longest row of a batch in the order they come; one
+more run of ours, which is not compared, groups rows by length.
 """
 
 import json
@@ -13,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 import common
+
+GROUPED = "--config.data.group_by_length=True"
 
 
 def fitting_rows(a, out: Path) -> int:
@@ -39,7 +42,7 @@ def fitting_rows(a, out: Path) -> int:
     raise SystemExit(f"{a.data} has {len(kept)} rows of at most {a.max_length} tokens; {a.steps * a.batch} are needed.")
 
 
-def ours(data: Path, folder: Path, cache: Path, tokens: int, a) -> dict[str, float]:
+def ours(data: Path, folder: Path, cache: Path, tokens: int, a, *more: str) -> dict[str, float]:
     workdir = Path(tempfile.mkdtemp(dir=folder))
     end = common.run(
         common.jaxtune(
@@ -53,6 +56,7 @@ def ours(data: Path, folder: Path, cache: Path, tokens: int, a) -> dict[str, flo
             f"--config.train.batch_size={a.batch}",
             "--config.train.epochs=none",
             f"--config.train.steps={a.steps}",
+            *more,
         ),
         a.threads,
         JAXTUNE_CACHE=str(cache),
@@ -90,10 +94,12 @@ def main() -> None:
         folder = Path(temporary)
         data, warm = folder / "rows.jsonl", folder / "warm"
         tokens = fitting_rows(a, data)
-        ours(data, folder, warm, tokens, a)  # fills the cache
+        for more in ([], [GROUPED]):
+            ours(data, folder, warm, tokens, a, *more)  # fills the cache
         sides = {
             "jaxtune, cold cache": lambda: ours(data, folder, Path(tempfile.mkdtemp(dir=folder)), tokens, a),
             "jaxtune, warm cache": lambda: ours(data, folder, warm, tokens, a),
+            "jaxtune, warm, rows grouped by length": lambda: ours(data, folder, warm, tokens, a, GROUPED),
             "peft": lambda: theirs(data, folder, tokens, a),
         }
         found = common.alternate(sides, a.repeats)

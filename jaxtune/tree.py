@@ -105,6 +105,11 @@ def combine(trainable: PyTree, member: PyTree, frozen: PyTree) -> PyTree:
     return jax.tree.map(pick, trainable, member, frozen, is_leaf=lambda x: x is None)
 
 
+def filled(tree: PyTree, value: Any) -> PyTree:
+    """Return a tree of `tree`'s structure with one value at each leaf."""
+    return jax.tree.map(lambda _: value, tree)
+
+
 def split_stack(tree: PyTree, at: int) -> tuple[PyTree, PyTree]:
     """Split every leaf of a stacked tree (leading layer axis of length n) into its first `at` and last n - at rows."""
     return jax.tree.map(lambda x: x[:at], tree), jax.tree.map(lambda x: x[at:], tree)

@@ -187,14 +187,22 @@ class LossSpikes:
             self._trained(line["step"], math.log(max(line["train/loss"], 1e-6)))
         if not self.spikes:
             return None
-        step, loss, usual = max(self.spikes, key=lambda spike: spike[1] / spike[2])
-        many = f" It is the highest of {len(self.spikes)} spikes." if len(self.spikes) > 1 else ""
+        since, loss, usual = self.spikes[0]
+        many = ""
+        if len(self.spikes) > 1:
+            step, highest, below = max(self.spikes, key=lambda spike: spike[1] / spike[2])
+            which = (
+                "this is the highest"
+                if step == since
+                else f"the highest at step {step}: {highest:.4f} from {below:.4f}"
+            )
+            many = f" Of {len(self.spikes)} spikes {which}."
         stays = " It has not come back yet." if self.inside else ""
         return Finding(
             "loss_spike",
             WARNING if self.inside or len(self.spikes) > 2 else NOTE,
-            self.spikes[0][0],
-            f"loss spike: the training loss jumped to {loss:.4f} at step {step}, from about {usual:.4f}.{many}{stays}",
+            since,
+            f"loss spike: the training loss jumped to {loss:.4f} at step {since}, from about {usual:.4f}.{many}{stays}",
             "Look at the rows around that step; a lower optim.lr, a longer optim.warmup or optim.grad_clip=1 prevent "
             "most spikes.",
         )
@@ -336,7 +344,11 @@ class UpdateSize:
         self.high = [*self.high, line["step"]] if is_high else []
         self.low = [*self.low, line["step"]] if is_low else []
         now, start = _mean(self.last), _mean(self.start)
-        seen = f"at step {line['step']} an update is {max(plain + lora):.2g} of the weights it changes"
+        since = next(iter(self.high or self.low), None)
+        seen = (
+            f"since step {since} updates are {'large' if is_high else 'small'}, {max(plain + lora):.2g} of the weights "
+            f"they change at step {line['step']}"
+        )
         if len(self.high) > self.HIGH_ROW and now > start:
             self._find(
                 self.high, line, f"{seen}, and the training loss has risen from {start:.4f} to {now:.4f}", "lower"

@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import UserError
+from jaxtune.tree import TRAIN, path_str
 
 Array = jax.Array
 Keys = Array | None  # one PRNG key a row, [B]; None: no dropout
@@ -112,7 +113,7 @@ class LoraWeight(Adapter):
         return attend(x, self.w)
 
     def merge(self):
-        return self._dense().astype(jax.eval_shape(merge_leaf, self.w).dtype)
+        return self._dense().astype(plain(self.w).dtype)
 
     def _dense(self) -> Array:
         a, b = (f.astype(jnp.float32) for f in self.factors())
@@ -376,6 +377,11 @@ def merge_leaf(w: Array | Weight) -> Array:
     return w.merge() if is_weight(w) else w
 
 
+def plain(w: Array | Weight) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the array that a leaf stands for; nothing is computed."""
+    return jax.eval_shape(merge_leaf, w)
+
+
 def merge(params: Any) -> Any:
     """Return `params` with every polymorphic leaf replaced by the plain array it stands for.
 
@@ -409,7 +415,7 @@ def column_norm(w: Array | Weight) -> Array:
 
 def table_rows(w: Array | Weight) -> int:
     """V of a table [V, D]."""
-    return jax.eval_shape(merge_leaf, w).shape[0]
+    return plain(w).shape[0]
 
 
 def virtual_tokens(params: Any) -> list[int]:
@@ -421,6 +427,31 @@ def virtual_tokens(params: Any) -> list[int]:
 def map_weights(fn: Callable[[Any], Any], params: Any) -> Any:
     """Map over leaves, taking each polymorphic leaf as one."""
     return jax.tree.map(fn, params, is_leaf=is_weight)
+
+
+def map_paths(fn: Callable[[str, Any], Any], params: Any) -> Any:
+    """Map fn("a/b/c", leaf), a polymorphic leaf as one."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_str(path), leaf), params, is_leaf=is_weight)
+
+
+def weights_by_path(params: Any) -> dict[str, Any]:
+    """Leaves by path "a/b/c", a polymorphic leaf as one."""
+    return {path_str(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]}
+
+
+def masters(params: Any, mask: Any) -> tuple[Any, Any]:
+    """What is trained, in float32: `(params, mask)`.
+
+    Raises:
+        UserError: something quantised, or nothing, would be trained.
+    """
+    roles = weights_by_path(mask)
+    for path, leaf in weights_by_path(params).items():
+        if is_weight(leaf) and not isinstance(leaf, Adapter) and TRAIN in jax.tree.leaves(roles[path]):
+            raise UserError(f"{path}: a quantised parameter cannot be trained; load the base unquantised or use LoRA.")
+    if TRAIN not in jax.tree.leaves(mask):
+        raise UserError("Nothing is left to train: no parameter was chosen.")
+    return jax.tree.map(lambda p, m: p.astype(jnp.float32) if m is TRAIN else p, params, mask), mask
 
 
 def row_keys(key: Array, row: Array) -> Array:

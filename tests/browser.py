@@ -74,10 +74,11 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self):
-        """Addresses that were asked for since the page was opened."""
+        """Addresses that were asked for since the page was opened; the browser's own pages are none of it."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return {params["request"]["url"] for params in sent}
+        own = ("chrome://", "chrome-untrusted://", "data:,")
+        return {params["request"]["url"] for params in sent if not params["documentURL"].startswith(own)}
 
     def overflow(self):
         """Pixels by which the page is wider than its window, or what is in a card wider than the card."""

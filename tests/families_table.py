@@ -1,7 +1,7 @@
 """The table in docs/families.md: which parity tests ran and passed, family by family.
 
     pytest -n 0 -m "slow or not slow" tests/test_models.py tests/test_encoders.py tests/test_families.py \\
-        --families-table=docs/families.md
+        tests/test_gguf.py --families-table=docs/families.md
 
 A test says what it proves by `@pytest.mark.parity(column, ...)` and of which model by its parameter `name`. A cell is
 checked where at least one such test ran and none failed.
@@ -9,7 +9,7 @@ checked where at least one such test ran and none failed.
 
 from pathlib import Path
 
-COLUMNS = ("load", "logits", "generate", "LoRA gradients", "adapter in", "adapter out", "full export")
+COLUMNS = ("load", "logits", "generate", "LoRA gradients", "adapter in", "adapter out", "full export", "GGUF")
 TEXT = """# Families
 
 What is tested, of each `model_type`, against live transformers and peft in float32 on tiny random models whose weights
@@ -23,6 +23,8 @@ are scaled until every term matters; tolerance 1e-4 of the largest logit. This t
 - **adapter in**: an adapter that peft made gives peft's logits.
 - **adapter out**: written again it is the same to the byte; changed, peft gives our logits with it.
 - **full export**: merged into a directory that transformers loads, with our logits.
+- **GGUF**: merged into one file, which transformers reads back with our logits, and whose tensors `gguf` reads equal to
+  those of the full export; other families are refused (–), see [gguf.md](gguf.md).
 
 """
 _passed: dict[tuple[str, str], bool] = {}
@@ -74,6 +76,7 @@ def record(item, report) -> None:
 
 def write(file: Path) -> None:
     """Write the table of what was noted."""
+    from jaxtune.hf.gguf import ARCHITECTURES
     from jaxtune.models import FAMILIES
 
     lines = [f"| | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
@@ -82,6 +85,8 @@ def write(file: Path) -> None:
         cells = ["✓" if _passed.get((family, column)) else "" for column in COLUMNS]
         if family not in generates:
             cells[COLUMNS.index("generate")] = "–" if _is_encoder(family) else ""
+        if family not in ARCHITECTURES:
+            cells[COLUMNS.index("GGUF")] = "–"
         lines.append(f"| `{family}` | {' | '.join(cells)} |")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(TEXT + "\n".join(lines) + "\n", encoding="utf-8")

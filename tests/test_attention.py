@@ -126,8 +126,8 @@ def test_lengths_that_no_block_divides(form, t, window, packed):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_softcaps_of_scores(form):
-    q, k, v, g = inputs(2, 70, 2, 1)  # 70: two blocks, so that masked scores are among the capped ones
-    segments = documents(70)
+    q, k, v, g = inputs(2, 140, 2, 1)  # 140: two blocks, so that masked scores are among the capped ones
+    segments = documents(140)
     oracle = Oracle(q, k, v, segments, 37, softcap=3.0)
     check(oracle, g, *forward_and_gradient(q, k, v, g, segments, 37, form, softcap=3.0))
     assert not close(forward_and_gradient(q, k, v, g, segments, 37, form)[0], oracle.out)

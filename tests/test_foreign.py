@@ -17,7 +17,8 @@ from small import quick_compiles  # noqa: F401
 import jaxtune
 from jaxtune import FROZEN, TRAIN, LoraWeight, QuantWeight, ShapedWeight, adapt, combine, lora, merge, partition
 from jaxtune.errors import UserError
-from jaxtune.foreign import Axis, Layout, Rider, _reshape
+from jaxtune.foreign import Axis, Layout, Rider
+from jaxtune.rewrite import reshape
 from jaxtune.weights import is_weight, map_weights, row_keys
 
 
@@ -289,7 +290,7 @@ def test_views_follow_transposes_and_reshapes(data):
             array, dims = array.transpose(order), tuple(rider.dims[i] for i in order)
         else:
             shape = data.draw(st.sampled_from(_shapes(array.size)))
-            array, dims = array.reshape(shape), _reshape(rider.dims, shape)
+            array, dims = array.reshape(shape), reshape(rider.dims, shape)
             if dims is None:
                 return  # across the parts: refused
         rider = rider.at(dims)

@@ -1,6 +1,7 @@
 """GGUF files, read back by gguf and, apart from that, by transformers."""
 
 import json
+from pathlib import Path
 
 import gguf
 import jax
@@ -17,9 +18,12 @@ from jaxtune.errors import UserError
 from jaxtune.hf import gguf as ours
 from jaxtune.hf.tensors import index_dir as index
 from jaxtune.hf.tensors import read
+from jaxtune.models import FAMILIES
 
 # transformers takes a head of 128 channels for granted in a Qwen3 file.
 MODELS = {"llama": {}, "mistral-global": {}, "qwen2": {}, "qwen3": {"head_dim": 128}}
+DIGITS = {"type": "Digits", "individual_digits": True}  # as SmolLM2's
+WORDPIECE = {"unk_token": "a", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
 TEXTS = ["Once upon a time, there was a girl.", "  two spaces\n\nand 12345 naïve 東京 🙂 lines", "it's"]
 
 
@@ -39,6 +43,7 @@ def transformers_of(file, **settings):
     return live(file.parent, gguf_file=file.name, attn_implementation="eager", **settings)
 
 
+@pytest.mark.parity("GGUF")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name", [n if n in ("llama", "qwen3") else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
@@ -219,8 +224,19 @@ def test_byte_level_tokenizers(name, tmp_path):
     [
         (lambda told: told["pre_tokenizer"].update(add_prefix_space=True), "no name for"),
         (lambda told: told.update(normalizer={"type": "Lowercase"}), "no name for"),
+        (
+            lambda told: told.update(
+                pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, told["pre_tokenizer"]]}
+            ),
+            "no name for",
+        ),
         (lambda told: told.update(pre_tokenizer=None), "neither byte-level nor like SentencePiece"),
         (lambda told: told["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda told: told["model"].update(ignore_merges=True), "ignore_merges"),
+        (
+            lambda told: told.update(model={"type": "WordPiece", "vocab": told["model"]["vocab"]} | WORDPIECE),
+            "WordPiece",
+        ),
     ],
 )
 def test_tokenizers_that_are_refused(spoil, message, tmp_path):
@@ -271,3 +287,11 @@ def test_a_real_model_of_sentencepiece_kind(assets, tmp_path):
     ids = np.asarray([before(story).input_ids[:64]], np.int32)
     got = zoo.torch_logits(transformers_of(tmp_path / "m.gguf"), ids)
     assert zoo.apart(got, module.apply({"params": params}, ids)) < 1e-4
+
+
+def test_the_document_names_what_is_written():
+    text = (Path(__file__).resolve().parents[1] / "docs/gguf.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    written = {name.strip("`"): row[1].strip("`") for row in rows if len(row) == 2 for name in row[0].split(", ")}
+    assert {k: v for k, v in written.items() if k in FAMILIES} == ours.ARCHITECTURES
+    assert {row[1].strip("`") for row in rows if row[0] == "byte-level"} == set(ours._CUTS.values())

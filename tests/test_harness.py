@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runs import compiled, home  # noqa: F401
 
 from jaxtune import cli
-from jaxtune.evaluate import logprobs
+from jaxtune.evaluate import continuations, logprobs
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'jaxtune[eval]'")
 pytestmark = [
@@ -119,10 +119,10 @@ def theirs(folder):
     return HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=2, device="cpu")
 
 
-def same(folder, tasks, **settings):
+def same(folder, tasks, batch_size=32, **settings):
     from jaxtune.evaluate.lm import JaxtuneLM
 
-    got = answers(JaxtuneLM(target=str(folder)), tasks, **settings)
+    got = answers(JaxtuneLM(target=str(folder), batch_size=batch_size), tasks, **settings)
     want = answers(theirs(folder), tasks, **settings)
     assert got.keys() == want.keys() and len(got) >= 18
     texts = 0
@@ -141,6 +141,16 @@ def same(folder, tasks, **settings):
 
 def test_each_request_as_in_the_hugging_face_backend(home, tasks):  # noqa: F811
     same(home / "model", tasks)
+
+
+def test_each_request_where_contexts_are_read_once(home, tasks, monkeypatch):  # noqa: F811
+    """As they are for larger models; and the last of several batches of prompts is filled up."""
+    shared = []
+    score = continuations.score_shared
+    monkeypatch.setattr(continuations, "worth_a_compile", lambda params: 0)
+    monkeypatch.setattr(continuations, "score_shared", lambda *args: shared.append(args) or score(*args))
+    same(home / "model", tasks, batch_size=3)
+    assert shared
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ import zoo
 from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
+from jaxtune.hf.export import export_model
+from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
 from jaxtune.methods import (
     METHODS,
@@ -610,3 +612,18 @@ def test_a_new_token_without_a_trained_row_is_refused(method, settings, enlarged
 def test_new_tokens_with_trained_rows_pass(method, settings, enlarged):
     module, params = enlarged
     METHODS[method](params, jax.random.key(0), module, settings)
+
+
+def test_the_functions_refuse_what_their_methods_do(enlarged):
+    module, params = enlarged
+    with pytest.raises(UserError, match="nothing trains the row"):
+        head(params, module)
+
+
+def test_new_tokens_are_rows_like_any_other_once_exported_and_loaded(enlarged, tmp_path):
+    module, params = enlarged
+    tuned, _ = lora(params, KEY, module=module, trainable_token_indices=NEW)
+    export_model(module, tuned, tmp_path / "out", base=zoo.directory("llama"))
+    again, params = load(tmp_path / "out")
+    assert (again.spec.vocab, again.spec.new_tokens) == (zoo.VOCAB + 3, 0)
+    head(params, again)

@@ -223,7 +223,7 @@ def test_what_the_run_noticed(tmp_path):
         "no object",
     ]
     page = Page(write_report(make_run(tmp_path / "run", summary=SUMMARY | {"findings": found})))
-    assert "warning The loss spiked. Clip gradients. step 30 note <b> step 7 Before and after" in page.text
+    assert "warning The loss spiked. Clip gradients. since step 30 note <b> since step 7 Before and after" in page.text
     quiet = make_run(tmp_path / "quiet", summary=SUMMARY | {"findings": []})
     assert "<h2>Findings</h2>" not in write_report(quiet).read_text()
 

@@ -200,6 +200,21 @@ def test_intervals_are_drawn_where_they_are(run, browser):
         assert got == pytest.approx(want, abs=0.01)
 
 
+@pytest.mark.parametrize("width", [360, 400, 600, 800, 900, 1200])
+def test_a_verdict_is_seen_without_scrolling(run, browser, width):
+    browser.open(write_report(run), width)
+    for details in browser.driver.find_elements("css selector", "details"):
+        browser.js_on(details, "arguments[0].open = true")
+    seen = """e => {
+      const [inner, box] = [e, e.closest('.box')].map(x => x.getBoundingClientRect());
+      return inner.width > 0 && inner.left >= box.left && inner.right <= box.right + 1 && box.right <= innerWidth;
+    }"""
+    verdicts = browser.js(f"[...document.querySelectorAll('.results .verdict .badge')].map({seen})")
+    assert verdicts == [True] * 5  # three metrics, two groups
+    figures = browser.js(f"[...document.querySelectorAll('.results td .figure')].map({seen})")
+    assert figures == [True] * 15
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1400])
 def test_every_word_can_be_read(run, browser, width, dark):

@@ -106,6 +106,16 @@ def test_a_loss_that_stays_up_is_worse_than_one_that_comes_back():
     assert found(history([*losses, 2.0]))["loss_spike"].severity == watch.NOTE
 
 
+def test_of_many_spikes_the_finding_is_where_the_first_is():
+    losses = [2.0] * 60
+    losses[19], losses[39] = 6.0, 9.0
+    finding = found(history(losses))["loss_spike"]
+    assert finding.step == 20 and "jumped to 6.0000 at step 20" in finding.message
+    assert "Of 2 spikes the highest at step 40: 9.0000 from 2.0000." in finding.message
+    losses[39] = 5.0
+    assert "Of 2 spikes this is the highest." in found(history(losses))["loss_spike"].message
+
+
 # --- gradients
 
 
@@ -159,7 +169,8 @@ def test_update_sizes(group, high, low):
         return found([{k: v for k, v in line.items() if k not in RATIOS or group in k} for line in lines])
 
     rising, still = falling(40, 2.0, 4.0), [2.0] * 40
-    assert "too high" in run(rising, high)["update_size"].message
+    finding = run(rising, high)["update_size"]
+    assert "too high" in finding.message and f"since step {finding.step} updates are large" in finding.message
     assert "too low" in run(still, low)["update_size"].message
     assert not run(falling(40), high) and not run(falling(40), low)  # it learns
     middle = math.sqrt(high * low)
@@ -222,9 +233,12 @@ def test_a_run_that_overfits_says_so_and_writes_samples(home, tmp_path, capsys):
     flags = {**loud, "data__train": few, "train__steps": 48, "train__eval_every": 12, "evaluate__max_new_tokens": 4}
     asked = {"evaluate__samples": 2, "evaluate__prompts": "1 and 4 make,7"}
     assert main(command(home, tmp_path / "a", **flags, **asked)) == 0
-    assert "warning: overfitting: the evaluation loss has risen since step 24" in capsys.readouterr().out
-    [finding] = json.loads((tmp_path / "a" / "summary.json").read_text())["findings"]
-    assert (finding["check"], finding["step"]) == ("overfitting", 24)
+    evals = {m["step"]: m["eval/loss"] for m in read(tmp_path / "a") if "eval/loss" in m}
+    best = min(evals, key=evals.get)
+    assert 0 < best < 48  # it memorises four rows; when is a matter of rounding at such a rate
+    assert f"warning: overfitting: the evaluation loss has risen since step {best}" in capsys.readouterr().out
+    findings = json.loads((tmp_path / "a" / "summary.json").read_text())["findings"]
+    assert [f["step"] for f in findings if f["check"] == "overfitting"] == [best]
     samples = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [step for step in (0, 12, 24, 36, 48) for _ in range(4)]
     assert [s["prompt"].strip() for s in samples[:4]] == ["40 and 43 make", "41 and 44 make", "1 and 4 make", "7"]

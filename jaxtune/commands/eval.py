@@ -127,8 +127,9 @@ def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     cfg = _config(source)
     job.prepare_jax()
     tokenizer = tokenizer_of(source)
-    rows, names = _rows(options, cfg, source, tokenizer)
-    plan = _plan(options, rows, own, eos_ids(tokenizer, source.model))
+    virtual = _virtual(source)
+    rows, names = _rows(options, cfg, source, tokenizer, virtual)
+    plan = _plan(options, rows, own, eos_ids(tokenizer, source.model), virtual)
     base, notes = _with_base(options, source, cfg)
     measured, progress = {}, Progress()
     with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
@@ -289,7 +290,14 @@ def _own_metrics(options: SimpleNamespace) -> dict[str, Any]:
     return own | dict(load_scorer(given) for given in options.scorer or ())
 
 
-def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any) -> tuple[list[Any], list[str]]:
+def _virtual(source: Any) -> int:
+    """Positions that a soft prompt takes before each row."""
+    from jaxtune.hf.peft import read_adapter_config
+
+    return 0 if source.adapter is None else read_adapter_config(source.adapter).get("num_virtual_tokens") or 0
+
+
+def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtual: int) -> tuple[list[Any], list[str]]:
     """The held-out rows, and the names of their sources."""
     from jaxtune import models
     from jaxtune.commands.job import max_length
@@ -315,7 +323,7 @@ def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any) -> tu
         group_by=options.group_by,
         limit=options.rows,
         eval_fraction=fraction,
-        max_length=max_length(settings, module),
+        max_length=max_length(settings, module) - virtual,
         overlength=settings.data.overlength,
         vocab_size=module.spec.vocab,
         cache=settings.data.cache,
@@ -350,12 +358,14 @@ def _columns(text: str | None) -> dict[str, str] | None:
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
-def _plan(options: SimpleNamespace, rows: list[Any], own: dict[str, Any], eos_ids: tuple[int, ...]) -> Any:
+def _plan(
+    options: SimpleNamespace, rows: list[Any], own: dict[str, Any], eos_ids: tuple[int, ...], virtual: int
+) -> Any:
     """What to measure on these rows."""
     from jaxtune.evaluate.held_out import LOSSES, Plan, answer_length, label_names
     from jaxtune.evaluate.metrics import choose
 
-    shared = {"batch_size": options.batch_size, "eos_ids": eos_ids}
+    shared = {"batch_size": options.batch_size, "eos_ids": eos_ids, "virtual": virtual}
     references = [row.expected for row in rows if row.prompt]
     asked = options.metrics and [name.strip() for name in options.metrics.split(",") if name.strip()]
     named = None if asked is None else [name for name in asked if name not in LOSSES]

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtune.errors import UserError
 from jaxtune.evaluate import labels as label_scores
 from jaxtune.evaluate import statistics
+from jaxtune.evaluate.continuations import scorer
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch
 from jaxtune.evaluate.metrics import Metric
@@ -46,6 +47,7 @@ class Plan:
         max_new_tokens: longest answer; `answer_length` has a default.
         batch_size: prompts answered together.
         eos_ids: tokens that end an answer.
+        virtual: positions that a soft prompt takes before each row.
     """
 
     metrics: Mapping[str, Metric]
@@ -53,6 +55,7 @@ class Plan:
     max_new_tokens: int = 64
     batch_size: int = 32
     eos_ids: tuple[int, ...] = ()
+    virtual: int = 0
 
 
 def answer_length(rows: Sequence[Row]) -> int:
@@ -114,7 +117,8 @@ def measure(
 
 def answerable(rows: Sequence[Row], positions: int, plan: Plan) -> list[int]:
     """The rows that have a whole prompt, and room behind it for an answer."""
-    return [i for i, row in enumerate(rows) if row.prompt and len(row.prompt) + plan.max_new_tokens <= positions]
+    room = positions - plan.virtual - plan.max_new_tokens
+    return [i for i, row in enumerate(rows) if row.prompt and len(row.prompt) <= room]
 
 
 def _answer(system, rows, asked, tokenizer, plan, kept, progress) -> list[str | None]:
@@ -145,17 +149,10 @@ def _choose_labels(system, rows, asked, kept, progress) -> list[tuple[int, float
     """The likeliest label after each prompt, and its share of the probability of all labels."""
     names = label_names(rows)
     pairs = [(rows[i].prompt, label) for i in asked for label in names.values()]
-    lengths = [len(prompt) + len(label) for prompt, label in pairs]
-    if lengths and max(lengths) > system.module.spec.positions:
-        raise UserError(f"--labels: a prompt with a label has {max(lengths)} tokens, more than the model's positions.")
-
-    def logprobs(batch):
-        scored = score_batch(system.module, system.params, [pairs[i][0] + pairs[i][1] for i in batch])
-        return [float(values[len(pairs[i][0]) - 1 :].sum()) for i, (values, _) in zip(batch, scored, strict=True)]
-
+    batches, score = scorer(system.module, system.params, pairs)
     keys = [key_of("label", system.identity, *pair) for pair in pairs]
-    batches = batches_by_length(lengths, most_tokens())
-    sums = in_batches(kept, keys, batches, logprobs, progress(f"{system.name}: labels", len(pairs)))
+    done = progress(f"{system.name}: labels", len(pairs))
+    sums = in_batches(kept, keys, batches, lambda batch: [value for value, _ in score(batch)], done)
     found: list[tuple[int, float] | None] = [None] * len(rows)
     for i, of_row in zip(asked, np.reshape(sums, (len(asked), len(names))), strict=True):
         best = int(np.argmax(of_row))

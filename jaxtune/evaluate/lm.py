@@ -4,7 +4,7 @@ Requests are turned into tokens as by the harness's own Hugging Face backend, so
 ones: BOS as its tokenizer adds it, contexts cut on the left, rolling windows that predict each token once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lm_eval.utils
@@ -14,8 +14,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from jaxtune.errors import UserError
-from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch, shapes, worth_a_compile
+from jaxtune.evaluate.continuations import scorer
+from jaxtune.evaluate.logprobs import worth_a_compile
 from jaxtune.generation import cut, generate, prepare
+from jaxtune.weights import virtual_tokens
 
 
 @register_model("jaxtune")
@@ -49,9 +51,12 @@ class JaxtuneLM(TemplateLM):
             module, params, tokenizer, *_ = load_target(target)
         self.module, self.params, self.tokenizer = module, prepare(module, params), tokenizer
         self.room = worth_a_compile(self.params)
-        self.max_length = min(max_length or module.spec.positions, module.spec.positions)
+        self.prefix = virtual_tokens(self.params)
+        known = module.spec.positions - len(self.prefix)
+        self.max_length = min(max_length or known, known)
         self.batch_size = 32 if batch_size == "auto" else int(batch_size)
         self.max_gen_toks = 256
+        self.tokenised: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -68,10 +73,22 @@ class JaxtuneLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         if add_special_tokens is None:
-            bos = self.tokenizer.decode(self.prefix_token_id)
-            add_special_tokens = False if bos and string.startswith(bos) else None
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **chosen)
+            if string not in self.tokenised:
+                self._tokenise([string])
+            return self.tokenised[string]
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _tokenise(self, texts: Iterable[str]) -> None:
+        """Forget the texts known so far and tokenise these, with BOS where the tokenizer adds it and they lack it."""
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        parts: dict[bool, list[str]] = {True: [], False: []}
+        for text in dict.fromkeys(texts):
+            parts[not (bos and text.startswith(bos))].append(text)
+        self.tokenised = {}
+        for special, some in parts.items():
+            if some:
+                ids = self.tokenizer(some, add_special_tokens=special)["input_ids"]
+                self.tokenised |= zip(some, ids, strict=True)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         from jaxtune.data.chat import DEFAULT_TEMPLATE
@@ -84,19 +101,25 @@ class JaxtuneLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness's own; the texts that it asks for one by one are tokenised together before."""
+        contexts = [context for context, _ in (request.args for request in requests)]
+        self._tokenise([c[: len(c.rstrip())] for c in contexts] + ["".join(request.args) for request in requests])
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """(texts, context ids, continuation ids) -> (log-probability of the continuation, is it the greedy one?)."""
-        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
-        found: list[Any] = [None] * len(rows)
-        lengths = [len(row) - 1 for row in rows]
-        batches = batches_by_length(lengths, most_tokens())
-        padded = shapes(lengths, batches, self.room, self.module.spec.positions)
-        with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as bar:
-            for batch, shape in zip(batches, padded, strict=True):
-                scored = score_batch(self.module, self.params, [rows[i] for i in batch], shape)
-                for i, (logprobs, greedy) in zip(batch, scored, strict=True):
-                    n = len(requests[i][2])
-                    found[i] = float(logprobs[-n:].sum()), bool(greedy[-n:].all())
+        pairs = []
+        for _, context, continuation in requests:
+            row = [*context, *continuation][-(self.max_length + 1) :]
+            at = max(1, len(row) - len(continuation))
+            pairs.append((row[:at], row[at:]))
+        found: list[Any] = [None] * len(pairs)
+        with tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods") as bar:
+            batches, score = scorer(self.module, self.params, pairs)
+            for batch in batches:
+                for i, result in zip(batch, score(batch), strict=True):
+                    found[i] = result
                 bar.update(len(batch))
         for (texts, _, _), result in zip(requests, found, strict=True):
             if texts is not None:
@@ -104,6 +127,7 @@ class JaxtuneLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        self._tokenise([request.args[0] for request in requests])
         windows, owners = [], []
         for owner, request in enumerate(requests):
             rolling = lm_eval.utils.get_rolling_token_windows(
@@ -147,6 +171,7 @@ class JaxtuneLM(TemplateLM):
                 f"The task asks for {new} new tokens, and the model has {self.max_length} positions: none are left for "
                 "the prompt. Set max_gen_toks in the task's generation_kwargs."
             )
+        self._tokenise(contexts)
         prompts = [self.tok_encode(text)[-room:] for text in contexts]
         order = list(range(len(prompts)))
         if sum(max(map(len, prompts)) - len(prompt) for prompt in prompts) > self.room:  # else one shape for all
@@ -155,10 +180,12 @@ class JaxtuneLM(TemplateLM):
         draws = settings["do_sample"] and settings.get("temperature", 1.0) > 0
         for at in range(0, len(order), self.batch_size):
             batch = order[at : at + self.batch_size]
+            # Filled up with a copy of its last prompt, a last batch runs as the programs of the others.
+            filled = batch + [batch[-1]] * (self.batch_size - len(batch) if at else 0)
             out = generate(
                 self.module,
                 self.params,
-                [prompts[i] for i in batch],
+                [prompts[i] for i in filled],
                 max_new_tokens=new,
                 temperature=float(settings.get("temperature", 1.0)) if draws else 0.0,
                 top_p=float(settings.get("top_p", 1.0)),
@@ -168,7 +195,7 @@ class JaxtuneLM(TemplateLM):
                 batch_size=self.batch_size,
                 watch=lambda _, ids: cut(self.tokenizer.decode(ids), stop)[1],
             )
-            for i, ids in zip(batch, out, strict=True):
+            for i, ids in zip(batch, out[: len(batch)], strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 found[i] = postprocess_generated_text(text, stop, None)
             done(len(batch))

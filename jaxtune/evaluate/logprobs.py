@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.errors import UserError
 from jaxtune.generation import bucket
 from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.weights import virtual_tokens
 
 Array = jax.Array
 
@@ -29,7 +31,12 @@ def token_logprobs(module: Any, params: Any, tokens: Array, targets: Array) -> t
     Rows are padded on the right; what stands at a padded position means nothing.
     """
     hidden = module.apply({"params": params}, tokens, method="hidden")
-    n, vocab = tokens.size, module.spec.vocab
+    return head_logprobs(module, params, hidden, targets)
+
+
+def head_logprobs(module: Any, params: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """Hidden states [B, T, D], targets i32[B, T] -> (log-probabilities f32[B, T], is it the likeliest? bool[B, T])."""
+    n, vocab = targets.size, module.spec.vocab
     size = min(chunk_size(n, vocab), n)
 
     def pieces(x):
@@ -44,7 +51,7 @@ def token_logprobs(module: Any, params: Any, tokens: Array, targets: Array) -> t
         return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
 
     logprobs, greedy = jax.lax.map(one, (pieces(hidden), pieces(targets)))
-    return logprobs.reshape(-1)[:n].reshape(tokens.shape), greedy.reshape(-1)[:n].reshape(tokens.shape)
+    return logprobs.reshape(-1)[:n].reshape(targets.shape), greedy.reshape(-1)[:n].reshape(targets.shape)
 
 
 def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int = 256) -> list[list[int]]:
@@ -97,15 +104,27 @@ def score_batch(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?).
 
-    `shape` is what the rows are padded to, by default their own.
+    A soft prompt is put before each row.
+
+    Args:
+        shape: what the rows are padded to, by default their own.
+
+    Raises:
+        UserError: a row is longer than the model's positions.
     """
-    width = min(bucket(max(len(row) - 1 for row in rows)), module.spec.positions)
-    size, width = shape or (1 << (len(rows) - 1).bit_length(), width)
+    prefix = virtual_tokens(params)
+    longest, most = len(prefix) + max(len(row) - 1 for row in rows), module.spec.positions
+    if longest > most:
+        soft = f", {len(prefix)} of them virtual," if prefix else ""
+        raise UserError(f"A row has {longest + 1:,} tokens{soft} and the model has {most:,} positions; shorten it.")
+    size, width = shape or (1 << (len(rows) - 1).bit_length(), min(bucket(longest), most))
     tokens, targets = np.zeros((2, size, width), np.int32)
     for i, row in enumerate(rows):
-        tokens[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
+        whole = [*prefix, *row]
+        tokens[i, : len(whole) - 1], targets[i, : len(whole) - 1] = whole[:-1], whole[1:]
     logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets))
-    return [(logprobs[i, : len(r) - 1].astype(np.float64), greedy[i, : len(r) - 1]) for i, r in enumerate(rows)]
+    spans = [slice(len(prefix), len(prefix) + len(row) - 1) for row in rows]
+    return [(logprobs[i, span].astype(np.float64), greedy[i, span]) for i, span in enumerate(spans)]
 
 
 def most_tokens() -> int:

@@ -1,5 +1,6 @@
 """Held-out rows as an evaluation sees them: tokens to score, a prompt to answer, what is expected, and a group."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtune import data
 from jaxtune.data.formats import make_reader
 from jaxtune.data.tokenize import Encoder
-from jaxtune.errors import UserError, nearest
+from jaxtune.errors import UserError
 
 MOST_GROUPS = 40
 
@@ -152,9 +153,10 @@ def group_values(rows: data.Rows, names: Sequence[str], column: str) -> list[str
         values = by_label.setdefault(source.label, {})
         for number, row in source:
             if column not in row:
+                meant = [f" Did you mean {name!r}?" for name in difflib.get_close_matches(column, row, n=1, cutoff=0.7)]
                 raise UserError(
-                    f"--group-by={column}: {source.where(number)} has no such column.{nearest(column, row)} "
-                    f"Columns found: {', '.join(row)}."
+                    f"--group-by={column}: {source.where(number)} has no column {column!r}.{''.join(meant)} "
+                    f"Group by one that it has: {', '.join(row)}."
                 )
             if number in wanted:
                 values[number] = "(none)" if row[column] is None else str(row[column])

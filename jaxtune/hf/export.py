@@ -17,8 +17,7 @@ from jaxtune.card import model_card
 from jaxtune.files import atomic_dir, require_space
 from jaxtune.hf import tensors
 from jaxtune.models.names import Tensor
-from jaxtune.tree import path_str
-from jaxtune.weights import Adapter, LoraWeight, is_weight, merge_leaf, settle
+from jaxtune.weights import Adapter, LoraWeight, merge_leaf, plain, settle, weights_by_path
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -111,16 +110,6 @@ def _head_to_untie(params: Any) -> jax.Array | None:
     if "lm_head" in params or not isinstance(table, LoraWeight):
         return None
     return merge_leaf(table.w).T
-
-
-def weights_by_path(params: Any) -> dict[str, Any]:
-    """Leaves by path "a/b/c", a polymorphic leaf as one."""
-    return {path_str(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]}
-
-
-def plain(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the array that a leaf stands for; nothing is computed."""
-    return jax.eval_shape(merge_leaf, leaf)
 
 
 def _size(tensor: Tensor, leaves: Mapping[str, Any]) -> int:

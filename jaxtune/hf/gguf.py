@@ -17,9 +17,10 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_file, refuse_existing, require_space
-from jaxtune.hf.export import dtypes_of, hf_tensor, plain, public_name, weights_by_path, whole
+from jaxtune.hf.export import dtypes_of, hf_tensor, public_name, whole
 from jaxtune.models.rope import RULES, Rope
 from jaxtune.models.spec import BlockSpec
+from jaxtune.weights import plain, weights_by_path
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # What a block may have beside sizes, a rope and an epsilon; everything else must be as in Llama.
@@ -275,6 +276,8 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
         types |= {i: _BYTE for i, t in tokens.items() if len(t) == 6 and t.startswith("<0x") and t.endswith(">")}
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = _UNKNOWN
+    if model.get("ignore_merges") and found["tokenizer_pre"] != "llama-bpe":  # llama.cpp does so for that name alone
+        raise UserError(f"{where} has ignore_merges=True, which GGUF's {found['tokenizer_pre']!r} does not do.")
     found["token_list"] = [tokens.get(i, f"[PAD{i}]") for i in range(vocab)]
     found["token_types"] = [types.get(i, _UNUSED) for i in range(vocab)]
     for key in ("bos", "eos", "unk", "pad"):

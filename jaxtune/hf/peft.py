@@ -9,8 +9,6 @@ Here each is an error, and one message names them all.
 import dataclasses
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,262 +18,57 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
+from jaxtune.adapters import attach, ia3, prompt_tuning
 from jaxtune.card import model_card
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_dir
 from jaxtune.hf import tensors
-from jaxtune.hf.export import copy_tokenizer, plain, public_name, weights_by_path
-from jaxtune.methods import (
-    Factors,
-    Place,
-    adapted,
-    attach,
-    ia3,
-    in_label_head,
-    is_saved,
-    parameters,
-    places,
-    prompt_tuning,
-    untie,
+from jaxtune.hf.export import copy_tokenizer, public_name
+from jaxtune.hf.peft_config import (
+    ATTACHED,
+    DEFAULTS,
+    IA3_DEFAULTS,
+    PROMPT_DEFAULTS,
+    chosen_by,
+    complete,
+    matching,
+    read_adapter_config,
+    scale_of,
+    tree_factors,
+    unsupported,
 )
+from jaxtune.places import Place, in_label_head, is_saved, parameters, places
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
+from jaxtune.vocabulary import untie
 from jaxtune.weights import (
     DoraWeight,
     Ia3Weight,
     LoraWeight,
     PromptWeight,
     TokensWeight,
-    is_weight,
+    map_paths,
     map_weights,
     merge_leaf,
+    plain,
+    weights_by_path,
 )
 
-# adapter_config.json of LoraConfig(task_type="CAUSAL_LM"), saved.
-DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": None,
-    "target_parameters": None,
-    "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
-IA3_DEFAULTS: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "feedforward_modules": None,
-    "inference_mode": True,
-    "init_ia3_weights": True,
-    "modules_to_save": None,
-    "peft_type": "IA3",
-    "peft_version": "0.21.2",
-    "revision": None,
-    "target_modules": None,
-    "task_type": "CAUSAL_LM",
-}
-PROMPT_DEFAULTS: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "inference_mode": True,
-    "modules_to_save": None,
-    "num_attention_heads": None,
-    "num_layers": None,
-    "num_transformer_submodules": None,
-    "num_virtual_tokens": None,
-    "peft_type": "PROMPT_TUNING",
-    "peft_version": "0.21.2",
-    "prompt_tuning_init": "RANDOM",
-    "prompt_tuning_init_text": None,
-    "revision": None,
-    "task_type": "CAUSAL_LM",
-    "token_dim": None,
-    "tokenizer_kwargs": None,
-    "tokenizer_name_or_path": None,
-}
-ALL_DEFAULTS = {"LORA": DEFAULTS, "IA3": IA3_DEFAULTS, "PROMPT_TUNING": PROMPT_DEFAULTS}
+__all__ = [
+    "DEFAULTS",
+    "IA3_DEFAULTS",
+    "PROMPT_DEFAULTS",
+    "export_adapter",
+    "load_adapter",
+    "read_adapter_config",
+    "tree_factors",
+]
 
-# Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
-_ATTACHED = ("lora_dropout", "bias", "use_dora", "modules_to_save", "trainable_token_indices")
-_CHOSEN = (
-    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern", "exclude_modules"),
-)
-_FOLLOWED = {
-    *_ATTACHED,
-    *_CHOSEN,
-    *("fan_in_fan_out", "init_lora_weights", "feedforward_modules", "num_virtual_tokens"),
-}
-_INERT = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"),
-    *("qalora_group_size", "revision", "task_type", "eva_config", "lora_ga_config", "corda_config", "loftq_config"),
-    *("init_ia3_weights", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
-    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
-}
-# How A and B began matters only where the base was changed with them ("pissa", "olora", "loftq", ...).
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
+_LORA = (("a", "lora_A.weight"), ("b", "lora_B.weight"), ("magnitude", "lora_magnitude_vector"))
+_LORA_TABLE = (("a", "lora_embedding_A"), ("b", "lora_embedding_B"), ("magnitude", "lora_magnitude_vector"))
 
 
-# ------------------------------------------------------------------------------------------------------- the config
-
-
-def _chosen(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place, Factors]:
-    """Choose modules, ranks and scales as peft does, which wants one match only: one config serves several families."""
-    return adapted(
-        _unsaved(config, candidates),
-        **{k: config[k] for k in _CHOSEN if k != "target_modules"},
-        target_modules=_matching(config["target_modules"], candidates),
-        strict=False,
-    )
-
-
-def _unsaved(config: Mapping[str, Any], candidates: list[Place]) -> list[Place]:
-    if config["target_modules"] != "all-linear":
-        return candidates
-    return [p for p in candidates if not is_saved(p.name, config["modules_to_save"])]
-
-
-def _matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
-    """The targets that this model has; all, where it has none, for the message."""
-    if isinstance(targets, str):
-        return targets
-    return [t for t in targets if any(p.name == t or p.name.endswith("." + t) for p in candidates)] or targets
-
-
-def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The tree that a config describes, with fresh values: `(params, mask)`."""
-    candidates = places(params, module)
-    if config["peft_type"] == "PROMPT_TUNING":
-        return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
-    if config["peft_type"] == "IA3":
-        return ia3(
-            params,
-            _matching(config["target_modules"], candidates),
-            config["feedforward_modules"] or (),
-            config["exclude_modules"],
-            module=module,
-        )
-    whole = untie(params) if hasattr(module, "head") else params
-    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
-    saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
-    settings = {k: config[k] for k in _ATTACHED} | {"modules_to_save": saved}
-    return attach(params, jax.random.key(0), _chosen(config, candidates), module=module, **settings)
-
-
-def _trained_head(module: Any, params: Any, mask: Any) -> list[str]:
-    """The modules of a label head that are trained and stored whole beside the adapters; all of them, without a mask.
-
-    peft trains "classifier" and "score" alone: in its adapters BERT's pooler is the base's.
-    """
-    if not hasattr(module, "labels"):
-        return []
-    roles = flatten(mask)
-    trained = [
-        t.module
-        for t in models.names(module).tensors(module.spec, set(weights_by_path(params)))
-        if in_label_head(t.path) and roles.get(t.path, TRAIN) is TRAIN
-    ]
-    return [name for name in module.saved_modules if any(is_saved(other, [name]) for other in trained)]
-
-
-def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
-    """The mask of a loaded adapter: what of a label head it does not hold is the base's, and stays."""
-    if not hasattr(module, "labels") or config["peft_type"] != "LORA":
-        return mask
-    tensors_ = models.names(module).tensors(module.spec, set(weights_by_path(params)))
-    kept = {t.path for t in tensors_ if in_label_head(t.path) and not is_saved(t.module, config["modules_to_save"])}
-    return jax.tree_util.tree_map_with_path(lambda p, role: FROZEN if path_str(p) in kept else role, mask)
-
-
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that would make another model than we compute."""
-    lines = []
-    if config["peft_type"] not in ALL_DEFAULTS:
-        lines.append(f"unsupported  peft_type={config['peft_type']!r}: only {', '.join(ALL_DEFAULTS)} are")
-    for key, value in config.items():
-        if key not in _FOLLOWED | _INERT and value not in (None, False, [], {}):
-            lines.append(f"unsupported  {key}={value!r}")
-    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
-        lines.append(
-            f"unsupported  init_lora_weights={init!r} changes the base; save the adapter with peft's "
-            "path_initial_model_for_weight_conversion"
-        )
-    if config["peft_type"] != "LORA" and config["modules_to_save"]:
-        lines.append(
-            f"unsupported  modules_to_save={config['modules_to_save']!r} with peft_type={config['peft_type']!r}"
-        )
-    names = ("a list of names or null", lambda v: v is None or isinstance(v, list))
-    checks = {
-        "r": ("a whole number above 0", lambda v: type(v) is int and v > 0),
-        "lora_alpha": ("a number", lambda v: type(v) in (int, float)),
-        "lora_dropout": ("from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
-        "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-        "target_modules": ("a list of names or a regex", lambda v: isinstance(v, str | list) and len(v) > 0),
-        "rank_pattern": ("an object", lambda v: isinstance(v, dict)),
-        "alpha_pattern": ("an object", lambda v: isinstance(v, dict)),
-        "modules_to_save": names,
-        "trainable_token_indices": ("a list of token ids (of the input embedding) or null", names[1]),
-        "num_virtual_tokens": ("a whole number above 0", lambda v: type(v) is int and v > 0),
-    }
-    lines += [
-        f"wrong value  {k}={config[k]!r}, expected {words}"
-        for k, (words, ok) in checks.items()
-        if k in config and not ok(config[k])
-    ]
-    return lines
-
-
-def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Read adapter_config.json; fields that its peft did not know yet get their defaults.
-
-    Raises:
-        UserError: there is none, or it is not JSON.
-    """
-    file = Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is no adapter directory: it has no adapter_config.json.")
-    config = tensors.read_json(file)
-    defaults = ALL_DEFAULTS.get(config.get("peft_type", "LORA"), DEFAULTS)
-    return defaults | {k: v for k, v in config.items() if not (v is None and defaults.get(k) is not None)}
-
-
-# -------------------------------------------------------------------------------------------------- where tensors lie
+# ---------------------------------------------------------------------------------------------------- where tensors lie
 
 
 class Spot(NamedTuple):
@@ -288,10 +81,6 @@ class Spot(NamedTuple):
     turn: bool = True  # whether a matrix is the transpose of ours
 
 
-_LORA = (("a", "lora_A.weight"), ("b", "lora_B.weight"), ("magnitude", "lora_magnitude_vector"))
-_LORA_TABLE = (("a", "lora_embedding_A"), ("b", "lora_embedding_B"), ("magnitude", "lora_magnitude_vector"))
-
-
 def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool = False) -> dict[str, Spot]:
     """Every tensor that peft stores for a tree of `_attach`, by its key in the file.
 
@@ -299,7 +88,7 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
     """
     whole_head = whole_head or config["peft_type"] != "LORA"
     leaves = weights_by_path(params)
-    chosen = _chosen(config, places(params, module)) if config["peft_type"] == "LORA" else {}
+    chosen = chosen_by(config, places(params, module))
     spots = {}
     for place in places(params, module):
         leaf, stem = leaves[place.path], f"{_PREFIX}{place.name}"
@@ -309,7 +98,7 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
         elif isinstance(leaf, TokensWeight):
             key = f"{stem}.token_adapter.trainable_tokens_delta"
             spots[key] = Spot(place.path, None, "rows", leaf.rows.shape, turn=False)
-        elif isinstance(leaf, Ia3Weight) and _scale(leaf, place):
+        elif isinstance(leaf, Ia3Weight) and scale_of(leaf, place):
             field, shape = ("inp", (1, k)) if leaf.out is None else ("out", (n, 1))
             spots[f"{stem}.ia3_l"] = Spot(place.path, place.index, field, shape)
         elif place in chosen:
@@ -331,10 +120,6 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
     return spots
 
 
-def _scale(leaf: Any, place: Place) -> float:
-    return float(np.asarray(leaf.scale)[() if place.index is None else place.index])
-
-
 def _view(host: np.ndarray, spot: Spot) -> np.ndarray:
     """What of a leaf's field is one tensor in the file, as it lies there."""
     array = host if spot.index is None else host[spot.index]
@@ -343,7 +128,12 @@ def _view(host: np.ndarray, spot: Spot) -> np.ndarray:
     return (array.T if spot.turn else array)[tuple(slice(n) for n in spot.shape)]
 
 
-# --------------------------------------------------------------------------------------------------------------- in
+def _hf_shape(t: Any, leaf: Any) -> tuple[int, ...]:
+    shape = plain(leaf).shape[t.index is not None :]
+    return shape[::-1] if t.transpose else shape
+
+
+# ------------------------------------------------------------------------------------------------------------------- in
 
 
 def load_adapter(
@@ -367,7 +157,7 @@ def load_adapter(
     config = read_adapter_config(folder)
     entries = _index(folder)
     problems = _other_base(config["base_model_name_or_path"], base)
-    refused = _unsupported(config)
+    refused = unsupported(config)
     if not refused:
         try:
             params, mask = _attach(module, params, config)
@@ -383,6 +173,35 @@ def load_adapter(
     if problems:
         raise _misfit(folder, problems)
     return _fill(params, spots, entries), mask, config
+
+
+def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The tree that a config describes, with fresh values: `(params, mask)`."""
+    candidates = places(params, module)
+    if config["peft_type"] == "PROMPT_TUNING":
+        return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
+    if config["peft_type"] == "IA3":
+        return ia3(
+            params,
+            matching(config["target_modules"], candidates),
+            config["feedforward_modules"] or (),
+            config["exclude_modules"],
+            module=module,
+        )
+    whole = untie(params) if hasattr(module, "head") else params
+    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
+    saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
+    settings = {k: config[k] for k in ATTACHED} | {"modules_to_save": saved}
+    return attach(params, jax.random.key(0), chosen_by(config, candidates), module=module, **settings)
+
+
+def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
+    """The mask of a loaded adapter: what of a label head it does not hold is the base's, and stays."""
+    if not hasattr(module, "labels") or config["peft_type"] != "LORA":
+        return mask
+    tensors_ = models.names(module).tensors(module.spec, set(weights_by_path(params)))
+    kept = {t.path for t in tensors_ if in_label_head(t.path) and not is_saved(t.module, config["modules_to_save"])}
+    return jax.tree_util.tree_map_with_path(lambda p, role: FROZEN if path_str(p) in kept else role, mask)
 
 
 def _index(folder: Path) -> dict[str, tensors.Entry]:
@@ -433,11 +252,6 @@ def _without_tables(
     return rest, problems
 
 
-def _hf_shape(t: Any, leaf: Any) -> tuple[int, ...]:
-    shape = plain(leaf).shape[t.index is not None :]
-    return shape[::-1] if t.transpose else shape
-
-
 def _compare(spots: Mapping[str, Spot], entries: Mapping[str, tensors.Entry]) -> list[str]:
     lines = [f"missing      {key} {list(spot.shape)}" for key, spot in spots.items() if key not in entries]
     lines += [f"extra        {key} {list(entry.shape)}" for key, entry in entries.items() if key not in spots]
@@ -461,13 +275,13 @@ def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
     tensors.read_all(jobs)
 
     def put(path, leaf):
-        fields = {field: jnp.asarray(array) for field, array in arrays.get(path_str(path), {}).items()}
+        fields = {field: jnp.asarray(array) for field, array in arrays.get(path, {}).items()}
         return fields[""] if "" in fields else dataclasses.replace(leaf, **fields) if fields else leaf
 
-    return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_weight)
+    return map_paths(put, params)
 
 
-# -------------------------------------------------------------------------------------------------------------- out
+# ------------------------------------------------------------------------------------------------------------------ out
 
 
 def export_adapter(
@@ -508,8 +322,8 @@ def export_adapter(
     """
     out = Path(out).expanduser()
     params, config = _without_start(params, dict(config or {}))
-    config = _complete(module, params, mask, config)
-    if refused := _unsupported(config):
+    config = complete(module, params, mask, config)
+    if refused := unsupported(config):
         raise ValueError("config: " + "; ".join(refused))
     _check_tree(module, params, mask, config)
     config |= {"base_model_name_or_path": public_name(base)}
@@ -560,187 +374,10 @@ def _without_start(params: Any, given: dict[str, Any]) -> tuple[Any, dict[str, A
     return params, given | {"init_lora_weights": True}
 
 
-def _baked(
-    arrays: dict[str, np.ndarray], config: dict[str, Any], candidates: list[Place]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The same update with one rank and a scale of 1 throughout, for engines that read `r` and nothing else."""
-    if config["peft_type"] != "LORA":
-        raise UserError(f"bake is for LoRA; this is {config['peft_type']}.")
-    chosen = _chosen(config, candidates)
-    most, out = max(f.rank for f in chosen.values()), dict(arrays)
-    for place, (rank, scale) in chosen.items():
-        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-            a, b = f"{_PREFIX}{place.name}.{a}", f"{_PREFIX}{place.name}.{b}"
-            if a in arrays:
-                out[a] = np.pad(arrays[a], ((0, most - rank), (0, 0)))
-                out[b] = np.pad(np.float32(scale) * arrays[b], ((0, 0), (0, most - rank)))
-    flat = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    return out, config | flat
-
-
-def _refused_by_vllm(config: Mapping[str, Any]) -> list[str]:
-    """A sentence, if vLLM will not load the adapter."""
-    reasons = {
-        "use_dora": "DoRA",
-        "modules_to_save": "modules_to_save",
-        "trainable_token_indices": "trained tokens",
-    }
-    found = [words for key, words in reasons.items() if config[key]]
-    found += [f"bias={config['bias']!r}"] if config["bias"] != "none" else []
-    return [f"vLLM refuses this adapter: it has {', '.join(found)}. Merge it instead."] if found else []
-
-
-def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
-    """The adapted modules of a tree, with their rank, less the zeros that fill it up, and scale; 0 is not adapted."""
-    leaves, used, found = weights_by_path(params), {}, {}
-    for path, leaf in leaves.items():
-        if isinstance(leaf, LoraWeight):
-            used[path] = np.asarray((leaf.a != 0).any(-2) | (leaf.b != 0).any(-1))
-    for place in places(params, module):
-        if place.path in used and (scale := _scale(leaves[place.path], place)):
-            columns = np.flatnonzero(used[place.path][() if place.index is None else place.index])
-            found[place] = Factors(int(columns[-1]) + 1 if len(columns) else 1, scale)
-    return found
-
-
-def _complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json: what is given, over what the tree shows, over peft's defaults."""
-    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
-    if given.get("target_modules") == "all-linear":
-        given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
-    kinds = {LoraWeight: _lora_config, Ia3Weight: _ia3_config, PromptWeight: _prompt_config}
-    leaves = weights_by_path(params).values()
-    for kind, config in kinds.items():
-        if any(isinstance(leaf, kind) for leaf in leaves):
-            return config(module, params, mask, given)
-    raise ValueError("The parameters hold no adapters; write them with export_model.")
-
-
-def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
-    tree, leaves = tree_factors(module, params), weights_by_path(params)
-    alphas = {
-        place: _round(f.scale * (math.sqrt(f.rank) if given.get("use_rslora") else f.rank)) for place, f in tree.items()
-    }
-    r, rank_pattern = _majority({place: f.rank for place, f in tree.items()})
-    alpha, alpha_pattern = _majority(alphas)
-    saved = _trained_modules(module, params, mask)
-    tokens = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
-    config = DEFAULTS | {
-        "r": r,
-        "rank_pattern": rank_pattern,
-        "lora_alpha": alpha,
-        "alpha_pattern": alpha_pattern,
-        "lora_dropout": max(_dropout(leaf) for leaf in leaves.values()),
-        "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
-        "task_type": models.task_type(module),
-        "bias": _trained_biases(mask, tree, saved),
-        "fan_in_fan_out": models.names(module).conv1d,
-        "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
-        "trainable_token_indices": tokens[0] if tokens else None,
-        "modules_to_save": [*_trained_head(module, params, mask), *_shortest_saved(module, params, saved)] or None,
-    }
-    if "r" in given or "lora_alpha" in given:
-        config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    for name in ("rank_pattern", "alpha_pattern"):
-        if name in given:
-            given[name] = dict(given[name] or ())
-    saved = given.get("modules_to_save") or []
-    if head := [name for name in _trained_head(module, params, mask) if not is_saved(name, saved)]:
-        given["modules_to_save"] = [*head, *saved]
-    if given.get("init_lora_weights") == "default":
-        given["init_lora_weights"] = True
-    return config | given | {"peft_type": "LORA", "inference_mode": True}
-
-
-def _modules(module: Any, params: Any) -> list[str]:
-    """All linear and embedding modules, those of a label head too, by HF's names."""
-    matrices = {p for p in weights_by_path(params) if p.endswith(("/kernel", "/embedding"))}
-    return [t.module for t in models.names(module).tensors(module.spec, matrices)]
-
-
-def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
-    leaves, every = weights_by_path(params), places(params, module)
-    found = [p for p in every if isinstance(leaf := leaves[p.path], Ia3Weight) and _scale(leaf, p)]
-    inputs = [p for p in found if leaves[p.path].inp is not None]
-    config = IA3_DEFAULTS | {
-        "target_modules": _shortest([p.name for p in found], [p.name for p in every]),
-        "feedforward_modules": _shortest([p.name for p in inputs], [p.name for p in every]),
-        "fan_in_fan_out": models.names(module).conv1d,
-    }
-    return config | given | {"peft_type": "IA3", "inference_mode": True}
-
-
-def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
-    count, width = next(w for w in weights_by_path(params).values() if isinstance(w, PromptWeight)).prompt.shape
-    config = PROMPT_DEFAULTS | {
-        "num_virtual_tokens": count,
-        "token_dim": width,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": module.spec.segments[0].pattern[0].heads,
-        "num_layers": module.spec.layers,
-    }
-    given.pop("init", None)  # how the prompt began
-    return config | given | {"peft_type": "PROMPT_TUNING", "inference_mode": True}
-
-
-def _round(x: float) -> float | int:
-    """Undo float32: 15.9999996 -> 16."""
-    x = float(f"{x:.6g}")
-    return int(x) if x.is_integer() else x
-
-
-def _dropout(leaf: Any) -> float:
-    rate = leaf.dropout if isinstance(leaf, LoraWeight) else None
-    return 0.0 if rate is None else float(_round(float(np.max(rate))))
-
-
-def _majority(values: Mapping[Place, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and {module: value} of those that differ."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    return common, {place.name: v for place, v in values.items() if v != common}
-
-
-def _shortest(chosen: list[str], modules: list[str]) -> list[str]:
-    """Name a set of modules by their last parts if these name no other module, else in full."""
-    short = {name.rpartition(".")[2] for name in chosen}
-    return sorted(short) if {m for m in modules if m.rpartition(".")[2] in short} == set(chosen) else chosen
-
-
-def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
-    """{module: path of what is in it} of plain modules that were trained whole, more than their biases."""
-    leaves, roles = weights_by_path(params), flatten(mask)
-    found = {}
-    for t in models.names(module).tensors(module.spec, set(leaves)):
-        if (
-            roles.get(t.path) is TRAIN
-            and not in_label_head(t.path)
-            and not is_weight(leaves[t.path])
-            and not t.path.endswith("/bias")
-        ):
-            found[t.module] = t.path
-    return found
-
-
-def _shortest_saved(module: Any, params: Any, saved: Mapping[str, str]) -> list[str]:
-    """As `_shortest`, by the ends of names that peft compares for modules_to_save."""
-    short = sorted({name.rpartition(".")[2] for name in saved})
-    every = {p.name.rpartition(".")[0] for p in parameters(params, module)}
-    return short if {name for name in every if is_saved(name, short)} == set(saved) else list(saved)
-
-
-def _trained_biases(mask: Any, tree: Mapping[Place, Factors], saved: Mapping[str, str]) -> str:
-    """What of `bias` was trained, beside the biases of modules that were trained whole."""
-    trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("/bias")}
-    trained = {path for path in trained if not in_label_head(path)}
-    trained -= {re.sub(r"[^/]+$", "bias", path) for path in saved.values()}
-    beside = {re.sub(r"[^/]+$", "bias", place.path) for place in tree}
-    return "none" if not trained else "lora_only" if trained <= beside else "all"
-
-
 def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless peft, reading the config, will compute what the tree does."""
     tree, leaves = tree_factors(module, params), weights_by_path(params)
-    chosen = _chosen(config, places(params, module)) if config["peft_type"] == "LORA" else {}
+    chosen = chosen_by(config, places(params, module))
     if differing := {p.name for p in tree.keys() ^ chosen.keys()}:
         raise ValueError(f"config and parameters differ in which modules are adapted: {sorted(differing)}.")
     for place, (rank, scale) in chosen.items():
@@ -772,3 +409,33 @@ def _arrays(params: Any, spots: Mapping[str, Spot]) -> dict[str, np.ndarray]:
             leaf = leaves[spot.path]
             host[spot.path, spot.field] = np.asarray(getattr(leaf, spot.field) if spot.field else leaf, np.float32)
     return {key: _view(host[spot.path, spot.field], spot) for key, spot in spots.items()}
+
+
+def _baked(
+    arrays: dict[str, np.ndarray], config: dict[str, Any], candidates: list[Place]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same update with one rank and a scale of 1 throughout, for engines that read `r` and nothing else."""
+    if config["peft_type"] != "LORA":
+        raise UserError(f"bake is for LoRA; this is {config['peft_type']}.")
+    chosen = chosen_by(config, candidates)
+    most, out = max(f.rank for f in chosen.values()), dict(arrays)
+    for place, (rank, scale) in chosen.items():
+        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            a, b = f"{_PREFIX}{place.name}.{a}", f"{_PREFIX}{place.name}.{b}"
+            if a in arrays:
+                out[a] = np.pad(arrays[a], ((0, most - rank), (0, 0)))
+                out[b] = np.pad(np.float32(scale) * arrays[b], ((0, 0), (0, most - rank)))
+    flat = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return out, config | flat
+
+
+def _refused_by_vllm(config: Mapping[str, Any]) -> list[str]:
+    """A sentence, if vLLM will not load the adapter."""
+    reasons = {
+        "use_dora": "DoRA",
+        "modules_to_save": "modules_to_save",
+        "trainable_token_indices": "trained tokens",
+    }
+    found = [words for key, words in reasons.items() if config[key]]
+    found += [f"bias={config['bias']!r}"] if config["bias"] != "none" else []
+    return [f"vLLM refuses this adapter: it has {', '.join(found)}. Merge it instead."] if found else []

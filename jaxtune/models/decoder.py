@@ -12,70 +12,25 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.models import rope
+from jaxtune.models.body import REMAT as REMAT
+from jaxtune.models.body import Body
 from jaxtune.models.layers import Block, Context, Norm, leaf
-from jaxtune.models.spec import DecoderSpec, Segment
+from jaxtune.models.spec import DecoderSpec
 from jaxtune.tree import split_stack
-from jaxtune.weights import Array, Keys, attend, dot, embed, fold
-
-# What the backward pass keeps of a block; the rest is computed again. Costs in bytes grow downwards.
-REMAT = {
-    "full": (),
-    "attention": ("qkv", "attention"),
-    "dots": ("qkv", "attention", "mlp"),
-    "everything": None,  # what "none" is on a GPU, said for any backend
-}
-# On a CPU "none" keeps what took a large matrix product or random bits, once: the rest is cheaper to compute again than
-# to write and read, and every use of it would be kept as an array of its own.
-PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "dropout")
+from jaxtune.weights import Array, Keys, attend, dot, embed
 
 
-class Pattern(nn.Module):
-    """One repeat of a segment: its blocks in order. Scanned over the repeats."""
-
-    segment: Segment
-    first: int  # number of the segment's first layer in the model
-    implementation: str
-    std: float
-
-    @nn.compact
-    def __call__(self, carry, repeat: Array, ctx: Context):
-        x, caches = carry
-        caches = list(caches)
-        for j, block in enumerate(self.segment.pattern):
-            layer = self.first + repeat * len(self.segment.pattern) + j
-            here = ctx._replace(keys=fold(ctx.keys, layer))
-            x, caches[j] = Block(block, self.implementation, self.std, name=f"block_{j}")(x, here, caches[j], repeat)
-        return (x, tuple(caches)), None
-
-
-class Decoder(nn.Module):
+class Decoder(Body):
     """A causal language model.
 
     `module.apply({"params": params}, tokens, ...)` gives logits; `method="hidden"` stops before the head and
-    `method="head"` is the rest. Leaves of `params` may be polymorphic (`jaxtune.weights`).
-
-    Attributes:
-        spec: the architecture.
-        dtype: of activations; parameters are cast to it where they are used.
-        attention: "auto", "mapped", "xla" or "cudnn".
-        remat: "none" keeps every activation for the backward pass; see `REMAT`.
-        unroll: blocks in one iteration of the scan.
-        start, stop: the segments that `hidden` runs, as a slice. Above 0, `start` makes it take the residual stream
-            [B, T, D] that the segments below left in place of tokens; a `stop` makes it return that stream.
+    `method="head"` is the rest. Leaves of `params` may be polymorphic (`jaxtune.weights`). The attributes are `Body`'s.
     """
 
     spec: DecoderSpec
-    dtype: Any = jnp.float32
-    attention: str = "auto"
-    remat: str = "none"
-    unroll: int = 1
-    start: int = 0
-    stop: int | None = None
 
     @nn.compact
     def hidden(
@@ -101,36 +56,13 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
         x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions)
-        ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
-        length = positions.max(-1) + 1
-        if cache is not None:
-            length = jnp.full_like(length, min(jax.tree.leaves(cache)[0].shape[2], spec.positions))
-        ctx = Context(slots, segments, {str(r): rope.tables(r, positions, length) for r in ropes}, keys)
-        pattern = Pattern
-        kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
-        if kept is not None and cache is None:
-            policy = jax.checkpoint_policies.save_only_these_names(*kept)
-            pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
-        first, caches = sum(segment.layers for segment in spec.segments[: self.start]), []
-        for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:
-            scanned = nn.scan(
-                pattern,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=segment.repeats,
-                unroll=min(self.unroll, segment.repeats),
-            )(segment, first, self.attention, spec.init_std, name=f"segment_{i}")
-            held = (None,) * len(segment.pattern) if cache is None else cache[i]
-            (x, held), _ = scanned((x, held), jnp.arange(segment.repeats), ctx)
-            caches.append(held)
-            first += segment.layers
+        x, cache = self.run(Block, x, positions, Context(slots, segments, {}, keys), cache)
         if self.stop is not None:
             return x
         x = Norm(spec.norm, spec.eps, name="norm")(x)
         if self.is_initializing() and not spec.tied:
             self._head_kernel()
-        return x if cache is None else (x, tuple(caches))
+        return x if cache is None else (x, cache)
 
     def head(self, x: Array) -> Array:
         """Hidden states [..., D] -> logits f32[..., V]."""
@@ -153,36 +85,15 @@ class Decoder(nn.Module):
             for s in self.spec.segments
         )
 
-    def init_params(self, key: Array) -> Any:
-        """Random float32 parameters, as for pretraining."""
-        return self.init(key, jnp.zeros((1, 2), jnp.int32), method="hidden")["params"]
-
-    def abstract_params(self) -> Any:
-        """Shapes and dtypes of `init_params`, nothing allocated."""
-        return jax.eval_shape(self.init_params, jax.random.key(0))
-
     def _embedded(self, tokens: Array, positions: Array) -> Array:
         spec = self.spec
-        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype) * spec.embed_scale
+        x = embed(tokens, self.table("embed_tokens", spec.vocab)).astype(self.dtype) * spec.embed_scale
         if spec.learned_positions:
-            x += embed(positions, self._table("embed_positions", spec.positions)).astype(self.dtype)
+            x += embed(positions, self.table("embed_positions", spec.positions)).astype(self.dtype)
         return x
-
-    def _table(self, name: str, rows: int) -> Any:
-        return Table(rows, self.spec.width, self.spec.init_std, name=name)()
 
     def _head_kernel(self) -> Any:
         return Kernel(self.spec.width, self.spec.vocab, self.spec.init_std, name="lm_head")()
-
-
-class Table(nn.Module):
-    rows: int
-    width: int
-    std: float
-
-    @nn.compact
-    def __call__(self):
-        return leaf(self, "embedding", nn.initializers.normal(self.std), (self.rows, self.width))
 
 
 class Kernel(nn.Module):

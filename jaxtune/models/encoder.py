@@ -10,17 +10,15 @@ The parameters are a plain nested dict:
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from jaxtune.models import rope
-from jaxtune.models.decoder import PRODUCTS, REMAT, Table
+from jaxtune.models.body import Body
 from jaxtune.models.layers import Attention, Context, Mlp, Norm
 from jaxtune.models.spec import BlockSpec, Segment
-from jaxtune.weights import Array, Keys, embed, fold
+from jaxtune.weights import Array, Keys, embed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +93,11 @@ class EncoderBlock(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self, x: Array, ctx: Context) -> Array:
+    def __call__(self, x: Array, ctx: Context, cache: None, layer: Array) -> tuple[Array, None]:
         s = self.spec
 
         def attention(h):
-            return Attention(s, self.implementation, self.std, name="self_attn")(h, ctx, None, jnp.int32(0))[0]
+            return Attention(s, self.implementation, self.std, name="self_attn")(h, ctx, cache, layer)[0]
 
         def mlp(h):
             return Mlp(s, self.std, s.mlp, name="mlp")(h, ctx.keys)
@@ -109,41 +107,18 @@ class EncoderBlock(nn.Module):
 
         if s.post_norm:
             x = norm("attn_norm", x + attention(x))
-            return norm("mlp_norm", x + mlp(x))
+            return norm("mlp_norm", x + mlp(x)), cache
         x += attention(norm("attn_norm", x) if s.attn_norm else x)
-        return x + mlp(norm("mlp_norm", x))
+        return x + mlp(norm("mlp_norm", x)), cache
 
 
-class EncoderPattern(nn.Module):
-    """One repeat of a segment: its blocks in order. Scanned over the repeats."""
-
-    segment: Segment
-    first: int  # number of the segment's first layer in the model
-    implementation: str
-    std: float
-
-    @nn.compact
-    def __call__(self, x: Array, repeat: Array, ctx: Context):
-        for j, block in enumerate(self.segment.pattern):
-            layer = self.first + repeat * len(self.segment.pattern) + j
-            here = ctx._replace(keys=fold(ctx.keys, layer))
-            x = EncoderBlock(block, self.implementation, self.std, name=f"block_{j}")(x, here)
-        return x, None
-
-
-class Encoder(nn.Module):
+class Encoder(Body):
     """A bidirectional model: `module.apply({"params": params}, tokens, ...)` gives the last hidden states.
 
-    Leaves of `params` may be polymorphic (`jaxtune.weights`). The attributes are `Decoder`'s.
+    Leaves of `params` may be polymorphic (`jaxtune.weights`). The attributes are `Body`'s.
     """
 
     spec: EncoderSpec
-    dtype: Any = jnp.float32
-    attention: str = "auto"
-    remat: str = "none"
-    unroll: int = 1
-    start: int = 0
-    stop: int | None = None
 
     @nn.compact
     def hidden(
@@ -171,25 +146,7 @@ class Encoder(nn.Module):
     def blocks(self, x: Array, positions: Array, segments: Array | None, keys: Keys) -> Array:
         """Embeddings [B, T, D] -> the last hidden states [B, T, D]."""
         spec = self.spec
-        ropes = {b.rope for s in spec.segments for b in s.pattern if b.rope is not None}
-        ctx = Context(None, segments, {str(r): rope.tables(r, positions, positions.max(-1) + 1) for r in ropes}, keys)
-        pattern = EncoderPattern
-        kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
-        if kept is not None:
-            policy = jax.checkpoint_policies.save_only_these_names(*kept)
-            pattern = nn.remat(EncoderPattern, policy=policy, prevent_cse=False)
-        first = sum(segment.layers for segment in spec.segments[: self.start])
-        for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:
-            scanned = nn.scan(
-                pattern,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=segment.repeats,
-                unroll=min(self.unroll, segment.repeats),
-            )(segment, first, self.attention, spec.init_std, name=f"segment_{i}")
-            x, _ = scanned(x, jnp.arange(segment.repeats), ctx)
-            first += segment.layers
+        x, _ = self.run(EncoderBlock, x, positions, Context(None, segments, {}, keys))
         if not spec.last_norm or self.stop is not None:
             return x
         return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
@@ -198,24 +155,13 @@ class Encoder(nn.Module):
         """The same as `hidden`."""
         return self.hidden(tokens, positions, segments, keys, types)
 
-    def init_params(self, key: Array) -> Any:
-        """Random float32 parameters, as for pretraining."""
-        return self.init(key, jnp.zeros((1, 2), jnp.int32), method="hidden")["params"]
-
-    def abstract_params(self) -> Any:
-        """Shapes and dtypes of `init_params`, nothing allocated."""
-        return jax.eval_shape(self.init_params, jax.random.key(0))
-
     def _embedded(self, tokens: Array, positions: Array, types: Array | None) -> Array:
         spec = self.spec
-        x = embed(tokens, self._table("embed_tokens", spec.vocab)).astype(self.dtype)
+        x = embed(tokens, self.table("embed_tokens", spec.vocab)).astype(self.dtype)
         if spec.learned_positions:
-            table = self._table("embed_positions", spec.first_position + spec.positions)
+            table = self.table("embed_positions", spec.first_position + spec.positions)
             x += embed(positions + spec.first_position, table).astype(self.dtype)
         if spec.types:
-            table = self._table("embed_types", spec.types)
+            table = self.table("embed_types", spec.types)
             x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
         return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
-
-    def _table(self, name: str, rows: int) -> Any:
-        return Table(rows, self.spec.width, self.spec.init_std, name=name)()

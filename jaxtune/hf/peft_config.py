@@ -1,0 +1,379 @@
+"""adapter_config.json: what peft 0.21 writes, what of it we follow, and what a tree of ours would be written as."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune import models
+from jaxtune.errors import UserError
+from jaxtune.hf import tensors
+from jaxtune.places import Factors, Place, adapted, in_label_head, is_or_ends, is_saved, parameters, places
+from jaxtune.tree import TRAIN, flatten
+from jaxtune.weights import (
+    DoraWeight,
+    Ia3Weight,
+    LoraWeight,
+    PromptWeight,
+    TokensWeight,
+    is_weight,
+    weights_by_path,
+)
+
+# adapter_config.json of LoraConfig(task_type="CAUSAL_LM"), saved.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+IA3_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "feedforward_modules": None,
+    "inference_mode": True,
+    "init_ia3_weights": True,
+    "modules_to_save": None,
+    "peft_type": "IA3",
+    "peft_version": "0.21.2",
+    "revision": None,
+    "target_modules": None,
+    "task_type": "CAUSAL_LM",
+}
+PROMPT_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "modules_to_save": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": None,
+    "num_virtual_tokens": None,
+    "peft_type": "PROMPT_TUNING",
+    "peft_version": "0.21.2",
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": None,
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+    "token_dim": None,
+    "tokenizer_kwargs": None,
+    "tokenizer_name_or_path": None,
+}
+ALL_DEFAULTS = {"LORA": DEFAULTS, "IA3": IA3_DEFAULTS, "PROMPT_TUNING": PROMPT_DEFAULTS}
+
+# Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
+ATTACHED = ("lora_dropout", "bias", "use_dora", "modules_to_save", "trainable_token_indices")
+_CHOSEN = (
+    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "exclude_modules"),
+)
+_FOLLOWED = {
+    *ATTACHED,
+    *_CHOSEN,
+    *("fan_in_fan_out", "init_lora_weights", "feedforward_modules", "num_virtual_tokens"),
+}
+_INERT = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"),
+    *("qalora_group_size", "revision", "task_type", "eva_config", "lora_ga_config", "corda_config", "loftq_config"),
+    *("init_ia3_weights", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+}
+# How A and B began matters only where the base was changed with them ("pissa", "olora", "loftq", ...).
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """Read adapter_config.json; fields that its peft did not know yet get their defaults.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is no adapter directory: it has no adapter_config.json.")
+    config = tensors.read_json(file)
+    defaults = ALL_DEFAULTS.get(config.get("peft_type", "LORA"), DEFAULTS)
+    return defaults | {k: v for k, v in config.items() if not (v is None and defaults.get(k) is not None)}
+
+
+def unsupported(config: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that would make another model than we compute."""
+    lines = []
+    if config["peft_type"] not in ALL_DEFAULTS:
+        lines.append(f"unsupported  peft_type={config['peft_type']!r}: only {', '.join(ALL_DEFAULTS)} are")
+    for key, value in config.items():
+        if key not in _FOLLOWED | _INERT and value not in (None, False, [], {}):
+            lines.append(f"unsupported  {key}={value!r}")
+    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
+        lines.append(
+            f"unsupported  init_lora_weights={init!r} changes the base; save the adapter with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
+    if config["peft_type"] != "LORA" and config["modules_to_save"]:
+        lines.append(
+            f"unsupported  modules_to_save={config['modules_to_save']!r} with peft_type={config['peft_type']!r}"
+        )
+    names = ("a list of names or null", lambda v: v is None or isinstance(v, list))
+    checks = {
+        "r": ("a whole number above 0", lambda v: type(v) is int and v > 0),
+        "lora_alpha": ("a number", lambda v: type(v) in (int, float)),
+        "lora_dropout": ("from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
+        "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
+        "target_modules": ("a list of names or a regex", lambda v: isinstance(v, str | list) and len(v) > 0),
+        "rank_pattern": ("an object", lambda v: isinstance(v, dict)),
+        "alpha_pattern": ("an object", lambda v: isinstance(v, dict)),
+        "modules_to_save": names,
+        "trainable_token_indices": ("a list of token ids (of the input embedding) or null", names[1]),
+        "num_virtual_tokens": ("a whole number above 0", lambda v: type(v) is int and v > 0),
+    }
+    lines += [
+        f"wrong value  {k}={config[k]!r}, expected {words}"
+        for k, (words, ok) in checks.items()
+        if k in config and not ok(config[k])
+    ]
+    return lines
+
+
+def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place, Factors]:
+    """The modules with low-rank factors, their ranks and scales; none in an adapter of another type.
+
+    As peft, which wants one match only: one config serves several families.
+    """
+    if config["peft_type"] != "LORA":
+        return {}
+    return adapted(
+        _unsaved(config, candidates),
+        **{k: config[k] for k in _CHOSEN if k != "target_modules"},
+        target_modules=matching(config["target_modules"], candidates),
+        strict=False,
+    )
+
+
+def _unsaved(config: Mapping[str, Any], candidates: list[Place]) -> list[Place]:
+    if config["target_modules"] != "all-linear":
+        return candidates
+    return [p for p in candidates if not is_saved(p.name, config["modules_to_save"])]
+
+
+def matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
+    """The targets that this model has; all, where it has none, for the message."""
+    if isinstance(targets, str):
+        return targets
+    return [t for t in targets if any(is_or_ends(p.name, t) for p in candidates)] or targets
+
+
+# --------------------------------------------------------------------------------------------------------- off the tree
+
+
+def complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json: what is given, over what the tree shows, over peft's defaults."""
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    if given.get("target_modules") == "all-linear":
+        given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
+    kinds = {LoraWeight: _lora_config, Ia3Weight: _ia3_config, PromptWeight: _prompt_config}
+    leaves = weights_by_path(params).values()
+    for kind, config in kinds.items():
+        if any(isinstance(leaf, kind) for leaf in leaves):
+            return config(module, params, mask, given)
+    raise ValueError("The parameters hold no adapters; write them with export_model.")
+
+
+def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    tree, leaves = tree_factors(module, params), weights_by_path(params)
+    alphas = {
+        place: _round(f.scale * (math.sqrt(f.rank) if given.get("use_rslora") else f.rank)) for place, f in tree.items()
+    }
+    r, rank_pattern = _majority({place: f.rank for place, f in tree.items()})
+    alpha, alpha_pattern = _majority(alphas)
+    saved = _trained_modules(module, params, mask)
+    tokens = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
+    config = DEFAULTS | {
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": max(_dropout(leaf) for leaf in leaves.values()),
+        "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
+        "task_type": models.task_type(module),
+        "bias": _trained_biases(mask, tree, saved),
+        "fan_in_fan_out": models.names(module).conv1d,
+        "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
+        "trainable_token_indices": tokens[0] if tokens else None,
+        "modules_to_save": [*trained_head(module, params, mask), *_shortest_saved(module, params, saved)] or None,
+    }
+    if "r" in given or "lora_alpha" in given:
+        config |= {"rank_pattern": {}, "alpha_pattern": {}}
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in given:
+            given[name] = dict(given[name] or ())
+    saved = given.get("modules_to_save") or []
+    if head := [name for name in trained_head(module, params, mask) if not is_saved(name, saved)]:
+        given["modules_to_save"] = [*head, *saved]
+    if given.get("init_lora_weights") == "default":
+        given["init_lora_weights"] = True
+    return config | given | {"peft_type": "LORA", "inference_mode": True}
+
+
+def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    leaves, every = weights_by_path(params), places(params, module)
+    found = [p for p in every if isinstance(leaf := leaves[p.path], Ia3Weight) and scale_of(leaf, p)]
+    inputs = [p for p in found if leaves[p.path].inp is not None]
+    config = IA3_DEFAULTS | {
+        "target_modules": _shortest([p.name for p in found], [p.name for p in every]),
+        "feedforward_modules": _shortest([p.name for p in inputs], [p.name for p in every]),
+        "fan_in_fan_out": models.names(module).conv1d,
+    }
+    return config | given | {"peft_type": "IA3", "inference_mode": True}
+
+
+def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    count, width = next(w for w in weights_by_path(params).values() if isinstance(w, PromptWeight)).prompt.shape
+    config = PROMPT_DEFAULTS | {
+        "num_virtual_tokens": count,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": module.spec.segments[0].pattern[0].heads,
+        "num_layers": module.spec.layers,
+    }
+    given.pop("init", None)  # how the prompt began
+    return config | given | {"peft_type": "PROMPT_TUNING", "inference_mode": True}
+
+
+def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
+    """The adapted modules of a tree, with their rank, less the zeros that fill it up, and scale; 0 is not adapted."""
+    leaves, used, found = weights_by_path(params), {}, {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoraWeight):
+            used[path] = np.asarray((leaf.a != 0).any(-2) | (leaf.b != 0).any(-1))
+    for place in places(params, module):
+        if place.path in used and (scale := scale_of(leaves[place.path], place)):
+            columns = np.flatnonzero(used[place.path][() if place.index is None else place.index])
+            found[place] = Factors(int(columns[-1]) + 1 if len(columns) else 1, scale)
+    return found
+
+
+def scale_of(leaf: Any, place: Place) -> float:
+    """The scale of one module in its leaf; 0 where it is not adapted."""
+    return float(np.asarray(leaf.scale)[() if place.index is None else place.index])
+
+
+def trained_head(module: Any, params: Any, mask: Any) -> list[str]:
+    """The modules of a label head that are trained and stored whole beside the adapters; all of them, without a mask.
+
+    peft trains "classifier" and "score" alone: in its adapters BERT's pooler is the base's.
+    """
+    if not hasattr(module, "labels"):
+        return []
+    roles = flatten(mask)
+    trained = [
+        t.module
+        for t in models.names(module).tensors(module.spec, set(weights_by_path(params)))
+        if in_label_head(t.path) and roles.get(t.path, TRAIN) is TRAIN
+    ]
+    return [name for name in module.saved_modules if any(is_saved(other, [name]) for other in trained)]
+
+
+def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
+    """{module: path of what is in it} of plain modules that were trained whole, more than their biases."""
+    leaves, roles = weights_by_path(params), flatten(mask)
+    found = {}
+    for t in models.names(module).tensors(module.spec, set(leaves)):
+        if (
+            roles.get(t.path) is TRAIN
+            and not in_label_head(t.path)
+            and not is_weight(leaves[t.path])
+            and not t.path.endswith("/bias")
+        ):
+            found[t.module] = t.path
+    return found
+
+
+def _trained_biases(mask: Any, tree: Mapping[Place, Factors], saved: Mapping[str, str]) -> str:
+    """What of `bias` was trained, beside the biases of modules that were trained whole."""
+    trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("/bias")}
+    trained = {path for path in trained if not in_label_head(path)}
+    trained -= {re.sub(r"[^/]+$", "bias", path) for path in saved.values()}
+    beside = {re.sub(r"[^/]+$", "bias", place.path) for place in tree}
+    return "none" if not trained else "lora_only" if trained <= beside else "all"
+
+
+def _modules(module: Any, params: Any) -> list[str]:
+    """All linear and embedding modules, those of a label head too, by HF's names."""
+    matrices = {p for p in weights_by_path(params) if p.endswith(("/kernel", "/embedding"))}
+    return [t.module for t in models.names(module).tensors(module.spec, matrices)]
+
+
+def _shortest(chosen: list[str], modules: list[str]) -> list[str]:
+    """Name a set of modules by their last parts if these name no other module, else in full."""
+    short = {name.rpartition(".")[2] for name in chosen}
+    return sorted(short) if {m for m in modules if m.rpartition(".")[2] in short} == set(chosen) else chosen
+
+
+def _shortest_saved(module: Any, params: Any, saved: Mapping[str, str]) -> list[str]:
+    """As `_shortest`, by the ends of names that peft compares for modules_to_save."""
+    short = sorted({name.rpartition(".")[2] for name in saved})
+    every = {p.name.rpartition(".")[0] for p in parameters(params, module)}
+    return short if {name for name in every if is_saved(name, short)} == set(saved) else list(saved)
+
+
+def _majority(values: Mapping[Place, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and {module: value} of those that differ."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {place.name: v for place, v in values.items() if v != common}
+
+
+def _dropout(leaf: Any) -> float:
+    rate = leaf.dropout if isinstance(leaf, LoraWeight) else None
+    return 0.0 if rate is None else float(_round(float(np.max(rate))))
+
+
+def _round(x: float) -> float | int:
+    """Undo float32: 15.9999996 -> 16."""
+    x = float(f"{x:.6g}")
+    return int(x) if x.is_integer() else x

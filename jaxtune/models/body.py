@@ -1,0 +1,126 @@
+"""What decoders and encoders share: segments of stacked blocks under `scan`, and the fields that say how they run."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.models import rope
+from jaxtune.models.layers import Context, leaf
+from jaxtune.models.spec import Segment
+from jaxtune.weights import Array, fold
+
+# What the backward pass keeps of a block; the rest is computed again. Costs in bytes grow downwards.
+REMAT = {
+    "full": (),
+    "attention": ("qkv", "attention"),
+    "dots": ("qkv", "attention", "mlp"),
+    "everything": None,  # what "none" is on a GPU, said for any backend
+}
+# On a CPU "none" keeps what took a large matrix product or random bits, once: the rest is cheaper to compute again than
+# to write and read, and every use of it would be kept as an array of its own.
+PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "dropout")
+
+
+class Pattern(nn.Module):
+    """One repeat of a segment: its blocks in order. Scanned over the repeats."""
+
+    block: type[nn.Module]
+    segment: Segment
+    first: int  # number of the segment's first layer in the model
+    implementation: str
+    std: float
+
+    @nn.compact
+    def __call__(self, carry, repeat: Array, ctx: Context):
+        x, caches = carry
+        caches = list(caches)
+        for j, spec in enumerate(self.segment.pattern):
+            layer = self.first + repeat * len(self.segment.pattern) + j
+            here = ctx._replace(keys=fold(ctx.keys, layer))
+            x, caches[j] = self.block(spec, self.implementation, self.std, name=f"block_{j}")(
+                x, here, caches[j], repeat
+            )
+        return (x, tuple(caches)), None
+
+
+class Body(nn.Module):
+    """A model's embeddings and blocks.
+
+    Attributes:
+        spec: the architecture.
+        dtype: of activations; parameters are cast to it where they are used.
+        attention: "auto", "mapped", "xla" or "cudnn".
+        remat: "none" keeps every activation for the backward pass; see `REMAT`.
+        unroll: blocks in one iteration of the scan.
+        start, stop: the segments that `hidden` runs, as a slice. Above 0, `start` makes it take the residual stream
+            [B, T, D] that the segments below left in place of tokens; a `stop` makes it return that stream.
+    """
+
+    spec: Any
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    unroll: int = 1
+    start: int = 0
+    stop: int | None = None
+
+    def run(
+        self, block: type[nn.Module], x: Array, positions: Array, ctx: Context, cache: Any = None
+    ) -> tuple[Array, Any]:
+        """Run the segments over the residual stream [B, T, D]; it comes back with the new cache, if there is one.
+
+        Args:
+            block: of these the segments consist: `(spec, implementation, std)`, called as `layers.Block` is.
+            positions: i32[B, T].
+            ctx: what each block is told; the ropes are filled in.
+        """
+        spec, length = self.spec, positions.max(-1) + 1
+        if cache is not None:
+            length = jnp.full_like(length, min(jax.tree.leaves(cache)[0].shape[2], spec.positions))
+        # Not a set: its order, and with it the program's, would change from process to process.
+        ropes = dict.fromkeys(b.rope for s in spec.segments for b in s.pattern if b.rope is not None)
+        ctx = ctx._replace(ropes={str(r): rope.tables(r, positions, length) for r in ropes})
+        pattern = Pattern
+        kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
+        if kept is not None and cache is None:
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+            pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
+        first, caches = sum(segment.layers for segment in spec.segments[: self.start]), []
+        for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:
+            scanned = nn.scan(
+                pattern,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=segment.repeats,
+                unroll=min(self.unroll, segment.repeats),
+            )(block, segment, first, self.attention, spec.init_std, name=f"segment_{i}")
+            held = (None,) * len(segment.pattern) if cache is None else cache[i]
+            (x, held), _ = scanned((x, held), jnp.arange(segment.repeats), ctx)
+            caches.append(held)
+            first += segment.layers
+        return x, None if cache is None else tuple(caches)
+
+    def init_params(self, key: Array) -> Any:
+        """Random float32 parameters, as for pretraining."""
+        return self.init(key, jnp.zeros((1, 2), jnp.int32), method="hidden")["params"]
+
+    def abstract_params(self) -> Any:
+        """Shapes and dtypes of `init_params`, nothing allocated."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def table(self, name: str, rows: int) -> Any:
+        """A table of embeddings [rows, D]."""
+        return Table(rows, self.spec.width, self.spec.init_std, name=name)()
+
+
+class Table(nn.Module):
+    rows: int
+    width: int
+    std: float
+
+    @nn.compact
+    def __call__(self):
+        return leaf(self, "embedding", nn.initializers.normal(self.std), (self.rows, self.width))

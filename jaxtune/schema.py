@@ -1,0 +1,315 @@
+"""Every setting of jaxtune once: the table SETTINGS, with type, default, choices, range and one line of meaning.
+
+Beside it what follows from other settings (DERIVED), what has no effect under others (IDLE) and what may differ when a
+run goes on (RESUMABLE). Nothing here imports jax.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """What values a setting takes, in words and as a predicate."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Range("above 0", lambda v: v > 0)
+NOT_NEGATIVE = Range("0 or more", lambda v: v >= 0)
+AT_LEAST_1 = Range("1 or more", lambda v: v >= 1)
+AT_LEAST_2 = Range("2 or more", lambda v: v >= 2)
+BELOW_1 = Range("0 or more and below 1", lambda v: 0 <= v < 1)
+UP_TO_1 = Range("from 0 to 1", lambda v: 0 <= v <= 1)
+SHARE_OR_STEPS = Range("a share below 1 or a whole number of steps", lambda v: v >= 0 and (v < 1 or v % 1 == 0))
+SEED = Range("0 or more and below 2**32", lambda v: 0 <= v < 2**32)
+ALL_POSITIVE = Range("above 0, each of them", lambda v: min(v) > 0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting. None always means the default, which is itself None where there is nothing to say in advance."""
+
+    path: str
+    type: Any
+    default: Any
+    doc: str
+    choices: tuple[str, ...] = ()
+    range: Range | None = None
+
+    @property
+    def section(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+SECTIONS = {
+    "model": "the pretrained model",
+    "tune": "what is trained",
+    "tune.lora": "the adapters of tune.method=lora, in PEFT's names",
+    "tune.ia3": "the vectors of tune.method=ia3, in PEFT's names",
+    "tune.prompt_tuning": "the soft prompt of tune.method=prompt_tuning",
+    "tune.last_n": "what tune.method=last_n trains",
+    "tune.regex": "what tune.method=regex trains",
+    "data": "rows in, token batches out",
+    "objective": "the loss",
+    "optim": "the optimizer and its schedule",
+    "train": "the run",
+    "log": "what is written while it runs",
+    "evaluate": "what is generated at evaluations, and scored at the end",
+}
+
+Paths = tuple[Path, ...]
+Numbers = tuple[float, ...]
+Columns = dict[str, str]
+Targets = str | tuple[str, ...]
+Names = tuple[str, ...]
+ClassWeights = str | tuple[float, ...]
+MicroBatch = int | str
+
+TASKS = ("causal_lm", "sequence_classification", "token_classification")
+PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
+POOLINGS = ("auto", "cls", "mean", "last")
+Integers = tuple[int, ...]
+Ranks = tuple[tuple[str, int], ...]
+Alphas = tuple[tuple[str, float], ...]
+
+ADAPTERS = ("lora", "ia3", "prompt_tuning")  # their result is a PEFT directory
+METHODS = (*ADAPTERS, "full", "head", "bitfit", "norms", "embeddings", "last_n", "regex")
+AUTO = ("auto", "on", "off")
+FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text")
+
+SETTINGS = (
+    Setting("model.path", Path, None, "Hugging Face directory or hub id (required)"),
+    Setting("model.init", str, "pretrained", "random: only config and tokenizer are read", ("pretrained", "random")),
+    Setting("model.tokenizer", Path, None, "directory or hub id of the tokenizer; default: model.path"),
+    Setting("model.chat_template", Path, None, "a Jinja file; default: the tokenizer's own"),
+    Setting("model.dtype", str, "auto", "auto: bfloat16 on GPU, float32 on CPU", ("auto", "float32", "bfloat16")),
+    Setting("model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "xla", "cudnn")),
+    Setting("model.remat", str, "none", "recomputed to save memory", ("none", "full", "dots", "attention")),
+    Setting("model.quantization", str, "none", "of the frozen body, while it is read", ("none", "nf4", "int8", "fp8")),
+    Setting("model.unroll", int, 1, "layers unrolled in each step of the scan; copies weights", range=AT_LEAST_1),
+    #
+    Setting("tune.method", str, "lora", "adapters, all weights, or a part of them (head: final norm too)", METHODS),
+    Setting("tune.lora.r", int, 8, "rank", range=AT_LEAST_1),
+    Setting("tune.lora.lora_alpha", float, 8.0, "the update is scaled by lora_alpha / r", range=POSITIVE),
+    Setting("tune.lora.lora_dropout", float, 0.0, "on the input of the adapters", range=BELOW_1),
+    Setting("tune.lora.target_modules", Targets, "all-linear", "all-linear, module names, or a regex over full names"),
+    Setting("tune.lora.bias", str, "none", "which biases are trained too", ("none", "all", "lora_only")),
+    Setting("tune.lora.use_rslora", bool, False, "scale by lora_alpha / sqrt(r)"),
+    Setting("tune.lora.use_dora", bool, False, "train direction and magnitude apart (DoRA)"),
+    Setting("tune.lora.init_lora_weights", str, "default", "how adapters begin", ("default", "gaussian", "pissa")),
+    Setting("tune.lora.rank_pattern", Ranks, None, "other ranks for modules whose names end in a regex"),
+    Setting("tune.lora.alpha_pattern", Alphas, None, "other alphas, as rank_pattern"),
+    Setting("tune.lora.layers_to_transform", Integers, None, "numbers of the layers with adapters; default: all"),
+    Setting("tune.lora.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
+    Setting("tune.lora.modules_to_save", Names, None, "modules that are trained whole, such as embed_tokens,lm_head"),
+    Setting("tune.lora.trainable_token_indices", Integers, None, "rows of the token embedding that are trained"),
+    Setting("tune.ia3.target_modules", Targets, ("k_proj", "v_proj", "down_proj"), "module names or a regex"),
+    Setting("tune.ia3.feedforward_modules", Targets, ("down_proj",), "targets whose input is scaled, not the output"),
+    Setting("tune.ia3.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
+    Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=AT_LEAST_1),
+    Setting("tune.prompt_tuning.init", str, "vocab", "rows of the embedding, or N(0, 1)", ("vocab", "random")),
+    Setting("tune.last_n.layers", int, 2, "blocks from the top, trained with the final norm", range=AT_LEAST_1),
+    Setting("tune.regex.pattern", str, ".*", "over whole HF names: model.layers.0.mlp.up_proj.weight"),
+    #
+    Setting("data.train", Paths, None, "files, directories or hub ids (required)"),
+    Setting("data.weights", Numbers, None, "how often each source is drawn; default: by its size", range=ALL_POSITIVE),
+    Setting("data.eval", Paths, None, "held-out data, given as data.train is"),
+    Setting("data.eval_fraction", float, 0.0, "share of data.train held out, chosen by content", range=BELOW_1),
+    Setting("data.format", str, "auto", "how a row is read; auto: by its columns", FORMATS),
+    Setting("data.columns", Columns, {}, "our name of a column and the file's: prompt=question,completion=answer"),
+    Setting("data.template", str, None, r"a text made of the file's columns: 'Q: {question}\nA: {answer}'"),
+    Setting("data.completion_from", str, None, "text after which tokens are trained (data.format=text, data.template)"),
+    Setting("data.system", str, None, "a system prompt for conversations that have none"),
+    Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=AT_LEAST_2),
+    Setting("data.overlength", str, "drop", "what happens to longer rows", ("drop", "truncate", "split")),
+    Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
+    Setting("data.group_by_length", bool, False, "batches of rows of like length: less padding, a little less random"),
+    Setting("data.cache", bool, True, "keep tokenised rows on disk"),
+    #
+    Setting("objective.name", str, "causal_lm", "the task", TASKS),
+    Setting("objective.problem_type", str, "auto", "auto: the model's, else one label a text", PROBLEM_TYPES),
+    Setting("objective.labels", Names, None, "names of the labels in order; default: the model's, else the data's"),
+    Setting("objective.class_weights", ClassWeights, None, "of the loss: balanced, or a number for each label"),
+    Setting("objective.pooling", str, "auto", "from tokens to a text; auto: the family's", POOLINGS),
+    Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
+    #
+    Setting("optim.name", str, "adamw", "the optimizer", ("adamw", "sgd", "lion")),
+    Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
+    Setting("optim.loraplus_lr_ratio", float, 1.0, "LoRA+: the rate of B is this times lr", range=POSITIVE),
+    Setting("optim.schedule", str, "cosine", "from the peak to min_lr_ratio of it", ("constant", "linear", "cosine")),
+    Setting("optim.warmup", float, 0.03, "below 1: share of the steps; from 1: steps", range=SHARE_OR_STEPS),
+    Setting("optim.min_lr_ratio", float, 0.0, "where the schedule ends, as a share of lr", range=UP_TO_1),
+    Setting("optim.weight_decay", float, 0.0, "decoupled, on matrices only", range=NOT_NEGATIVE),
+    Setting("optim.grad_clip", float, 1.0, "largest global norm of the gradient; 0: off", range=NOT_NEGATIVE),
+    Setting("optim.b1", float, 0.9, "decay of the first moment (adamw, lion)", range=BELOW_1),
+    Setting("optim.b2", float, 0.999, "decay of the second moment (adamw, lion)", range=BELOW_1),
+    Setting("optim.eps", float, 1e-8, "added to the root of the second moment (adamw)", range=POSITIVE),
+    Setting("optim.momentum", float, 0.9, "decay of the velocity (sgd)", range=BELOW_1),
+    #
+    Setting("train.steps", int, None, "optimizer steps; this or epochs", range=AT_LEAST_1),
+    Setting("train.epochs", float, None, "passes over data.train; default: 1", range=POSITIVE),
+    Setting("train.batch_size", int, 8, "rows in an optimizer step, over all devices", range=AT_LEAST_1),
+    Setting(
+        "train.grad_accum", int, None, "parts a batch is computed in, to save memory; default: 1", range=AT_LEAST_1
+    ),
+    Setting("train.micro_batch", MicroBatch, None, "or rows of a part; auto: with model.remat, as the memory allows"),
+    Setting("train.eval_every", int, 0, "steps; 0: after each epoch and at the end", range=NOT_NEGATIVE),
+    Setting("train.eval_batches", int, 0, "batches in an evaluation; 0: all", range=NOT_NEGATIVE),
+    Setting("train.save_every", int, 0, "steps; 0: at evaluations and at the end", range=NOT_NEGATIVE),
+    Setting("train.keep", int, 2, "checkpoints kept beside the best", range=AT_LEAST_1),
+    Setting("train.early_stop", int, 0, "evaluations without improvement before stopping; 0: off", range=NOT_NEGATIVE),
+    Setting("train.cache_features", str, "auto", "what lies below all that is trained, computed once", AUTO),
+    Setting("train.cache_gib", float, 20.0, "most that such features of all runs take on disk", range=POSITIVE),
+    Setting("train.seed", int, 0, "of the order of rows, dropout and initial values", range=SEED),
+    #
+    Setting("log.every", int, 10, "steps", range=AT_LEAST_1),
+    Setting("log.tensorboard", bool, True, "write event files"),
+    Setting("log.wandb", bool, False, "also log to Weights & Biases"),
+    Setting("log.progress", bool, True, "show a progress bar on a terminal"),
+    Setting("log.plot", bool, True, "and a plot of the losses above it"),
+    #
+    Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
+    Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
+    Setting("evaluate.json", bool, False, "generate JSON for held-out rows; score valid and exact"),
+    Setting("evaluate.max_new_tokens", int, 64, "longest generated answer", range=AT_LEAST_1),
+    Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
+)
+BY_PATH = {setting.path: setting for setting in SETTINGS}
+
+REQUIRED = ("model.path", "data.train")
+
+# What other tools call a setting: used to suggest our name, never accepted.
+OTHER_NAMES = {
+    "model_name_or_path": "model.path",
+    "gradient_checkpointing": "model.remat",
+    "rank": "tune.lora.r",
+    "alpha": "tune.lora.lora_alpha",
+    "dataset": "data.train",
+    "val_set_size": "data.eval_fraction",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup",
+    "max_grad_norm": "optim.grad_clip",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.grad_accum",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep",
+    "early_stopping_patience": "train.early_stop",
+    "logging_steps": "log.every",
+}
+
+DEFAULT_LR = {
+    **{"full": 1e-5, "lora": 2e-4, "head": 1e-3, "bitfit": 1e-3, "norms": 1e-3, "embeddings": 1e-4},
+    **{"last_n": 1e-5, "regex": 1e-5, "ia3": 3e-3, "prompt_tuning": 3e-2},
+}
+
+# Defaults that follow from other settings: what is left None becomes a value in the resolved config.
+DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "model.tokenizer": lambda values: values["model.path"],
+    "optim.lr": lambda values: DEFAULT_LR[values["tune.method"]],
+    "train.epochs": lambda values: 1.0 if values["train.steps"] is None else None,
+    "train.micro_batch": lambda values: values["train.batch_size"] // (values["train.grad_accum"] or 1),
+    "train.grad_accum": lambda values: (
+        values["train.batch_size"] // values["train.micro_batch"] if isinstance(values["train.micro_batch"], int) else 1
+    ),
+}
+
+# What may differ when a run goes on in its workdir: how long, how often, and what is written; never what is computed.
+RESUMABLE = frozenset(
+    [
+        *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches", "train.early_stop"),
+        *("train.save_every", "train.keep", "train.cache_features", "train.cache_gib"),
+        *("data.cache", "log", "evaluate"),
+    ]
+)
+
+
+class Idle(NamedTuple):
+    """Settings (or a section) that change nothing while `when` holds: if given, and not as OFF, they are an error."""
+
+    paths: tuple[str, ...]
+    when: Callable[[Mapping[str, Any]], bool]
+    because: str  # {a.b} stands for the value of setting a.b
+
+
+OFF = (0, False, "auto", "none", {})
+
+
+def no_eval_data(values: Mapping[str, Any]) -> bool:
+    return not values["data.eval"] and not values["data.eval_fraction"]
+
+
+IDLE = (
+    *(
+        Idle((f"tune.{name}",), lambda v, name=name: v["tune.method"] != name, "tune.method is {tune.method}")
+        for name in ("lora", "ia3", "prompt_tuning", "last_n", "regex")
+    ),
+    Idle(("optim.loraplus_lr_ratio",), lambda v: v["tune.method"] != "lora", "tune.method is {tune.method}"),
+    Idle(("optim.b1", "optim.b2"), lambda v: v["optim.name"] == "sgd", "optim.name is sgd"),
+    Idle(("optim.eps",), lambda v: v["optim.name"] != "adamw", "optim.name is {optim.name}"),
+    Idle(("optim.momentum",), lambda v: v["optim.name"] != "sgd", "optim.name is {optim.name}, not sgd"),
+    Idle(("optim.min_lr_ratio",), lambda v: v["optim.schedule"] == "constant", "optim.schedule is constant"),
+    Idle(("data.group_by_length",), lambda v: v["data.packing"], "data.packing leaves nothing to pad"),
+    Idle(("data.eval_fraction",), lambda v: v["data.eval"], "data.eval names the held-out data"),
+    Idle(("data.weights",), lambda v: v["data.train"] and len(v["data.train"]) == 1, "data.train has one source"),
+    Idle(("model.chat_template", "data.system"), lambda v: v["data.format"] == "text", "data.format is text"),
+    Idle(
+        ("model.chat_template", "data.system", "data.format", "data.columns"),
+        lambda v: v["data.template"],
+        "data.template makes a text of the file's own columns",
+    ),
+    Idle(
+        ("data.completion_from",),
+        lambda v: not v["data.template"] and v["data.format"] not in ("auto", "text"),
+        "the completion of {data.format} rows is known",
+    ),
+    Idle(
+        ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate"),
+        no_eval_data,
+        "there is nothing to evaluate on: give data.eval or data.eval_fraction",
+    ),
+    Idle(
+        (
+            *("model.chat_template", "data.system", "data.format", "data.template", "data.completion_from"),
+            *("data.packing", "objective.z_loss", "evaluate"),
+        ),
+        lambda v: v["objective.name"] != "causal_lm",
+        "objective.name is {objective.name}",
+    ),
+    Idle(
+        ("objective.labels", "objective.class_weights"),
+        lambda v: v["objective.name"] == "causal_lm",
+        "objective.name is causal_lm",
+    ),
+    Idle(
+        ("objective.problem_type", "objective.pooling"),
+        lambda v: v["objective.name"] != "sequence_classification",
+        "objective.name is {objective.name}",
+    ),
+    Idle(
+        ("objective.labels", "objective.class_weights"),
+        lambda v: v["objective.problem_type"] == "regression",
+        "objective.problem_type is regression",
+    ),
+    Idle(("evaluate.rows",), lambda v: not v["evaluate.json"], "evaluate.json is off"),
+    Idle(
+        ("evaluate.max_new_tokens",),
+        lambda v: not (v["evaluate.json"] or v["evaluate.samples"] or v["evaluate.prompts"]),
+        "evaluate.json, evaluate.samples and evaluate.prompts are off",
+    ),
+    Idle(("log.plot",), lambda v: not v["log.progress"], "log.progress is off"),
+    Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
+)
