@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import tree, watch
-from jaxtune.models.attention import choose
+from jaxtune.models.attention import choose, is_short
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.classification import classification
@@ -356,7 +356,8 @@ def _traceable(setup: Setup, policy: str) -> Any:
     module = setup.module
     block = module.spec.segments[0].pattern[0]
     special = setup.packed or not block.causal  # an encoder tells padding by segments
-    chosen = choose(setup.body.attention, special, module.dtype, block.head_dim, setup.backend)
+    short = is_short(setup.length, block.causal)
+    chosen = choose(setup.body.attention, special, module.dtype, block.head_dim, setup.backend, short=short)
     if policy == "none" and setup.backend != "cpu":
         policy = "everything"
     return module.clone(attention="mapped" if chosen == "cudnn" else chosen, remat=policy)

@@ -219,6 +219,8 @@ def test_segments_are_never_silently_ignored(monkeypatch):
         attend_tokens(q, k, v, segments=None, scale=1.0, window=None, implementation="flash")
 
     assert choose("auto", True, jnp.float32, 8) == choose("auto", False, jnp.bfloat16, 64) == "mapped"
+    assert choose("auto", True, jnp.float32, 8, short=True) == "xla"
+    assert choose("mapped", True, jnp.float32, 8, short=True) == "mapped"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert choose("auto", False, jnp.bfloat16, 64) == "cudnn"
     assert choose("auto", True, jnp.bfloat16, 64) == "xla"
@@ -227,3 +229,14 @@ def test_segments_are_never_silently_ignored(monkeypatch):
     assert choose("mapped", True, jnp.bfloat16, 64) == "mapped"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert choose("auto", False, jnp.bfloat16, 64) == "xla"
+
+
+@pytest.mark.parametrize(("t", "causal", "loops"), [(64, False, False), (65, False, True), (64, True, True)])
+def test_an_encoders_short_rows_need_no_loop_over_heads(t, causal, loops):
+    q, k, v, _ = inputs(2, t, 4, 4)
+
+    def auto(q, k, v):
+        settings = {"segments": documents(t), "scale": SCALE, "window": None}
+        return attend_tokens(q, k, v, **settings, implementation="auto", causal=causal)
+
+    assert ("scan" in str(jax.make_jaxpr(auto)(q, k, v))) == loops
