@@ -35,6 +35,8 @@ TARGETS = {
     "distilbert": ["q_lin", "v_lin", "out_lin", "lin1", "lin2"],
     "modernbert": ["Wqkv", "Wo", "Wi"],
 }
+# Through eight layers, float32's rounding alone moves a gradient by 1e-4 on some processors; four have both kinds.
+SHALLOW = {"modernbert": {"num_hidden_layers": 4}}
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
 every_family = pytest.mark.parametrize(
     "name", [n if n == "llama" else pytest.param(n, marks=pytest.mark.slow) for n in (*FIRST, *ENCODERS)]
@@ -55,7 +57,7 @@ def classifier(name: str) -> tuple[Any, Path, Any, Any]:
 
     family, values = test_encoders.ZOO[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **values, num_labels=3)
+    config = AutoConfig.for_model(family, **values | SHALLOW.get(name, {}), num_labels=3)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     model, folder = test_encoders.enlarge(model.float().eval()), zoo.scratch() / name
     model.save_pretrained(folder)
