@@ -94,12 +94,15 @@ def main() -> None:
         folder = Path(temporary)
         data, warm = folder / "rows.jsonl", folder / "warm"
         tokens = fitting_rows(a, data)
-        for more in ([], [GROUPED]):
-            ours(data, folder, warm, tokens, a, *more)  # fills the cache
+        ours(data, folder, warm, tokens, a)  # fills the cache
+
+        def empty() -> Path:
+            return Path(tempfile.mkdtemp(dir=folder))
+
         sides = {
-            "jaxtune, cold cache": lambda: ours(data, folder, Path(tempfile.mkdtemp(dir=folder)), tokens, a),
+            "jaxtune, cold cache": lambda: ours(data, folder, empty(), tokens, a),
             "jaxtune, warm cache": lambda: ours(data, folder, warm, tokens, a),
-            "jaxtune, warm, rows grouped by length": lambda: ours(data, folder, warm, tokens, a, GROUPED),
+            "jaxtune, cold, rows grouped by length": lambda: ours(data, folder, empty(), tokens, a, GROUPED),
             "peft": lambda: theirs(data, folder, tokens, a),
         }
         found = common.alternate(sides, a.repeats)
