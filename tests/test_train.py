@@ -236,10 +236,8 @@ def test_a_finished_run_started_again_changes_no_number(run, alone, copy):
 
 def test_a_checkpoint_cut_short_gives_way_to_the_one_before(run, alone, copy):
     files = [p for p in (copy / "checkpoints" / "12" / "state").rglob("*") if p.is_file()]
-    arrays = [p for p in files if p.parent.name == "d"]
-    largest_size = max(p.stat().st_size for p in arrays)
-    for file in [p for p in arrays if p.stat().st_size == largest_size]:
-        file.write_bytes(file.read_bytes()[: largest_size // 2])
+    for file in [p for p in files if p.parent.name == "d"]:  # not all are read: orbax keeps what it merged
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     shutil.rmtree(copy / "adapter")
     status, out, _ = run(copy)
     assert status == 0

@@ -26,19 +26,20 @@ def _shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.03) -> np.ndarray:
+def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.03, grain: int = 8) -> np.ndarray:
     """Return the widths that batches of `rows` rows are padded to, ascending; each is a program to compile.
 
     Of so many they are those that pad the least, on average over batches of rows drawn at random. They are multiples of
-    8, of more for rows above 1,024 tokens, and the last holds the longest row.
+    `grain`, of more for rows above 1,024 tokens, and the last holds the longest row.
 
     Args:
         length: tokens of each data row, i64[N].
         most: how many there may be.
         worth: the share of the average that one more width has to save.
+        grain: what widths are multiples of.
     """
     longest = int(length.max())
-    grain = 8 * -(-longest // 1024)
+    grain *= -(-longest // 1024)
     edges = grain * np.arange(-(-longest // grain) + 1)  # from 0
     shorter = np.searchsorted(np.sort(length), edges, side="right") / len(length)
     within = shorter**rows  # the chance that a batch's longest row is at most so long
@@ -87,6 +88,7 @@ class Assembler:
         grad_accum: int,
         max_length: int,
         packing: bool,
+        grain: int = 8,
         grouped: bool = False,
     ):
         if batch_size < 1 or grad_accum < 1:
@@ -103,7 +105,7 @@ class Assembler:
         longest = int(self.length.max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
-        self.widths = np.minimum(widths(self.length, 1 if grouped else batch_size), max_length)
+        self.widths = np.minimum(widths(self.length, 1 if grouped else batch_size, grain=grain), max_length)
 
     def width(self, plan: Plan) -> int:
         """Return T for a batch of these rows."""
@@ -169,6 +171,7 @@ class Batches:
         that no row comes again before all of its source were used.
     batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
     packing: lay several rows, as segments, into one of `max_length` tokens.
+    grain: what the lengths that other batches are padded to are multiples of.
     group_by_length: batches of rows of like length, so that little is padded: each run of `GROUPED` batches of the
         permutation is sorted by length and cut into batches, which are shuffled.
     assembler: what lays rows into arrays.
@@ -190,6 +193,7 @@ class Batches:
         max_length: int,
         seed: int = 0,
         packing: bool = False,
+        grain: int = 8,
         group_by_length: bool = False,
         assembler: type[Assembler] = Assembler,
     ):
@@ -205,7 +209,7 @@ class Batches:
             raise UserError("no training rows.")
         self.draws = _draws(sizes, weights)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, group_by_length)
+        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, grain, group_by_length)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._ends = [0]  # _ends[e]: batch rows in all epochs before e
         self._lock = threading.Lock()  # batch() may be called by a prefetching thread and by the loop
@@ -347,11 +351,12 @@ class EvalBatches:
         grad_accum: int = 1,
         max_length: int,
         packing: bool = False,
+        grain: int = 8,
         assembler: type[Assembler] = Assembler,
     ):
         if not len(rows):
             raise UserError("no evaluation rows.")
-        self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing)
+        self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing, grain)
         self._plan = (
             [np.asarray(b) for b in pack(rows.length, max_length)] if packing else list(np.arange(len(rows))[:, None])
         )
