@@ -7,6 +7,10 @@ A row is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 is rendered by the tokenizer's chat template; --config.model.chat_template=FILE.jinja gives another.
 
 Expected: `eval/loss` falls, and the workdir ends with `adapter/`, a PEFT directory.
+
+Measured: stories260k on 300 tool-calling conversations in ShareGPT's form (data.format=sharegpt,
+data.eval_fraction=0.1, data.max_length=512, data.overlength=truncate), 40 steps of 8 rows, optim.lr=5e-3: `eval/loss`
+6.039 -> 2.958.
 """
 
 from common import recipe

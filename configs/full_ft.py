@@ -7,6 +7,9 @@ Weights and both AdamW moments are float32: plan for about 16 bytes a parameter,
 --config.model.remat=full and --config.train.grad_accum=4 trade time for memory.
 
 Expected: `eval/loss` falls, and the workdir ends with `model/`, a Hugging Face directory.
+
+Measured: stories260k on WikiSQL (data.completion_from=A:, data.max_length=512), 60 steps of 8 rows, optim.lr=1e-3:
+`eval/loss` 7.175 -> 1.828.
 """
 
 from common import recipe

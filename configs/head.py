@@ -4,6 +4,9 @@ r"""Only the final norm and the LM head; the body stays as it was, also where he
         --config.model.path=DIR_OR_ID --config.data.train=train.jsonl --config.data.eval=test.jsonl
 
 Expected: `eval/loss` falls, and the workdir ends with `model/`, a Hugging Face directory.
+
+Measured: stories260k on WikiSQL (data.completion_from=A:, data.max_length=512), 60 steps of 8 rows, optim.lr=5e-3:
+`eval/loss` 7.175 -> 3.025.
 """
 
 from common import recipe

@@ -6,6 +6,9 @@ r"""Supervised fine-tuning with LoRA on every linear layer.
 Columns with other names: --config.data.columns=prompt=question,completion=answer
 
 Expected: `eval/loss` falls, and the workdir ends with `adapter/`, a PEFT directory.
+
+Measured: stories260k on WikiSQL (data.completion_from=A:, data.max_length=512), 60 steps of 8 rows, optim.lr=5e-3:
+`eval/loss` 7.175 -> 1.968.
 """
 
 from common import recipe

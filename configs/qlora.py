@@ -9,6 +9,9 @@ bfloat16, 15.0 with remat=attention, and 150 with everything kept.
 
 Expected: `eval/loss` begins a little higher than without quantisation and falls as configs/lora_sft.py's does. The
 adapter was trained on the rounded base: over the published one it is a little off, as every QLoRA adapter is.
+
+Measured: stories260k on WikiSQL (data.completion_from=A:, data.max_length=512), 60 steps of 8 rows, optim.lr=5e-3:
+`eval/loss` 7.114 -> 1.988. configs/lora_sft.py, without quantisation: 7.175 -> 1.968.
 """
 
 from common import recipe
