@@ -38,7 +38,7 @@ def prepare_jax() -> None:
 
     A step's working memory is one block. glibc gives a block of that size back to the system and maps it anew at each
     step, page by page: a tenth of a small model's step. It stays mapped if it comes from the main thread's heap. What
-    the compiler used would stay as well, two or three times as much, so it goes back after each program.
+    the compiler used would stay as well, two or three times as much, so what is free goes back around each compile.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
