@@ -133,10 +133,10 @@ def _masked(q, k, v, mask, scale, softcap):
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, c)
     scores = jnp.einsum("btgnc,bsgc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = checkpoint_name(scores, "scores")
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG), axis=-1).astype(v.dtype)
-    weights = checkpoint_name(weights, "scores")
     return jnp.einsum("bgnts,bsgc->btgnc", weights, v).reshape(b, t, h, c)
 
 

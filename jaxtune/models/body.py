@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models import rope
 from jaxtune.models.layers import Context, leaf
@@ -39,6 +40,7 @@ class Pattern(nn.Module):
         for j, spec in enumerate(self.segment.pattern):
             layer = self.first + repeat * len(self.segment.pattern) + j
             here = ctx._replace(keys=fold(ctx.keys, layer))
+            x = checkpoint_name(x, "residual") if j else x  # the scan keeps the first block's by itself
             x, caches[j] = self.block(spec, self.implementation, self.std, name=f"block_{j}")(
                 x, here, caches[j], repeat
             )

@@ -14,6 +14,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.body import Body
 from jaxtune.models.layers import Attention, Context, Mlp, Norm
@@ -105,10 +106,11 @@ class EncoderBlock(nn.Module):
         def norm(name, h):
             return Norm(s.norm, s.eps, bias=s.norm_bias, name=name)(h)
 
+        # A norm's backward pass reads what it normalised: were the sums not kept, so would their products be, again.
         if s.post_norm:
-            x = norm("attn_norm", x + attention(x))
-            return norm("mlp_norm", x + mlp(x)), cache
-        x += attention(norm("attn_norm", x) if s.attn_norm else x)
+            x = norm("attn_norm", checkpoint_name(x + attention(x), "residual"))
+            return norm("mlp_norm", checkpoint_name(x + mlp(x), "residual")), cache
+        x = checkpoint_name(x + attention(norm("attn_norm", x) if s.attn_norm else x), "residual")
         return x + mlp(norm("mlp_norm", x)), cache
 
 

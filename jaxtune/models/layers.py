@@ -13,10 +13,19 @@ from jaxtune.models.attention import attend_cache, attend_tokens
 from jaxtune.models.spec import BlockSpec, NormKind
 from jaxtune.weights import Array, Keys, dot, fold
 
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution's share below x (Hendrycks & Gimpel 2016, arXiv:1606.08415), as torch has it.
+
+    jax.nn.gelu is the same by erfc, which keeps more digits far below 0, and takes three times as long on a CPU.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 HF_ACTIVATIONS = {
@@ -230,7 +239,7 @@ class Experts(nn.Module):
         s, d = self.spec, x.shape[-1]
         init = nn.initializers.normal(self.std)
         tokens = x.reshape(-1, d)
-        scores = tokens @ leaf(self, "router", init, (d, s.experts)).astype(x.dtype)
+        scores = checkpoint_name(tokens @ leaf(self, "router", init, (d, s.experts)).astype(x.dtype), "mlp")
         weights, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), s.experts_per_token)
         if s.norm_topk:
             weights /= weights.sum(-1, keepdims=True)
@@ -246,8 +255,9 @@ class Experts(nn.Module):
         h = grouped(h, "down_experts", d)[jnp.argsort(order)].reshape(*chosen.shape, d)
         out = (h * weights[..., None].astype(x.dtype)).sum(1).reshape(x.shape)
         if s.shared:
-            gate = jax.nn.sigmoid(x @ leaf(self, "shared_gate", init, (d, 1)).astype(x.dtype))
-            out += gate * Mlp(s, self.std, s.shared, name="shared")(x, keys)
+            gate = checkpoint_name(x @ leaf(self, "shared_gate", init, (d, 1)).astype(x.dtype), "mlp")
+            shared = checkpoint_name(Mlp(s, self.std, s.shared, name="shared")(x, keys), "mlp")
+            out += jax.nn.sigmoid(gate) * shared
         return out
 
 
@@ -265,14 +275,18 @@ class Block(nn.Module):
         def norm(y, name, places):
             return Norm(s.norm, s.eps, name=name)(y) if s.norms in places else y
 
+        def out_norm(y, name):  # its backward pass reads y; unless that is kept, so is the product that gave it
+            after = ("after", "around")
+            return norm(checkpoint_name(y, "residual"), name, after) if s.norms in after else y
+
         before = norm(x, "input_norm", ("before", "around"))
         h, cache = Attention(s, self.implementation, self.std, name="self_attn")(before, ctx, cache, layer)
-        h = norm(h, "attention_out_norm", ("after", "around"))
+        h = out_norm(h, "attention_out_norm")
         x, entry = checkpoint_name(x + h * s.residual_scale, "residual"), x
         if s.residual == "shared":
             h = before
         else:
             h = norm(entry if s.residual == "parallel" else x, "post_attention_norm", ("before", "around"))
         mlp = Experts(s, self.std, name="mlp") if s.experts else Mlp(s, self.std, s.mlp, name="mlp")
-        h = norm(mlp(h, ctx.keys), "mlp_out_norm", ("after", "around"))
+        h = out_norm(mlp(h, ctx.keys), "mlp_out_norm")
         return x + h * s.residual_scale, cache
