@@ -92,15 +92,16 @@ class LoraWeight(Adapter):
     def dot(self, x, keys, product):
         h = x if keys is None or self.dropout is None else drop(x, self.dropout, keys)
         a, b = self.factors()
-        low = product(h, a.astype(x.dtype))
-        delta = matmul(low, b.astype(low.dtype))
-        return dot(x, self.w, product=product) + delta * self.scale.astype(low.dtype)
+        return dot(x, self.w, product=product) + self._update(product(h, a.astype(x.dtype)), b)
 
     def transposed_dot(self, x, product):
         a, b = self.factors()
-        low = product(x, b.T.astype(x.dtype))
-        delta = matmul(low, a.T.astype(low.dtype))
-        return transposed_dot(x, self.w, product) + delta * self.scale.astype(low.dtype)
+        return transposed_dot(x, self.w, product) + self._update(product(x, b.T.astype(x.dtype)), a.T)
+
+    def _update(self, low: Array, up: Array) -> Array:
+        """scale * low up. The scale goes on what is r wide, in either direction, not on the whole of the output."""
+        low = checkpoint_name(low, "low")
+        return matmul(low * self.scale.astype(low.dtype), up.astype(low.dtype))
 
     def embed(self, ids):
         base = embed(ids, self.w)

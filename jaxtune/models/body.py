@@ -16,12 +16,12 @@ from jaxtune.weights import Array, fold
 REMAT = {
     "full": (),
     "attention": ("qkv", "attention"),
-    "dots": ("qkv", "attention", "mlp"),
+    "dots": ("qkv", "attention", "mlp", "low"),
     "everything": None,  # what "none" is on a GPU, said for any backend
 }
 # On a CPU "none" keeps what took a large matrix product or random bits, once: the rest is cheaper to compute again than
 # to write and read, and every use of it would be kept as an array of its own.
-PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "dropout")
+PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "low", "dropout")
 
 
 class Pattern(nn.Module):
