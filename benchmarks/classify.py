@@ -66,12 +66,12 @@ class Case:
 
 
 CASES = {
-    "texts lora": Case("texts", "lora", "classify_lora.py", 32, 0.5, 0.2, (1e-3, 2e-3, 4e-3)),
-    "texts full": Case("texts", "full", "classify_full.py", 32, 0.5, 0.2, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
+    "texts lora": Case("texts", "lora", "classify_lora.py", 32, 1, 0.3, (1e-3, 3e-3, 1e-2)),
+    "texts full": Case("texts", "full", "classify_full.py", 32, 1, 0.3, (1e-4, 3e-4, 1e-3), weight_decay=0.01),
     "texts head": Case(
         *("texts", "head", "classify_head.py", 32, 20, 20, (3e-4, 1e-3, 3e-3)), grouped=False, sides=("jaxtune",)
     ),
-    "words full": Case("words", "full", "token_classification.py", 16, 1, 0.25, (1e-4, 2e-4, 4e-4), weight_decay=0.01),
+    "words full": Case("words", "full", "token_classification.py", 16, 1, 0.3, (1e-4, 3e-4, 1e-3), weight_decay=0.01),
 }
 
 

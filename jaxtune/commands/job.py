@@ -19,6 +19,7 @@ from jaxtune.commands import extract
 from jaxtune.commands.tasks import Task, open_task
 from jaxtune.config import ADAPTERS, DEFAULT_LR
 from jaxtune.curate import NOTE, DataReport, glance
+from jaxtune.data.batches import GRAIN
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.features import Extractor, above
 from jaxtune.files import cache_root
@@ -248,7 +249,7 @@ class Job:
 
 
 def make_batches(
-    cfg: Any, model: Model, d: Data, *, grain: int = 8
+    cfg: Any, model: Model, d: Data, *, grain: int = GRAIN
 ) -> tuple[data.Batches, data.EvalBatches | None, int]:
     """The training stream, the evaluation batches and the number of steps."""
     shared = {
@@ -312,7 +313,7 @@ def _build(cfgs: Sequence[Any], model: Model, d: Data, *, stacked: bool) -> Job:
     cfg, mesh = cfgs[0], make_mesh()
     check_rows(cfg.train.batch_size // cfg.train.grad_accum, mesh)
     # XLA's products on a CPU give a member the same bits in a group of any size where rows are of 32 tokens, not of 24.
-    grain = 32 if stacked else 8
+    grain = 32 if stacked else GRAIN
     streams = {c.train.seed: make_batches(c, model, d, grain=grain) for c in cfgs}
     batches, held_out, steps = streams[cfg.train.seed]
     shape = make_shape(cfg, steps)

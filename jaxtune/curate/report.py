@@ -168,6 +168,7 @@ def examine(
     overlength: str = "drop",
     packing: bool = False,
     rows_a_batch: int = 8,
+    group_by_length: bool = False,
     positions: int | None = None,
     vocab_size: int | None = None,
     near: float = 0.8,
@@ -179,7 +180,7 @@ def examine(
     Args:
       train, eval, eval_fraction, format, columns, template, completion_from, system, labels, max_length, overlength,
         vocab_size: as `prepare` takes them.
-      packing, rows_a_batch: how batches are made, to measure their padding.
+      packing, rows_a_batch, group_by_length: how batches are made, to measure their padding.
       positions: the longest row that the model knows; default: max_length.
       near: the similarity from which rows are near duplicates; 0: do not look for them.
       samples: rows to draw.
@@ -199,7 +200,7 @@ def examine(
     ledger = Ledger(sources, max_length)
     several = labels is not None and (labels.per_token or labels.several)
     balance = Balance((lambda example: classes(example, labels)) if several else None)
-    packed = Packing(overlength, packing or labels is not None, rows_a_batch)
+    packed = Packing(overlength, packing or labels is not None, rows_a_batch, group_by_length)
     quality, drawn = (
         TokenQuality(tokenizer, vocab_size, labelled=labels is not None),
         Samples(tokenizer, samples, labels),

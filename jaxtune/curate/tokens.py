@@ -1,6 +1,7 @@
 """Checks of tokens: lengths against the limit, what is trained, packing, and how well the tokenizer fits the text."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtune.curate.finding import ERROR, NOTE, SHOWN, WARNING, Finding, graded, share
 from jaxtune.curate.sets import SetCheck
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
-from jaxtune.data.batches import widths
+from jaxtune.data.batches import Batches
 from jaxtune.data.packing import pack
 
 PIECES = 3.0  # tokens a word from which a tokenizer fits its text badly; English takes 1.2 to 1.5
@@ -93,11 +94,22 @@ class EmptyMasks(SetCheck):
             )
 
 
+@dataclass
+class _Lengths:
+    """As much of rows as decides how they are laid."""
+
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
 class Packing(SetCheck):
     """How much of a batch is padding, with packing and without."""
 
-    def __init__(self, overlength: str, packing: bool, rows_a_batch: int):
+    def __init__(self, overlength: str, packing: bool, rows_a_batch: int, group_by_length: bool):
         self.overlength, self.packing, self.rows_a_batch = overlength, packing, rows_a_batch
+        self.group_by_length = group_by_length
         self.padded = self.packed = 1.0  # share of a batch that is tokens
 
     def findings(self, ledger: Ledger) -> Iterator[Finding]:
@@ -107,11 +119,10 @@ class Packing(SetCheck):
         if not len(lengths):
             return
         lengths = np.random.default_rng(0).permutation(lengths)[:PACKED_ROWS].astype(np.int64)
+        form = {"batch_size": min(self.rows_a_batch, len(lengths)), "max_length": limit}
+        batches = Batches([_Lengths(lengths)], **form, group_by_length=self.group_by_length)
+        self.padded = batches.filled(len(lengths) // batches.batch_size)
         self.packed = lengths.sum() / (len(pack(lengths, limit)) * limit)
-        n = min(self.rows_a_batch, len(lengths))
-        groups = lengths[: len(lengths) // n * n].reshape(-1, n)
-        cut = np.minimum(widths(lengths, n), limit)  # as a batch is
-        self.padded = groups.sum() / (cut[np.searchsorted(cut, groups.max(1))].sum() * n)
         if not self.packing and self.padded < PADDING and self.packed > 1.5 * self.padded:
             yield Finding(
                 "padding",

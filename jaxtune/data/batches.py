@@ -18,6 +18,7 @@ from jaxtune.data.packing import pack
 from jaxtune.data.tokenize import Rows
 from jaxtune.errors import UserError
 
+GRAIN = 4  # tokens: what widths are multiples of, if nothing else is asked; a step's time grows evenly with them
 Plan = Sequence[np.ndarray]  # one entry a batch row: the data rows in it, one, or several where they are packed
 
 
@@ -26,7 +27,9 @@ def _shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.03, grain: int = 8) -> np.ndarray:
+def widths(
+    length: np.ndarray, rows: int, most: int = 8, worth: float = 0.02, grain: int = GRAIN, pool: int = 1
+) -> np.ndarray:
     """Return the widths that batches of `rows` rows are padded to, ascending; each is a program to compile.
 
     Of so many they are those that pad the least, on average over batches of rows drawn at random. They are multiples of
@@ -37,12 +40,19 @@ def widths(length: np.ndarray, rows: int, most: int = 8, worth: float = 0.03, gr
         most: how many there may be.
         worth: the share of the average that one more width has to save.
         grain: what widths are multiples of.
+        pool: batches whose rows are drawn together, sorted by length and cut.
     """
     longest = int(length.max())
     grain *= -(-longest // 1024)
     edges = grain * np.arange(-(-longest // grain) + 1)  # from 0
     shorter = np.searchsorted(np.sort(length), edges, side="right") / len(length)
     within = shorter**rows  # the chance that a batch's longest row is at most so long
+    pool = max(1, min(pool, len(length) // rows))
+    if pool > 1:  # it is the k-th of the pool's: its rank has a beta distribution (David & Nagaraja, eq. 2.1.5)
+        from scipy.special import betainc  # takes a third of a second
+
+        kth, after = rows * np.arange(1, pool + 1), rows * np.arange(pool)[::-1]
+        within = betainc(kth[:, None], after[:, None] + 1, shorter).mean(0)
     # padded[i, j]: the share of batches whose longest row lies above edge i and up to edge j, times edge j.
     padded = np.where(np.tri(len(edges), dtype=bool), np.inf, (within - within[:, None]) * edges)
     cost, before = padded[0], []  # cost[j]: of all batches up to edge j
@@ -76,7 +86,7 @@ class Assembler:
 
     Attributes:
         features: of the data rows, counted over all sources; None: batches hold tokens.
-        widths: what T may be; of `grouped` rows, a batch's longest is about as long as any of them.
+        widths: what T may be; `pool` batches are sorted by length together.
     """
 
     features: Features | None = None
@@ -88,8 +98,8 @@ class Assembler:
         grad_accum: int,
         max_length: int,
         packing: bool,
-        grain: int = 8,
-        grouped: bool = False,
+        grain: int = GRAIN,
+        pool: int = 1,
     ):
         if batch_size < 1 or grad_accum < 1:
             raise UserError(f"train.batch_size={batch_size} and train.grad_accum={grad_accum} must be at least 1.")
@@ -105,7 +115,7 @@ class Assembler:
         longest = int(self.length.max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
-        self.widths = np.minimum(widths(self.length, 1 if grouped else batch_size, grain=grain), max_length)
+        self.widths = np.minimum(widths(self.length, batch_size, grain=grain, pool=pool), max_length)
 
     def width(self, plan: Plan) -> int:
         """Return T for a batch of these rows."""
@@ -193,7 +203,7 @@ class Batches:
         max_length: int,
         seed: int = 0,
         packing: bool = False,
-        grain: int = 8,
+        grain: int = GRAIN,
         group_by_length: bool = False,
         assembler: type[Assembler] = Assembler,
     ):
@@ -209,7 +219,8 @@ class Batches:
             raise UserError("no training rows.")
         self.draws = _draws(sizes, weights)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, grain, group_by_length)
+        pool = self.GROUPED if group_by_length else 1
+        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, grain, pool)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._ends = [0]  # _ends[e]: batch rows in all epochs before e
         self._lock = threading.Lock()  # batch() may be called by a prefetching thread and by the loop
@@ -243,6 +254,12 @@ class Batches:
     def places(self, step: int) -> list[str]:
         """Return where the rows of `step` stand in the data, in words, in the order of the batch."""
         return self._assembler.places(self._members(step))
+
+    def filled(self, steps: int) -> float:
+        """Return the share of what the first `steps` batches lay that is tokens; the rest is padding."""
+        plans = [self._members(step) for step in range(steps)]
+        tokens = sum(int(self._assembler.length[row].sum()) for plan in plans for row in plan)
+        return tokens / (self.batch_size * sum(map(self._assembler.width, plans)))
 
     def _members(self, step: int) -> Plan:
         if step < 0:
@@ -351,7 +368,7 @@ class EvalBatches:
         grad_accum: int = 1,
         max_length: int,
         packing: bool = False,
-        grain: int = 8,
+        grain: int = GRAIN,
         assembler: type[Assembler] = Assembler,
     ):
         if not len(rows):

@@ -161,9 +161,31 @@ def test_widths_pad_less_than_any_other_choice(rows):
     edges = np.arange(8, length.max() + 8, 8)
     least = {n: min(padded([*c, edges[-1]]) for c in itertools.combinations(edges[:-1], n - 1)) for n in (1, 2, 3, 4)}
     for n, best in least.items():
-        assert padded(widths(length, rows, n, worth=0.0)) == pytest.approx(best)
+        assert padded(widths(length, rows, n, worth=0.0, grain=8)) == pytest.approx(best)
     fewest = next(n for n in (1, 2, 3) if least[n + 1] > 0.85 * least[n])
-    assert len(widths(length, rows, worth=0.15)) == fewest
+    assert len(widths(length, rows, worth=0.15, grain=8)) == fewest
+
+
+def test_widths_of_sorted_batches_pad_less_than_any_other_choice():
+    """Against batches drawn 16,000 times: of 5 that are sorted together."""
+    rng = np.random.default_rng(0)
+    length = rng.geometric(0.05, 300) + 2
+    longest = np.sort(rng.choice(length, (3200, 5 * 6)))[:, 5::6]
+
+    def padded(chosen):
+        return np.take(chosen, np.searchsorted(chosen, longest)).mean()
+
+    edges = np.arange(16, length.max() + 16, 16)
+    for n in (2, 3, 4):
+        best = min(padded([*c, edges[-1]]) for c in itertools.combinations(edges[:-1], n - 1))
+        assert padded(widths(length, 6, n, worth=0.0, grain=16, pool=5)) <= 1.003 * best
+        assert padded(widths(length, 6, n, worth=0.0, grain=16)) > 1.02 * best  # as if they were not sorted
+
+
+def test_filled_is_the_share_of_tokens_in_what_is_laid():
+    batches = Batches([make_rows(np.random.default_rng(0).integers(2, 90, 100))], batch_size=4, max_length=128)
+    laid = [batches.batch(s)["segments"] for s in range(30)]
+    assert batches.filled(30) == sum((x > 0).sum() for x in laid) / sum(x.size for x in laid)
 
 
 def test_rows_of_like_length_are_padded_little():
