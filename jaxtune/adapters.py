@@ -17,10 +17,10 @@ from jaxtune.places import (
     Factors,
     Pattern,
     Place,
-    adapted,
     excluded,
     in_label_head,
     is_saved,
+    lora_places,
     parameters,
     places,
     resolve_targets,
@@ -121,38 +121,6 @@ def lora(
         layouts=layouts,
     )
     return with_new_tokens(tuned, module)
-
-
-def lora_places(
-    candidates: list[Place],
-    *,
-    target_modules: str | Sequence[str] = "all-linear",
-    modules_to_save: Sequence[str] | None = None,
-    r: int = 8,
-    lora_alpha: float = 8,
-    use_rslora: bool = False,
-    rank_pattern: Pattern = (),
-    alpha_pattern: Pattern = (),
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-    **_: Any,
-) -> dict[Place, Factors]:
-    """`adapted` from the arguments of `lora`."""
-    if target_modules == "all-linear" and modules_to_save:
-        candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
-    return adapted(
-        candidates,
-        r=r,
-        lora_alpha=lora_alpha,
-        target_modules=target_modules,
-        use_rslora=use_rslora,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-        exclude_modules=exclude_modules,
-    )
 
 
 def attach(

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxtune.adapters import attach, ia3, ia3_places, lora, lora_places, prompt_tuning, virtual_ids
+from jaxtune.adapters import attach, ia3, ia3_places, lora, prompt_tuning, virtual_ids
 from jaxtune.errors import UserError, nearest
-from jaxtune.places import Place, compiled, in_label_head, is_saved, parameters, places, resolve_targets
+from jaxtune.places import Place, compiled, in_label_head, is_saved, lora_places, parameters, places, resolve_targets
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled, match
 from jaxtune.vocabulary import resize, untie, with_new_tokens
 from jaxtune.weights import map_paths, masters

@@ -116,12 +116,13 @@ def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]
     return [p for p in candidates if p in chosen]
 
 
-def adapted(
+def lora_places(
     candidates: list[Place],
     *,
-    r: int,
-    lora_alpha: float,
-    target_modules: str | Sequence[str],
+    r: int = 8,
+    lora_alpha: float = 8,
+    target_modules: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] | None = None,
     use_rslora: bool = False,
     rank_pattern: Pattern = (),
     alpha_pattern: Pattern = (),
@@ -129,8 +130,9 @@ def adapted(
     layers_pattern: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     strict: bool = True,
+    **_: Any,
 ) -> dict[Place, Factors]:
-    """Choose modules, ranks and scales as peft does from the LoraConfig fields of these names.
+    """Choose modules, ranks and scales as peft does from the LoraConfig fields of these names; others are passed over.
 
     Args:
         strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name.
@@ -138,6 +140,8 @@ def adapted(
     Raises:
         UserError: no module matches, or something that is given has no effect.
     """
+    if target_modules == "all-linear" and modules_to_save:
+        candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
     chosen = resolve_targets(target_modules, candidates)
     ranks, alphas = dict(rank_pattern or ()), dict(alpha_pattern or ())
     for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.places import Factors, Place, adapted, in_label_head, is_or_ends, is_saved, parameters, places
+from jaxtune.places import Factors, Place, in_label_head, is_or_ends, is_saved, lora_places, parameters, places
 from jaxtune.tree import TRAIN, flatten
 from jaxtune.weights import (
     DoraWeight,
@@ -106,13 +106,10 @@ ALL_DEFAULTS = {"LORA": DEFAULTS, "IA3": IA3_DEFAULTS, "PROMPT_TUNING": PROMPT_D
 
 # Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
 ATTACHED = ("lora_dropout", "bias", "use_dora", "modules_to_save", "trainable_token_indices")
-_CHOSEN = (
-    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern", "exclude_modules"),
-)
 _FOLLOWED = {
     *ATTACHED,
-    *_CHOSEN,
+    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "exclude_modules"),
     *("fan_in_fan_out", "init_lora_weights", "feedforward_modules", "num_virtual_tokens"),
 }
 _INERT = {
@@ -187,18 +184,8 @@ def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place,
     """
     if config["peft_type"] != "LORA":
         return {}
-    return adapted(
-        _unsaved(config, candidates),
-        **{k: config[k] for k in _CHOSEN if k != "target_modules"},
-        target_modules=matching(config["target_modules"], candidates),
-        strict=False,
-    )
-
-
-def _unsaved(config: Mapping[str, Any], candidates: list[Place]) -> list[Place]:
-    if config["target_modules"] != "all-linear":
-        return candidates
-    return [p for p in candidates if not is_saved(p.name, config["modules_to_save"])]
+    settings = {**config, "target_modules": matching(config["target_modules"], candidates)}
+    return lora_places(candidates, **settings, strict=False)
 
 
 def matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
