@@ -18,7 +18,7 @@ from jaxtune.data.packing import pack
 from jaxtune.data.tokenize import Rows
 from jaxtune.errors import UserError
 
-GRAIN = 4  # tokens: what widths are multiples of, if nothing else is asked; a step's time grows evenly with them
+GRAIN = 2  # tokens: what widths are multiples of, if nothing else is asked; cuDNN takes no odd ones
 Plan = Sequence[np.ndarray]  # one entry a batch row: the data rows in it, one, or several where they are packed
 
 
@@ -33,7 +33,7 @@ def widths(
     """Return the widths that batches of `rows` rows are padded to, ascending; each is a program to compile.
 
     Of so many they are those that pad the least, on average over batches of rows drawn at random. They are multiples of
-    `grain`, of more for rows above 1,024 tokens, and the last holds the longest row.
+    `grain`, or of the multiple of it that gives at most 64 to choose from, and the last holds the longest row.
 
     Args:
         length: tokens of each data row, i64[N].
@@ -43,7 +43,7 @@ def widths(
         pool: batches whose rows are drawn together, sorted by length and cut.
     """
     longest = int(length.max())
-    grain *= -(-longest // 1024)
+    grain *= -(-longest // (64 * grain))
     edges = grain * np.arange(-(-longest // grain) + 1)  # from 0
     shorter = np.searchsorted(np.sort(length), edges, side="right") / len(length)
     within = shorter**rows  # the chance that a batch's longest row is at most so long

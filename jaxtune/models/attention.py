@@ -73,7 +73,7 @@ def attend_tokens(
         return _mapped(q, k, v, segments, scale, window, causal, softcap)
     if name == "xla":
         mask = _token_mask(q.shape[1], segments, window, causal)
-        return checkpoint_name(_masked(q, k, v, mask, scale, softcap), "attention")
+        return checkpoint_name(_by_head(q, k, v, mask, scale, softcap), "attention")
     if name == "cudnn":
         if softcap is not None:
             raise ValueError("attention='cudnn' has no softcap on scores; use 'xla', 'mapped' or 'auto'.")
@@ -128,16 +128,31 @@ def _near(rows: np.ndarray, cols: np.ndarray, window: int | None, causal: bool) 
 
 
 def _masked(q, k, v, mask, scale, softcap):
-    """Plain attention; the softmax in float32. mask: bool[B or 1, T, S]."""
+    """Plain attention; mask: bool[B or 1, T, S]."""
     b, t, h, c = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, c)
     scores = jnp.einsum("btgnc,bsgc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
+    return jnp.einsum("bgnts,bsgc->btgnc", _softmax(scores, mask, softcap, v.dtype), v).reshape(b, t, h, c)
+
+
+def _by_head(q, k, v, mask, scale, softcap):
+    """`_masked` with the heads laid first, once for both passes: XLA's products on a CPU would copy in each."""
+    b, t, h, c = q.shape
+    g = k.shape[2]
+    q = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4)
+    q, k, v = (checkpoint_name(x, "heads") for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    scores = jnp.einsum("bgntc,bgsc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
+    out = jnp.einsum("bgnts,bgsc->bgntc", _softmax(scores, mask, softcap, v.dtype), v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+def _softmax(scores, mask, softcap, dtype):
+    """Weights in float32, then `dtype`, of scores [B, G, H/G, T, S]."""
     scores = checkpoint_name(scores, "scores")
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG), axis=-1).astype(v.dtype)
-    return jnp.einsum("bgnts,bsgc->btgnc", weights, v).reshape(b, t, h, c)
+    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG), axis=-1).astype(dtype)
 
 
 class _Block(NamedTuple):
