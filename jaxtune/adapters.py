@@ -17,10 +17,14 @@ from jaxtune.places import (
     Factors,
     Pattern,
     Place,
+    check_names,
     excluded,
     in_label_head,
+    is_bias,
+    is_or_ends,
     is_saved,
     lora_places,
+    owner,
     parameters,
     places,
     resolve_targets,
@@ -64,7 +68,7 @@ def lora(
     layers_pattern: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
-    trainable_token_indices: Sequence[int] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     module: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> tuple[PyTree, PyTree]:
@@ -133,7 +137,7 @@ def attach(
     use_dora: bool = False,
     init_lora_weights: bool | str = True,
     modules_to_save: Sequence[str] | None = None,
-    trainable_token_indices: Sequence[int] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     module: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> tuple[PyTree, PyTree]:
@@ -143,11 +147,10 @@ def attach(
         raise UserError(f"bias={bias!r} is not one of 'none', 'all', 'lora_only'.")
     if init_lora_weights not in _INITS:
         raise UserError(f"init_lora_weights={init_lora_weights!r} is not one of {', '.join(map(repr, _INITS))}.")
-    biases: dict[str, list[int] | None] = {}
-    if bias == "lora_only":
-        biases = {re.sub(r"[^/]+$", "bias", path): chosen for path, chosen in rows.items()}
+    beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
     labelled = hasattr(module, "labels")  # a label head is trained whole beside the adapters
     params, saved = _to_save(params, modules_to_save, module)
+    trainable_token_indices = _token_ids(trainable_token_indices, places(params, module))
     table = _token_table(params, trainable_token_indices, saved.keys() | rows.keys())
     for path in rows:
         if path in saved:
@@ -171,10 +174,10 @@ def attach(
             return DoraWeight(*fields, TRAIN) if use_dora else LoraWeight(*fields)
         if path in saved:
             return filled(leaf, TRAIN)
-        is_bias = path.rpartition("/")[2] == "bias"
-        if path in biases and biases[path] is not None and len(biases[path]) < leaf.shape[0]:
+        own = is_bias(path) and owner(path) in beside
+        if own and (layers := beside[owner(path)]) is not None and len(layers) < leaf.shape[0]:
             raise UserError(f"bias='lora_only' with targets in some layers only is not supported ({path}).")
-        trained = (is_bias and (bias == "all" or path in biases)) or (labelled and in_label_head(path))
+        trained = own or (is_bias(path) and bias == "all") or (labelled and in_label_head(path))
         return filled(leaf, TRAIN if trained else FROZEN)
 
     new, mask = map_paths(adapt, params), map_paths(role, params)
@@ -212,6 +215,17 @@ def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tupl
             f"modules_to_save names some layers of {mixed[0]} only; that is not supported: name all of them."
         )
     return params, dict.fromkeys(hits)
+
+
+def _token_ids(ids: Sequence[int] | Mapping[str, Sequence[int]] | None, candidates: list[Place]) -> Any:
+    """Token ids, also where they are given as {name of the embedding: ids}, which peft takes too."""
+    if not isinstance(ids, Mapping):
+        return ids
+    named = {p.name for p in candidates if p.path == "embed_tokens/embedding"}
+    if len(ids) != 1 or not any(is_or_ends(name, key) for key in ids for name in named):
+        known = ", ".join(named) or "a token embedding"
+        raise UserError(f"trainable_token_indices={dict(ids)}: expected one entry, for {known}.")
+    return next(iter(ids.values()))
 
 
 def _token_table(params: PyTree, ids: Sequence[int] | None, claimed: set[str]) -> str | None:
@@ -298,12 +312,13 @@ def _factors(
 
 
 IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # of Llama's family
+IA3_FEEDFORWARD = ("down_proj",)
 
 
 def ia3(
     params: PyTree,
     target_modules: str | Sequence[str] = IA3_TARGETS,
-    feedforward_modules: str | Sequence[str] = ("down_proj",),
+    feedforward_modules: str | Sequence[str] = IA3_FEEDFORWARD,
     exclude_modules: str | Sequence[str] | None = None,
     module: Any = None,
 ) -> tuple[PyTree, PyTree]:
@@ -314,10 +329,10 @@ def ia3(
         feedforward_modules: those of the targets whose input is scaled; of the others it is the output.
 
     Raises:
-        UserError: a target matches nothing or is an embedding.
+        UserError: a target, an exclusion or a feed-forward module matches nothing, or a target is an embedding.
     """
     _no_label_head("ia3", params)
-    chosen = ia3_places(places(params, module), target_modules, exclude_modules)
+    chosen = ia3_places(places(params, module), target_modules, exclude_modules, feedforward_modules)
     rows, leaves = _rows(chosen), weights_by_path(params)
     inputs = {p.path: set() for p in chosen}
     for p in chosen:
@@ -353,9 +368,13 @@ def ia3_places(
     candidates: list[Place],
     target_modules: str | Sequence[str] = IA3_TARGETS,
     exclude_modules: str | Sequence[str] | None = None,
-    feedforward_modules: Any = None,
+    feedforward_modules: str | Sequence[str] = IA3_FEEDFORWARD,
 ) -> list[Place]:
-    chosen = [p for p in resolve_targets(target_modules, candidates) if not excluded(p.name, exclude_modules)]
+    targets = resolve_targets(target_modules, candidates)
+    check_names("exclude_modules", exclude_modules, targets)
+    chosen = [p for p in targets if not excluded(p.name, exclude_modules)]
+    if tuple(feedforward_modules) != IA3_FEEDFORWARD:
+        check_names("feedforward_modules", feedforward_modules, chosen)
     if not chosen:
         raise UserError("exclude_modules leaves no module to adapt.")
     return chosen

@@ -12,7 +12,17 @@ import jax
 
 from jaxtune.adapters import attach, ia3, ia3_places, lora, prompt_tuning, virtual_ids
 from jaxtune.errors import UserError, nearest
-from jaxtune.places import Place, compiled, in_label_head, is_saved, lora_places, parameters, places, resolve_targets
+from jaxtune.places import (
+    Place,
+    compiled,
+    in_label_head,
+    is_bias,
+    is_saved,
+    lora_places,
+    parameters,
+    places,
+    resolve_targets,
+)
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled, match
 from jaxtune.vocabulary import resize, untie, with_new_tokens
 from jaxtune.weights import map_paths, masters
@@ -44,12 +54,13 @@ __all__ = [
 
 
 def full(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Train everything, in float32.
+    """Train everything, in float32; of Flax variables the parameters, not what else there is (batch_stats).
 
     Raises:
         UserError: a leaf is quantised.
     """
-    return masters(params, filled(params, TRAIN))
+    everything = r"params/.*" if "params" in params else r".*"
+    return masters(params, match([(everything, TRAIN), (r".*", FROZEN)], params))
 
 
 def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
@@ -128,7 +139,7 @@ def _regex(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
 
 # (module, settings) -> which parameters are trained.
 _CHOICES: dict[str, Callable[[Any, Mapping[str, Any]], Callable[[Place], bool]]] = {
-    "bitfit": lambda module, settings: lambda p: p.path.endswith("/bias"),
+    "bitfit": lambda module, settings: lambda p: is_bias(p.path),
     "norms": lambda module, settings: lambda p: re.fullmatch(r"(.*/)?\w*norm/(scale|bias)", p.path) is not None,
     "embeddings": lambda module, settings: lambda p: p.path.endswith("embedding"),
     "last_n": _last_n,
@@ -165,9 +176,7 @@ def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], 
     chosen = {(p.path, p.index) for p in lora_places(places(module.abstract_params(), module), **settings)}
     every_bias, saved = settings.get("bias") == "all", settings.get("modules_to_save")
     return lambda p: (
-        (p.path, p.index) in chosen
-        or (every_bias and p.path.endswith("/bias"))
-        or is_saved(p.name.rpartition(".")[0], saved)
+        (p.path, p.index) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
     )
 
 

@@ -1,6 +1,7 @@
 """Optimizers and schedules from optax. What varies between sweep members is an array in the optimizer's state."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -43,21 +44,27 @@ def schedule(
     return shape
 
 
-# Vectors, which are stacked to matrices: of norms and biases, DoRA's magnitudes, (IA)^3's scales.
-_NOT_MATRICES = ("scale", "bias", "magnitude", "out", "inp")
+# Vectors, which may be stacked to matrices: fields of adapters (DoRA's magnitudes, (IA)^3's scales), norms and biases.
+_VECTORS = [jax.tree_util.GetAttrKey(name) for name in ("magnitude", "out", "inp")]
+
+
+def _is_matrix(path: Any, leaf: Any) -> bool:
+    return leaf.ndim >= 2 and path[-1] not in _VECTORS and not re.search(r"(^|/)(scale|bias)(/value)?$", path_str(path))
 
 
 def decay_mask(params: Any) -> Any:
     """True for matrices (LoRA factors too); norms and biases, stacked or not, are not decayed."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and path_str(path).rpartition("/")[2] not in _NOT_MATRICES, params
-    )
+    return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
 
-def _is_lora_b(params: Any) -> Any:
-    """True for the `b` of a LoRA leaf, a field of a node rather than the key of a dict; not for an embedding's."""
+def _faster(params: Any) -> Any:
+    """True for LoRA's `b` and for vectors, as peft's create_loraplus_optimizer has it; not for an embedding's `b`."""
     b, table = jax.tree_util.GetAttrKey("b"), jax.tree_util.DictKey("embedding")
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == b and table not in path, params)
+
+    def faster(path, leaf):
+        return (path[-1] == b and table not in path) or not _is_matrix(path, leaf)
+
+    return jax.tree_util.tree_map_with_path(faster, params)
 
 
 def optimizer(
@@ -80,8 +87,9 @@ def optimizer(
         lr: the peak rate, multiplied by `shape(step)`.
         weight_decay: decoupled, on matrices only.
         grad_clip: largest global norm of the gradient; 0: no clipping.
-        loraplus_lr_ratio: the rate of LoRA's `b` is this times `lr` (LoRA+, Hayou et al. 2024, arXiv:2402.12354);
-            embeddings, whose `b` is the factor that is random at first, are left out.
+        loraplus_lr_ratio: the rate of LoRA's `b` is this times `lr` (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and
+            that of vectors that are trained beside it (as in peft: magnitudes, biases, norms). An embedding, whose `b`
+            is the factor that is random at first, is left out.
 
     Raises:
         UserError: unknown name.
@@ -100,7 +108,7 @@ def optimizer(
             directions[name](),
             optax.add_decayed_weights(weight_decay, mask=decay_mask),
             optax.scale_by_schedule(shape),
-            optax.masked(optax.scale(loraplus_lr_ratio), _is_lora_b),
+            optax.masked(optax.scale(loraplus_lr_ratio), _faster),
             optax.scale_by_learning_rate(lr),
         )
 

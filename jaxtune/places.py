@@ -43,7 +43,7 @@ def places(params: PyTree, module: Any = None, layouts: Mapping[str, Layout] | N
     leaves = weights_by_path(params)
     if module is None:
         found = [path for path, leaf in leaves.items() if len(plain(leaf).shape) >= 2]
-        return [Place(_dotted(path), path, None, path.endswith("kernel")) for path in found]
+        return [Place(_dotted(path), path, None, not re.search(r"embedding(/value)?$", path)) for path in found]
     found = [
         p
         for p in parameters(params, module)
@@ -65,6 +65,24 @@ def parameters(params: PyTree, module: Any = None) -> list[Place]:
     from jaxtune.models import names
 
     return [Place(t.hf, t.path, t.index) for t in names(module).tensors(module.spec, set(paths))]
+
+
+def is_bias(path: str) -> bool:
+    """Whether a parameter is a bias, as Linen, NNX and Haiku name them."""
+    return re.search(r"(^|/)(bias|b)(/value)?$", path) is not None
+
+
+def owner(path: str) -> str:
+    """The path of the module that a parameter belongs to."""
+    return re.sub(r"/?[^/]+(/value)?$", "", path)
+
+
+def check_names(label: str, names: str | Sequence[str] | None, chosen: Sequence[Place]) -> None:
+    """Raise UserError for a name in a list that none of the chosen modules has."""
+    if not isinstance(names, tuple | list):
+        return
+    if lost := [n for n in names if not any(is_or_ends(p.name, n) for p in chosen)]:
+        raise UserError(f"{label}: {', '.join(map(repr, lost))} match(es) none of the targets.")
 
 
 def in_label_head(path: str) -> bool:
@@ -135,12 +153,13 @@ def lora_places(
     """Choose modules, ranks and scales as peft does from the LoraConfig fields of these names; others are passed over.
 
     Args:
-        strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name.
+        strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name, and
+            a target that modules_to_save names, too, for `attach` to refuse; otherwise it is no target (as in peft).
 
     Raises:
         UserError: no module matches, or something that is given has no effect.
     """
-    if target_modules == "all-linear" and modules_to_save:
+    if modules_to_save and (target_modules == "all-linear" or not strict):
         candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
     chosen = resolve_targets(target_modules, candidates)
     ranks, alphas = dict(rank_pattern or ()), dict(alpha_pattern or ())
@@ -149,6 +168,8 @@ def lora_places(
             compiled(label, key)
     if isinstance(exclude_modules, str):
         compiled("exclude_modules", exclude_modules)
+    if strict and layers_pattern and layers_to_transform is None:
+        raise UserError(f"layers_pattern={layers_pattern!r} has no effect without layers_to_transform; give both.")
     layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
     if layers and isinstance(target_modules, str) and target_modules != "all-linear":
         if strict:
@@ -157,10 +178,8 @@ def lora_places(
             )
         layers = []  # as peft
     found = [p for p in chosen if not excluded(p.name, exclude_modules)]
-    if strict and isinstance(exclude_modules, tuple | list):
-        lost = [e for e in exclude_modules if not any(is_or_ends(p.name, e) for p in chosen)]
-        if lost:
-            raise UserError(f"exclude_modules: {', '.join(map(repr, lost))} match(es) none of the targets.")
+    if strict:
+        check_names("exclude_modules", exclude_modules, chosen)
     if layers:
         known = {p: _layer(p.name, layers_pattern) for p in found}
         found = [p for p in found if known[p] in layers]
@@ -179,6 +198,8 @@ def lora_places(
     for place in found:
         rank = _by_pattern(ranks, place.name, r)
         alpha = _by_pattern(alphas, place.name, lora_alpha)
+        if rank < 1 or alpha <= 0:
+            raise UserError(f"{place.name}: r={rank} and lora_alpha={alpha:g}; expected at least 1, and above 0.")
         factors[place] = Factors(rank, alpha / (math.sqrt(rank) if use_rslora else rank))
     return factors
 

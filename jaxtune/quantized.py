@@ -18,7 +18,7 @@ import numpy as np
 from jaxtune.errors import UserError, nearest
 from jaxtune.foreign import Layout, matrices
 from jaxtune.tree import PyTree, flatten, path_str
-from jaxtune.weights import Packed, QuantWeight, Weight, matmul, rebuilt
+from jaxtune.weights import Adapter, Packed, QuantWeight, Weight, matmul, rebuilt, weights_by_path
 
 BLOCK = 64  # weights that share an absolute maximum
 CONSTANTS = 256  # absolute maxima that share a scale of their own
@@ -164,6 +164,23 @@ def quantize(params: PyTree, kind: str, pattern: str = BODY, layouts: Mapping[st
         return _jitted(pack[path])(leaf) if path in pack else leaf
 
     return restore(jax.tree_util.tree_map_with_path(quantized, params))
+
+
+def rounding(params: PyTree, published: PyTree) -> float:
+    """Return how far packed matrices are from the published ones: the root mean square of what is lost, over theirs.
+
+    Args:
+        params: leaves may be adapters over packed bases.
+        published: the same tree, plain.
+    """
+    plain, lost, all_ = weights_by_path(published), 0.0, 0.0
+    for path, leaf in weights_by_path(params).items():
+        base = leaf.w if isinstance(leaf, Adapter) else leaf
+        if isinstance(base, Packed):
+            w = plain[path].astype(jnp.float32)
+            lost += float(jnp.square(base.merge() - w).sum())
+            all_ += float(jnp.square(w).sum())
+    return (lost / all_) ** 0.5
 
 
 _jitted = functools.cache(jax.jit)

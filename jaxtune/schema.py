@@ -142,7 +142,9 @@ SETTINGS = (
     #
     Setting("optim.name", str, "adamw", "the optimizer", ("adamw", "sgd", "lion")),
     Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
-    Setting("optim.loraplus_lr_ratio", float, 1.0, "LoRA+: the rate of B is this times lr", range=POSITIVE),
+    Setting(
+        "optim.loraplus_lr_ratio", float, 1.0, "LoRA+: the rate of B and of vectors is this times lr", range=POSITIVE
+    ),
     Setting("optim.schedule", str, "cosine", "from the peak to min_lr_ratio of it", ("constant", "linear", "cosine")),
     Setting("optim.warmup", float, 0.03, "below 1: share of the steps; from 1: steps", range=SHARE_OR_STEPS),
     Setting("optim.min_lr_ratio", float, 0.0, "where the schedule ends, as a share of lr", range=UP_TO_1),

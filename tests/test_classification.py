@@ -15,8 +15,10 @@ import test_encoders
 import zoo
 from small import quick_compiles  # noqa: F401
 
+from jaxtune import config
+from jaxtune.commands.tasks import open_task
 from jaxtune.hf.export import export_model
-from jaxtune.hf.load import load, read_params
+from jaxtune.hf.load import load, read_config, read_params
 from jaxtune.hf.peft import export_adapter, load_adapter
 from jaxtune.methods import head, lora
 from jaxtune.models import names
@@ -37,6 +39,7 @@ ENCODERS |= {
 DECODERS = {
     "llama": ("llama", zoo.LLAMA | {"pad_token_id": 0}),
     "gpt2": ("gpt2", zoo.GPT2 | {"pad_token_id": 0}),
+    "gpt_neox": ("gpt_neox", zoo.ZOO["gpt_neox"][1] | {"pad_token_id": 0}),
     "qwen3-tied": ("qwen3", zoo.LLAMA | {"pad_token_id": 0, "tie_word_embeddings": True, "head_dim": 8}),
 }
 MODELS = ENCODERS | DECODERS
@@ -221,6 +224,10 @@ def test_a_pooling_that_transformers_has_not_is_kept_and_told(tmp_path):
     assert np.array_equal(logits(again, reread), logits(module, params))
     by_cls = dataclasses.replace(again, labels=Labels(SEQUENCE, NAMES))
     assert zoo.apart(logits(by_cls, params), logits(again, params)) > 1e-3
+
+    flags = {"model.path": tmp_path / "out", "data.train": "rows.jsonl", "objective.name": "sequence_classification"}
+    cfg = config.resolve(flags={path: str(value) for path, value in flags.items()})
+    assert open_task(cfg, read_config(tmp_path / "out")).module.pooling == "mean"  # tuned further
 
 
 def test_a_new_head_is_drawn_by_the_seed_and_a_pooler_is_kept():

@@ -246,6 +246,11 @@ def test_ids_instead_of_names(home, tmp_path):
     assert read.target.tolist() == [[1.0], [0.0]]
     with pytest.raises(UserError, match="'2' is not one of the 2 labels"):
         prepared(home, [{"text": "red", "label": 2}, {"text": "blue", "label": 0}], form, tmp_path)
+    stars = LabelForm(per_token=False, names=("1", "2", "3"))  # numbers that are names
+    read = prepared(home, [{"text": "red", "label": 1}, {"text": "blue", "label": 3}], stars, tmp_path)
+    assert read.target.tolist() == [[0.0], [2.0]]
+    with pytest.raises(UserError, match="'0' is not one of the 3 labels"):
+        prepared(home, [{"text": "red", "label": 0}, {"text": "blue", "label": 1}], stars, tmp_path)
 
 
 def test_balanced_weights_are_scikit_learns(home):

@@ -19,8 +19,9 @@ from jaxtune import files
 from jaxtune.card import model_card, run_facts
 from jaxtune.cli import main
 from jaxtune.errors import UserError
+from jaxtune.evaluate.systems import systems
 from jaxtune.hf.tensors import index_dir
-from jaxtune.hf.tuned import find
+from jaxtune.hf.tuned import find, open_source
 from jaxtune.methods import full, head
 from jaxtune.weights import QuantWeight
 
@@ -223,6 +224,34 @@ def test_export_merges_a_run(run, tmp_path, capsys):
     # Refuses what is there, whatever the source.
     assert main(["export", str(folder), str(tmp_path / "out")]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_run_over_a_quantised_base(run, base, tmp_path, capsys):
+    """Its adapter was trained over rounded numbers: over these it is used, and into these it is merged."""
+    folder, module, _ = run
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["quantization"] = "nf4"
+    (folder / "config.json").write_text(json.dumps(config))
+    _, params, _ = open_source(find(folder))
+    _, packed = jaxtune.load(base, quantization="nf4")
+    _, plain = jaxtune.load(base)
+    got = params["segment_0"]["block_0"]["self_attn"]["q_proj"]["kernel"]
+    assert np.array_equal(got.w.codes, packed["segment_0"]["block_0"]["self_attn"]["q_proj"]["kernel"].codes)
+
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    check(module, params, tmp_path / "out")
+    body, rounded = (jax.tree.leaves(tree["segment_0"]) for tree in (plain, jaxtune.merge(packed)))
+    pairs = [(a, b) for a, b in zip(body, rounded, strict=True) if a.ndim == 3]
+    lost, all_ = (sum(np.square(x).sum() for x in part) for part in ([a - b for a, b in pairs], [a for a, _ in pairs]))
+    assert f"they are {(lost / all_) ** 0.5:.2%} of the published matrices away" in capsys.readouterr().out
+    assert main(["export", str(folder), str(tmp_path / "alone"), "--adapter"]) == 0
+    assert "nf4" not in capsys.readouterr().out
+
+    compared = {system.name: system for system in systems(find(folder))}
+    config["model"]["quantization"] = "none"
+    (folder / "config.json").write_text(json.dumps(config))
+    for system in systems(find(folder)):
+        assert system.identity != compared[system.name].identity
 
 
 def test_export_of_an_adapter_alone(run, tmp_path):

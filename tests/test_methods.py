@@ -17,6 +17,7 @@ from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
 from jaxtune.methods import (
     METHODS,
+    bitfit,
     cut,
     full,
     head,
@@ -544,6 +545,65 @@ def test_a_rank_above_the_smaller_side():
     assert "r=40 exceeds the smaller side of segment_0/block_0/self_attn/q_proj/kernel (32 x 64)" in refused(
         target_modules=["q_proj"], r=40
     )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r": 0}, "q_proj: r=0 and lora_alpha=8; expected at least 1, and above 0"),
+        ({"rank_pattern": {"q_proj": -1}}, "r=-1"),
+        ({"alpha_pattern": {"q_proj": 0}}, "lora_alpha=0"),
+        ({"layers_pattern": "layers"}, "no effect without layers_to_transform"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, "expected one entry, for model.embed_tokens"),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}}, "expected one entry"),
+    ],
+    ids=str,
+)
+def test_values_without_a_meaning(settings, message):
+    assert message in refused(target_modules=["q_proj"], **settings)
+
+
+@pytest.mark.parametrize("settings", [{"exclude_modules": ["q_proj"]}, {"feedforward_modules": ["up_proj"]}], ids=str)
+def test_ia3_names_that_match_none_of_its_targets(settings):
+    module, params = zoo.ours("llama")
+    with pytest.raises(UserError, match="none of the targets"):
+        ia3(params, module=module, **settings)
+
+
+def test_token_ids_by_the_name_of_their_table():
+    module, params = zoo.ours("llama")
+    plain, named = ([3, 5], {"embed_tokens": [3, 5]})
+    one, other = (lora(params, KEY, module=module, trainable_token_indices=ids) for ids in (plain, named))
+    jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, one[1], other[1]))
+
+
+def test_biases_by_the_names_of_other_libraries():
+    leaf = jnp.ones((4, 4))
+    tree = {
+        "nnx": {"kernel": {"value": leaf}, "bias": {"value": leaf[0]}},
+        "haiku": {"w": leaf, "b": leaf[0]},
+        "other": {"kernel": leaf, "bias": leaf[0]},
+    }
+
+    def trained(mask):
+        names = {"nnx/bias/value", "haiku/b", "other/bias"}
+        return {path for path, role in flatten(mask).items() if role is TRAIN and path in names}
+
+    every = trained(bitfit(tree)[1])
+    assert len(every) == 3
+    assert trained(lora(tree, KEY, r=2, target_modules=["nnx"], bias="all")[1]) == every
+    some = trained(lora(tree, KEY, r=2, target_modules=["nnx", "haiku.w"], bias="lora_only")[1])
+    assert some == every - {"other/bias"}
+    adapted = lora(tree, KEY, r=2, target_modules=["nnx", "haiku.w"])[0]
+    assert not adapted["haiku"]["w"].b.any() and not adapted["nnx"]["kernel"]["value"].b.any()  # no tables
+
+
+def test_full_trains_no_running_statistics():
+    variables = {"params": {"kernel": jnp.ones((2, 2))}, "batch_stats": {"mean": jnp.zeros(2, jnp.int32)}}
+    tuned, mask = full(variables)
+    assert mask == {"params": {"kernel": TRAIN}, "batch_stats": {"mean": FROZEN}}
+    assert tuned["batch_stats"]["mean"].dtype == jnp.int32
 
 
 def test_an_unknown_bias():

@@ -160,19 +160,21 @@ def test_loraplus_is_that_of_peft():
     from peft.optimizers import create_loraplus_optimizer
 
     torch.manual_seed(0)
-    theirs = get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), LoraConfig(target_modules=["0", "1"], r=2)
-    )
-    named = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    layers = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    theirs = get_peft_model(layers, LoraConfig(target_modules=["0", "1"], r=2, use_dora=True, bias="all"))
+    fields = ("bias", "lora_A", "lora_B", "magnitude")
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    named = {(i, f): next(p for n, p in trained.items() if f".{i}." in n and f in n) for i in "01" for f in fields}
+    assert len(named) == len(trained)
+    start = {place: jnp.asarray(p.detach().numpy().T) for place, p in named.items()}
     ours = {
         i: {
-            "kernel": LoraWeight(
-                None, *(jnp.asarray(p.detach().numpy().T) for n, p in named.items() if f".{i}.lora" in n), None
-            )
+            "bias": start[i, "bias"],
+            "kernel": DoraWeight(None, start[i, "lora_A"], start[i, "lora_B"], None, magnitude=start[i, "magnitude"]),
         }
         for i in "01"
     }
-    settings = {"lr": 1e-2, "loraplus_lr_ratio": 16.0, "eps": 1e-8}
+    settings = {"lr": 1e-3, "loraplus_lr_ratio": 16.0, "eps": 1e-8}
     tx, adam = optimizer("adamw", **settings), create_loraplus_optimizer(theirs, torch.optim.AdamW, **settings)
     state = tx.init(ours)
     assert float(state.hyperparams["loraplus_lr_ratio"]) == 16.0
@@ -189,14 +191,14 @@ def test_loraplus_is_that_of_peft():
         np.testing.assert_allclose(got, want.detach().numpy().T, rtol=1e-5, atol=1e-6)
 
 
-def test_loraplus_leaves_biases_called_b_and_embeddings_alone():
+def test_loraplus_leaves_matrices_called_b_and_embeddings_alone():
     ones = jnp.ones((2, 2))
-    params = {"haiku": {"w": ones, "b": ones}, "q": {"kernel": LoraWeight(None, ones, ones, None)}}
+    params = {"dict": {"w": ones, "b": ones}, "q": {"kernel": LoraWeight(None, ones, ones, None)}}
     params["table"] = {"embedding": LoraWeight(None, ones, ones, None)}
     tx = optimizer("sgd", lr=1.0, momentum=0.0, loraplus_lr_ratio=4.0)
     updates, _ = tx.update(params, tx.init(params), params)
     assert [float(u[0, 0]) for u in jax.tree.leaves(updates["q"])] == [-1.0, -4.0]
-    assert {float(u[0, 0]) for u in jax.tree.leaves([updates["haiku"], updates["table"]])} == {-1.0}
+    assert {float(u[0, 0]) for u in jax.tree.leaves([updates["dict"], updates["table"]])} == {-1.0}
 
 
 def test_vectors_are_not_decayed():

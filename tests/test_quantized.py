@@ -25,7 +25,7 @@ from jaxtune import (
 )
 from jaxtune.errors import UserError
 from jaxtune.quantized import BLOCK, KINDS, NF4, Nf4Weight, packs
-from jaxtune.tree import flatten
+from jaxtune.tree import combine, flatten
 from jaxtune.weights import dot, embed, is_weight, merge_leaf, transposed_dot
 
 # Dettmers et al. 2023, appendix E.
@@ -91,6 +91,30 @@ def test_the_backward_pass_keeps_no_plain_matrix(kind):
 
     assert kept(matrix(64, 24)) == 4 * 64 * 24  # a plain weight is kept: the check can fail
     assert kept(KINDS[kind](matrix(64, 24))) <= 64 * 24  # one byte a weight at most
+
+
+@pytest.mark.parametrize("remat", ["none", "everything"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_the_backward_pass_of_a_model_keeps_no_plain_matrix(kind, settings, remat):
+    """All that is kept, in bytes: the packed body's in place of the plain one's, and not one matrix more."""
+    module = decoder().clone(remat=remat)
+    loss_fn = causal_lm(module)
+
+    def kept(base):
+        trainable, member, frozen = partition(*lora(base, jax.random.key(0), r=4, module=module, **settings))
+        micro = jax.tree.map(lambda x: x[0], batch())
+        _, back = jax.vjp(lambda t: loss_fn(combine(t, member, frozen), micro, None)[0][0], trainable)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(back))
+
+    def body(tree):
+        return sum(leaf.nbytes for path, leaf in flatten(tree).items() if "_proj/kernel" in path)
+
+    packed = quantize(weights(), kind)
+    matrices = [leaf for path, leaf in flatten(weights()).items() if "_proj/kernel" in path]
+    smallest = min(leaf.nbytes // leaf.shape[0] for leaf in matrices)
+    spared = kept(weights()) - kept(packed)
+    assert spared > body(weights()) - body(packed) - smallest
 
 
 def batch():

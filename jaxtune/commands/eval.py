@@ -169,7 +169,7 @@ def _tell(
         "rows": len(records),
         "tokens": tokens,
         "metrics": held_out.compare(found),
-        "notes": notes,
+        "notes": notes + ([f"The base is in {q}, as it was in the run."] if (q := source.quantization) else []),
     }
     if groups is not None:
         report["groups"] = {"column": options.group_by} | held_out.compare_groups(found, groups)
@@ -243,7 +243,7 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     from jaxtune.commands.tasks import open_task
     from jaxtune.data import LabelForm
     from jaxtune.evaluate.kept import key_of
-    from jaxtune.evaluate.systems import System, identity
+    from jaxtune.evaluate.systems import System, base_identity, identity
     from jaxtune.hf import load as hf
     from jaxtune.hf.peft import load_adapter
     from jaxtune.models.classifier import PROBLEMS, TOKEN
@@ -251,7 +251,8 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     dtype = job.compute_dtype(cfg.model.dtype if cfg else "auto")
     if source.adapter is not None:
         module = open_task(cfg, hf.read_config(source.model), dtype=dtype).module
-        params, below = hf.read_params(module, source.model, key=jax.random.key(0)), identity(source.model, str(dtype))
+        params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
+        below = base_identity(source, dtype)
         tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
         heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
         if not module.labels.drawn and not options.tuned_only:

@@ -98,7 +98,7 @@ def _classification(kind: str, cfg: Any, config: Mapping[str, Any], settings: Ma
         kind,
         names,
         problem,
-        None if o.pooling == "auto" else o.pooling,
+        o.pooling if o.pooling != "auto" else stored and stored.pooling,
         drawn=not (stored and (stored.names, stored.problem) == (names, problem)),
     )
     config = {**config, "architectures": None}

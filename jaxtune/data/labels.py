@@ -8,6 +8,7 @@ A file with other columns is mapped by `columns` (our name -> the file's name).
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ class LabelForm:
         name = label_name(where, column, label)
         if (known := _index(self.names).get(name)) is not None:
             return known
-        if isinstance(label, int) and 0 <= label < len(self.names):  # data sets of the hub hold ids
+        numbers = any(re.fullmatch(r"-?\d+", name) for name in self.names)  # these are names, and no number is an id
+        if isinstance(label, int) and not numbers and 0 <= label < len(self.names):  # data sets of the hub hold ids
             return label
         shown = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
         raise UserError(

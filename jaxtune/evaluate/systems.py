@@ -30,15 +30,16 @@ class System(NamedTuple):
 def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator[System]:
     """Yield the base and the tuned model of a source, one after the other; of a model that is nobody's result, itself.
 
-    An adapter shares its base's weights; of two whole models only one is in memory at a time, if the caller keeps none.
+    An adapter shares its base's weights, quantised if they were in its run; of two whole models only one is in memory
+    at a time, if the caller keeps none.
 
     Args:
         base: False leaves the base out.
         dtype: of activations.
     """
     if source.adapter is not None:
-        module, params = load(source.model, dtype=dtype)
-        below = identity(source.model, str(dtype))
+        module, params = load(source.model, dtype=dtype, quantization=source.quantization)
+        below = base_identity(source, dtype)
         if base:
             yield System("base", module, prepare(module, params), below)
         tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
@@ -52,6 +53,11 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
     for name, folder in zip(named, folders, strict=True):
         module, params = load(folder, dtype=dtype)
         yield System(name, module, prepare(module, params), identity(folder, str(dtype)))
+
+
+def base_identity(source: Source, dtype: Any) -> str:
+    """A hash of an adapter's base as it is used."""
+    return identity(source.model, str(dtype), *filter(None, [source.quantization]))
 
 
 def identity(folder: Path, *more: Any) -> str:

@@ -32,6 +32,12 @@ class Source(NamedTuple):
         own = self.adapter
         return own if own and (own / "tokenizer_config.json").is_file() else self.model
 
+    @property
+    def quantization(self) -> str | None:
+        """How the base was quantised under the adapter of a run, which was trained on those numbers; None: not."""
+        told = ((self.config or {}).get("model") or {}).get("quantization", "none")
+        return None if self.adapter is None or told == "none" else told
+
 
 def find(path: str | Path, base: str | Path | None = None) -> Source:
     """Find out what `path` is: a run directory, a PEFT directory, or an HF directory or hub id.
@@ -82,7 +88,7 @@ def open_source(source: Source, *, any_base: bool = False, **settings: Any) -> t
     Raises:
         UserError: as `load` and `load_adapter`.
     """
-    module, params = load(source.model, **settings)
+    module, params = load(source.model, quantization=source.quantization, **settings)
     if source.adapter is None:
         return module, params, None
     params, _, config = load_adapter(module, params, source.adapter, base=None if any_base else source.base)

@@ -82,6 +82,13 @@ def decoder_layout(c: Config, kind: str) -> Layout:
     return Layout({"score.weight": "classifier/out/kernel", "score.bias": "classifier/out/bias"})
 
 
+def older_decoder_layout(c: Config, kind: str) -> Layout:
+    """Of GPT-2 and GPT-NeoX, whose head over tokens is `classifier`."""
+    if kind == SEQUENCE:
+        return decoder_layout(c, kind)
+    return Layout({"classifier.weight": "classifier/out/kernel", "classifier.bias": "classifier/out/bias"})
+
+
 def read_labels(config: Mapping[str, Any]) -> Labels | None:
     """The labels of a checkpoint that was made for classification; None for any other.
 

@@ -2,7 +2,7 @@
 
 import json
 
-from jaxtune.models.classifier import SEQUENCE, Layout, decoder_layout
+from jaxtune.models.classifier import older_decoder_layout
 from jaxtune.models.layers import HF_ACTIVATIONS
 from jaxtune.models.names import NameTable, linears, norms
 from jaxtune.models.spec import BlockSpec, Config, DecoderSpec, uniform
@@ -28,6 +28,7 @@ NAMES = NameTable(
     conv1d=True,
     ignored=r".*\.attn\.(bias|masked_bias)",
 )
+label_layout = older_decoder_layout
 
 
 def spec(c: Config) -> DecoderSpec:
@@ -62,9 +63,3 @@ def spec(c: Config) -> DecoderSpec:
         eps=eps,
         init_std=c.get("initializer_range", 0.02),
     )
-
-
-def label_layout(c: Config, kind: str) -> Layout:
-    if kind == SEQUENCE:
-        return decoder_layout(c, kind)
-    return Layout({"classifier.weight": "classifier/out/kernel", "classifier.bias": "classifier/out/bias"})

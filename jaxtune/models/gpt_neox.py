@@ -1,5 +1,6 @@
 """GPT-NeoX and Pythia (arXiv:2204.06745): parallel residuals, LayerNorm, one qkv interleaved by head."""
 
+from jaxtune.models.classifier import older_decoder_layout
 from jaxtune.models.layers import HF_ACTIVATIONS
 from jaxtune.models.llama import block, decoder
 from jaxtune.models.names import NORMS, NameTable, linears, norms
@@ -22,6 +23,7 @@ NAMES = NameTable(
     prefix="gpt_neox.",
     ignored=r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
 )
+label_layout = older_decoder_layout
 
 
 def spec(c: Config) -> DecoderSpec:
