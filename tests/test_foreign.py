@@ -19,7 +19,7 @@ from jaxtune import FROZEN, TRAIN, LoraWeight, QuantWeight, ShapedWeight, adapt,
 from jaxtune.errors import UserError
 from jaxtune.foreign import Axis, Layout, Rider
 from jaxtune.rewrite import reshape
-from jaxtune.weights import is_weight, map_weights, row_keys
+from jaxtune.weights import is_weight, map_weights, plain, row_keys
 
 
 class Model(NamedTuple):
@@ -166,6 +166,9 @@ def test_outputs_and_gradients_are_those_of_merged_weights(name, base):
     if base == "int8":
         params = _quantized(params)
         _close(jax.jit(ours)(params, *model.args), model.apply(merge(params), *model.args))
+        dense = {plain(w.leaf if isinstance(w, ShapedWeight) else w).size for w in _weights(params)}
+        built = _products(jax.make_jaxpr(ours)(params, *model.args).jaxpr)
+        assert built and not built & dense
         return
     trainable, member, frozen = partition(params, mask)
 
@@ -185,6 +188,24 @@ def test_outputs_and_gradients_are_those_of_merged_weights(name, base):
     built = _products(jax.make_jaxpr(loss(ours, lambda p: p))(trainable).jaxpr)
     assert built and not built & dense
     assert _products(jax.make_jaxpr(loss(model.apply, merge))(trainable).jaxpr) & dense  # the check can fail
+
+
+QUICK = ("cnn", "plain")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_dora_gives_the_outputs_of_merged_weights(name):
+    model = MODELS[name]()
+    ours = adapt(model.apply)
+    layouts = ours.layouts(model.params, *model.args)
+    settings = {"r": 2, "use_dora": True, "target_modules": model.targets, "layouts": layouts}
+    params, mask = lora(model.params, jax.random.key(1), **settings)
+    base = model.apply(model.params, *model.args)
+    _close(ours(params, *model.args), base)
+    params = _random(params, mask)
+    want = model.apply(merge(params), *model.args)
+    assert float(jnp.abs(want - base).max()) > 0.1
+    _close(jax.jit(ours)(params, *model.args), want)
 
 
 def _weights(params):
