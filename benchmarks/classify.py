@@ -68,7 +68,7 @@ CASES = {
     "texts head": Case(
         *("texts", "head", "classify_head.py", 32, 20, 20, (3e-4, 1e-3, 3e-3)), grouped=False, sides=("jaxtune",)
     ),
-    "words full": Case("words", "full", "token_classification.py", 16, 1, 0.2, (1e-4, 3e-4, 1e-3), weight_decay=0.01),
+    "words full": Case("words", "full", "token_classification.py", 16, 1, 0.5, (1e-4, 3e-4, 1e-3), weight_decay=0.01),
 }
 
 

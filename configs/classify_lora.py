@@ -5,10 +5,11 @@ r"""Classification of texts with LoRA on every linear layer; the label head is t
 
 Columns are text and label; others: --config.data.columns=text=sentence,label=category
 
-Expected: `eval/accuracy` and `eval/macro_f1` rise above those of a head alone, and the workdir ends with `adapter/`, a
-PEFT directory of task type SEQ_CLS that holds the label head. all-MiniLM-L6-v2 on banking77 with pooling=mean, rows of
-like length together (data.group_by_length) and a learning rate of 4e-3: 0.871 test accuracy after half an epoch (one
-seed); peft after the same batches: 0.875.
+Expected: `eval/accuracy` and `eval/macro_f1` rise, and the workdir ends with `adapter/`, a PEFT directory of task type
+SEQ_CLS that holds the label head.
+
+Measured: all-MiniLM-L6-v2 on banking77, one epoch, objective.pooling=mean, data.group_by_length=true, optim.lr=3e-3:
+test accuracy 0.903, 0.907, 0.906 (three seeds); peft on the same batches 0.902, 0.914, 0.905.
 """
 
 from common import recipe
