@@ -9,8 +9,8 @@ two columns of lists, tokens and labels; under other names: --config.data.column
 Expected: `eval/entity_f1` rises (tags such as B-person, I-person and O), and the workdir ends with `model/`, which
 transformers.AutoModelForTokenClassification loads.
 
-Measured: all-MiniLM-L6-v2 on wnut17, one epoch (213 steps of 16 rows), optim.lr=2e-4, rows of like length together
-(data.group_by_length): `eval/entity_f1` 0.009 -> 0.423 on the test file (precision 0.594, recall 0.328).
+Measured: all-MiniLM-L6-v2 on wnut17, one epoch (213 steps of 16 rows), optim.lr=3e-4, data.group_by_length=true: entity
+F1 0.413 on the test file (one seed); transformers on the same batches 0.403.
 """
 
 from common import recipe
