@@ -150,7 +150,7 @@ def attach(
     beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
     labelled = hasattr(module, "labels")  # a label head is trained whole beside the adapters
     params, saved = _to_save(params, modules_to_save, module)
-    trainable_token_indices = _token_ids(trainable_token_indices, places(params, module))
+    trainable_token_indices = _token_ids(trainable_token_indices, params, module)
     table = _token_table(params, trainable_token_indices, saved.keys() | rows.keys())
     for path in rows:
         if path in saved:
@@ -217,11 +217,11 @@ def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tupl
     return params, dict.fromkeys(hits)
 
 
-def _token_ids(ids: Sequence[int] | Mapping[str, Sequence[int]] | None, candidates: list[Place]) -> Any:
+def _token_ids(ids: Sequence[int] | Mapping[str, Sequence[int]] | None, params: PyTree, module: Any) -> Any:
     """Token ids, also where they are given as {name of the embedding: ids}, which peft takes too."""
     if not isinstance(ids, Mapping):
         return ids
-    named = {p.name for p in candidates if p.path == "embed_tokens/embedding"}
+    named = {p.name for p in places(params, module) if p.path == "embed_tokens/embedding"}
     if len(ids) != 1 or not any(is_or_ends(name, key) for key in ids for name in named):
         known = ", ".join(named) or "a token embedding"
         raise UserError(f"trainable_token_indices={dict(ids)}: expected one entry, for {known}.")

@@ -7,6 +7,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 import zoo
@@ -17,6 +18,7 @@ from test_models import FIRST, T, logits, slow
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.models.decoder import REMAT, Decoder, split
+from jaxtune.models.layers import ACTIVATIONS
 from jaxtune.models.spec import Segment
 from jaxtune.tree import flatten
 from jaxtune.weights import row_keys
@@ -86,6 +88,16 @@ def test_no_product_is_computed_twice_unless_asked(name, attention):
         program = jax.make_jaxpr(jax.grad(loss))(params, zoo.tokens(2, 12))
         counts[remat] = count_equations(program.jaxpr, "dot_general")
     assert counts["none"] == counts["everything"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_is_torchs(dtype):
+    import torch
+
+    x = np.linspace(-4, 4, 257, dtype=np.float32)
+    want = torch.nn.functional.gelu(torch.tensor(x).to(getattr(torch, dtype))).float().numpy()
+    got = np.asarray(ACTIVATIONS["gelu"](jnp.asarray(x, dtype)), np.float32)
+    np.testing.assert_allclose(got, want, rtol={"float32": 1e-5, "bfloat16": 2**-7}[dtype], atol=1e-6)
 
 
 def noisy_llama():

@@ -94,9 +94,8 @@ class LabelForm:
         name = label_name(where, column, label)
         if (known := _index(self.names).get(name)) is not None:
             return known
-        numbers = any(re.fullmatch(r"-?\d+", name) for name in self.names)  # these are names, and no number is an id
-        if isinstance(label, int) and not numbers and 0 <= label < len(self.names):  # data sets of the hub hold ids
-            return label
+        if isinstance(label, int) and 0 <= label < len(self.names) and not _numbered(self.names):
+            return label  # data sets of the hub hold ids
         shown = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
         raise UserError(
             f"{where}: {column} {name!r} is not one of the {len(self.names)} labels of {self.origin} ({shown})."
@@ -107,6 +106,12 @@ class LabelForm:
 @functools.lru_cache(maxsize=8)
 def _index(names: tuple[str, ...]) -> dict[str, int]:
     return {name: i for i, name in enumerate(names)}
+
+
+@functools.lru_cache(maxsize=8)
+def _numbered(names: tuple[str, ...]) -> bool:
+    """Whether labels are called by numbers, so that a number in the data is a name and never an id."""
+    return any(re.fullmatch(r"-?\d+", name) for name in names)
 
 
 def _value(where: str, row: Mapping[str, Any], column: str) -> Any:
