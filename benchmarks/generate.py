@@ -24,8 +24,8 @@ def ours(a):
     """A call that generates once with jaxtune."""
     import jax.numpy as jnp
 
-    from jaxtune.generation import generate
     from jaxtune.hf.load import load
+    from jaxtune.infer.generation import generate
 
     module, params = load(a.model, dtype=jnp.float32)
     return lambda: generate(module, params, prompts(a), max_new_tokens=a.new, batch_size=a.batch)

@@ -104,7 +104,7 @@ def side_jaxtune(folder: Path):
     import jax.numpy as jnp
 
     import jaxtune.models.classifier
-    import jaxtune.models.llama  # noqa: F401  (as with transformers below, imports are not counted)
+    import jaxtune.models.families.llama  # noqa: F401  (as with transformers below, imports are not counted)
     from jaxtune.hf.load import load
 
     jnp.zeros(8).block_until_ready()  # the backend is up

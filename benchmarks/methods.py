@@ -16,7 +16,7 @@ import numpy as np
 
 import jaxtune
 from jaxtune import models
-from jaxtune.methods import METHODS
+from jaxtune.methods.table import METHODS
 
 
 class Foreign:

@@ -72,9 +72,11 @@ def setup(case: tuple, backend: str):
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import models, optim, plan
-    from jaxtune.methods import METHODS
+    from jaxtune import models
+    from jaxtune.methods.table import METHODS
     from jaxtune.models.classifier import SEQUENCE, Labels, with_labels
+    from jaxtune.train import cost as plan
+    from jaxtune.train import optim
 
     name, method, rows, length, remat = case
     gpu = backend == "gpu"
@@ -96,8 +98,8 @@ def on_device(case: tuple) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import plan
-    from jaxtune.step import make_train_step
+    from jaxtune.train import cost as plan
+    from jaxtune.train.step import make_train_step
 
     s = setup(case, jax.default_backend())
     known = plan.shapes(s)
@@ -135,8 +137,8 @@ def on_h100(case: tuple) -> dict[str, float]:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from jaxtune import plan
-    from jaxtune.step import make_train_step
+    from jaxtune.train import cost as plan
+    from jaxtune.train.step import make_train_step
 
     s = setup(case, "gpu")
     known = plan.shapes(s)

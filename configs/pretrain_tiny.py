@@ -1,6 +1,6 @@
 """Pretrain the tiny base model that the package carries, from nothing.
 
-    python -m jaxtune.tiny.build --out=runs/tiny
+    python examples/tiny/build.py --out=runs/tiny
     jaxtune train --config=configs/pretrain_tiny.py --workdir=runs/tiny/pretrain
     cp runs/tiny/pretrain/model/model.safetensors jaxtune/assets/tiny/base/
 

@@ -1,6 +1,6 @@
 """peft's front door: `from jaxtune.peft import LoraConfig, get_peft_model`, on a functional model.
 
-A thin shell over `jaxtune.load` and `jaxtune.methods`, for code that is written against peft's names.
+A thin shell over `jaxtune.load` and `jaxtune.methods.table`, for code that is written against peft's names.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtune.errors import UserError, nearest
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
-from jaxtune.methods import ia3, lora, prompt_tuning, tune
+from jaxtune.methods.table import ia3, lora, prompt_tuning, tune
 from jaxtune.tree import count
-from jaxtune.weights import virtual_tokens
+from jaxtune.weights.leaf import virtual_tokens
 
 
 class PeftConfig:

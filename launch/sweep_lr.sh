@@ -7,7 +7,7 @@ wrong() {
   cat >&2 <<USAGE
 usage: launch/sweep_lr.sh CONFIG OUTDIR LR [LR ...] [-- flags of jaxtune train]
 
-Trains in OUTDIR/lr=LR (its output in jaxtune.log there), one process a free GPU, or one at a time without GPUs. The
+Trains in OUTDIR/lr=LR (its output in jaxtune.train.log there), one process a free GPU, or one at a time without GPUs. The
 GPUs can be named by CUDA_VISIBLE_DEVICES. Ends with a table sorted by evaluation loss, also in OUTDIR/sweep.csv.
 PYTHON names the interpreter that has jaxtune (by default python3). Start it again to go on, or with more rates.
 
@@ -44,7 +44,7 @@ for flag in "${flags[@]}"; do
 done
 python=${PYTHON:-python3}
 command -v jaxtune >/dev/null || wrong "jaxtune is not on PATH: pip install -e ."
-"$python" -c "import jaxtune.sweep_table" || wrong "$python cannot import jaxtune; name the interpreter: PYTHON=..."
+"$python" -c "import jaxtune.report.sweep_table" || wrong "$python cannot import jaxtune; name the interpreter: PYTHON=..."
 
 finished() { [[ -f $1/summary.json && (-d $1/adapter || -d $1/model) ]]; }
 
@@ -107,7 +107,7 @@ while ((${#rate_of[@]})) || [[ -z $stopping && ${#queue[@]} -gt 0 ]]; do
   done
 done
 
-"$python" -m jaxtune.sweep_table "$outdir"
+"$python" -m jaxtune.report.sweep_table "$outdir"
 if ((stopped + ${#queue[@]})); then
   echo "sweep_lr.sh: stopped; the same command goes on" >&2
   exit 3

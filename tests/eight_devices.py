@@ -10,9 +10,9 @@ import small
 from jax.sharding import Mesh
 
 from jaxtune.objectives.causal_lm import causal_lm
-from jaxtune.optim import optimizer
-from jaxtune.parallel import make_mesh, replicate, shard_batch
-from jaxtune.step import init_state, make_train_step, value_and_grad
+from jaxtune.train.optim import optimizer
+from jaxtune.train.parallel import make_mesh, replicate, shard_batch
+from jaxtune.train.step import init_state, make_train_step, value_and_grad
 from jaxtune.tree import TRAIN, combine
 
 STEPS, ORACLE_STEPS = 50, 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune import models
-from jaxtune.methods import METHODS
+from jaxtune.methods.table import METHODS
 from jaxtune.tree import combine, partition
 
 VOCAB, T = 61, 16

@@ -9,12 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxtune.checkpoint import Checkpoints, check_disk, state_bytes
 from jaxtune.errors import UserError
-from jaxtune.optim import optimizer
-from jaxtune.step import TrainState, init_state
+from jaxtune.train.checkpoint import Checkpoints, check_disk, state_bytes
+from jaxtune.train.optim import optimizer
+from jaxtune.train.step import TrainState, init_state
 from jaxtune.tree import MEMBER, TRAIN, partition
-from jaxtune.weights import LoraWeight
+from jaxtune.weights.leaf import LoraWeight
 
 
 def state(seed=0.0) -> TrainState:

@@ -16,14 +16,14 @@ import zoo
 from small import quick_compiles  # noqa: F401
 
 from jaxtune import config
-from jaxtune.commands.tasks import open_task
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load, read_config, read_params
 from jaxtune.hf.peft import export_adapter, load_adapter
-from jaxtune.methods import head, lora
+from jaxtune.methods.table import head, lora
 from jaxtune.models import names
 from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, pool, with_labels
 from jaxtune.objectives.classification import classification, entity_counts, entity_tables, metrics
+from jaxtune.run.tasks import open_task
 from jaxtune.tree import TRAIN, flatten
 
 TOLERANCE = 1e-4

@@ -10,10 +10,10 @@ from runs import compiled, write_jsonl  # noqa: F401
 from small import quick_compiles  # noqa: F401
 
 from jaxtune import cli, data
-from jaxtune.commands import job
 from jaxtune.config import resolve
 from jaxtune.data.labels import LabelAssembler, LabelForm
 from jaxtune.errors import UserError
+from jaxtune.run import job
 
 WORDS = ["red", "blue", "green", "big", "small", "car", "bus", "tree", "house", "sky", "very", "un", "##able"]
 WORDS += ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
@@ -257,8 +257,8 @@ def test_balanced_weights_are_scikit_learns(home):
     flags = {"model.path": home / "model", "data.train": home / "train.jsonl", "objective.class_weights": "balanced"}
     flags |= {"objective.name": "sequence_classification", "tune.method": "head"}
     cfg = resolve(flags={path: str(value) for path, value in flags.items()})
-    from jaxtune.commands import tasks
     from jaxtune.data.labels import count_labels
+    from jaxtune.run import tasks
 
     form = job.open_model(cfg).task.form
     assert form.names == ("blue", "green", "red")

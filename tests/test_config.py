@@ -51,7 +51,7 @@ def test_the_tables_beside_the_schema_name_settings_that_exist():
 
 
 def test_schema_is_a_locked_config_dict_of_the_defaults():
-    schema = c.schema()
+    schema = c.defaults()
     assert isinstance(schema, ConfigDict)
     assert schema.tune.lora.r == 8
     with pytest.raises(AttributeError, match="rank"):

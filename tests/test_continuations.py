@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtune.errors import UserError
-from jaxtune.evaluate import continuations
-from jaxtune.evaluate.continuations import scorer, shared_batches, sharing_pays
-from jaxtune.methods import prompt_tuning
+from jaxtune.infer import continuations
+from jaxtune.infer.continuations import scorer, shared_batches, sharing_pays
+from jaxtune.methods.table import prompt_tuning
 
 
 @pytest.fixture(autouse=True)

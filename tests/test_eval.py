@@ -10,10 +10,10 @@ from runs import command, compiled, home, read, write_jsonl  # noqa: F401
 from small import quick_compiles  # noqa: F401
 
 from jaxtune import cli
-from jaxtune.card import model_card
 from jaxtune.evaluate import held_out, kept, metrics
-from jaxtune.generation import generate_text
-from jaxtune.target import load_target
+from jaxtune.hf.card import model_card
+from jaxtune.infer.generation import generate_text
+from jaxtune.infer.target import load_target
 
 
 def rows_of(folder):

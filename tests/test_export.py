@@ -16,14 +16,14 @@ from test_peft_io import our_logits as logits
 
 import jaxtune
 from jaxtune import files
-from jaxtune.card import model_card, run_facts
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.evaluate.systems import systems
+from jaxtune.hf.card import model_card, run_facts
 from jaxtune.hf.tensors import index_dir
-from jaxtune.hf.tuned import find, open_source
-from jaxtune.methods import full, head
-from jaxtune.weights import QuantWeight
+from jaxtune.infer.source import find, open_source
+from jaxtune.methods.table import full, head
+from jaxtune.weights.leaf import QuantWeight
 
 
 def live(folder, **settings):
@@ -91,7 +91,7 @@ def test_adapted_embedding_unties_the_head(name, table, tmp_path):
 def test_merged_in_float32_and_cast_once_to_the_bases_dtype(asked, expected, tmp_path):
     zoo.build("llama").bfloat16().save_pretrained(tmp_path / "base")
     module, params = jaxtune.load(tmp_path / "base")
-    params, mask = jaxtune.methods.lora(params, jax.random.key(0), r=2, module=module)
+    params, mask = jaxtune.methods.table.lora(params, jax.random.key(0), r=2, module=module)
     params = shake(params, mask)
     jaxtune.export_model(module, params, tmp_path / "out", base=tmp_path / "base", dtype=asked)
     stored = load_file(tmp_path / "out/model.safetensors")

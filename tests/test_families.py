@@ -20,7 +20,7 @@ from test_models import FIRST, QUICK, TOLERANCE
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter, tree_factors
-from jaxtune.methods import places
+from jaxtune.methods.table import places
 from jaxtune.models import FAMILIES
 from jaxtune.tree import combine, flatten, partition
 

@@ -15,18 +15,19 @@ import small
 from runs import command, compiled, home, read  # noqa: F401
 from small import quick_compiles  # noqa: F401
 
-from jaxtune import data, features, models
+from jaxtune import data, models
 from jaxtune.cli import main
 from jaxtune.data import Rows
 from jaxtune.data.labels import LabelAssembler
 from jaxtune.errors import Interrupted, UserError
-from jaxtune.features import GIB, Cut, Extractor, Layout, Store, above, find_cut
-from jaxtune.methods import cut, tune
+from jaxtune.methods.table import cut, tune
 from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, with_labels
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.classification import classification
-from jaxtune.parallel import make_mesh
-from jaxtune.step import value_and_grad
+from jaxtune.train import features
+from jaxtune.train.features import GIB, Cut, Extractor, Layout, Store, above, find_cut
+from jaxtune.train.parallel import make_mesh
+from jaxtune.train.step import value_and_grad
 from jaxtune.tree import combine, partition
 
 BERT = {
@@ -272,7 +273,7 @@ HEAD = {"tune__method": "head", "tune__lora__r": None, "tune__lora__lora_dropout
 @pytest.fixture
 def run(home, tmp_path, capsys, monkeypatch):  # noqa: F811
     """`run(name, **settings) -> (status, output)`; features are kept in a folder of the test."""
-    monkeypatch.setattr("jaxtune.features.cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr("jaxtune.train.features.cache_root", lambda: tmp_path / "cache")
 
     def call(name, *flags, **settings):
         capsys.readouterr()

@@ -17,9 +17,9 @@ from small import quick_compiles  # noqa: F401
 import jaxtune
 from jaxtune import FROZEN, TRAIN, LoraWeight, QuantWeight, ShapedWeight, adapt, combine, lora, merge, partition
 from jaxtune.errors import UserError
-from jaxtune.foreign import Axis, Layout, Rider
-from jaxtune.rewrite import reshape
-from jaxtune.weights import is_weight, map_weights, plain, row_keys
+from jaxtune.weights.foreign import Axis, Layout, Rider
+from jaxtune.weights.leaf import is_weight, map_weights, plain, row_keys
+from jaxtune.weights.rewrite import reshape
 
 
 class Model(NamedTuple):

@@ -10,11 +10,11 @@ import pytest
 import zoo
 
 from jaxtune import cli
-from jaxtune import generation as g
 from jaxtune.errors import UserError
-from jaxtune.generation import bucket, cut, filter_logits, generate, generate_text
-from jaxtune.target import eos_ids, load_target
-from jaxtune.weights import QuantWeight
+from jaxtune.infer import generation as g
+from jaxtune.infer.generation import bucket, cut, filter_logits, generate, generate_text
+from jaxtune.infer.target import eos_ids, load_target
+from jaxtune.weights.leaf import QuantWeight
 
 LENGTHS = (9, 1, 14, 5, 3)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runs import compiled, home  # noqa: F401
 
 from jaxtune import cli
-from jaxtune.evaluate import continuations, logprobs
+from jaxtune.infer import continuations, logprobs
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'jaxtune[eval]'")
 pytestmark = [

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import jaxtune
-from jaxtune import cli, config, data, propose
+from jaxtune import cli, config, data
 from jaxtune.errors import UserError
+from jaxtune.run import propose
 
 POSITIONS = 256
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.sweep_table import differing_settings, sweep_rows
+from jaxtune.report.sweep_table import differing_settings, sweep_rows
 
 REPO = Path(__file__).resolve().parent.parent
 LAUNCH = REPO / "launch"
@@ -332,12 +332,12 @@ def test_sweep_goes_on_when_a_rate_fails_and_tries_it_again_the_next_time(place)
 
 
 def test_a_new_run_is_given_a_folder_that_jaxtune_takes_for_new(place):
-    """`jaxtune train` refuses a folder without config.json that holds anything but jaxtune.log."""
+    """`jaxtune train` refuses a folder without config.json that holds anything but jaxtune.train.log."""
     place.plan(**{"1e_5": "exit 2"})
     place.run(*SWEEP, "1e-5", status=1)
     place.stand_in("jaxtune", '#!/usr/bin/env bash\ncd "${3#*=}" && echo * >"$CALLS"\n')
     place.run(*SWEEP, "1e-5")
-    assert (place.folder / "calls").read_text() == "jaxtune.log\n"
+    assert (place.folder / "calls").read_text() == "jaxtune.train.log\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -538,7 +538,7 @@ def test_settings_that_differ_besides_the_rate_are_named(tmp_path):
 
 
 def test_the_table_of_no_sweep_is_an_error(tmp_path):
-    command = [sys.executable, "-m", "jaxtune.sweep_table", str(tmp_path)]
+    command = [sys.executable, "-m", "jaxtune.report.sweep_table", str(tmp_path)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and "no runs of a sweep" in done.stderr
     assert not (tmp_path / "sweep.csv").exists()

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import loop
 from jaxtune.errors import Interrupted, RunFailed, UserError
-from jaxtune.log import Metrics, read_metrics
-from jaxtune.step import TrainState
+from jaxtune.train import loop
+from jaxtune.train.log import Metrics, read_metrics
+from jaxtune.train.step import TrainState
 
 
 class Memory:

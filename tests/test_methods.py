@@ -15,7 +15,7 @@ from jaxtune.errors import UserError
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
-from jaxtune.methods import (
+from jaxtune.methods.table import (
     METHODS,
     bitfit,
     cut,
@@ -31,7 +31,7 @@ from jaxtune.methods import (
 )
 from jaxtune.models.decoder import head_leaf, head_logits, split
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, count, flatten, partition
-from jaxtune.weights import DoraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
+from jaxtune.weights.leaf import DoraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
 
 KEY = jax.random.key(0)
 
@@ -434,7 +434,7 @@ EVERY = {
 @pytest.mark.parametrize("case", [c if c == "dora" else pytest.param(c, marks=SLOW) for c in EVERY])
 def test_a_few_steps_lower_the_loss_and_move_only_what_is_trained(case, tmp_path):
     from jaxtune import causal_lm, init_state, make_train_step, optimizer
-    from jaxtune.checkpoint import Checkpoints
+    from jaxtune.train.checkpoint import Checkpoints
 
     method, settings = EVERY[case]
     module = cut(method, small.decoder(attention_bias=True), settings)
@@ -477,7 +477,8 @@ def test_a_few_steps_lower_the_loss_and_move_only_what_is_trained(case, tmp_path
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_members_of_a_sweep_are_what_they_are_alone(settings, tmp_path):
     """Ranks, alphas and LoRA+ ratios that differ, over one base; what is taken out of the stack is written as it is."""
-    from jaxtune import causal_lm, init_state, make_train_step, optimizer, sweep
+    from jaxtune import causal_lm, init_state, make_train_step, optimizer
+    from jaxtune.train import stacked as sweep
 
     module, base = zoo.ours("llama")
     loss_fn, batch = causal_lm(module), small.batch()

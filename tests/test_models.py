@@ -16,7 +16,7 @@ from jaxtune.errors import UserError
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import load_adapter, tree_factors
-from jaxtune.methods import places
+from jaxtune.methods.table import places
 from jaxtune.models import layers
 from jaxtune.models.layers import Experts
 from jaxtune.models.spec import Segment

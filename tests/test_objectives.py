@@ -12,7 +12,7 @@ from small import quick_compiles  # noqa: F401
 from jaxtune.models.decoder import head_logits
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.cross_entropy import chunk_size, cross_entropy
-from jaxtune.weights import LoraWeight, QuantWeight
+from jaxtune.weights.leaf import LoraWeight, QuantWeight
 
 B, T, D, V = 3, 7, 8, 29
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ import small
 from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
-from jaxtune.optim import decay_mask, optimizer, schedule
-from jaxtune.weights import DoraWeight, Ia3Weight, LoraWeight
+from jaxtune.train.optim import decay_mask, optimizer, schedule
+from jaxtune.weights.leaf import DoraWeight, Ia3Weight, LoraWeight
 
 STEPS = 40
 

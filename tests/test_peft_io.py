@@ -18,9 +18,9 @@ import jaxtune
 from jaxtune.errors import UserError
 from jaxtune.hf.export import weights_by_path
 from jaxtune.hf.peft import DEFAULTS, IA3_DEFAULTS, PROMPT_DEFAULTS, load_adapter
-from jaxtune.methods import METHODS, full, lora, places
+from jaxtune.methods.table import METHODS, full, lora, places
 from jaxtune.tree import TRAIN, count, flatten, partition
-from jaxtune.weights import DoraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
+from jaxtune.weights.leaf import DoraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
 
 TOKENS = zoo.tokens(2, 12)
 

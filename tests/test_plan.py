@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import command, compiled, home  # noqa: F401
 
-from jaxtune import models, optim, plan
+from jaxtune import models
 from jaxtune.cli import main
-from jaxtune.commands import job
-from jaxtune.methods import METHODS
+from jaxtune.methods.table import METHODS
 from jaxtune.models import FAMILIES
+from jaxtune.run import job
+from jaxtune.train import cost as plan
+from jaxtune.train import optim
 
 TOLERANCE = 0.15  # of the formula against XLA's plan on a CPU
 

@@ -21,7 +21,7 @@ from jaxtune.models.decoder import REMAT, Decoder, split
 from jaxtune.models.layers import ACTIVATIONS
 from jaxtune.models.spec import Segment
 from jaxtune.tree import flatten
-from jaxtune.weights import row_keys
+from jaxtune.weights.leaf import row_keys
 
 
 @functools.partial(jax.jit, static_argnums=0)

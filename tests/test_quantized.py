@@ -24,9 +24,9 @@ from jaxtune import (
     tiny,
 )
 from jaxtune.errors import UserError
-from jaxtune.quantized import BLOCK, KINDS, NF4, Nf4Weight, packs
 from jaxtune.tree import combine, flatten
-from jaxtune.weights import dot, embed, is_weight, merge_leaf, transposed_dot
+from jaxtune.weights.leaf import dot, embed, is_weight, merge_leaf, transposed_dot
+from jaxtune.weights.packed import BLOCK, KINDS, NF4, Nf4Weight, packs
 
 # Dettmers et al. 2023, appendix E.
 PUBLISHED = [

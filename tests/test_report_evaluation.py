@@ -8,12 +8,12 @@ import re
 import pytest
 from report_runs import DATA, HOSTILE, OVERRIDES, SUMMARY, Page, make_run
 
-from jaxtune import watch
-from jaxtune.card import model_card, put_evaluation, run_facts
 from jaxtune.cli import main
 from jaxtune.errors import UserError
-from jaxtune.log import read_metrics
+from jaxtune.hf.card import model_card, put_evaluation, run_facts
 from jaxtune.report import write_report
+from jaxtune.train import watch
+from jaxtune.train.log import read_metrics
 
 
 def cell(value, low, high):

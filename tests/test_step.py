@@ -14,10 +14,10 @@ import pytest
 import small
 from small import quick_compiles  # noqa: F401
 
-from jaxtune.methods import METHODS
+from jaxtune.methods.table import METHODS
 from jaxtune.objectives.causal_lm import causal_lm
-from jaxtune.optim import optimizer
-from jaxtune.step import init_state, make_eval_step, make_train_step
+from jaxtune.train.optim import optimizer
+from jaxtune.train.step import init_state, make_eval_step, make_train_step
 from jaxtune.tree import partition
 
 TESTS = Path(__file__).parent
@@ -169,7 +169,7 @@ def test_fifty_losses_equal_those_of_live_peft(name):
     import zoo
     from test_methods import live
 
-    from jaxtune.methods import lora, places
+    from jaxtune.methods.table import lora, places
     from jaxtune.tree import flatten
 
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -327,7 +327,7 @@ def exact_loss(part):
 
 
 def whole_gradients(part, batch):
-    from jaxtune.step import value_and_grad
+    from jaxtune.train.step import value_and_grad
 
     return jax.jit(value_and_grad(loss_fn()))(*part, batch, jax.random.fold_in(jax.random.key(0), 0))
 

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from runs import STEPS, adapter, command, compiled, everything, home, read, write_jsonl  # noqa: F401
 from small import quick_compiles  # noqa: F401
 
-from jaxtune import loop, sweep, tree
+from jaxtune import tree
 from jaxtune.cli import main
-from jaxtune.commands import find_lr, job, points
 from jaxtune.commands import sweep as sweep_command
 from jaxtune.config import resolve
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.objectives.causal_lm import causal_lm
-from jaxtune.step import TrainState, value_and_grad
+from jaxtune.run import find_lr, job, points
+from jaxtune.train import loop
+from jaxtune.train import stacked as sweep
+from jaxtune.train.step import TrainState, value_and_grad
 
 # Each differs from the first in one thing that may differ within a step, the last in all of them.
 VARIED = (
@@ -380,7 +382,7 @@ def test_killed_while_results_are_written(run, finished, tmp_path):
 
 
 def test_a_signal_saves_and_exits_3(run, finished, tmp_path, monkeypatch):
-    from jaxtune import log
+    from jaxtune.train import log
 
     update = log.Progress.update
 
@@ -673,7 +675,7 @@ def test_a_directory_that_is_no_sweep_is_left_alone(run, tmp_path):
 
 
 def test_optimizers_that_mix_entries_keep_ranks_apart(home, monkeypatch):  # noqa: F811
-    from jaxtune import optim
+    from jaxtune.train import optim
 
     cfgs = [config(home, {"tune.lora.r": r}) for r in (2, 4)]
     assert points.signature(cfgs[0]) == points.signature(cfgs[1])

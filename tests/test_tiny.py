@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,13 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
-from jaxtune.tiny import build, corpus, world
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "examples" / "tiny")
+)  # the generator, which is not packaged
+
+import build
+import corpus
+import world
 
 ASSETS = Path(str(files("jaxtune"))) / "assets" / "tiny"
 

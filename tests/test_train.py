@@ -16,9 +16,9 @@ from runs import STEPS, adapter, checkpoints, command, compiled, everything, hom
 from safetensors.numpy import load_file, save_file
 from small import quick_compiles  # noqa: F401
 
-from jaxtune import log, loop
 from jaxtune.cli import main
-from jaxtune.commands import job
+from jaxtune.run import job
+from jaxtune.train import log, loop
 
 
 @pytest.fixture(scope="module")

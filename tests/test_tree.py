@@ -20,7 +20,7 @@ from jaxtune.tree import (
     partition,
     split_stack,
 )
-from jaxtune.weights import LoraWeight, QuantWeight
+from jaxtune.weights.leaf import LoraWeight, QuantWeight
 
 PARAMS = {
     "embed_tokens": {"embedding": np.zeros((7, 4))},

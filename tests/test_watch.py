@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from runs import command, compiled, home, read, sums, write_jsonl  # noqa: F401
 from small import quick_compiles  # noqa: F401
 
-from jaxtune import tree, watch
+from jaxtune import tree
 from jaxtune.cli import main
 from jaxtune.config import DEFAULT_LR
-from jaxtune.log import Metrics
-from jaxtune.plot import BITS, plot
+from jaxtune.train import watch
+from jaxtune.train.log import Metrics
+from jaxtune.train.plot import BITS, plot
 
 RATIOS = {"train/update_ratio/attention": 1e-3, "train/update_ratio/mlp": 1e-3}
 

@@ -6,7 +6,7 @@ import small
 import zoo
 
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, flatten, match, partition
-from jaxtune.weights import (
+from jaxtune.weights.leaf import (
     DoraWeight,
     Ia3Weight,
     LoraWeight,

@@ -61,9 +61,9 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
     from rich.console import Console
 
     from jaxtune import curate, data
-    from jaxtune.commands import job
-    from jaxtune.commands.tasks import open_task
     from jaxtune.hf import load as hf
+    from jaxtune.run import job
+    from jaxtune.run.tasks import open_task
 
     task = open_task(cfg, hf.read_config(hf.resolve(cfg.model.path)))
     module = task.module

@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
     _check_flags(options)
     from jaxtune.files import exclusive
     from jaxtune.hf import tensors
-    from jaxtune.hf.tuned import find
-    from jaxtune.target import check_continues
+    from jaxtune.infer.source import find
+    from jaxtune.infer.target import check_continues
 
     source = find(options.target)
     tensors.index_dir(source.model)  # missing weights are named before anything is read
@@ -116,11 +116,11 @@ def _check_flags(options: SimpleNamespace) -> None:
 
 
 def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    from jaxtune.commands import job
     from jaxtune.evaluate import held_out
     from jaxtune.evaluate.kept import Kept
     from jaxtune.evaluate.systems import systems
-    from jaxtune.target import eos_ids, tokenizer_of
+    from jaxtune.infer.target import eos_ids, tokenizer_of
+    from jaxtune.run import job
 
     began = time.time()
     own = _own_metrics(options)
@@ -190,12 +190,12 @@ def _tell(
 
 def _labelled(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     """Held-out rows of a model with a label head."""
-    from jaxtune.commands import job
-    from jaxtune.commands.job import max_length
     from jaxtune.evaluate import classifiers
     from jaxtune.evaluate.kept import Kept
     from jaxtune.evaluate.rows import data_names, group_values, tokenised
-    from jaxtune.target import tokenizer_of
+    from jaxtune.infer.target import tokenizer_of
+    from jaxtune.run import job
+    from jaxtune.run.job import max_length
 
     for name in ("format", "metrics", "schema", "scorer", "labels", "max-new-tokens"):
         if getattr(options, name.replace("-", "_")) != FLAGS[name].default:
@@ -239,14 +239,14 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     """The models that have a head for the labels, the tuned one last; and how rows for it are read."""
     import jax
 
-    from jaxtune.commands import job
-    from jaxtune.commands.tasks import open_task
     from jaxtune.data import LabelForm
     from jaxtune.evaluate.kept import key_of
     from jaxtune.evaluate.systems import System, base_identity, identity
     from jaxtune.hf import load as hf
     from jaxtune.hf.peft import load_adapter
     from jaxtune.models.classifier import PROBLEMS, TOKEN
+    from jaxtune.run import job
+    from jaxtune.run.tasks import open_task
 
     dtype = job.compute_dtype(cfg.model.dtype if cfg else "auto")
     if source.adapter is not None:
@@ -301,9 +301,9 @@ def _virtual(source: Any) -> int:
 def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtual: int) -> tuple[list[Any], list[str]]:
     """The held-out rows, and the names of their sources."""
     from jaxtune import models
-    from jaxtune.commands.job import max_length
     from jaxtune.evaluate.rows import check_format, data_names, read_rows
     from jaxtune.hf.load import read_config
+    from jaxtune.run.job import max_length
 
     settings, sources, fraction = _sources(options, source, cfg)
     module = models.build(read_config(source.model))
@@ -421,7 +421,7 @@ def _write(source: Any, out: Path, part: str, report: dict[str, Any]) -> None:
     """Put a part into eval.json, with the step of the run; the other one stays."""
     from jaxtune.files import atomic_write_text
     from jaxtune.hf.tensors import read_json
-    from jaxtune.log import read_metrics
+    from jaxtune.train.log import read_metrics
 
     if source.run and (source.run / "metrics.jsonl").is_file():
         report |= {"step": max((m["step"] for m in read_metrics(source.run)), default=None)}
@@ -432,7 +432,7 @@ def _write(source: Any, out: Path, part: str, report: dict[str, Any]) -> None:
 
 def _refresh(source: Any) -> None:
     """Write the page of the run and the card of its result again."""
-    from jaxtune.card import carry_evaluation
+    from jaxtune.hf.card import carry_evaluation
     from jaxtune.report import write_report
 
     carry_evaluation(source.run, source.adapter or source.model)
@@ -511,10 +511,10 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    from jaxtune.commands import job
     from jaxtune.evaluate.harness import open_tasks, run_tasks
     from jaxtune.evaluate.systems import systems
-    from jaxtune.target import tokenizer_of
+    from jaxtune.infer.target import tokenizer_of
+    from jaxtune.run import job
 
     began = time.time()
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     refuse_existing(options.out)
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
-    from jaxtune.hf.tuned import find, open_source
+    from jaxtune.infer.source import find, open_source
 
     source = find(options.source, options.base)
     if source.adapter is None and (options.merge or options.adapter):
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         import jax
 
         from jaxtune.hf.load import read_params
-        from jaxtune.quantized import rounding
+        from jaxtune.weights.packed import rounding
 
         off = rounding(params, read_params(module, source.model, key=jax.random.key(0)))
         print(
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
             module, params, options.out, base=source.model, tuned_from=source.base, dtype=options.dtype, **shared
         )
     if source.run:
-        from jaxtune.card import carry_evaluation
+        from jaxtune.hf.card import carry_evaluation
 
         carry_evaluation(source.run, options.out)
     for note in notes:
@@ -86,9 +86,9 @@ def main(argv: list[str]) -> None:
 
 def read_run_facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The facts of a run for the model card, from what it wrote."""
-    from jaxtune.card import run_facts
+    from jaxtune.hf.card import run_facts
     from jaxtune.hf.tensors import read_json
-    from jaxtune.log import read_metrics
+    from jaxtune.train.log import read_metrics
 
     metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     return run_facts(config, metrics, read_json(run / "summary.json") if (run / "summary.json").is_file() else None)

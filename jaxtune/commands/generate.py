@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         from jaxtune.files import refuse_existing
 
         refuse_existing(options.out)
-    from jaxtune.target import load_target
+    from jaxtune.infer.target import load_target
 
     target = load_target(options.target, options.adapter)
     settings = {
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 def complete(target: Any, prompts: list, options: SimpleNamespace, settings: dict[str, Any]) -> None:
     """Continue prompts and print or write what follows them."""
-    from jaxtune.generation import generate_text
+    from jaxtune.infer.generation import generate_text
 
     model = target.module, target.params, target.tokenizer
     texts = generate_text(*model, prompts, chat=options.chat, batch_size=options.batch_size, **settings)
@@ -83,7 +83,7 @@ def complete(target: Any, prompts: list, options: SimpleNamespace, settings: dic
 
 def chat(target: Any, settings: dict[str, Any]) -> None:
     """Talk on the terminal: the whole conversation is the prompt of each answer."""
-    from jaxtune.generation import generate_text, prepare
+    from jaxtune.infer.generation import generate_text, prepare
 
     model = target.module, prepare(target.module, target.params), target.tokenizer
     print("An empty line starts a new conversation; Ctrl-D ends.")

@@ -25,10 +25,11 @@ WHOLE = 2**31 - 1  # a length that no row exceeds
 
 def main(argv: list[str]) -> None:
     options = parse_options(argv, FLAGS, usage=USAGE)
-    from jaxtune import models, propose
+    from jaxtune import models
     from jaxtune.data import load_tokenizer, prepare
     from jaxtune.files import atomic_write_text, refuse_existing
     from jaxtune.models.spec import Config
+    from jaxtune.run import propose
 
     out, name = options.out, str(options.data)
     if out.suffix != ".py":

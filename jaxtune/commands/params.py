@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     from rich.table import Table
 
     from jaxtune import tree
-    from jaxtune.commands import job
+    from jaxtune.run import job
 
     cfg_model = job.Model(*_abstract_model(cfg))
     found = []
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
 
 
 def _abstract_model(cfg):
-    from jaxtune.commands.tasks import open_task
     from jaxtune.hf import load as hf
+    from jaxtune.run.tasks import open_task
 
     folder = hf.resolve(cfg.model.path)
     return folder, open_task(cfg, hf.read_config(folder)), cfg.model.init, cfg.model.quantization

@@ -11,7 +11,7 @@ from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from jaxtune.plan import Card, Cost, Setup
+    from jaxtune.train.cost import Card, Cost, Setup
 
 USAGE = """usage: jaxtune plan MODEL [MODEL ...] [--method=lora,full] [--gpu=NAME] [--memory=GiB] [...]
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def _list_cards() -> None:
-    from jaxtune.plan import CARDS, GIB
+    from jaxtune.train.cost import CARDS, GIB
 
     for name, card in CARDS.items():
         print(
@@ -68,7 +68,7 @@ def _list_cards() -> None:
 
 def _device(options: Any) -> tuple[str, "Card | None"]:
     """The name of what is planned for, and its card; None: the device at hand."""
-    from jaxtune.plan import CARDS, GIB, Card
+    from jaxtune.train.cost import CARDS, GIB, Card
 
     if options.memory is not None and options.memory <= 0:
         raise UserError(f"--memory={options.memory:g}: expected GiB above 0")
@@ -136,11 +136,11 @@ def _setup(cfg: Any, backend: str, module: Any = None) -> "Setup":
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import plan
-    from jaxtune.commands import job
-    from jaxtune.commands.tasks import open_task
     from jaxtune.hf import load as hf
-    from jaxtune.methods import tune
+    from jaxtune.methods.table import tune
+    from jaxtune.run import job
+    from jaxtune.run.tasks import open_task
+    from jaxtune.train import cost as plan
 
     dtype = cfg.model.dtype
     if dtype == "auto":
@@ -170,8 +170,8 @@ def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any
     """The plan of one config as JSON."""
     import jax
 
-    from jaxtune import plan
-    from jaxtune.commands import job
+    from jaxtune.run import job
+    from jaxtune.train import cost as plan
 
     backend = "gpu" if card else jax.default_backend()
     memory = card.memory if card else job.free_bytes()
@@ -212,7 +212,7 @@ def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any
 
 def _policies(setup: "Setup", known: Any) -> dict[str, "Cost"]:
     """The cost of each remat policy."""
-    from jaxtune import plan
+    from jaxtune.train import cost as plan
 
     everything = plan.saved_by(setup, known, "everything")
     return {
@@ -227,8 +227,8 @@ def _choose(cfg: Any, setup: "Setup", card: "Card", devices: int = 1) -> tuple[A
     Raises:
         UserError: no part of a batch fits.
     """
-    from jaxtune import plan
     from jaxtune.config import replaced
+    from jaxtune.train import cost as plan
 
     batch = cfg.train.batch_size
     if batch % devices:
@@ -262,8 +262,8 @@ def settle(cfg: Any, model: Any, data: Any) -> tuple[Any, str]:
     """`_choose` for the devices at hand and the rows that were read, before anything is loaded or compiled."""
     import jax
 
-    from jaxtune import plan
-    from jaxtune.commands import job
+    from jaxtune.run import job
+    from jaxtune.train import cost as plan
 
     longest = max(int(rows.length.max()) for rows in data.train) + len(data.prefix)
     length = data.length if cfg.data.packing else min(data.length, -(-longest // 64) * 64)
@@ -285,7 +285,7 @@ def settled(cfg: Any, workdir: Path | None) -> Any:
 
 
 def _costs(cost: "Cost", rows: int, memory: int, card: "Card | None") -> dict[str, Any]:
-    from jaxtune import plan
+    from jaxtune.train import cost as plan
 
     parts = cost.bytes(rows)
     seconds = cost.seconds(rows, card) if card and card.flops else None
@@ -306,9 +306,9 @@ def _remedies(cfg: Any, setup: "Setup", policies: dict[str, "Cost"], memory: int
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import plan
     from jaxtune.config import ADAPTERS
-    from jaxtune.methods import tune
+    from jaxtune.methods.table import tune
+    from jaxtune.train import cost as plan
 
     now, rows = policies[cfg.model.remat], setup.rows
     if most := _divisor(cfg.train.batch_size, now.largest(memory)):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.cli import Flag, parse
-from jaxtune.commands import points as pts
 from jaxtune.errors import RunFailed, UserError
+from jaxtune.run import points as pts
 
 USAGE = """usage: jaxtune sweep --config=FILE.py --sweep.section.key=v1,v2 [--config.section.key=value] --workdir=DIR
 
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the sweep.")
     _check_flags(options)
-    from jaxtune.commands import job
     from jaxtune.commands.train import Clock
+    from jaxtune.run import job
 
     clock = Clock(began)
     job.prepare_jax()
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         limit=None if options.yes else pts.LIMIT,
     )
     if options.find_lr:
-        from jaxtune.commands.find_lr import find_lr
+        from jaxtune.run.find_lr import find_lr
 
         find_lr(sweep, options)
         return
@@ -155,7 +155,7 @@ class Sweep:
         return new
 
     def _read(self) -> None:
-        from jaxtune.commands import job
+        from jaxtune.run import job
 
         if self.folder is None:
             return
@@ -179,7 +179,7 @@ class Sweep:
     def _check_point(self, point: pts.Point) -> None:
         import jax
 
-        from jaxtune.commands import job
+        from jaxtune.run import job
 
         if point.cfg.log.wandb:
             raise UserError("log.wandb: the members of a sweep share one process; switch it off, or use sweep_lr.sh")
@@ -208,13 +208,13 @@ class Sweep:
             )
 
     def _steps(self, point: pts.Point) -> int:
-        from jaxtune.commands import job
+        from jaxtune.run import job
 
         return job.make_batches(point.cfg, *self.open(point.cfg))[2]
 
     def open(self, cfg: Any) -> tuple[Any, Any]:
         """The model, without weights, and the data of a config; read once for all configs that share them."""
-        from jaxtune.commands import job
+        from jaxtune.run import job
 
         key = _sections(cfg, "model", "data", "objective")
         if key not in self._opened:
@@ -250,7 +250,7 @@ class Sweep:
 
     def _most(self, alike: Sequence[pts.Point]) -> int:
         """How many of these fit the memory in one step."""
-        from jaxtune.commands import job
+        from jaxtune.run import job
 
         model, data = self.open(alike[0].cfg)
         cfgs = [p.cfg for p in alike]
@@ -310,7 +310,7 @@ class Sweep:
         return [name for name in self.points if name in left and not rung["ended"][name]["ended"]]
 
     def _train(self, number: int, names: list[str]) -> None:
-        from jaxtune.commands import job, running
+        from jaxtune.run import job, running
 
         rung, before = self.plan["rungs"][number], self.plan["rungs"][number - 1] if number else None
         print(f"{len(names)} in one step: {', '.join(names)}" if len(names) > 1 else f"alone: {names[0]}")
@@ -337,7 +337,7 @@ class Sweep:
 
     def _build(self, names: list[str]) -> tuple[Any, list[Any]]:
         """The job of these points, and what scores their answers; the last ones are kept."""
-        from jaxtune.commands import job, running
+        from jaxtune.run import job, running
 
         if self._built is None or self._built[0] != names:
             self._built = None  # its arrays go first
@@ -352,8 +352,8 @@ class Sweep:
 
     def _finish(self, number: int, group: list[str], names: list[str]) -> None:
         """Write the results of those of a group that end in this rung."""
-        from jaxtune import loop
-        from jaxtune.commands import running
+        from jaxtune.run import running
+        from jaxtune.train import loop
 
         left = [name for name in names if status(self.folder / name) not in ("finished", "failed")]
         if not left:
@@ -385,7 +385,7 @@ class Sweep:
         return found
 
     def _place(self, name: str) -> Any:
-        from jaxtune.commands import running
+        from jaxtune.run import running
 
         point = self.points[name]
         command = ["jaxtune", "train", *_alone(self.argv), *point.flags(), f"--workdir={self.folder.name}-{name}"]
@@ -411,8 +411,7 @@ class Sweep:
 
     def tell(self) -> None:
         """Print the table, write sweep.csv and report.html, and say how to go on with the best."""
-        from jaxtune import sweep_table
-        from jaxtune.report import write_sweep
+        from jaxtune.report import sweep_table, write_sweep
 
         sweep_table.main([str(self.folder)])
         print(f"report: {write_sweep(self.folder)}")
@@ -436,7 +435,7 @@ def status(folder: Path) -> str:
 
 
 def _failed(record: dict[str, Any]) -> bool:
-    from jaxtune.loop import EARLY
+    from jaxtune.train.loop import EARLY
 
     return record["ended"] not in (None, EARLY)
 

@@ -23,8 +23,9 @@ def main(argv: list[str]) -> None:
     cfg, options = parse(argv, FLAGS, usage=USAGE)
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the run.")
-    from jaxtune.commands import job, plan, sampling
+    from jaxtune.commands import plan
     from jaxtune.config import notes
+    from jaxtune.run import job, sampling
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
     cfg = plan.settled(cfg, workdir)
@@ -91,7 +92,7 @@ def _show_rows(data, form) -> None:
 
 
 def _run(cfg, argv, workdir: Path, j, clock: Clock) -> None:
-    from jaxtune.commands import running
+    from jaxtune.run import running
 
     place, checkpoints = running.Place("run", workdir, ["jaxtune", "train", *argv]), workdir / "checkpoints"
     [generated] = running.json_evaluations(j)

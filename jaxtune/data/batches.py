@@ -69,7 +69,7 @@ def widths(
 
 
 class Features(Protocol):
-    """What a model makes of each data row, which batches then hold in place of its tokens; see `jaxtune.features`.
+    """What a model makes of each data row, which batches then hold in place of its tokens; see `train.features`.
 
     Attributes:
         per_token: one vector for each token, not for each row.

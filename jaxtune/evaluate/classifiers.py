@@ -17,9 +17,9 @@ from jaxtune.evaluate import statistics
 from jaxtune.evaluate.held_out import Column
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.labels import confusion, gap_bins
-from jaxtune.evaluate.logprobs import batches_by_length, most_tokens
 from jaxtune.evaluate.systems import System
-from jaxtune.generation import bucket
+from jaxtune.infer.generation import bucket
+from jaxtune.infer.logprobs import batches_by_length, most_tokens
 from jaxtune.objectives.classification import entity_counts, entity_tables
 
 BINS = 10  # of calibration

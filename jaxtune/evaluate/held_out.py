@@ -9,13 +9,13 @@ import numpy as np
 from jaxtune.errors import UserError
 from jaxtune.evaluate import labels as label_scores
 from jaxtune.evaluate import statistics
-from jaxtune.evaluate.continuations import scorer
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
-from jaxtune.evaluate.logprobs import batches_by_length, most_tokens, score_batch
 from jaxtune.evaluate.metrics import Metric
 from jaxtune.evaluate.rows import Row
 from jaxtune.evaluate.systems import System
-from jaxtune.generation import decode_new, generate
+from jaxtune.infer.continuations import scorer
+from jaxtune.infer.generation import decode_new, generate
+from jaxtune.infer.logprobs import batches_by_length, most_tokens, score_batch
 
 MOST_LABELS = 200
 LOSSES = ("loss", "perplexity")

@@ -83,7 +83,7 @@ class JsonEvaluation:
         self.answers: list[list[str]] = []
 
     def __call__(self, params: Any) -> dict[str, float]:
-        from jaxtune.generation import generate
+        from jaxtune.infer.generation import generate
 
         out = generate(
             self.module,

@@ -14,10 +14,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from jaxtune.errors import UserError
-from jaxtune.evaluate.continuations import scorer
-from jaxtune.evaluate.logprobs import worth_a_compile
-from jaxtune.generation import cut, generate, prepare
-from jaxtune.weights import virtual_tokens
+from jaxtune.infer.continuations import scorer
+from jaxtune.infer.generation import cut, generate, prepare
+from jaxtune.infer.logprobs import worth_a_compile
+from jaxtune.weights.leaf import virtual_tokens
 
 
 @register_model("jaxtune")
@@ -46,7 +46,7 @@ class JaxtuneLM(TemplateLM):
     ):
         super().__init__()
         if target is not None:
-            from jaxtune.target import load_target
+            from jaxtune.infer.target import load_target
 
             module, params, tokenizer, *_ = load_target(target)
         self.module, self.params, self.tokenizer = module, prepare(module, params), tokenizer

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.evaluate.kept import key_of
-from jaxtune.generation import prepare
 from jaxtune.hf.load import load, resolve
 from jaxtune.hf.peft import load_adapter
-from jaxtune.hf.tuned import Source
+from jaxtune.infer.generation import prepare
+from jaxtune.infer.source import Source
 
 
 class System(NamedTuple):

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
-from jaxtune.card import model_card
 from jaxtune.files import atomic_dir, require_space
 from jaxtune.hf import tensors
+from jaxtune.hf.card import model_card
 from jaxtune.models.names import Tensor
-from jaxtune.weights import Adapter, LoraWeight, merge_leaf, plain, settle, weights_by_path
+from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, settle, weights_by_path
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -53,7 +53,7 @@ def export_model(
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
         tuned_from: what the model card names as base; default: `base`.
-        facts: label -> value for the model card; see `jaxtune.card.run_facts`.
+        facts: label -> value for the model card; see `jaxtune.hf.card.run_facts`.
         shard_bytes: size above which the weights are split over several files.
 
     Returns:

@@ -20,7 +20,7 @@ from jaxtune.files import atomic_file, refuse_existing, require_space
 from jaxtune.hf.export import dtypes_of, hf_tensor, public_name, whole
 from jaxtune.models.rope import RULES, Rope
 from jaxtune.models.spec import BlockSpec
-from jaxtune.weights import plain, weights_by_path
+from jaxtune.weights.leaf import plain, weights_by_path
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # What a block may have beside sizes, a rope and an epsilon; everything else must be as in Llama.

@@ -17,8 +17,8 @@ from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 from jaxtune.models.names import NameTable, Tensor
-from jaxtune.quantized import packs
 from jaxtune.tree import flatten
+from jaxtune.weights.packed import packs
 
 Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
 

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
-from jaxtune.adapters import attach, ia3, prompt_tuning
-from jaxtune.card import model_card
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_dir
 from jaxtune.hf import tensors
+from jaxtune.hf.card import model_card
 from jaxtune.hf.export import copy_tokenizer, public_name
 from jaxtune.hf.peft_config import (
     ATTACHED,
@@ -37,10 +36,11 @@ from jaxtune.hf.peft_config import (
     tree_factors,
     unsupported,
 )
-from jaxtune.places import Place, in_label_head, is_saved, parameters, places
+from jaxtune.methods.adapters import attach, ia3, prompt_tuning
+from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places
+from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
-from jaxtune.vocabulary import untie
-from jaxtune.weights import (
+from jaxtune.weights.leaf import (
     DoraWeight,
     Ia3Weight,
     LoraWeight,
@@ -307,7 +307,7 @@ def export_adapter(
         config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left
             out is read off the tree.
         mask: as `methods.lora` returned it; says whether biases were trained, where `config` does not.
-        facts: label -> value for the model card; see `jaxtune.card.run_facts`.
+        facts: label -> value for the model card; see `jaxtune.hf.card.run_facts`.
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
         bake: multiply the scales into B and fill all ranks up to the largest, for engines that know no patterns.

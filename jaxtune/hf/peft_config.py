@@ -12,9 +12,9 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.places import Factors, Place, in_label_head, is_or_ends, is_saved, lora_places, parameters, places
+from jaxtune.methods.places import Factors, Place, in_label_head, is_or_ends, is_saved, lora_places, parameters, places
 from jaxtune.tree import TRAIN, flatten
-from jaxtune.weights import (
+from jaxtune.weights.leaf import (
     DoraWeight,
     Ia3Weight,
     LoraWeight,

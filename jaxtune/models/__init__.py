@@ -12,7 +12,7 @@ _NAMES = (
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
     *("bert", "roberta", "distilbert", "modernbert", "vit"),
 )
-FAMILIES = {name: f"jaxtune.models.{name}" for name in _NAMES}
+FAMILIES = {name: f"jaxtune.models.families.{name}" for name in _NAMES}
 
 
 def family(config: dict) -> Any:

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune.models import rope
 from jaxtune.models.layers import Context, leaf
 from jaxtune.models.spec import Segment
-from jaxtune.weights import Array, fold
+from jaxtune.weights.leaf import Array, fold
 
 # What the backward pass keeps of a block; the rest is computed again. Costs in bytes grow downwards.
 REMAT = {

@@ -24,7 +24,7 @@ from jaxtune.models.layers import ACTIVATIONS, Norm
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Config
 from jaxtune.tree import flatten
-from jaxtune.weights import Array, Keys, dot, fold
+from jaxtune.weights.leaf import Array, Keys, dot, fold
 
 # As the names of transformers' classes end.
 SEQUENCE, TOKEN, IMAGE = "SequenceClassification", "TokenClassification", "ImageClassification"

@@ -20,7 +20,7 @@ from jaxtune.models.body import Body
 from jaxtune.models.layers import Block, Context, Norm, leaf
 from jaxtune.models.spec import DecoderSpec
 from jaxtune.tree import split_stack
-from jaxtune.weights import Array, Keys, attend, dot, embed
+from jaxtune.weights.leaf import Array, Keys, attend, dot, embed
 
 
 class Decoder(Body):

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune.models.body import Body
 from jaxtune.models.layers import Attention, Context, Mlp, Norm
 from jaxtune.models.spec import BlockSpec, Segment
-from jaxtune.weights import Array, Keys, embed
+from jaxtune.weights.leaf import Array, Keys, embed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class EncoderBlock(nn.Module):
 class Encoder(Body):
     """A bidirectional model: `module.apply({"params": params}, tokens, ...)` gives the last hidden states.
 
-    Leaves of `params` may be polymorphic (`jaxtune.weights`). The attributes are `Body`'s.
+    Leaves of `params` may be polymorphic (`jaxtune.weights.leaf`). The attributes are `Body`'s.
     """
 
     spec: EncoderSpec

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.attention import attend_cache, attend_tokens
 from jaxtune.models.spec import BlockSpec, NormKind
-from jaxtune.weights import Array, Keys, dot, fold
+from jaxtune.weights.leaf import Array, Keys, dot, fold
 
 
 def gelu(x: Array) -> Array:

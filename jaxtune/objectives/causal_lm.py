@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import inputs
 from jaxtune.objectives.cross_entropy import cross_entropy
-from jaxtune.weights import row_keys
+from jaxtune.weights.leaf import row_keys
 
 
 def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0, lanes: int = 1) -> Callable[..., Any]:

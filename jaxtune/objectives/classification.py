@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtune.models.classifier import PROBLEMS, TOKEN
 from jaxtune.objectives import inputs
-from jaxtune.weights import Array, row_keys
+from jaxtune.weights.leaf import Array, row_keys
 
 SINGLE, MULTI, REGRESSION = PROBLEMS
 

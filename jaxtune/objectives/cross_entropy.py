@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.weights import Array
+from jaxtune.weights.leaf import Array
 
 
 def chunk_size(tokens: int, vocab: int, lanes: int = 1, backend: str | None = None) -> int:

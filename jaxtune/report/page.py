@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.card import AUTO, loading
 from jaxtune.config import ADAPTERS, BY_PATH
+from jaxtune.hf.card import AUTO, loading
 from jaxtune.report import evaluation
 from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.data import data_view

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import BY_PATH, DERIVED, load_file
 from jaxtune.errors import UserError
-from jaxtune.log import read_metrics
 from jaxtune.report.evaluation import check_metrics, read_evaluation
+from jaxtune.train.log import read_metrics
 
 
 class Point(NamedTuple):

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import watch
 from jaxtune.report import evaluation
 from jaxtune.report.run import Run, is_number
 from jaxtune.report.words import amount, duration, memory, number, percent, setting
+from jaxtune.train import watch
 
 WHAT = {  # method -> what it trains of the model; settings stand in it as %(path)s
     "full": "All weights of",

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtune import sweep_table
 from jaxtune.config import find_setting
 from jaxtune.errors import UserError
-from jaxtune.log import read_metrics
+from jaxtune.report import sweep_table
 from jaxtune.report.chart import smooth
 from jaxtune.report.compare import differences
 from jaxtune.report.run import Run, is_number, read_object, read_run
+from jaxtune.train.log import read_metrics
 
 LR, SEED = "optim.lr", "train.seed"
 ENDED = ("finished", "cut", "failed")
@@ -191,7 +191,7 @@ def _status(folder: Path, run: Run | None) -> tuple[str, str]:
     if status == "finished" and run and not run.summary.get("early_stop") and run.fact("cut_at") is not None:
         return "cut", f"halving ended it at step {run.fact('cut_at'):,}"
     if status.startswith("failed ("):
-        return "failed", f"exit status {status[len('failed (') : -1]}: {_last_line(folder / 'jaxtune.log')}"
+        return "failed", f"exit status {status[len('failed (') : -1]}: {_last_line(folder / 'jaxtune.train.log')}"
     if status == "running":  # when it was written: nobody knows whether it still is
         status = "unfinished"
     if status not in ENDED and run:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune import sweep_table
 from jaxtune.config import BY_PATH
+from jaxtune.report import sweep_table
 from jaxtune.report.chart import Chart, Series, Spread, chart, smooth, spread_chart
 from jaxtune.report.compare import COLOURS, Ranked, cell, link, setting_cell, used
 from jaxtune.report.page import reproduce, settings_rows

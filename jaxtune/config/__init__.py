@@ -1,0 +1,47 @@
+"""Configs: the schema, files and overrides, and what is refused before anything is loaded. No jax is imported here."""
+
+from jaxtune.config.kinds import KINDS
+from jaxtune.config.resolve import (
+    Given,
+    changes,
+    check_resume,
+    defaults,
+    find_setting,
+    from_json,
+    load_file,
+    namesakes,
+    notes,
+    overrides,
+    read_value,
+    replaced,
+    resolve,
+    to_json,
+)
+from jaxtune.config.schema import ADAPTERS, BY_PATH, DEFAULT_LR, DERIVED, REQUIRED, SECTIONS, SETTINGS, Columns, Setting
+
+__all__ = [
+    "ADAPTERS",
+    "BY_PATH",
+    "DEFAULT_LR",
+    "DERIVED",
+    "KINDS",
+    "REQUIRED",
+    "SECTIONS",
+    "SETTINGS",
+    "Columns",
+    "Given",
+    "Setting",
+    "changes",
+    "check_resume",
+    "defaults",
+    "find_setting",
+    "from_json",
+    "load_file",
+    "namesakes",
+    "notes",
+    "overrides",
+    "read_value",
+    "replaced",
+    "resolve",
+    "to_json",
+]

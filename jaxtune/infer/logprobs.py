@@ -1,0 +1,132 @@
+"""Log-probabilities of given tokens, in batches of few shapes; logits exist for a chunk of positions at a time."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.errors import UserError
+from jaxtune.infer.generation import bucket
+from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.weights.leaf import virtual_tokens
+
+Array = jax.Array
+
+
+class Shape(NamedTuple):
+    """Of a batch of tokens."""
+
+    rows: int
+    width: int
+
+
+@partial(jax.jit, static_argnames="module")
+def token_logprobs(module: Any, params: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
+    """For tokens i32[B, T]: (log-probability of `targets` i32[B, T] after each, f32[B, T]; is it the likeliest?).
+
+    Rows are padded on the right; what stands at a padded position means nothing.
+    """
+    hidden = module.apply({"params": params}, tokens, method="hidden")
+    return head_logprobs(module, params, hidden, targets)
+
+
+def head_logprobs(module: Any, params: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """Hidden states [B, T, D], targets i32[B, T] -> (log-probabilities f32[B, T], is it the likeliest? bool[B, T])."""
+    n, vocab = targets.size, module.spec.vocab
+    size = min(chunk_size(n, vocab), n)
+
+    def pieces(x):
+        x = x.reshape(n, *x.shape[2:])
+        x = jnp.pad(x, [(0, -n % size), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(-1, size, *x.shape[1:])
+
+    def one(piece):
+        x, target = piece
+        logits = module.apply({"params": params}, x, method="head")
+        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+
+    logprobs, greedy = jax.lax.map(one, (pieces(hidden), pieces(targets)))
+    return logprobs.reshape(-1)[:n].reshape(targets.shape), greedy.reshape(-1)[:n].reshape(targets.shape)
+
+
+def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int = 256) -> list[list[int]]:
+    """Indices in batches of rows of like length, the longest first.
+
+    A batch has at most `most_rows` rows and, padded, `most_tokens` tokens, but at least one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    at = 0
+    while at < len(order):
+        room = max(1, min(most_rows, most_tokens // bucket(max(1, lengths[order[at]]))))
+        rows = 1 << (room.bit_length() - 1)  # a power of two: few shapes
+        batches.append(order[at : at + rows])
+        at += rows
+    return batches
+
+
+def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], room: int, positions: int) -> list[Shape]:
+    """The shape to which each of `batches_by_length` is padded: few, since each is compiled.
+
+    Batches of a shape are padded to the one before it if all together grow by no more than `room` tokens (see
+    `worth_a_compile`). With many batches of each shape, none is padded further.
+    """
+    own = []
+    for batch in batches:
+        longest = max(1, *(lengths[i] for i in batch))
+        step = max(16, 1 << (longest - 1).bit_length() >> 4)
+        own.append(Shape(1 << (len(batch) - 1).bit_length(), min(-(-longest // step) * step, positions)))
+    counts, taken = Counter(own), {}
+    for shape in counts:  # the widest first
+        last = next(reversed(taken.values()), shape)
+        holds = last.rows >= shape.rows and last.width >= shape.width
+        grown = counts[shape] * (last.rows * last.width - shape.rows * shape.width)
+        taken[shape] = last if holds and grown <= room else shape
+    return [taken[shape] for shape in own]
+
+
+def worth_a_compile(params: Any) -> int:
+    """Tokens that a model reads about as fast as a new shape compiles: many for a small one, few for a large one.
+
+    That is 0.7 s, at two operations a parameter and token and speeds that are right within a factor of a few.
+    """
+    speed = 5e10 if jax.default_backend() == "cpu" else 2e14
+    return int(0.7 * speed / (2 * sum(leaf.size for leaf in jax.tree.leaves(params))))
+
+
+def score_batch(
+    module: Any, params: Any, rows: Sequence[Sequence[int]], shape: Shape | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?).
+
+    A soft prompt is put before each row.
+
+    Args:
+        shape: what the rows are padded to, by default their own.
+
+    Raises:
+        UserError: a row is longer than the model's positions.
+    """
+    prefix = virtual_tokens(params)
+    longest, most = len(prefix) + max(len(row) - 1 for row in rows), module.spec.positions
+    if longest > most:
+        soft = f", {len(prefix)} of them virtual," if prefix else ""
+        raise UserError(f"A row has {longest + 1:,} tokens{soft} and the model has {most:,} positions; shorten it.")
+    size, width = shape or (1 << (len(rows) - 1).bit_length(), min(bucket(longest), most))
+    tokens, targets = np.zeros((2, size, width), np.int32)
+    for i, row in enumerate(rows):
+        whole = [*prefix, *row]
+        tokens[i, : len(whole) - 1], targets[i, : len(whole) - 1] = whole[:-1], whole[1:]
+    logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets))
+    spans = [slice(len(prefix), len(prefix) + len(row) - 1) for row in rows]
+    return [(logprobs[i, span].astype(np.float64), greedy[i, span]) for i, span in enumerate(spans)]
+
+
+def most_tokens() -> int:
+    """Tokens of a batch that fill the device without filling its memory."""
+    return 4096 if jax.default_backend() == "cpu" else 32768

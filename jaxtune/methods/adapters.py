@@ -1,0 +1,422 @@
+"""Adapters over a frozen model: LoRA and its relatives, (IA)^3, a soft prompt. `(params, ...) -> (params, mask)`."""
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.errors import UserError, nearest
+from jaxtune.methods.places import (
+    Factors,
+    Pattern,
+    Place,
+    check_names,
+    excluded,
+    in_label_head,
+    is_bias,
+    is_or_ends,
+    is_saved,
+    lora_places,
+    owner,
+    parameters,
+    places,
+    resolve_targets,
+)
+from jaxtune.methods.vocabulary import untie, with_new_tokens
+from jaxtune.tree import FROZEN, MEMBER, TRAIN, PyTree, filled
+from jaxtune.weights.foreign import Layout, matrices
+from jaxtune.weights.leaf import (
+    DoraWeight,
+    Ia3Weight,
+    LoraWeight,
+    PromptWeight,
+    TokensWeight,
+    column_norm,
+    map_paths,
+    masters,
+    merge_leaf,
+    plain,
+    table_rows,
+    weights_by_path,
+)
+
+_INITS = (True, "default", "gaussian", "pissa")
+
+# ------------------------------------------------------------------------------------------------- low-rank adapters
+
+
+def lora(
+    params: PyTree,
+    key: jax.Array,
+    r: int = 8,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    bias: str = "none",
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init_lora_weights: bool | str = True,
+    rank_pattern: Pattern = (),
+    alpha_pattern: Pattern = (),
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    module: Any = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Low-rank adaptation (arXiv:2106.09685), with the names and defaults of peft's LoraConfig.
+
+    Args:
+        params: any tree; leaves of targets become `LoraWeight`.
+        key: draws `a`, one stream a leaf, whatever the other targets.
+        r, lora_alpha: rank, and the numerator of the scale alpha / r.
+        lora_dropout: rate on the input of `a`.
+        target_modules: names, a regex over whole names, or "all-linear"; see `resolve_targets`.
+        bias: "none", "all" biases of the model, or "lora_only" those of targets are trained too.
+        use_rslora: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: leaves become `DoraWeight` (arXiv:2402.09353).
+        init_lora_weights: True or "default": a ~ U(+-1/sqrt(K)), b = 0; "gaussian": a ~ N(0, 1/r^2), b = 0; "pissa":
+            the base's largest singular vectors (Meng et al. 2024, arXiv:2404.02948, eq. 2-3), minus what they began as.
+        rank_pattern, alpha_pattern: pairs (regex over the end of a name, value), or a mapping; the first match wins.
+        layers_to_transform: numbers of the layers to adapt; `layers_pattern` names their list where it is ambiguous.
+        exclude_modules: names or a regex; these win over the targets.
+        modules_to_save: ends of names of modules that are trained whole. A tied head or embedding named here is untied.
+        trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows.
+        module: the zoo module, so that targets are HF's names; None: the tree's own paths, with dots.
+        layouts: how the arrays of a model that is not ours are matrices, from `adapt(apply_fn).layouts`.
+
+    Raises:
+        UserError: a target matches nothing, the rank exceeds a matrix's smaller side, two options claim one leaf, or a
+            row that `resize` added is not trained.
+    """
+    candidates = places(params, module, layouts)
+    chosen = lora_places(
+        candidates,
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=target_modules,
+        use_rslora=use_rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        exclude_modules=exclude_modules,
+        modules_to_save=modules_to_save,
+    )
+    tuned = attach(
+        params,
+        key,
+        chosen,
+        lora_dropout=lora_dropout,
+        bias=bias,
+        use_dora=use_dora,
+        init_lora_weights=init_lora_weights,
+        modules_to_save=modules_to_save,
+        trainable_token_indices=trainable_token_indices,
+        module=module,
+        layouts=layouts,
+    )
+    return with_new_tokens(tuned, module)
+
+
+def attach(
+    params: PyTree,
+    key: jax.Array,
+    chosen: Mapping[Place, Factors],
+    *,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    use_dora: bool = False,
+    init_lora_weights: bool | str = True,
+    modules_to_save: Sequence[str] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    module: Any = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """`lora` on modules that are chosen already."""
+    rows = _rows(list(chosen))
+    if bias not in ("none", "all", "lora_only"):
+        raise UserError(f"bias={bias!r} is not one of 'none', 'all', 'lora_only'.")
+    if init_lora_weights not in _INITS:
+        raise UserError(f"init_lora_weights={init_lora_weights!r} is not one of {', '.join(map(repr, _INITS))}.")
+    beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
+    labelled = hasattr(module, "labels")  # a label head is trained whole beside the adapters
+    params, saved = _to_save(params, modules_to_save, module)
+    trainable_token_indices = _token_ids(trainable_token_indices, params, module)
+    table = _token_table(params, trainable_token_indices, saved.keys() | rows.keys())
+    for path in rows:
+        if path in saved:
+            raise UserError(f"{path} is claimed twice: by target_modules and by modules_to_save; leave one out.")
+    params, restore = matrices(params, {path: layouts[path] for path in rows} if layouts else {})
+
+    def adapt(path, leaf):
+        if path == table:
+            return TokensWeight(leaf, leaf_rows(leaf, trainable_token_indices), tuple(trainable_token_indices))
+        if path not in rows:
+            return leaf
+        factors = {place: f for place, f in chosen.items() if place.path == path}
+        return _lora_leaf(key, path, leaf, factors, lora_dropout, use_dora, init_lora_weights)
+
+    def role(path, leaf):
+        if path == table:
+            return TokensWeight(filled(leaf, FROZEN), TRAIN, tuple(trainable_token_indices))
+        if path in rows:
+            start = MEMBER if init_lora_weights == "pissa" else None
+            fields = (filled(leaf, FROZEN), TRAIN, TRAIN, MEMBER, MEMBER if lora_dropout else None, start, start)
+            return DoraWeight(*fields, TRAIN) if use_dora else LoraWeight(*fields)
+        if path in saved:
+            return filled(leaf, TRAIN)
+        own = is_bias(path) and owner(path) in beside
+        if own and (layers := beside[owner(path)]) is not None and len(layers) < leaf.shape[0]:
+            raise UserError(f"bias='lora_only' with targets in some layers only is not supported ({path}).")
+        trained = own or (is_bias(path) and bias == "all") or (labelled and in_label_head(path))
+        return filled(leaf, TRAIN if trained else FROZEN)
+
+    new, mask = map_paths(adapt, params), map_paths(role, params)
+    new, mask = masters(new, mask)
+    return restore(new), restore(mask)
+
+
+def _rows(chosen: Sequence[Place]) -> dict[str, list[int] | None]:
+    """{path: the rows of its stack that were chosen, or None for the whole leaf}."""
+    rows: dict[str, list[int] | None] = {}
+    for place in chosen:
+        rows[place.path] = None if place.index is None else [*(rows.get(place.path) or []), place.index]
+    return rows
+
+
+def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tuple[PyTree, dict[str, None]]:
+    """The tree, untied where that is needed, and the paths that modules_to_save names."""
+    if not modules:
+        return params, {}
+    if isinstance(modules, str):
+        raise UserError(f"modules_to_save={modules!r}: expected a list of names.")
+    tied = hasattr(module, "head") and "lm_head" not in params
+    if tied and {"embed_tokens/embedding", "lm_head/kernel"} & _to_save(untie(params), modules, module)[1].keys():
+        params = untie(params)
+    named = [(p, p.name.rpartition(".")[0]) for p in parameters(params, module)]
+    names = sorted({owner.rpartition(".")[2] for _, owner in named})
+    for m in modules:
+        if not any(is_saved(owner, [m]) for _, owner in named):
+            raise UserError(
+                f"modules_to_save: {m!r} matches no module.{nearest(m, names)} Modules: {', '.join(names)}."
+            )
+    total, hits = Counter(p.path for p, _ in named), Counter(p.path for p, owner in named if is_saved(owner, modules))
+    if mixed := [path for path, n in hits.items() if n < total[path]]:
+        raise UserError(
+            f"modules_to_save names some layers of {mixed[0]} only; that is not supported: name all of them."
+        )
+    return params, dict.fromkeys(hits)
+
+
+def _token_ids(ids: Sequence[int] | Mapping[str, Sequence[int]] | None, params: PyTree, module: Any) -> Any:
+    """Token ids, also where they are given as {name of the embedding: ids}, which peft takes too."""
+    if not isinstance(ids, Mapping):
+        return ids
+    named = {p.name for p in places(params, module) if p.path == "embed_tokens/embedding"}
+    if len(ids) != 1 or not any(is_or_ends(name, key) for key in ids for name in named):
+        known = ", ".join(named) or "a token embedding"
+        raise UserError(f"trainable_token_indices={dict(ids)}: expected one entry, for {known}.")
+    return next(iter(ids.values()))
+
+
+def _token_table(params: PyTree, ids: Sequence[int] | None, claimed: set[str]) -> str | None:
+    """The path of the token embedding, where rows of it are to be trained."""
+    if ids is None:
+        return None
+    path = "embed_tokens/embedding"
+    if path not in weights_by_path(params):
+        raise UserError("trainable_token_indices knows jaxtune's own models, which have embed_tokens/embedding.")
+    if path in claimed:
+        raise UserError(
+            f"{path} is claimed twice: by trainable_token_indices and by target_modules or modules_to_save."
+        )
+    size = table_rows(weights_by_path(params)[path])
+    ids = list(ids)
+    if not ids or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= size:
+        raise UserError(f"trainable_token_indices={ids}: expected different ids from 0 to {size - 1}, at least one.")
+    return path
+
+
+def leaf_rows(table: Any, ids: Sequence[int]) -> jax.Array:
+    """Rows f32[n, D] of a table."""
+    return merge_leaf(table)[jnp.asarray(ids)].astype(jnp.float32)
+
+
+def _lora_leaf(
+    key: jax.Array,
+    path: str,
+    leaf: Any,
+    factors: Mapping[Place, Factors],
+    dropout: float,
+    use_dora: bool,
+    init: bool | str,
+) -> LoraWeight:
+    """Wrap one leaf; `factors` of its places. Rows of lower rank, and rows not chosen, are padded with zeros."""
+    *axes, k, n = plain(leaf).shape
+    ranks, scale = np.zeros(axes, int), np.zeros(axes, np.float32)
+    for place, (rank, s) in factors.items():
+        if rank > min(k, n):
+            raise UserError(f"r={rank} exceeds the smaller side of {path} ({k} x {n}); choose r <= {min(k, n)}.")
+        at = ... if place.index is None else place.index
+        ranks[at], scale[at] = rank, s
+    is_table, most = not place.linear, int(ranks.max())
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    if init == "pissa":
+        if is_table:
+            raise UserError(f"init_lora_weights='pissa' is for linear modules; {path} is an embedding.")
+        u, s, v = jnp.linalg.svd(merge_leaf(leaf).astype(jnp.float32), full_matrices=False)
+        root = jnp.sqrt(s / np.where(scale, scale, 1)[..., None])
+        full_a, full_b = u * root[..., None, :], root[..., None] * v
+    # Drawn at its own rank, a row is what it would be in a model of that rank.
+    parts = {}
+    for rank in sorted(set(ranks.ravel()) - {0}):
+        rank = int(rank)
+        if init == "pissa":
+            parts[rank] = full_a[..., :rank], full_b[..., :rank, :]
+        else:
+            parts[rank] = _factors(key, is_table, tuple(axes), k, n, rank, init)
+    a, b = jnp.zeros((*axes, k, most)), jnp.zeros((*axes, most, n))
+    for rank, (own_a, own_b) in parts.items():
+        here, pad = (ranks == rank)[..., None, None], [(0, 0)] * len(axes)
+        a = jnp.where(here, jnp.pad(own_a, [*pad, (0, 0), (0, most - rank)]), a)
+        b = jnp.where(here, jnp.pad(own_b, [*pad, (0, most - rank), (0, 0)]), b)
+    # Scales on the host, so that `tree.count` knows which rows are adapted while the rest is abstract.
+    rate = np.float32(dropout) * (ranks > 0).astype(np.float32) if dropout else None
+    start = (jnp.copy(a), jnp.copy(b)) if init == "pissa" else (None, None)
+    fields = (leaf, a, b, scale, rate, *start)
+    return DoraWeight(*fields, column_norm(leaf) * (ranks > 0)[..., None]) if use_dora else LoraWeight(*fields)
+
+
+def _factors(
+    key, is_table: bool, axes: tuple[int, ...], k: int, n: int, r: int, init: bool | str
+) -> tuple[jax.Array, jax.Array]:
+    """peft's initial factors: a ~ U(+-1/sqrt(k)) or N(0, 1/r^2), b = 0; for an embedding a = 0, b ~ N(0, 1)."""
+    if is_table:
+        return jnp.zeros((*axes, k, r)), jax.random.normal(key, (*axes, r, n))
+    if init == "gaussian":
+        return jax.random.normal(key, (*axes, k, r)) / r, jnp.zeros((*axes, r, n))
+    bound = 1 / math.sqrt(k)
+    return jax.random.uniform(key, (*axes, k, r), minval=-bound, maxval=bound), jnp.zeros((*axes, r, n))
+
+
+# ------------------------------------------------------------------------------------------- vectors, a soft prompt
+
+
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # of Llama's family
+IA3_FEEDFORWARD = ("down_proj",)
+
+
+def ia3(
+    params: PyTree,
+    target_modules: str | Sequence[str] = IA3_TARGETS,
+    feedforward_modules: str | Sequence[str] = IA3_FEEDFORWARD,
+    exclude_modules: str | Sequence[str] | None = None,
+    module: Any = None,
+) -> tuple[PyTree, PyTree]:
+    """(IA)^3 (arXiv:2205.05638), with the names of peft's IA3Config: a vector scales what a module gives or takes.
+
+    Args:
+        target_modules: as in `lora`; the default is that of Llama's family.
+        feedforward_modules: those of the targets whose input is scaled; of the others it is the output.
+
+    Raises:
+        UserError: a target, an exclusion or a feed-forward module matches nothing, or a target is an embedding.
+    """
+    _no_label_head("ia3", params)
+    chosen = ia3_places(places(params, module), target_modules, exclude_modules, feedforward_modules)
+    rows, leaves = _rows(chosen), weights_by_path(params)
+    inputs = {p.path: set() for p in chosen}
+    for p in chosen:
+        if not p.linear:
+            raise UserError(f"target_modules: {p.name} is no linear module; (IA)^3 scales linear modules only.")
+        inputs[p.path].add(excluded(p.name, feedforward_modules))
+    if mixed := [path for path, kinds in inputs.items() if len(kinds) > 1]:
+        raise UserError(f"feedforward_modules names some layers of {mixed[0]} only; name all of them.")
+
+    def adapt(path, leaf):
+        if path not in rows:
+            return leaf
+        *axes, k, n = plain(leaf).shape
+        scale = np.zeros(axes, np.float32)
+        scale[... if rows[path] is None else rows[path]] = 1.0
+        if inputs[path] == {True}:
+            return Ia3Weight(leaf, scale, inp=jnp.ones((*axes, k)))
+        return Ia3Weight(leaf, scale, out=jnp.ones((*axes, n)), bias=leaves.get(re.sub(r"[^/]+$", "bias", path)))
+
+    def role(path, leaf):
+        if not isinstance(leaf, Ia3Weight):
+            return filled(leaf, FROZEN)
+        # The bias is the module's own: it is counted and frozen there.
+        roles = {"scale": MEMBER, "out": TRAIN, "inp": TRAIN, "bias": MEMBER}
+        there = {name: role for name, role in roles.items() if getattr(leaf, name) is not None}
+        return Ia3Weight(filled(leaf.w, FROZEN), **there)
+
+    new = map_paths(adapt, params)
+    return with_new_tokens(masters(new, map_paths(role, new)), module)
+
+
+def ia3_places(
+    candidates: list[Place],
+    target_modules: str | Sequence[str] = IA3_TARGETS,
+    exclude_modules: str | Sequence[str] | None = None,
+    feedforward_modules: str | Sequence[str] = IA3_FEEDFORWARD,
+) -> list[Place]:
+    targets = resolve_targets(target_modules, candidates)
+    check_names("exclude_modules", exclude_modules, targets)
+    chosen = [p for p in targets if not excluded(p.name, exclude_modules)]
+    if tuple(feedforward_modules) != IA3_FEEDFORWARD:
+        check_names("feedforward_modules", feedforward_modules, chosen)
+    if not chosen:
+        raise UserError("exclude_modules leaves no module to adapt.")
+    return chosen
+
+
+def prompt_tuning(
+    params: PyTree, key: jax.Array, num_virtual_tokens: int = 20, init: str = "vocab", module: Any = None
+) -> tuple[PyTree, PyTree]:
+    """Prompt tuning (arXiv:2104.08691): vectors before each row are all that is trained.
+
+    `weights.virtual_tokens(params)` are the ids to put before a row; `generate` does so itself.
+
+    Args:
+        init: "vocab", rows of the table drawn at random, or "random", N(0, 1) as peft's RANDOM.
+
+    Raises:
+        UserError: another tree than of a zoo model, or no virtual token.
+    """
+    _no_label_head("prompt_tuning", params)
+    if "embed_tokens" not in params:
+        raise UserError("Prompt tuning knows jaxtune's own models, which have embed_tokens/embedding.")
+    if num_virtual_tokens < 1:
+        raise UserError(f"num_virtual_tokens={num_virtual_tokens}: nothing is left to train; give 1 or more.")
+    table = params["embed_tokens"]["embedding"]
+    size, width = plain(table).shape
+    if init == "vocab":
+        prompt = leaf_rows(table, jax.random.randint(key, (num_virtual_tokens,), 0, size))
+    elif init == "random":
+        prompt = jax.random.normal(key, (num_virtual_tokens, width))
+    else:
+        raise UserError(f"init={init!r} is not one of 'vocab', 'random'.")
+    new = {**params, "embed_tokens": {"embedding": PromptWeight(table, prompt)}}
+    mask = filled(params, FROZEN)
+    mask = {**mask, "embed_tokens": {"embedding": PromptWeight(filled(table, FROZEN), TRAIN)}}
+    return with_new_tokens(masters(new, mask), module)
+
+
+def virtual_ids(module: Any, settings: Mapping[str, Any]) -> list[int]:
+    """The ids before each row that a method of these settings asks for; see `weights.PromptWeight`."""
+    return [module.spec.vocab + i for i in range(settings.get("num_virtual_tokens", 0))]
+
+
+def _no_label_head(method: str, params: PyTree) -> None:
+    if "classifier" in params:
+        raise UserError(f"The method {method!r} is for language models; for a label head use lora, head, bitfit, ...")

@@ -1,0 +1,235 @@
+"""The modules of a model by name, and which of them a config's targets, patterns and layers choose, as peft does."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtune.errors import UserError, nearest
+from jaxtune.tree import PyTree
+from jaxtune.weights.foreign import Layout
+from jaxtune.weights.leaf import plain, weights_by_path
+
+Pattern = Mapping[str, Any] | Sequence[tuple[str, Any]]
+
+
+class Place(NamedTuple):
+    """A module that a target can name.
+
+    Attributes:
+        name: the module's HF name "model.layers.3.self_attn.q_proj", or its own path with dots.
+        path: its matrix in our tree.
+        index: row of the stacked leaf; None: the whole leaf.
+        linear: it is multiplied, not looked up.
+    """
+
+    name: str
+    path: str
+    index: int | None
+    linear: bool = True
+
+
+class Factors(NamedTuple):
+    """What one adapted module has: rank, and the scale of its update."""
+
+    rank: int
+    scale: float
+
+
+def places(params: PyTree, module: Any = None, layouts: Mapping[str, Layout] | None = None) -> list[Place]:
+    """List the linear and embedding modules of a tree: by HF names for a zoo module, else by the tree's own paths."""
+    if layouts is not None:
+        return [Place(_dotted(path), path, None, not layout.lookup) for path, layout in layouts.items()]
+    leaves = weights_by_path(params)
+    if module is None:
+        found = [path for path, leaf in leaves.items() if len(plain(leaf).shape) >= 2]
+        return [Place(_dotted(path), path, None, not re.search(r"embedding(/value)?$", path)) for path in found]
+    found = [
+        p
+        for p in parameters(params, module)
+        if p.path.endswith(("/kernel", "/embedding")) and not in_label_head(p.path)
+    ]
+    return [Place(p.name.rpartition(".")[0], p.path, p.index, p.path.endswith("kernel")) for p in found]
+
+
+def _dotted(path: str) -> str:
+    """A leaf's module as target names write it: "body/dense/kernel" -> "body.dense"."""
+    return re.sub(r"/(kernel|embedding)(/value)?$", "", path).replace("/", ".")
+
+
+def parameters(params: PyTree, module: Any = None) -> list[Place]:
+    """List every parameter as `places` does modules, by names such as "model.layers.3.self_attn.q_proj.weight"."""
+    paths = weights_by_path(params)
+    if module is None:
+        return [Place(path.replace("/", "."), path, None) for path in paths]
+    from jaxtune.models import names
+
+    return [Place(t.hf, t.path, t.index) for t in names(module).tensors(module.spec, set(paths))]
+
+
+def is_bias(path: str) -> bool:
+    """Whether a parameter is a bias, as Linen, NNX and Haiku name them."""
+    return re.search(r"(^|/)(bias|b)(/value)?$", path) is not None
+
+
+def owner(path: str) -> str:
+    """The path of the module that a parameter belongs to."""
+    return re.sub(r"/?[^/]+(/value)?$", "", path)
+
+
+def check_names(label: str, names: str | Sequence[str] | None, chosen: Sequence[Place]) -> None:
+    """Raise UserError for a name in a list that none of the chosen modules has."""
+    if not isinstance(names, tuple | list):
+        return
+    if lost := [n for n in names if not any(is_or_ends(p.name, n) for p in chosen)]:
+        raise UserError(f"{label}: {', '.join(map(repr, lost))} match(es) none of the targets.")
+
+
+def in_label_head(path: str) -> bool:
+    return path.startswith("classifier/")
+
+
+def is_saved(name: str, modules: Sequence[str] | None) -> bool:
+    """Whether a module or parameter is, or lies in, one that modules_to_save names; peft compares ends of names."""
+    parts = name.split(".")
+    return any(".".join(parts[: n + 1]).endswith(m) for n in range(len(parts)) for m in modules or ())
+
+
+def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]) -> list[Place]:
+    """Choose the places that peft's `target_modules` names.
+
+    A list matches a module's whole name or its end after a dot; a string is a regex over the whole name, except
+    "all-linear": every linear module but the output head.
+
+    Raises:
+        UserError: a target matches nothing.
+    """
+    names = sorted({p.name.rpartition(".")[2] for p in candidates})
+    if target_modules == "all-linear":
+        # The head by its own name, or by its place: GPT-NeoX's is "embed_out".
+        heads = [p for p in candidates if "lm_head" in (p.name.rpartition(".")[2], p.path.rpartition("/")[0])]
+        chosen = [p for p in candidates if p.linear and p not in heads]
+        if not chosen:
+            raise UserError('target_modules="all-linear" found no linear module; name the targets.')
+        return chosen
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as e:
+            raise UserError(f"target_modules={target_modules!r} is not a valid regular expression: {e}.") from None
+        chosen = [p for p in candidates if pattern.fullmatch(p.name)]
+        if not chosen:
+            raise UserError(
+                f"target_modules={target_modules!r} matches no module; a regular expression must match the whole "
+                f"name, such as {candidates[0].name!r}. Modules: {', '.join(names)}."
+            )
+        return chosen
+    hits = {t: [p for p in candidates if is_or_ends(p.name, t)] for t in target_modules}
+    if lost := [t for t, found in hits.items() if not found]:
+        raise UserError(
+            f"target_modules: {', '.join(map(repr, lost))} match(es) no module.{nearest(lost[0], names)} "
+            f"Modules: {', '.join(names)}."
+        )
+    chosen = {p for found in hits.values() for p in found}
+    return [p for p in candidates if p in chosen]
+
+
+def lora_places(
+    candidates: list[Place],
+    *,
+    r: int = 8,
+    lora_alpha: float = 8,
+    target_modules: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] | None = None,
+    use_rslora: bool = False,
+    rank_pattern: Pattern = (),
+    alpha_pattern: Pattern = (),
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    strict: bool = True,
+    **_: Any,
+) -> dict[Place, Factors]:
+    """Choose modules, ranks and scales as peft does from the LoraConfig fields of these names; others are passed over.
+
+    Args:
+        strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name, and
+            a target that modules_to_save names, too, for `attach` to refuse; otherwise it is no target (as in peft).
+
+    Raises:
+        UserError: no module matches, or something that is given has no effect.
+    """
+    if modules_to_save and (target_modules == "all-linear" or not strict):
+        candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
+    chosen = resolve_targets(target_modules, candidates)
+    ranks, alphas = dict(rank_pattern or ()), dict(alpha_pattern or ())
+    for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
+        for key in pattern:
+            compiled(label, key)
+    if isinstance(exclude_modules, str):
+        compiled("exclude_modules", exclude_modules)
+    if strict and layers_pattern and layers_to_transform is None:
+        raise UserError(f"layers_pattern={layers_pattern!r} has no effect without layers_to_transform; give both.")
+    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
+    if layers and isinstance(target_modules, str) and target_modules != "all-linear":
+        if strict:
+            raise UserError(
+                "layers_to_transform goes with names of modules; a regex in target_modules can name the layers itself."
+            )
+        layers = []  # as peft
+    found = [p for p in chosen if not excluded(p.name, exclude_modules)]
+    if strict:
+        check_names("exclude_modules", exclude_modules, chosen)
+    if layers:
+        known = {p: _layer(p.name, layers_pattern) for p in found}
+        found = [p for p in found if known[p] in layers]
+        if strict and (lost := sorted(set(layers) - set(known.values()))):
+            raise UserError(f"layers_to_transform: no target in layer(s) {', '.join(map(str, lost))}.")
+    if not found:
+        raise UserError("exclude_modules and layers_to_transform leave no module to adapt.")
+    if strict:
+        for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
+            lost = [key for key in pattern if not any(_by_pattern({key: True}, p.name, False) for p in found)]
+            if lost:
+                raise UserError(
+                    f"{label}: {', '.join(map(repr, lost))} match(es) no adapted module, such as {found[0].name!r}."
+                )
+    factors = {}
+    for place in found:
+        rank = _by_pattern(ranks, place.name, r)
+        alpha = _by_pattern(alphas, place.name, lora_alpha)
+        if rank < 1 or alpha <= 0:
+            raise UserError(f"{place.name}: r={rank} and lora_alpha={alpha:g}; expected at least 1, and above 0.")
+        factors[place] = Factors(rank, alpha / (math.sqrt(rank) if use_rslora else rank))
+    return factors
+
+
+def compiled(label: str, pattern: str) -> re.Pattern:
+    """A regex of a setting. Raises UserError, which names the setting, if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"{label}: {pattern!r} is not a valid regular expression: {e}.") from None
+
+
+def is_or_ends(name: str, target: str) -> bool:
+    """Whether a target is a module's whole name, or its end after a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def excluded(name: str, exclude: str | Sequence[str] | None) -> bool:
+    """Whether a regex matches a whole name, or one of several names is it or its end."""
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return any(is_or_ends(name, e) for e in exclude or ())
+
+
+def _layer(name: str, patterns: str | Sequence[str] | None) -> int | None:
+    """The number of the layer that a module is in; `patterns` name the list of layers ("h", "layers")."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    found = next(filter(None, (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)), None)
+    return None if found is None else int(found[1])
+
+
+def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

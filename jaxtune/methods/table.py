@@ -1,0 +1,250 @@
+"""Tuning methods: functions `(params, ...) -> (params, mask)` on the tree. Nothing below knows which one ran.
+
+Those that train parts of the model itself are here, beside the table of all; adapters.py has those that add to it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxtune.errors import UserError, nearest
+from jaxtune.methods.adapters import attach, ia3, ia3_places, lora, prompt_tuning, virtual_ids
+from jaxtune.methods.places import (
+    Place,
+    compiled,
+    in_label_head,
+    is_bias,
+    is_saved,
+    lora_places,
+    parameters,
+    places,
+    resolve_targets,
+)
+from jaxtune.methods.vocabulary import resize, untie, with_new_tokens
+from jaxtune.tree import FROZEN, TRAIN, PyTree, filled, match
+from jaxtune.weights.leaf import map_paths, masters
+
+__all__ = [
+    "METHODS",
+    "attach",
+    "bitfit",
+    "cut",
+    "embeddings",
+    "full",
+    "head",
+    "ia3",
+    "last_n",
+    "lora",
+    "norms",
+    "parameters",
+    "places",
+    "prompt_tuning",
+    "regex",
+    "resize",
+    "resolve_targets",
+    "tune",
+    "virtual_ids",
+]
+
+
+# -------------------------------------------------------------------------------------------- parts of the model itself
+
+
+def full(params: PyTree) -> tuple[PyTree, PyTree]:
+    """Train everything, in float32; of Flax variables the parameters, not what else there is (batch_stats).
+
+    Raises:
+        UserError: a leaf is quantised.
+    """
+    everything = r"params/.*" if "params" in params else r".*"
+    return masters(params, match([(everything, TRAIN), (r".*", FROZEN)], params))
+
+
+def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
+    """Train the final norm and the output head over a frozen body; of a classifier all of its label head.
+
+    A tied head becomes a matrix of its own: the embedding below, and with it the body, stays as it was.
+
+    Args:
+        module: the zoo module, which knows of rows that `resize` added; the parameters alone do not show them.
+
+    Raises:
+        UserError: another tree than of a zoo model, a leaf is quantised, or `resize` added rows, which stay untrained.
+    """
+    if "classifier" in params:
+        return masters(params, match([(r"classifier/.*", TRAIN), (r".*", FROZEN)], params))
+    if "embed_tokens" not in params:
+        raise UserError("The method 'head' knows jaxtune's own models; give a mask by rules for another tree.")
+    params = untie(params)
+    tuned = masters(params, match([(r"(norm|lm_head)/.*", TRAIN), (r".*", FROZEN)], params))
+    return with_new_tokens(tuned, module)
+
+
+def bitfit(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
+    """Train every bias (Ben Zaken et al. 2022, arXiv:2106.10199).
+
+    Raises:
+        UserError: the model has none.
+    """
+    return _select(params, _CHOICES["bitfit"](module, {}), module, "bitfit trains biases, and the model has none")
+
+
+def norms(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
+    """Train the scales and biases of all norms."""
+    return _select(params, _CHOICES["norms"](module, {}), module, "the model has no leaf named as a norm's")
+
+
+def embeddings(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
+    """Train the embedding tables; a tied head is one of them."""
+    return _select(params, _CHOICES["embeddings"](module, {}), module, "the model has no leaf named 'embedding'")
+
+
+def regex(params: PyTree, pattern: str, module: Any = None) -> tuple[PyTree, PyTree]:
+    """Train the parameters whose whole HF name (of a foreign tree: path with dots) a regex matches.
+
+    Raises:
+        UserError: it matches nothing, or some layers of a stacked leaf; `cut` splits the model there.
+    """
+    names = [p.name for p in parameters(params, module)]
+    hint = f"{pattern!r} must match a whole name, such as {names[0]!r}.{nearest(pattern, names)}"
+    return _select(params, _CHOICES["regex"](module, {"pattern": pattern}), module, hint)
+
+
+def last_n(params: PyTree, layers: int, module: Any) -> tuple[PyTree, PyTree]:
+    """Train the last `layers` blocks and the final norm.
+
+    Raises:
+        UserError: the model has fewer, or it is not split there; `cut` does that.
+    """
+    return _select(params, _CHOICES["last_n"](module, {"layers": layers}), module, "")
+
+
+def _last_n(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+    from jaxtune.models import names
+
+    layers, total, prefix = settings["layers"], module.spec.layers, names(module).layer
+    if not 0 < layers <= total:
+        raise UserError(f"last_n: layers={layers}, expected from 1 to {total}, the layers of this model.")
+    starts = tuple(prefix.format(i) for i in range(total - layers, total))
+    return lambda p: p.name.startswith(starts) or p.path.startswith("norm/")
+
+
+def _regex(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+    pattern = compiled("regex", settings["pattern"])
+    return lambda p: pattern.fullmatch(p.name) is not None
+
+
+# (module, settings) -> which parameters are trained.
+_CHOICES: dict[str, Callable[[Any, Mapping[str, Any]], Callable[[Place], bool]]] = {
+    "bitfit": lambda module, settings: lambda p: is_bias(p.path),
+    "norms": lambda module, settings: lambda p: re.fullmatch(r"(.*/)?\w*norm/(scale|bias)", p.path) is not None,
+    "embeddings": lambda module, settings: lambda p: p.path.endswith("embedding"),
+    "last_n": _last_n,
+    "regex": _regex,
+}
+
+
+def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothing: str) -> tuple[PyTree, PyTree]:
+    """Train the parameters that `choose` picks; `nothing` says why there may be none."""
+    total, hits = Counter(), Counter()
+    for place in parameters(params, module):
+        total[place.path] += 1
+        hits[place.path] += choose(place)
+    if not any(hits.values()):
+        raise UserError(f"Nothing is left to train: {nothing}" + "." * (not nothing.endswith("?")))
+    if mixed := [path for path, n in hits.items() if 0 < n < total[path]]:
+        raise UserError(
+            f"Some layers of the stacked parameter {mixed[0]} would be trained, others not; split the model at their "
+            "edges first: module, params = jaxtune.split(module, params, at=LAYER)."
+        )
+
+    labelled = hasattr(module, "labels")
+
+    def role(path, leaf):
+        return filled(leaf, TRAIN if hits[path] or (labelled and in_label_head(path)) else FROZEN)
+
+    return with_new_tokens(masters(params, map_paths(role, params)), module)
+
+
+# ---------------------------------------------------------------------------------------------------------------- edges
+
+
+def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+    chosen = {(p.path, p.index) for p in lora_places(places(module.abstract_params(), module), **settings)}
+    every_bias, saved = settings.get("bias") == "all", settings.get("modules_to_save")
+    return lambda p: (
+        (p.path, p.index) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
+    )
+
+
+def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+    chosen = {(p.path, p.index) for p in ia3_places(places(module.abstract_params(), module), **settings)}
+    return lambda p: (p.path, p.index) in chosen
+
+
+# An adapter of a stack leaves layers alone where its scale is 0, so that it needs no cut; but below the lowest layer
+# that it adapts nothing is trained, and the backward pass ends there.
+_ADAPTS = {"lora": _lora_adapts, "ia3": _ia3_adapts}
+
+
+def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
+    """Return the module split between layers that `method` trains and layers that it does not; mostly, as it is.
+
+    To be done before the weights are loaded: what is loaded then has the split module's tree.
+    """
+    if method not in _CHOICES and method not in _ADAPTS:
+        return module
+    choose = (_CHOICES | _ADAPTS)[method](module, settings)
+    chosen: dict[tuple[str, int], set[str]] = {}
+    for place in parameters(module.abstract_params(), module):
+        if place.index is not None:
+            row = chosen.setdefault((place.path.partition("/")[0], place.index), set())
+            if choose(place):
+                row.add(place.path)
+    first = 0
+    edges = []
+    for i, segment in enumerate(module.spec.segments):
+        rows = [chosen[f"segment_{i}", n] for n in range(segment.repeats)]
+        edges += [first + n * len(segment.pattern) for n in range(1, len(rows)) if rows[n] != rows[n - 1]]
+        first += segment.layers
+        if method in _ADAPTS and any(rows):
+            edges = edges[: not rows[0]]
+            break
+    for at in edges:
+        module = _split_module(module, at)
+    return module
+
+
+def _split_module(module: Any, at: int) -> Any:
+    from jaxtune.models.decoder import split
+
+    found = []
+    jax.eval_shape(lambda p: found.append(split(module, p, at)[0]), module.abstract_params())
+    return found[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- by name
+
+
+def tune(
+    method: str, params: PyTree, key: jax.Array, module: Any, settings: Mapping[str, Any]
+) -> tuple[PyTree, PyTree]:
+    """Apply the method that a config names; `settings` are its own section's."""
+    return METHODS[method](params, key, module, settings)
+
+
+METHODS = {
+    "full": lambda params, key, module, settings: full(params),
+    "head": lambda params, key, module, settings: head(params, module),
+    "lora": lambda params, key, module, settings: lora(params, key, module=module, **settings),
+    "bitfit": lambda params, key, module, settings: bitfit(params, module),
+    "norms": lambda params, key, module, settings: norms(params, module),
+    "embeddings": lambda params, key, module, settings: embeddings(params, module),
+    "last_n": lambda params, key, module, settings: last_n(params, module=module, **settings),
+    "regex": lambda params, key, module, settings: regex(params, module=module, **settings),
+    "ia3": lambda params, key, module, settings: ia3(params, module=module, **settings),
+    "prompt_tuning": lambda params, key, module, settings: prompt_tuning(params, key, module=module, **settings),
+}

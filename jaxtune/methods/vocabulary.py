@@ -1,0 +1,69 @@
+"""The table of tokens and the head over it: room for new tokens, and a head of its own where it is tied."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.errors import UserError
+from jaxtune.tree import TRAIN, PyTree
+from jaxtune.weights.leaf import PromptWeight, TokensWeight, is_weight, merge_leaf
+
+
+def untie(params: PyTree) -> PyTree:
+    """Give a tied output head a matrix of its own, the transposed embedding."""
+    if "lm_head" in params:
+        return params
+    return {**params, "lm_head": {"kernel": merge_leaf(params["embed_tokens"]["embedding"]).T}}
+
+
+def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
+    """Give a zoo model room for new tokens: `vocab` rows in its table, and outputs of an untied head.
+
+    New rows are the mean of the old; train them with `lora(trainable_token_indices=...)`, which a tied head follows.
+    The module counts them (`spec.new_tokens`), and a method that is given it and leaves one of them untrained refuses.
+    A file has no place for that mark: what was exported and loaded again has rows like any other, trained or not.
+
+    Raises:
+        UserError: the table would shrink, or is adapted or quantised.
+    """
+    table, head = params["embed_tokens"]["embedding"], params.get("lm_head", {}).get("kernel")
+    if vocab < module.spec.vocab or is_weight(table) or is_weight(head):
+        raise UserError(f"resize: {vocab} rows, expected at least {module.spec.vocab}, of a table not yet adapted.")
+
+    def grow(leaf, axis):
+        mean = leaf.astype(jnp.float32).mean(axis, keepdims=True).astype(leaf.dtype)
+        return jnp.concatenate([leaf, jnp.repeat(mean, vocab - leaf.shape[axis], axis)], axis)
+
+    params = {**params, "embed_tokens": {"embedding": grow(table, 0)}}
+    if head is not None:
+        params["lm_head"] = {**params["lm_head"], "kernel": grow(head, 1)}
+    config = json.dumps(module.spec.hf_config | {"vocab_size": vocab})
+    new = module.spec.new_tokens + vocab - module.spec.vocab
+    return module.clone(spec=dataclasses.replace(module.spec, vocab=vocab, config=config, new_tokens=new)), params
+
+
+def with_new_tokens(tuned: tuple[PyTree, PyTree], module: Any) -> tuple[PyTree, PyTree]:
+    """What a method returns, if it trains the rows that `resize` gave the module's table.
+
+    Raises:
+        UserError: some of them would stay the mean of the others.
+    """
+    spec = getattr(module, "spec", None)
+    if not getattr(spec, "new_tokens", 0):
+        return tuned
+    role = tuned[1]["embed_tokens"]["embedding"]
+    new, rows = range(spec.vocab - spec.new_tokens, spec.vocab), ()
+    if isinstance(role, TokensWeight):
+        rows = role.ids
+    elif not isinstance(role, PromptWeight) and TRAIN in jax.tree.leaves(role):
+        rows = new
+    if lost := sorted(set(new) - set(rows)):
+        raise UserError(
+            f"resize added {spec.new_tokens} token(s) to the table, and nothing trains the row(s) {lost[:8]}"
+            f"{' and more' * (len(lost) > 8)}: they would stay the mean of the others. Give lora "
+            f"trainable_token_indices with all of {new.start} to {new.stop - 1}, or modules_to_save=['embed_tokens']."
+        )
+    return tuned

@@ -1,0 +1,179 @@
+"""`python -m jaxtune.report.sweep_table OUTDIR`: what became of the runs of launch/sweep_lr.sh, or of `jaxtune sweep`.
+
+Prints a table sorted by evaluation loss and writes it to OUTDIR/sweep.csv.
+"""
+
+import csv
+import io
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import UserError
+from jaxtune.files import atomic_write_text
+from jaxtune.train.log import read_metrics
+
+FACTS = ("status", "eval_loss", "step", "train_loss", "run")
+
+
+def sweep_rows(outdir: Path) -> list[dict[str, Any]]:
+    """Return one row a run: the finished ones by evaluation loss, lowest first, then the others by what was swept.
+
+    A row has a column for each swept setting, called by its last part, and FACTS: eval_loss is the lowest evaluation
+    after a step, the one whose weights are the result, and step is where it was; train_loss is the last one logged.
+    Each is None where there is none, or none that is finite.
+
+    Raises:
+        UserError: outdir holds no run of a sweep.
+    """
+    rows = [_row(run, values) for run, values in _runs(outdir)]
+    finished = [row for row in rows if row["status"] == "finished"]
+    finished.sort(key=lambda row: math.inf if row["eval_loss"] is None else row["eval_loss"])
+    return finished + [row for row in rows if row["status"] != "finished"]
+
+
+def _runs(outdir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The runs and what each has of the swept settings."""
+    plan = outdir / "sweep.json"
+    if plan.is_file():
+        points = json.loads(plan.read_text())["points"]
+        labels = short_names({path for values in points.values() for path in values})
+        return [(outdir / name, {labels[p]: v for p, v in values.items()}) for name, values in points.items()]
+    runs = sorted((rate, run) for run in outdir.glob("lr=*") if (rate := _rate(run)) is not None)
+    if not runs:
+        raise UserError(f"{outdir} holds no runs of a sweep (sweep.json, or folders lr=...).")
+    return [(run, {"lr": run.name.removeprefix("lr=")}) for _, run in runs]
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Setting path -> its last part, or the whole where two would be called the same."""
+    paths = sorted(paths)
+    keys = [path.rpartition(".")[2] for path in paths]
+    return {path: key if keys.count(key) == 1 else path for path, key in zip(paths, keys, strict=True)}
+
+
+def status(run: Path) -> str:
+    """Tell how a run stands, from its results and what `jaxtune sweep` or sweep_lr.sh left beside them."""
+    if (run / "member.json").is_file():
+        return json.loads((run / "member.json").read_text())["status"]
+    if (run / "summary.json").is_file() and any((run / result).is_dir() for result in ("adapter", "model")):
+        return "finished"
+    try:
+        code = int((run / "exit_status").read_text())
+    except (OSError, ValueError):
+        return "unfinished" if (run / "config.json").exists() else "not started"
+    if code in (3, 130, 143):  # by itself, SIGINT, SIGTERM
+        return "stopped"
+    return f"failed ({code})" if code else "no result"
+
+
+def differing_settings(runs: list[Path]) -> list[str]:
+    """Return the settings besides optim.lr in which the runs differ, as section.key."""
+    files = [run / "config.json" for run in runs]
+    configs = [_settings(json.loads(file.read_text())) for file in files if file.is_file()]
+    names = {name for config in configs for name in config} - {"optim.lr"}
+    return sorted(name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python -m jaxtune.report.sweep_table OUTDIR", file=sys.stderr)
+        return 2
+    outdir = Path(argv[0])
+    try:
+        rows = sweep_rows(outdir)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _swept(rows) + list(FACTS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write_text(outdir / "sweep.csv", text.getvalue())
+    except UserError as error:
+        print(f"sweep_table: error: {error}", file=sys.stderr)
+        return 2
+    _show(rows, outdir)
+    return 0
+
+
+def _rate(run: Path) -> float | None:
+    try:
+        return float(run.name.removeprefix("lr="))
+    except ValueError:
+        return None
+
+
+def _swept(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns of the swept settings."""
+    return list(dict.fromkeys(column for row in rows for column in row if column not in FACTS))
+
+
+def _row(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    evaluations = [m for m in metrics if m["step"] and math.isfinite(m.get("eval/loss", math.nan))]
+    best = min(evaluations, key=lambda m: m["eval/loss"], default={})
+    losses = [m["train/loss"] for m in metrics if math.isfinite(m.get("train/loss", math.nan))]
+    return {
+        **values,
+        "status": status(run),
+        "eval_loss": best.get("eval/loss"),
+        "step": best.get("step"),
+        "train_loss": losses[-1] if losses else None,
+        "run": str(run),
+    }
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """section.key -> value; the versions that made a run are no settings."""
+    sections = {name: keys for name, keys in config.items() if name != "versions"}
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
+def _show(rows: list[dict[str, Any]], outdir: Path) -> None:
+    swept = _swept(rows)
+    cells = [(*swept, "status", "eval loss", "at step", "train loss"), *(_cells(row, swept) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print()
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print()
+    for row in rows:
+        if row["status"].startswith("failed"):
+            print(f"{Path(row['run']).name} {row['status']}: {_why(Path(row['run']))}")
+    runs = [Path(row["run"]) for row in rows]
+    if swept == ["lr"] and (different := differing_settings(runs)):
+        print(f"These runs are not the same but for the learning rate; they also differ in {', '.join(different)}.")
+    if rows[0]["status"] == "finished" and rows[0]["eval_loss"] is not None:
+        print(f"best: {rows[0]['run']}")
+    elif any(row["status"] == "finished" for row in rows):
+        print("No evaluation loss: set data.eval or data.eval_fraction to choose by it.")
+    if (
+        not (outdir / "sweep.json").is_file()
+        and len(started := [str(run) for run in runs if (run / "metrics.jsonl").is_file()]) > 1
+    ):
+        print(f"compare: jaxtune report {' '.join(map(shlex.quote, started))}")
+    print(f"table: {outdir / 'sweep.csv'}")
+
+
+def _cells(row: dict[str, Any], swept: list[str]) -> tuple[str, ...]:
+    shown = ((row["eval_loss"], ".4f"), (row["step"], ""), (row["train_loss"], ".4f"))
+    facts = ("-" if value is None else format(value, form) for value, form in shown)
+    return *(str(row.get(column, "-")) for column in swept), row["status"], *facts
+
+
+def _why(run: Path) -> str:
+    """What is known of a failure."""
+    if (run / "member.json").is_file():
+        return json.loads((run / "member.json").read_text()).get("why", "no reason given")
+    return _last_line(run / "jaxtune.train.log")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

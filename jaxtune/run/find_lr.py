@@ -1,0 +1,140 @@
+"""`jaxtune sweep --find-lr`: bracket the learning rate by the eval loss of short runs.
+
+Not a range test, which reads a rate off one run whose rate grows: its loss lags, and says nothing of the held-out data
+(Smith 2017, arXiv:1506.01186, section 3.3). Here each rate has a run of its own, with the whole schedule in few steps,
+all of a round in one step of the sweep.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import RunFailed, UserError
+
+WIDE = math.sqrt(10)  # between the rates of the first rounds; the last one halves it
+MOST_ROUNDS = 6
+FLAT = 0.005  # losses closer than this share of the best are taken for equal
+
+
+def find_lr(sweep: Any, options: Any) -> None:
+    """Find the rate, say why, and write the config with it if asked to.
+
+    Raises:
+        UserError: there is nothing to evaluate on, or the file to write is there already.
+        RunFailed: no rate was found.
+    """
+    from jaxtune.files import atomic_write_text, exclusive, refuse_existing
+    from jaxtune.report.sweep_table import sweep_rows
+
+    cfg = options.resolve({})
+    if not cfg.data.eval and not cfg.data.eval_fraction:
+        raise UserError("--find-lr compares eval losses: give data.eval or data.eval_fraction")
+    out = options.write_config
+    if out is not None and (out.suffix != ".py" or not out.parent.is_dir()):
+        raise UserError(f"--write-config={out}: expected a new .py file in a directory that is there")
+    if out is not None:
+        refuse_existing(out)
+    steps = options.find_steps or max(20, _steps(sweep, cfg) // 10)
+    short = {"train.steps": str(steps), "train.epochs": "none", "train.eval_every": str(steps)}
+    flags = [f"--config.{path}={text}" for path, text in short.items()]
+    sweep = replace(sweep, resolve=lambda more: options.resolve({**short, **more}), argv=[*sweep.argv, *flags])
+    rates = [_round(cfg.optim.lr * WIDE**i) for i in (-2, -1, 0, 1, 2)]
+    if options.dry_run:
+        sweep.show(sweep.check([{"optim.lr": rate} for rate in rates]))
+        return
+    with exclusive(sweep.folder):
+        for number in range(MOST_ROUNDS):
+            print(f"round {number + 1}, {steps} steps: {', '.join(f'{rate:g}' for rate in rates)}")
+            sweep.add(sweep.check([{"optim.lr": rate} for rate in rates]))
+            sweep.run()
+            losses = {float(row["lr"]): _loss(row) for row in sweep_rows(sweep.folder)}
+            rates = next_rates(losses)
+            if not rates:
+                break
+        sweep.tell()
+    best, told = conclude(losses)
+    print(f"\n{told}\nA short run likes a higher rate than a long one: in doubt, take the lower of two that are equal.")
+    if out is not None:
+        atomic_write_text(out, _config_file(cfg, best, told, out))
+        print(f"config: {out}")
+
+
+def next_rates(losses: dict[float, float]) -> list[float]:
+    """The rates to try next: beyond an end that is best, else between the best and its neighbours; [] when found.
+
+    Args:
+        losses: learning rate -> eval loss, infinite where it diverged.
+
+    Raises:
+        RunFailed: all of them diverged, however low.
+    """
+    rates = sorted(losses)
+    best = min(rates, key=lambda rate: (losses[rate], rate))
+    if math.isinf(losses[best]):
+        if rates[0] < 1e-9:
+            raise RunFailed(f"Every rate from {rates[0]:g} to {rates[-1]:g} diverged; look at the data.")
+        return [_round(rates[0] / WIDE**i) for i in (3, 2, 1)]
+    at = rates.index(best)
+    if at == 0:
+        return [_round(best / WIDE**i) for i in (2, 1)]
+    if at == len(rates) - 1:
+        return [_round(best * WIDE**i) for i in (1, 2)]
+    below, above = rates[at - 1], rates[at + 1]
+    middles = [_round(math.sqrt(a * b)) for a, b in ((below, best), (best, above)) if b / a > WIDE * 0.9]
+    return [rate for rate in middles if rate not in losses]
+
+
+def conclude(losses: dict[float, float]) -> tuple[float, str]:
+    """The rate to take, and why in words: of the rates that are as good as the best, the lowest next to it."""
+    rates = sorted(losses)
+    best = min(rates, key=lambda rate: (losses[rate], rate))
+    if math.isinf(losses[best]):
+        raise RunFailed("Every rate diverged; look at the data.")
+    at = rates.index(best)
+    while at and losses[rates[at - 1]] <= losses[best] * (1 + FLAT):
+        at -= 1
+    chosen = rates[at]
+    told = [f"optim.lr={chosen:g}: eval loss {losses[chosen]:.4f}."]
+    if chosen != best:
+        told.append(f"{best:g} has {losses[best]:.4f}, no more than {FLAT:.1%} better.")
+    if at:
+        told.append(f"Below, {rates[at - 1]:g} learns less in the same steps ({losses[rates[at - 1]]:.4f}).")
+    else:
+        told.append("No lower rate was tried.")
+    above = rates[rates.index(best) + 1 :]
+    if not above:
+        told.append("No higher rate was tried.")
+    elif math.isinf(losses[above[0]]):
+        told.append(f"Above, {above[0]:g} diverged.")
+    else:
+        told.append(f"Above, {above[0]:g} is worse ({losses[above[0]]:.4f}).")
+    return chosen, " ".join(told)
+
+
+def _round(rate: float) -> float:
+    """Two significant digits, which a person can say."""
+    return float(f"{rate:.1e}")
+
+
+def _loss(row: dict[str, Any]) -> float:
+    failed = row["status"] != "finished" or row["eval_loss"] is None
+    return math.inf if failed else row["eval_loss"]
+
+
+def _steps(sweep: Any, cfg: Any) -> int:
+    from jaxtune.run import job
+
+    return job.make_batches(cfg, *sweep.open(cfg))[2]
+
+
+def _config_file(cfg: Any, best: float, told: str, out: Path) -> str:
+    """The config that was given, as a file of its own, with the chosen rate."""
+    from jaxtune import config
+    from jaxtune.run import propose
+
+    values = dict(config.overrides(cfg)) | {"optim.lr": best}
+    choices = [propose.Choice(path, values[path]) for path in config.BY_PATH if path in values]
+    choices = [c._replace(why="by --find-lr") if c.path == "optim.lr" else c for c in choices]
+    command = f"jaxtune train --config={out} --workdir=runs/{out.stem}"
+    return propose.write_config(propose.Proposal(tuple(choices)), "As given, with the rate found.", command, [told])

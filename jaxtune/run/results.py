@@ -1,0 +1,183 @@
+"""The end of a run: the tuned weights in the formats others load, the facts, the page, and what to do next."""
+
+import importlib.metadata
+import json
+import math
+import resource
+import statistics
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxtune.files import atomic_write_text
+from jaxtune.hf.card import carry_evaluation, loading, run_facts
+from jaxtune.hf.load import resolve
+from jaxtune.models import auto_class
+from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.run.job import as_stored, has_adapter, method_settings, over_features_found, rate_hint
+from jaxtune.train.cost import dot_flops
+from jaxtune.train.log import read_metrics
+from jaxtune.train.loop import EARLY
+from jaxtune.train.watch import findings
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    names = ("jaxtune", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            from jaxtune import __version__
+
+            found[name] = __version__
+    return found
+
+
+def finish(member, place, j, params, run, clock, generated) -> None:
+    """Write adapter/ or model/, summary.json and report.html; print the table and the next commands."""
+    from jaxtune.hf.export import export_model
+    from jaxtune.hf.peft import export_adapter
+    from jaxtune.report import write_report
+
+    cfg, workdir = member.cfg, place.folder
+    adapter = has_adapter(params)
+    out = workdir / ("adapter" if adapter else "model")
+    rows = read_metrics(workdir)
+    summary = {
+        "trainable": member.counts.trainable,
+        "all": member.counts.all,
+        "groups": member.counts.groups,
+        "seconds": {k: round(v, 2) for k, v in clock.parts.items()},
+        "device": jax.devices()[0].device_kind,
+        "data": j.data.report.lines(),
+        "argv": place.argv,
+        "best": run.best,
+        "early_stop": run.ended == EARLY,
+        "findings": [finding.as_json() for finding in findings(rows, rate_hint(cfg, j.model))],
+        "samples": _samples(generated),
+        "scores": _scores(generated),
+        "data_report": j.data.glance.as_json() | {"glance": True},
+        "cost": _cost(j, max(row["step"] for row in rows)),
+        **place.facts,
+    }
+    facts = run_facts(json.loads((workdir / "config.json").read_text()), rows, summary)
+    where = {
+        "tokenizer": resolve(cfg.model.tokenizer),
+        "chat_template": _chat_template(cfg, j),
+        "facts": facts,
+        "overwrite": True,
+    }
+    if adapter:
+        settings = dict(method_settings(cfg))
+        notes = export_adapter(
+            j.model.module, params, out, base=cfg.model.path, config=settings, mask=member.mask, **where
+        )
+    else:
+        params = as_stored(cfg, j.model, params, member.mask)
+        notes = export_model(j.model.module, params, out, base=j.model.folder, tuned_from=str(cfg.model.path), **where)
+    carry_evaluation(workdir, out)
+    clock("export")
+    summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
+    atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    page = write_report(workdir)
+    if not j.stacked:
+        _show(member, rows, clock, out, page, adapter, auto_class(j.model.module))
+    for note in notes:
+        print(note)
+
+
+def _chat_template(cfg, j) -> str | None:
+    """The template to write beside the weights, where it is not the tokenizer's own."""
+    from jaxtune.data import DEFAULT_TEMPLATE
+
+    if cfg.model.chat_template:
+        return j.data.tokenizer.chat_template
+    chat = any(source.format in ("chat", "sharegpt") for source in j.data.report.sources)
+    return DEFAULT_TEMPLATE if chat and not j.data.tokenizer.chat_template else None
+
+
+def _samples(generated) -> list[dict[str, str]]:
+    if generated is None or not generated.answers:
+        return []
+    before = generated.answers[0] if len(generated.answers) > 1 else [""] * len(generated.examples)
+    after = generated.answers[-1]
+    return [
+        {"prompt": e.text, "expected": e.expected, "before": b, "after": a}
+        for e, b, a in list(zip(generated.examples, before, after, strict=True))[:20]
+    ]
+
+
+def _scores(generated) -> dict[str, Any]:
+    """What the answers before and after come to, with intervals and a paired test, as `jaxtune eval` has it."""
+    if generated is None or len(generated.answers) < 2:
+        return {}
+    from jaxtune.evaluate.held_out import answer_scores
+    from jaxtune.evaluate.metrics import METRICS
+
+    expected = [example.expected for example in generated.examples]
+    metrics = {name: METRICS[name] for name in ("json_valid", "json_exact")}
+    return answer_scores(metrics, expected, base=generated.answers[0], tuned=generated.answers[-1])
+
+
+def _cost(j, steps: int) -> dict[str, Any]:
+    """Operations of a run's steps, its share of them in a sweep; the peak of memory of the device, or of the process.
+
+    The operations are those of the matrix products of a compiled step, by the positions of its batch; how many
+    positions the batches have is known from a sample of them. Over features, they are those above them.
+    """
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    cost = {
+        "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_of": "device" if peak else "process",
+        "runs": len(j.members),
+    }
+    if not steps:
+        return cost
+    j = over_features_found(j)
+    state, frozen, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (j.state, j.frozen, j.put(j.batch_at(0), list(range(len(j.members))))),
+    )
+    tokens = batch["segments"].shape
+    rows, width = tokens[-2:]
+    chunk = min(rows * width, chunk_size(rows * width, j.model.module.spec.vocab, len(j.members)))
+    flops = dot_flops(j.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips=-(-rows * width // chunk))
+    sampled = [j.batch_at(step)["segments"].size for step in range(0, steps, max(1, steps // 32))]
+    return cost | {"flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps}
+
+
+def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
+    """First and last value of a metric."""
+    values = [m[name] for m in rows if name in m]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) -> None:
+    from jaxtune.report import evaluation
+    from jaxtune.report.run import read_run
+    from jaxtune.report.sentences import measured
+
+    console = Console(soft_wrap=True, highlight=False)
+    metrics = measured(read_run(out.parent))
+    if evaluation.who(metrics) == ["base", "tuned"]:
+        table = Table("on held-out rows", "before", "after")
+        for entry in metrics.values():
+            values = (evaluation.value(entry, who) if who in entry else "" for who in ("base", "tuned"))
+            table.add_row(entry["label"], *values)
+        console.print(table)
+    console.print(str(member.counts))
+    first, last = _column(rows, "train/loss")
+    losses = "" if first is None else f"train loss {first:.4f} -> {last:.4f}; "  # none was logged before it stopped
+    console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
+                  f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
+    console.print(f"\nresult: {out}\nreport: {page}\n")
+    for library, lines in loading(str(member.cfg.model.path), str(out), adapter=adapter, auto=auto).items():
+        console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)
+    if auto == "AutoModelForCausalLM":
+        console.print(f"try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)

@@ -1,0 +1,161 @@
+"""Checkpoints of a run: the train state and the loop's own counters, by orbax, asynchronous and atomic.
+
+The state is stored flat, `{"trainable/segment_0/...": array}`: a checkpoint can be read without the code that wrote
+it, and the polymorphic leaves need no registration.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from jaxtune.errors import UserError
+from jaxtune.train.step import TrainState
+from jaxtune.tree import flatten
+
+
+def _flat(state: TrainState) -> dict[str, Any]:
+    return flatten(state._replace(key=jax.random.key_data(state.key)))
+
+
+def _abstract(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `_flat` returns, for a state that may itself be abstract."""
+    key = jax.eval_shape(jax.random.key_data, state.key)
+    flat = flatten(state._replace(key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)))
+    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in flat.items()}
+
+
+def _unflat(arrays: dict[str, jax.Array], like: TrainState) -> TrainState:
+    raw = jax.tree.unflatten(jax.tree.structure(like._replace(key=0)), arrays.values())
+    return raw._replace(key=jax.random.wrap_key_data(raw.key))
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    The newest `keep` are kept, and those that `counters["runs"][...]["best"]["step"]` name in the newest. Nothing is
+    deleted before what replaces it is complete, so one more is there while one is written. What lies at or before step
+    `since` is not kept here.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, since: int = 0):
+        self.folder, self.keep, self.say, self.since = folder.absolute(), keep, say, since
+        for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # by a process that was killed; orbax would warn
+            shutil.rmtree(left)
+        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self._counters: dict[str, Any] = {}  # of the newest checkpoint
+
+    def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
+        """Start writing; returns once the arrays are copied from the device."""
+        self.wait()
+        if step in self.manager.all_steps():
+            return
+        self._counters = copy.deepcopy(counters)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(state)), counters=ocp.args.JsonSave(self._counters))
+        self.manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Return once nothing is being written; then delete what is neither new nor best."""
+        self.manager.wait_until_finished()
+        steps = self.steps()
+        wanted = {*steps[-self.keep :], *_best_steps(self._counters)}
+        for step in steps:
+            if step not in wanted:
+                self.manager.delete(step)
+
+    def steps(self) -> list[int]:
+        return sorted(self.manager.all_steps())
+
+    def restore(
+        self, like: Callable[[dict[str, Any]], TrainState], step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the state and counters of `step`, or of the newest checkpoint that can be read; None: there is none.
+
+        `like` returns a state of the same structure, shapes and places for the counters that were saved with it. A
+        checkpoint that cannot be read is reported, set aside and the one before it taken.
+        """
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                state, counters = self._read(candidate, like)
+            except Exception as e:  # a damaged directory can be wrong in many ways
+                if step is not None:
+                    raise
+                why = str(e).partition("\n")[0][:200] or type(e).__name__
+                then = "using the one before" if candidate != self.steps()[0] else "there is none before it"
+                self.say(f"The checkpoint of step {candidate} cannot be read ({why}); {then}.")
+                damaged = self.folder / str(candidate)
+                damaged.rename(damaged.with_name(f"damaged-{candidate}"))
+                self.manager.reload()
+                continue
+            if step is None:
+                for run in counters["runs"]:
+                    if run["best"] and run["best"]["step"] > self.since and run["best"]["step"] not in self.steps():
+                        run["best"] = None  # it was deleted for a better one, which is found again
+                self._counters = copy.deepcopy(counters)
+            return state, counters
+        return None
+
+    def _read(self, step: int, like: Callable[[dict[str, Any]], TrainState]) -> tuple[TrainState, dict[str, Any]]:
+        folder = self.folder / str(step)
+        counters = json.loads((folder / "counters" / "metadata").read_bytes())
+        wanted = like(counters)
+        return _unflat(_read_arrays(folder / "state", _abstract(wanted)), wanted), counters
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+
+def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read the arrays that orbax wrote to `folder`; raises ValueError where they are damaged, or others than wanted.
+
+    Not by orbax, which reads on an event loop and closes it at the first error: the reads that are still under way then
+    end in tracebacks about a closed loop, which nobody can catch.
+    """
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    keys = (key.decode().rpartition("/") for key in ts.KvStore.open(store).result().list().result())
+    if unlike := {name for name, _, kind in keys if kind == ".zarray"} ^ set(wanted):
+        raise ValueError(f"checkpoint and run differ in {sorted(unlike)[:5]}")
+
+    def read(name: str) -> jax.Array:
+        spec = {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
+        array, like = ts.open(spec, open=True, read=True).result().read().result(), wanted[name]
+        if (array.shape, array.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name}: expected {like.dtype}{like.shape}, found {array.dtype}{array.shape}")
+        return jax.device_put(array, like.sharding)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(wanted, pool.map(read, wanted), strict=True))
+
+
+def _best_steps(counters: dict[str, Any]) -> set[int]:
+    return {int(run["best"]["step"]) for run in counters.get("runs", ()) if run["best"]}
+
+
+def state_bytes(state: TrainState) -> int:
+    """Bytes of one checkpoint."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in _flat(state).values())
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise UserError unless the disk of `folder`, which need not be there yet, has room for `needed` bytes."""
+    folder = folder.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {folder} has {_size(free)} free; this run writes up to {_size(needed)} "
+            "(checkpoints and the result). Free some, lower train.keep, or give another --workdir."
+        )
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"

@@ -1,0 +1,500 @@
+"""Feature extraction: what lies below the lowest trained part, computed once and kept in memory-mapped files.
+
+      tokens -> embedding -> segments below the cut (-> rest of the body -> pooling)   frozen, no dropout: once a row
+                                      |
+                            features.bin, by row   [tokens, D] or [rows, D]
+                                      |
+    features -> segments above -> norm -> head -> loss                                 each epoch, each evaluation
+
+Where the cut lies is a fact of the mask: `find_cut` knows no method. A row's features depend on nothing but its tokens,
+so they serve every order, packing and batch size; `data.with_features` puts them in the place of the tokens, and
+`above` is the module that takes them. What is kept is found by its content: the weights below the cut, the tokens, and
+what else decides a bit of the result.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtune.data import Rows
+from jaxtune.errors import Interrupted, UserError
+from jaxtune.files import atomic_write_text, cache_root
+from jaxtune.models.encoder import Encoder
+from jaxtune.train.parallel import DATA
+from jaxtune.tree import FROZEN, PyTree, flatten
+
+VERSION = 1  # raise it when the same input would give other features
+TOKENS = 4096  # in one forward pass
+SAVE_SECONDS = 10.0
+HASHED = 2**26  # bytes of a weight at a time
+GIB = 2**30
+ROOM = GIB // 4  # of the disk, left to others
+
+# ---------------------------------------------------------------------------------------------------------- the cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model is cut in two.
+
+    Attributes:
+        segments: of the body, below the cut.
+        layers: in them.
+        pooled: all of the body is below, and so is the pooling.
+    """
+
+    segments: int
+    layers: int
+    pooled: bool = False
+
+    def __str__(self) -> str:
+        return f"the first {self.layers} layers" + ", pooled" * self.pooled
+
+
+def find_cut(module: Any, mask: PyTree) -> Cut | None:
+    """The highest cut with nothing below it that is trained or differs between members; None: below the first block.
+
+    Dropout has its rate in a MEMBER leaf, so that there is none below either.
+    """
+
+    def is_frozen(name):
+        return all(role is FROZEN for role in jax.tree.leaves(mask.get(name)))
+
+    segments = module.spec.segments
+    if not all(is_frozen(name) for name in mask if name.startswith("embed_")):
+        return None
+    below = next((i for i in range(len(segments)) if not is_frozen(f"segment_{i}")), len(segments))
+    if not below:
+        return None
+    pools = getattr(module, "pooling", None) is not None
+    layers = sum(segment.layers for segment in segments[:below])
+    return Cut(below, layers, pools and below == len(segments) and is_frozen("norm"))
+
+
+def above(module: Any, cut: Cut) -> Any:
+    """The part over the cut: the same module over the same tree, that takes features in place of tokens."""
+    return replace(module, pooled=True) if cut.pooled else module.clone(start=cut.segments)
+
+
+def below(module: Any, cut: Cut) -> Callable[..., jax.Array]:
+    """`f(params, tokens, positions, segments) -> features`, [B, T, D] or pooled [B, D]."""
+    if cut.pooled:
+        return module.pooled_body
+    body = getattr(module, "body", module)
+    is_encoder = isinstance(body, Encoder)
+    lower = body.clone(stop=cut.segments)
+
+    def features(params, tokens, positions, segments):
+        return lower.apply({"params": params}, tokens, positions, segments if is_encoder else None, method="hidden")
+
+    return features
+
+
+def weights_below(module: Any, cut: Cut, params: PyTree) -> dict[str, Any]:
+    """The part of the tree that `below` reads."""
+    own = {f"segment_{i}" for i in range(cut.segments)} | ({"norm"} if cut.pooled else set())
+    return {name: leaf for name, leaf in params.items() if name in own or name.startswith("embed_")}
+
+
+def by_length_of_batch(module: Any, cut: Cut) -> bool:
+    """Whether the layers below rotate by the length of the longest text in a packed row."""
+    return any(
+        block.rope is not None and block.rope.kind in ("dynamic", "longrope")
+        for segment in module.spec.segments[: cut.segments]
+        for block in segment.pattern
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- what is kept
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the features of rows lie in a file: the longest row first, so that little is computed on padding.
+
+    Attributes:
+        order: i64[R], the row at each place.
+        first: i64[R], the entry at which a row's features begin.
+        length: i64[R], its entries; 1 where they are pooled.
+        tokens: i64[R], the row's tokens.
+        width: D.
+    """
+
+    order: np.ndarray
+    first: np.ndarray
+    length: np.ndarray
+    tokens: np.ndarray
+    width: int
+    dtype: Any
+    per_token: bool
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, width: int, dtype: Any, per_token: bool) -> "Layout":
+        tokens = np.asarray(tokens, np.int64)
+        length = tokens if per_token else np.ones_like(tokens)
+        order = np.argsort(-tokens, kind="stable")
+        first = np.empty_like(length)
+        first[order] = np.cumsum(length[order]) - length[order]
+        return cls(order, first, length, tokens, width, np.dtype(dtype), per_token)
+
+    @property
+    def entries(self) -> int:
+        return int(self.length.sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self.entries * self.width * self.dtype.itemsize
+
+    def batches(self, devices: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first place, end, rows, T) of forward passes of about TOKENS tokens, in at most eight shapes."""
+        unit = max(8, -(-int(self.tokens.max()) // 8 // 8) * 8)
+        at = 0
+        while at < len(self.order):
+            t = -(-int(self.tokens[self.order[at]]) // unit) * unit
+            rows = max(1, TOKENS // t // devices) * devices
+            end = min(at + rows, len(self.order))
+            yield at, end, rows, t
+            at = end
+
+
+class Features:
+    """The features of the rows of one data set, read from their file; a row is counted over all sources."""
+
+    def __init__(self, file: Path, layout: Layout, lock: "_Lock"):
+        self.layout, self.lock = layout, lock  # shared: the file is not removed while this lives
+        self.flat = np.memmap(file, layout.dtype, "r", shape=(layout.entries, layout.width))
+
+    @property
+    def per_token(self) -> bool:
+        return self.layout.per_token
+
+    def __len__(self) -> int:
+        return len(self.layout.first)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """[n, D] of the row's tokens; [1, D] where they are pooled."""
+        first = self.layout.first[row]
+        return self.flat[first : first + self.layout.length[row]]
+
+    def lay(self, plan: Sequence[Sequence[int]], n: int, t: int) -> np.ndarray:
+        """See `data.batches.Features`."""
+        shape = (n, t if self.per_token else 1, self.layout.width)
+        out = np.zeros(shape, self.layout.dtype)
+        for b, members in enumerate(plan):
+            at = 0
+            for member in members:
+                part = self[member]
+                out[b, at : at + len(part)] = part
+                at += len(part)
+        return out if self.per_token else out[:, 0]
+
+
+class Store:
+    """A folder of features, each set in one of its own, together no larger than `limit` bytes.
+
+    A set is built under another name and renamed when it is whole; a build that was killed goes on. Sets that are in
+    use are locked; of the others the one that was used the longest time ago goes first.
+    """
+
+    def __init__(self, limit: int, folder: Path | None = None):
+        self.limit, self.folder = limit, folder or cache_root() / "features"
+
+    def path(self, key: str) -> Path:
+        return self.folder / key
+
+    def partial(self, key: str) -> Path:
+        return self.folder / f".{key}.partial"
+
+    def has(self, key: str, nbytes: int) -> bool:
+        file = self.path(key) / "features.bin"
+        return file.is_file() and file.stat().st_size == nbytes
+
+    def why_not(self, sizes: Mapping[str, int]) -> str | None:
+        """Why these sets (key -> bytes) cannot all be kept; None: they can."""
+        total = sum(sizes.values())
+        if total > self.limit:
+            return f"they take {_gib(total)}, and train.cache_gib is {self.limit / GIB:.3g}"
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
+        new = sum(n for key, n in sizes.items() if not self.has(key, n))
+        others = {key: _size(self.folder / key) for key in self._others(sizes)}
+        used = sum(n for key, n in others.items() if self._in_use(key))
+        begun = sum(_size(self.partial(key)) for key in sizes)
+        if used + total > self.limit:
+            return (
+                f"they take {_gib(total)} beside {_gib(used)} that other runs use, and train.cache_gib is "
+                f"{self.limit / GIB:.3g}"
+            )
+        free = shutil.disk_usage(self.folder).free + sum(others.values()) - used + begun - ROOM
+        if new > free:
+            return f"they take {_gib(new)}, and the disk of {self.folder} has {_gib(max(free, 0))} free"
+        return None
+
+    def open(
+        self,
+        key: str,
+        layout: Layout,
+        fill: Callable[[Any, int, Callable[[int], None]], None],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Features:
+        """The features of `key`; what is not there is computed.
+
+        Args:
+            fill: (file, first place, done) writes the features from a place of the layout's order on; it calls
+                done(place) where all before that place is written.
+            stop: asked while another process computes them; True ends the waiting.
+
+        Raises:
+            UserError: there is no room.
+            Interrupted: `stop` said so.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = _Lock(self.folder / f"{key}.lock")
+        while True:
+            lock.wait(fcntl.LOCK_SH, stop)
+            if self.has(key, layout.nbytes):
+                os.utime(self.path(key))
+                return Features(self.path(key) / "features.bin", layout, lock)
+            lock.release()
+            lock.wait(fcntl.LOCK_EX, stop)
+            if not self.has(key, layout.nbytes):
+                self._build(key, layout, fill)
+
+    def _build(self, key: str, layout: Layout, fill: Callable[..., None]) -> None:
+        folder = self.partial(key)
+        folder.mkdir(exist_ok=True)
+        progress = folder / "progress.json"
+        done = json.loads(progress.read_text())["places"] if progress.exists() else 0
+        self._make_room(key, layout.nbytes)
+        with (folder / "features.bin").open("r+b" if progress.exists() else "w+b") as file:
+            os.posix_fallocate(file.fileno(), 0, layout.nbytes)  # no surprise later
+            file.seek(int(layout.length[layout.order[:done]].sum()) * layout.width * layout.dtype.itemsize)
+
+            def save(places: int) -> None:
+                file.flush()
+                os.fsync(file.fileno())
+                atomic_write_text(progress, json.dumps({"places": places}))
+
+            if not progress.exists():
+                save(0)
+            fill(file, done, save)
+            save(len(layout.order))
+        shutil.rmtree(self.path(key), ignore_errors=True)  # of another size: nothing that we wrote
+        os.rename(folder, self.path(key))
+
+    def _make_room(self, key: str, nbytes: int) -> None:
+        """Remove other sets until one of `nbytes` fits."""
+        new = nbytes - _size(self.partial(key))
+        others = sorted(self._others([key]), key=lambda k: (self.folder / k).stat().st_mtime)
+        while True:
+            kept = sum(_size(self.folder / k) for k in others)
+            short = shutil.disk_usage(self.folder).free - ROOM < new
+            if kept + nbytes <= self.limit and not short:
+                return
+            oldest = next((k for k in others if not self._in_use(k)), None)
+            if oldest is None:
+                raise UserError(
+                    f"No room for features in {self.folder}: {_gib(new)} more are needed, "
+                    f"{_gib(shutil.disk_usage(self.folder).free)} are free, and other runs use {_gib(kept)} of "
+                    f"train.cache_gib={self.limit / GIB:.3g}. Make room, or set "
+                    "train.cache_features=off."
+                )
+            others.remove(oldest)
+            shutil.rmtree(self.folder / oldest)
+
+    def _others(self, keys: Any) -> list[str]:
+        """Folders of other sets, finished and begun."""
+        own = {name for key in keys for name in (key, self.partial(key).name)}
+        found = [p.name for p in self.folder.iterdir() if p.is_dir()] if self.folder.is_dir() else []
+        return [name for name in found if name not in own]
+
+    def _in_use(self, name: str) -> bool:
+        """Whether a process reads a set, or computes it."""
+        key = name.removeprefix(".").removesuffix(".partial")
+        return not _Lock(self.folder / f"{key}.lock").take(fcntl.LOCK_EX)
+
+
+class _Lock:
+    """A lock on a file, against other processes and other locks of this one; it is let go with the object."""
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def __del__(self):
+        os.close(self.fd)
+
+    def take(self, how: int) -> bool:
+        """Try at once."""
+        try:
+            fcntl.flock(self.fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wait(self, how: int, stop: Callable[[], bool]) -> None:
+        while not self.take(how):
+            if stop():
+                raise Interrupted("Stopped by a signal while another process computes features.")
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.3g} GiB"
+
+
+def _size(folder: Path) -> int:
+    file = folder / "features.bin"
+    return file.stat().st_size if file.is_file() else 0
+
+
+# -------------------------------------------------------------------------------------------------- computing them
+
+
+def weights_digest(params: PyTree) -> str:
+    """A hash of every array of a tree, with its path, shape and type; little of it is on the host at a time."""
+
+    def digest(item):
+        path, leaf = item
+        found = hashlib.sha256(f"{path} {leaf.shape} {leaf.dtype}".encode())
+        rows = leaf.reshape(1, -1) if leaf.ndim < 2 else leaf
+        step = max(1, len(rows) * HASHED // max(leaf.nbytes, 1))
+        for at in range(0, len(rows), step):
+            found.update(np.ascontiguousarray(jax.device_get(rows[at : at + step])).reshape(-1).view(np.uint8))
+        return found.digest()
+
+    with ThreadPoolExecutor(4) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, flatten(params).items()))).hexdigest()
+
+
+def rows_digest(sources: Sequence[Rows]) -> str:
+    """A hash of the tokens of all rows, in order."""
+    total = hashlib.sha256()
+    for rows in sources:
+        total.update(np.ascontiguousarray(rows.length, np.int32))
+        for start, length in zip(rows.start.tolist(), rows.length.tolist()):
+            total.update(np.ascontiguousarray(rows.tokens[start : start + length]))
+    return total.hexdigest()
+
+
+class Extractor:
+    """Computes the features of data sets under one cut, or finds them.
+
+    Args:
+        params: the tree; what lies below the cut is all there.
+        store: where they are kept.
+        mesh: whose devices share the rows.
+    """
+
+    def __init__(self, module: Any, cut: Cut, params: PyTree, store: Store, mesh: Mesh):
+        self.module, self.cut, self.store, self.mesh = module, cut, store, mesh
+        self.params = weights_below(module, cut, params)
+
+    @property
+    def per_token(self) -> bool:
+        return not self.cut.pooled
+
+    def layout(self, sources: Sequence[Rows]) -> Layout:
+        tokens = np.concatenate([rows.length for rows in sources])
+        return Layout.of(tokens, self.module.spec.width, self.module.dtype, self.per_token)
+
+    @cached_property
+    def _model_key(self) -> list[Any]:
+        spec = self.module.spec
+        shape = replace(spec, config="", segments=spec.segments[: self.cut.segments])
+        body = getattr(self.module, "body", self.module)
+        pooling = self.module.pooling if self.cut.pooled else None
+        device = [jax.default_backend(), jax.devices()[0].device_kind, self.mesh.size, jax.__version__]
+        return [
+            VERSION,
+            TOKENS,
+            weights_digest(self.params),
+            repr(shape),
+            str(body.dtype),
+            body.attention,
+            pooling,
+            device,
+        ]
+
+    def key(self, sources: Sequence[Rows]) -> str:
+        """Hex; it stands for everything that decides a bit of the features."""
+        return hashlib.sha256(json.dumps([*self._model_key, rows_digest(sources)]).encode()).hexdigest()[:40]
+
+    def open(
+        self,
+        sources: Sequence[Rows],
+        stop: Callable[[], bool] = lambda: False,
+        say: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Features:
+        """The features of the rows of all sources.
+
+        Args:
+            stop: asked between forward passes.
+            say: called now and then with how many tokens of all are done.
+
+        Raises:
+            UserError: there is no room for them.
+            Interrupted: `stop` said so; what is done is kept.
+        """
+        rows, layout = Rows.concatenate(list(sources)), self.layout(sources)
+
+        def fill(file, first, done):
+            saved = time.monotonic()
+            total, before = int(layout.tokens.sum()), None
+            for at, end, n, t in layout.batches(self.mesh.size):
+                if at < first:
+                    continue
+                now = (self._pass(rows, layout.order[at:end], n, t), layout.order[at:end], end)
+                if before is not None:  # while the device computes the next
+                    self._write(file, layout, *before)
+                before = now
+                if stop() or time.monotonic() - saved > SAVE_SECONDS:
+                    self._write(file, layout, *before)
+                    before, saved = None, time.monotonic()
+                    done(end)
+                    say(int(layout.tokens[layout.order[:end]].sum()), total)
+                    if stop():
+                        raise Interrupted("Stopped by a signal; the features so far are kept. Start again to go on.")
+            if before is not None:
+                self._write(file, layout, *before)
+
+        return self.store.open(self.key(sources), layout, fill, stop)
+
+    def _pass(self, rows: Rows, chosen: np.ndarray, n: int, t: int) -> jax.Array:
+        tokens, positions, segments = (np.zeros((n, t), np.int32) for _ in range(3))
+        for b, i in enumerate(chosen):
+            ids = rows[i][0]
+            end = len(ids)
+            tokens[b, :end], positions[b, :end], segments[b, :end] = ids, np.arange(end), 1
+        put = NamedSharding(self.mesh, PartitionSpec(DATA))
+        return self._run(self.params, *(jax.device_put(x, put) for x in (tokens, positions, segments)))
+
+    @cached_property
+    def _run(self) -> Callable[..., jax.Array]:
+        whole, split = PartitionSpec(), PartitionSpec(DATA)
+        local, specs = below(self.module, self.cut), (whole, split, split, split)
+        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))
+
+    def _write(self, file: Any, layout: Layout, features: jax.Array, chosen: np.ndarray, end: int) -> None:
+        found = np.asarray(features)[: len(chosen)]
+        if self.per_token:
+            found = found[np.arange(found.shape[1]) < layout.tokens[chosen][:, None]]
+        file.write(found.astype(layout.dtype, copy=False).tobytes())

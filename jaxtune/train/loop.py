@@ -1,0 +1,349 @@
+"""The host loop: batches in, metrics, evaluations and checkpoints out. It knows no method, model or config."""
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.data import Prefetch
+from jaxtune.errors import Interrupted, RunFailed
+from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.log import Metrics, Progress
+from jaxtune.train.step import TrainState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how often. All in optimizer steps; 0 switches a thing off."""
+
+    steps: int
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    early_stop: int = 0  # evaluations without improvement
+
+
+@dataclass
+class Run:
+    """One run of those that share the loop's step: one alone, or the members of a sweep.
+
+    Attributes:
+        name: what messages and checkpoints call it.
+        metrics: where its lines go.
+        lr_at: learning rate of a step, for the log.
+        places: where the rows of a step stand in the data, for messages.
+        lane: its row in a batch that holds rows for each member, counted at the start.
+        record: what the loop remembers of it beside the state, saved with it; see `fresh_record`.
+    """
+
+    name: str
+    metrics: Metrics
+    lr_at: Callable[[int], float]
+    places: Callable[[int], list[str]] | None = None
+    lane: int = 0
+    record: dict[str, Any] = field(default_factory=lambda: fresh_record())
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """{"step", "loss"} of the best evaluation; None where there was none."""
+        return self.record["best"]
+
+    @property
+    def ended(self) -> str | None:
+        """Why it ended before the last step: "early" stopping, or a sentence on what went wrong; else None."""
+        return self.record["ended"]
+
+    @property
+    def failed(self) -> bool:
+        return self.ended not in (None, EARLY)
+
+
+EARLY = "early"
+
+
+def fresh_record() -> dict[str, Any]:
+    return {"best": None, "waited": 0, "ended": None, "window": fresh_window(), "tokens": 0}
+
+
+def fresh_window() -> dict[str, float]:
+    """Sums since the last logged line."""
+    return {"loss": 0.0, "weight": 0.0, "tokens": 0}
+
+
+@contextmanager
+def stop_on_signal():
+    """Yield a function that tells whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+    came: list[int] = []
+
+    def note(number, frame):
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Loop:
+    """The loop over the steps of one run, or of those that share its step.
+
+    Attributes:
+        state: the last state.
+        frozen: what `step_fn(state, frozen, batch) -> (state, metrics)` takes beside it.
+        batch_at: the host batch of a step, a pure function of it.
+        runs: whose state this is: one, or those that are stacked in it, in their order.
+        put: (host batch, the runs' lanes) -> device batch.
+        evaluate: state -> metrics of each run, of which "eval/loss" decides what is best.
+        sample: called with (step, state, its runs) after each evaluation.
+        dropped: runs that were taken out of the step, also in an earlier part of a run that goes on.
+        take: state with the given of its runs; after an evaluation, what has ended leaves the step, which never holds
+            less than two because the numbers of a single member differ in the last bits. None: a run alone.
+    """
+
+    state: TrainState
+    frozen: Any
+    step_fn: Callable[..., Any]
+    batch_at: Callable[[int], dict[str, np.ndarray]]
+    plan: Plan
+    runs: list[Run]
+    put: Callable[[Any, list[int]], Any]
+    checkpoints: Checkpoints
+    progress: Progress
+    evaluate: Callable[[TrainState], list[dict[str, float]]] | None = None
+    sample: Callable[[int, TrainState, Sequence[Run]], None] | None = None
+    dropped: list[Run] = field(default_factory=list)
+    take: Callable[[TrainState, list[int]], TrainState] | None = None
+    clock: float = field(default_factory=time.monotonic)  # of the last logged line
+    unread: tuple[int, dict] | None = None  # a step whose metrics are still on the device
+
+    def run(self) -> None:
+        """Train from `state.step` to `plan.steps`; `state`, `runs` and `dropped` then say how it ended.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint was saved.
+            RunFailed: the loss of a run alone is not finite. In a sweep, that run has `ended`, and the others go on.
+        """
+        start, last = int(np.ravel(jax.device_get(self.state.step))[0]), self.plan.steps
+        self._judge_patience()
+        if start == 0 and self.evaluate is not None and not self.checkpoints.steps():
+            self._assess(0)
+        if self._evaluates(start):
+            self._regroup()
+        with stop_on_signal() as stopped, Prefetch(self.batch_at, start, last) as batches:
+            for number, batch in enumerate(batches, start + 1):
+                if not self._live():
+                    break
+                self._step(number, batch)
+                stopping = stopped()  # asked once: a signal that comes after this is seen in the next step
+                self._after(number, stopping)
+                if stopping and number < last and self._live():
+                    self.checkpoints.wait()
+                    raise Interrupted(
+                        f"Stopped by a signal after step {number}; the checkpoint is saved. Start again to go on."
+                    )
+                if self._evaluates(number):
+                    self._regroup()
+        self.checkpoints.wait()
+
+    def _live(self) -> list[Run]:
+        return [run for run in self.runs if not run.ended]
+
+    def _evaluates(self, number: int) -> bool:
+        due = number == self.plan.steps or _every(self.plan.eval_every, number)
+        return self.evaluate is not None and due
+
+    def _step(self, number: int, batch: dict[str, np.ndarray]) -> None:
+        """Start a step, and read the metrics of the one before while it runs."""
+        lanes = [run.lane for run in self.runs]
+        self.state, metrics = self.step_fn(self.state, self.frozen, self.put(batch, lanes))
+        self._read()
+        for run, tokens in zip(self.runs, _tokens(batch, lanes), strict=True):
+            if not run.ended:
+                run.record["window"]["tokens"] += tokens
+                run.record["tokens"] += tokens
+        self.unread = number, metrics
+
+    def _after(self, number: int, stopping: bool) -> None:
+        """Log, evaluate and save, where it is time for it; a checkpoint holds what was logged and found before it."""
+        evaluates, last = self._evaluates(number), number == self.plan.steps
+        saves = last or evaluates or stopping or _every(self.plan.save_every, number)
+        if saves or _every(self.plan.log_every, number):
+            self._read()
+        if evaluates:
+            began = time.monotonic()
+            self._assess(number)
+            self.clock += time.monotonic() - began  # not the training's time
+            self._judge_patience()
+        if saves:
+            counters = [run.record | {"name": run.name} for run in [*self.runs, *self.dropped]]
+            self.checkpoints.save(number, self.state, {"runs": counters, "in_step": len(self.runs)})
+
+    def _read(self) -> None:
+        """Wait for the metrics of the last step, add them to the windows, and log those at their end."""
+        if self.unread is None:
+            return
+        (number, arrays), self.unread = self.unread, None
+        arrays = {k: np.atleast_1d(v) for k, v in jax.device_get(arrays).items()}
+        logs = number == self.plan.steps or _every(self.plan.log_every, number)
+        now, lines = time.monotonic(), {}
+        for i, run in enumerate(self.runs):
+            if run.ended:
+                continue
+            values = {k: float(v[i]) for k, v in arrays.items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                self._fail(run, _not_finite(run, number, values))
+                continue
+            window = run.record["window"]
+            window["loss"] += values["loss"] * values["weight"]
+            window["weight"] += values["weight"]
+            if logs:
+                lines[run.name] = _line(run, number, values, now - self.clock)
+                run.record["window"] = fresh_window()
+                self._log(run, number, lines[run.name])
+        if lines:
+            self.clock = now
+            self.progress.update(number, lines)
+
+    def _log(self, run: Run, number: int, values: dict[str, Any]) -> None:
+        for finding in run.metrics.write(number, values):
+            self._say(run, str(finding))
+
+    def _say(self, run: Run, text: str) -> None:
+        self.progress.say(text if self.take is None else f"{run.name}: {text}")
+
+    def _fail(self, run: Run, why: str) -> None:
+        run.record["ended"] = why
+        if self.take is not None:
+            self._say(run, why)
+            return
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "No checkpoint was saved."
+        raise RunFailed(f"{why} {kept} {REMEDY}")
+
+    def _assess(self, number: int) -> None:
+        """Evaluate every run. What they all start as is a base to compare with, not a result that could be the best."""
+        found = {}
+        for run, values in zip(self.runs, self.evaluate(self.state), strict=True):
+            if run.ended:
+                continue
+            self._log(run, number, values)
+            found[run.name], loss = values, values["eval/loss"]
+            if not number:
+                continue
+            if run.best is None or loss < run.best["loss"] or math.isnan(run.best["loss"]):
+                run.record["best"], run.record["waited"] = {"step": number, "loss": loss}, 0
+            else:
+                run.record["waited"] += 1
+        self.progress.evaluated(number, found)
+        if self.sample is not None:
+            self.sample(number, self.state, self.runs)
+
+    def _judge_patience(self) -> None:
+        """Early stopping; of a run that goes on, the patience may have been changed."""
+        for run in self.runs:
+            if not run.failed:
+                spent = self.plan.early_stop and run.record["waited"] >= self.plan.early_stop
+                run.record["ended"] = EARLY if spent else None
+
+    def _regroup(self) -> None:
+        """Take what has ended out of a sweep's step."""
+        kept = [i for i, run in enumerate(self.runs) if not run.ended]
+        kept = sorted([*kept, *(i for i in range(len(self.runs)) if i not in kept)][: max(2, len(kept))])
+        if self.take is not None and len(kept) < len(self.runs):
+            self.dropped.extend(run for i, run in enumerate(self.runs) if i not in kept)
+            self.state, self.runs = self.take(self.state, kept), [self.runs[i] for i in kept]
+
+
+REMEDY = "Lower optim.lr, set optim.grad_clip, or look at these rows."
+
+
+def _not_finite(run: Run, number: int, values: dict[str, float]) -> str:
+    rows = ", ".join((run.places(number - 1) if run.places else [])[:8])
+    return (
+        f"The loss is not finite at step {number} (loss {values['loss']}, gradient {values['grad_norm']})."
+        + f" Its rows: {rows}." * bool(rows)
+    )
+
+
+def _every(interval: int, number: int) -> bool:
+    """Whether something happens at a step; an interval of 0 switches it off."""
+    return bool(interval) and number % interval == 0
+
+
+def _line(run: Run, number: int, values: dict[str, float], seconds: float) -> dict[str, float]:
+    """What is logged of a run at a step, after `seconds` of training since the last line."""
+    window = run.record["window"]
+    line = {
+        "train/loss": window["loss"] / max(window["weight"], 1.0),
+        "train/lr": run.lr_at(number - 1),
+        "train/grad_norm": values["grad_norm"],
+        "train/tokens": run.record["tokens"],
+        "train/tokens_per_second": round(window["tokens"] / max(seconds, 1e-9), 1),
+    }
+    return line | {f"train/{k}": float(f"{v:.4g}") for k, v in values.items() if "/" in k}
+
+
+def _tokens(batch: dict[str, np.ndarray], lanes: list[int]) -> list[int]:
+    """Tokens of each run in a batch: [A, B, T] for all, or [K, A, B, T]."""
+    there = batch["segments"] > 0
+    return [int(there.sum())] * len(lanes) if there.ndim == 3 else [int(there[lane].sum()) for lane in lanes]
+
+
+def language_metrics(loss: float, weight: float, aux: Any) -> dict[str, float]:
+    """Of a language model: its perplexity, and how many tokens were predicted."""
+    return {"eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": int(weight)}
+
+
+def make_evaluate(
+    eval_step: Callable[..., Any],
+    frozen: Any,
+    batches: Iterable,
+    put: Callable[[Any], Any],
+    limit: int = 0,
+    metrics: Callable[[float, float, dict[str, np.ndarray]], dict[str, float]] = language_metrics,
+) -> Callable[[TrainState], list[dict[str, float]]]:
+    """Return `evaluate(state) -> [{"eval/loss", ...}]`, one for each run in the state.
+
+    It goes over at most `limit` batches; 0: all. `metrics(loss, weight, aux)` says what is logged beside the loss, from
+    sums over all rows.
+    """
+
+    def evaluate(state):
+        sums = []
+        for batch in itertools.islice(batches, limit or None):
+            sums.append(_columns(jax.device_get(eval_step(state.trainable, state.member, frozen, put(batch)))))
+        totals, weights, aux = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
+        found = []
+        for i, (total, weight) in enumerate(zip(totals, weights, strict=True)):
+            loss = float(total / weight) if weight else math.nan
+            found.append({"eval/loss": loss} | metrics(loss, float(weight), jax.tree.map(lambda x, i=i: x[i], aux)))
+        return found
+
+    return evaluate
+
+
+def _columns(sums: tuple[Any, Any, Any]) -> tuple[np.ndarray, np.ndarray, Any]:
+    """(total, weight, aux) in float64, [K, ...] each."""
+    total, weight, aux = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    if not total.ndim:
+        aux = jax.tree.map(lambda x: x[None], aux)
+    total = np.atleast_1d(total)
+    return total, np.broadcast_to(weight, total.shape), aux
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a JAX error says that the device has no memory left."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

@@ -1,0 +1,135 @@
+"""The train step: differentiate the trainable part, sum over micro-batches and devices, divide once, update."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtune.train.parallel import DATA
+from jaxtune.tree import PyTree, combine, flatten
+
+LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]]
+
+
+class TrainState(NamedTuple):
+    """All that changes, and all that a sweep member has of its own. The frozen parameters are not in it."""
+
+    step: jax.Array  # i32[], optimizer steps done
+    trainable: PyTree
+    member: PyTree
+    opt_state: Any
+    key: jax.Array  # PRNG key of dropout
+
+
+def init_state(
+    trainable: PyTree, member: PyTree, tx: optax.GradientTransformation, key: jax.Array, *, copy: bool = True
+) -> TrainState:
+    """Return the state before the first step.
+
+    The step donates its state; `copy=False` hands it the caller's own arrays, which are then gone.
+    """
+    if copy:
+        trainable, member, key = jax.tree.map(jnp.copy, (trainable, member, key))
+    return TrainState(jnp.int32(0), trainable, jax.tree.map(jnp.asarray, member), tx.init(trainable), key)
+
+
+def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """Return `f(trainable, member, frozen, batch, key) -> (sum, weight, grads)`, sums over the whole batch.
+
+    `batch` has leading axes [A, B]: A micro-batches one after another, B rows split over the mesh. Gradients are of
+    the sum, in float32, and exist for `trainable` only. Nothing is divided here, so any split gives the same numbers.
+    """
+
+    def local(trainable, member, frozen, batch, key):
+        def loss(trainable, micro):
+            (total, weight), _ = loss_fn(combine(trainable, member, frozen), micro, key)
+            return total, weight
+
+        def one(micro):
+            (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(trainable, micro)
+            return total, weight, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        micros = jax.tree.leaves(batch)[0].shape[0]
+        sums = one(jax.tree.map(lambda x: x[0], batch))
+        if micros > 1:
+            rest = jax.tree.map(lambda x: x[1:], batch)
+            sums, _ = jax.lax.scan(lambda s, m: (jax.tree.map(jnp.add, s, one(m)), None), sums, rest)
+        return sums if mesh is None else jax.lax.psum(sums, DATA)
+
+    if mesh is None:
+        return local
+    whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, whole, rows, whole), out_specs=whole, check_vma=False
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    group: Callable[[str], str] | None = None,
+    jit: bool = True,
+) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return `step(state, frozen, batch) -> (state, metrics)`.
+
+    `state` is donated, `frozen` never is. `metrics` are f32[]: loss (mean over trained tokens), weight (their number),
+    grad_norm (before clipping). `jit=False` leaves compilation to the caller, who may `vmap` over the state first.
+
+    Args:
+        group: path of a trainable leaf -> group; then `metrics` also hold grad_norm/GROUP (before clipping), and
+            update_ratio/GROUP: the norm of the step's update over that of the weights it gives.
+    """
+    gradients = value_and_grad(loss_fn, mesh)
+
+    def step(state, frozen, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        total, weight, grads = gradients(state.trainable, state.member, frozen, batch, key)
+        weight = jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.tree.norm(grads)}
+        if group is not None:
+            metrics |= _by_group(group, grads, updates, trainable)
+        return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0) if jit else step
+
+
+def _by_group(group: Callable[[str], str], grads: PyTree, updates: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
+    squares = [Counter(), Counter(), Counter()]
+    for found, leaves in zip(squares, (grads, updates, trainable), strict=True):
+        for path, leaf in flatten(leaves).items():
+            found[group(path)] += jnp.square(leaf).sum()
+    metrics = {}
+    for name in squares[0]:
+        grad, update, weight = (jnp.sqrt(found[name]) for found in squares)
+        metrics[f"grad_norm/{name}"] = grad
+        metrics[f"update_ratio/{name}"] = update / jnp.where(weight > 0, weight, 1.0)
+    return metrics
+
+
+def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:
+    """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight, aux)`, batch [A, B, ...], no dropout.
+
+    All are sums over the rows; `aux` is what the loss counts beside itself.
+    """
+
+    def local(trainable, member, frozen, batch):
+        def one(micro):
+            (total, weight), aux = loss_fn(combine(trainable, member, frozen), micro, None)
+            return total, weight, aux
+
+        sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
+        return sums if mesh is None else jax.lax.psum(sums, DATA)
+
+    if mesh is not None:
+        whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
+        local = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False)
+    return jax.jit(local) if jit else local

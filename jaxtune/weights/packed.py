@@ -1,0 +1,186 @@
+"""Quantised leaves for a frozen base: NF4 with double quantisation, int8, fp8.
+
+They sit under a `LoraWeight` (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A product builds the plain matrix of one
+layer in x's dtype, multiplies, and drops it: the backward pass builds it again rather than keep it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.errors import UserError, nearest
+from jaxtune.tree import PyTree, flatten, path_str
+from jaxtune.weights.foreign import Layout, matrices
+from jaxtune.weights.leaf import Adapter, Packed, QuantWeight, Weight, matmul, rebuilt, weights_by_path
+
+BLOCK = 64  # weights that share an absolute maximum
+CONSTANTS = 256  # absolute maxima that share a scale of their own
+
+
+def _nf4() -> np.ndarray:
+    """The 16 values of NormalFloat4: quantiles of N(0, 1) with an exact 0, scaled to [-1, 1] (section 3)."""
+    quantile = NormalDist().inv_cdf
+    offset = 0.9677083  # the mean of 1 - 1/32 and 1 - 1/30
+    above = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+    values = np.array(sorted([*below, 0.0, *above]))
+    return (values / values[-1]).astype(np.float32)
+
+
+NF4 = _nf4()
+
+
+def _share(size: int, most: int, even: bool = False) -> int:
+    """The largest divisor of `size` that is at most `most`."""
+    return next(n for n in range(min(size, most), 0, -1) if size % n == 0 and not (even and n % 2))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Nf4Weight(Packed):
+    """4-bit NormalFloat with double quantisation (arXiv:2305.14314, equations 4 to 6): 4.13 bits a weight.
+
+    Blocks of 64 weights of one output column (fewer, where K is no multiple) share an absolute maximum; 256 of these
+    share a scale, after their mean is taken off. They are int8 here, where the paper has fp8.
+
+    Attributes:
+        codes: uint8[*L, K / 2, N]; rows 2i and 2i + 1 of the matrix in the high and the low half of a byte.
+        absmax: int8[*L, K / block, N].
+        scale: f32[*L, K / block, N / group].
+        offset: f32[*L].
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    scale: jax.Array
+    offset: jax.Array
+
+    @classmethod
+    def quantize(cls, w: jax.Array) -> "Nf4Weight":
+        """Round a plain array [*L, K, N].
+
+        Raises:
+            ValueError: K is odd.
+        """
+        *layers, k, n = w.shape
+        if k % 2:
+            raise ValueError(f"NF4 packs two rows of a matrix in a byte; this one has {k}.")
+        block, group = _share(k, BLOCK, even=True), _share(n, CONSTANTS)
+        blocks = w.astype(jnp.float32).reshape(*layers, k // block, block, n)
+        absmax = jnp.max(jnp.abs(blocks), axis=-2)
+        offset = absmax.mean((-2, -1))
+        centred = (absmax - offset[..., None, None]).reshape(*layers, k // block, n // group, group)
+        scale = jnp.maximum(jnp.max(jnp.abs(centred), axis=-1), jnp.finfo(jnp.float32).tiny) / 127.0
+        rounded = jnp.round(centred / scale[..., None]).astype(jnp.int8).reshape(absmax.shape)
+        known = cls(None, rounded, scale, offset)._absmax()[..., None, :]
+        unit = blocks / jnp.where(known > 0, known, 1.0)
+        codes = jnp.searchsorted(jnp.asarray((NF4[1:] + NF4[:-1]) / 2), unit).astype(jnp.uint8)
+        pairs = codes.reshape(*layers, k // 2, 2, n)
+        return cls(pairs[..., 0, :] << 4 | pairs[..., 1, :], rounded, scale, offset)
+
+    def _absmax(self) -> jax.Array:
+        """f32[*L, K / block, N]."""
+        *lead, blocks, _ = self.absmax.shape
+        grouped = self.absmax.reshape(*lead, blocks, self.scale.shape[-1], -1).astype(jnp.float32)
+        return (grouped * self.scale[..., None]).reshape(self.absmax.shape) + self.offset[..., None, None]
+
+    def dense(self, dtype: Any) -> jax.Array:
+        """The plain array [*L, K, N]."""
+        *lead, half, n = self.codes.shape
+        codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-2)
+        values = jnp.asarray(NF4)[codes].reshape(*lead, self.absmax.shape[-2], -1, n)
+        return (values * self._absmax()[..., None, :]).astype(dtype).reshape(*lead, 2 * half, n)
+
+    def dot(self, x, keys, product):
+        return rebuilt(lambda x, w: product(x, w.dense(x.dtype)), x, self)
+
+    def transposed_dot(self, x, product):
+        return rebuilt(lambda x, w: product(x, w.dense(x.dtype).T), x, self)
+
+    def embed(self, ids):
+        return self.dense(jnp.float32)[ids]
+
+    def attend(self, x):
+        return self.transposed_dot(x, matmul)
+
+    def merge(self):
+        return self.dense(jnp.float32)
+
+
+KINDS: dict[str, Callable[[jax.Array], Weight]] = {
+    "nf4": Nf4Weight.quantize,
+    "int8": QuantWeight.quantize,
+    "fp8": lambda w: QuantWeight.quantize(w, jnp.float8_e4m3fn),
+}
+
+BODY = r"segment_\d+/.*kernel"  # linear modules of jaxtune's decoders and encoders; tables and heads stay as they are
+
+
+def packs(params: PyTree, kind: str, pattern: str = BODY) -> dict[str, Callable[[jax.Array], Weight]]:
+    """Return {path: what quantises it} for the matrices of a tree, which may be abstract, whose paths match a regex.
+
+    Raises:
+        UserError: the kind is unknown, nothing matches, or a matrix has an odd number of rows (NF4).
+    """
+    if kind not in KINDS:
+        raise UserError(f"quantization={kind!r} is not one of {', '.join(map(repr, KINDS))}.{nearest(kind, KINDS)}")
+    leaves = {path: leaf for path, leaf in flatten(params).items() if len(leaf.shape) >= 2}
+    chosen = [path for path in leaves if re.fullmatch(pattern, path)]
+    if not chosen:
+        raise UserError(f"No matrix is named {pattern!r}; there are {', '.join(sorted(leaves)[:8])}, ...")
+    for path in chosen:
+        if kind == "nf4" and leaves[path].shape[-2] % 2:
+            raise UserError(
+                f"{path} has {leaves[path].shape[-2]} rows; NF4 packs two in a byte. Use int8, or leave it out."
+            )
+    return dict.fromkeys(chosen, KINDS[kind])
+
+
+def quantize(params: PyTree, kind: str, pattern: str = BODY, layouts: Mapping[str, Layout] | None = None) -> PyTree:
+    """Quantise the matrices of a tree.
+
+    Args:
+        params: plain arrays.
+        kind: "nf4", "int8" or "fp8" (e4m3).
+        pattern: regex over whole paths "a/b/kernel"; by default the body of jaxtune's own models.
+        layouts: how the arrays of a model that is not ours are matrices, from `adapt(apply_fn).layouts`.
+
+    Raises:
+        UserError: as `packs`.
+    """
+    chosen = {path: layouts[path] for path in layouts if re.fullmatch(pattern, path)} if layouts else {}
+    params, restore = matrices(params, chosen)
+    pack = packs(params, kind, pattern)
+
+    def quantized(path, leaf):
+        path = path_str(path)
+        return _jitted(pack[path])(leaf) if path in pack else leaf
+
+    return restore(jax.tree_util.tree_map_with_path(quantized, params))
+
+
+def rounding(params: PyTree, published: PyTree) -> float:
+    """Return how far packed matrices are from the published ones: the root mean square of what is lost, over theirs.
+
+    Args:
+        params: leaves may be adapters over packed bases.
+        published: the same tree, plain.
+    """
+    plain, lost, all_ = weights_by_path(published), 0.0, 0.0
+    for path, leaf in weights_by_path(params).items():
+        base = leaf.w if isinstance(leaf, Adapter) else leaf
+        if isinstance(base, Packed):
+            w = plain[path].astype(jnp.float32)
+            lost += float(jnp.square(base.merge() - w).sum())
+            all_ += float(jnp.square(w).sum())
+    return (lost / all_) ** 0.5
+
+
+_jitted = functools.cache(jax.jit)
