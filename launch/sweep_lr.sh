@@ -7,7 +7,7 @@ wrong() {
   cat >&2 <<USAGE
 usage: launch/sweep_lr.sh CONFIG OUTDIR LR [LR ...] [-- flags of jaxtune train]
 
-Trains in OUTDIR/lr=LR (its output in jaxtune.train.log there), one process a free GPU, or one at a time without GPUs. The
+Trains in OUTDIR/lr=LR (its output in jaxtune.log there), one process a free GPU, or one at a time without GPUs. The
 GPUs can be named by CUDA_VISIBLE_DEVICES. Ends with a table sorted by evaluation loss, also in OUTDIR/sweep.csv.
 PYTHON names the interpreter that has jaxtune (by default python3). Start it again to go on, or with more rates.
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from jaxtune import config as c
+from jaxtune.config import resolve as c
+from jaxtune.config import schema as schema
 from jaxtune.errors import UserError
 
 REPO = Path(__file__).parent.parent
@@ -31,31 +32,31 @@ def refused(overrides=None, flags=None, **more):
 
 
 def test_each_setting_has_a_section_a_meaning_and_a_default_that_passes_its_own_check():
-    assert len(c.BY_PATH) == len(c.SETTINGS)
-    for setting in c.SETTINGS:
-        assert setting.section in c.SECTIONS
+    assert len(schema.BY_PATH) == len(schema.SETTINGS)
+    for setting in schema.SETTINGS:
+        assert setting.section in schema.SECTIONS
         assert setting.doc
         if setting.default not in (None, {}):
             assert c.read_value(setting.path, setting.default, "schema") == setting.default
-    assert {s.section for s in c.SETTINGS} == set(c.SECTIONS)
+    assert {s.section for s in schema.SETTINGS} == set(schema.SECTIONS)
 
 
 def test_the_tables_beside_the_schema_name_settings_that_exist():
-    known = set(c.BY_PATH) | set(c.SECTIONS)
-    assert set(c.OTHER_NAMES.values()) <= set(c.BY_PATH)
-    assert not set(c.OTHER_NAMES) & {s.key for s in c.SETTINGS}
-    assert {*c.DERIVED, *c.REQUIRED} <= set(c.BY_PATH)
-    assert known >= c.RESUMABLE
-    assert known >= {path for idle in c.IDLE for path in idle.paths}
-    assert set(c.DEFAULT_LR) == set(c.BY_PATH["tune.method"].choices)
+    known = set(schema.BY_PATH) | set(schema.SECTIONS)
+    assert set(schema.OTHER_NAMES.values()) <= set(schema.BY_PATH)
+    assert not set(schema.OTHER_NAMES) & {s.key for s in schema.SETTINGS}
+    assert {*schema.DERIVED, *schema.REQUIRED} <= set(schema.BY_PATH)
+    assert known >= schema.RESUMABLE
+    assert known >= {path for idle in schema.IDLE for path in idle.paths}
+    assert set(schema.DEFAULT_LR) == set(schema.BY_PATH["tune.method"].choices)
 
 
 def test_schema_is_a_locked_config_dict_of_the_defaults():
-    schema = c.defaults()
-    assert isinstance(schema, ConfigDict)
-    assert schema.tune.lora.r == 8
+    defaults = c.defaults()
+    assert isinstance(defaults, ConfigDict)
+    assert defaults.tune.lora.r == 8
     with pytest.raises(AttributeError, match="rank"):
-        schema.tune.lora.rank = 4
+        defaults.tune.lora.rank = 4
 
 
 # -------------------------------------------------------------------------------------------------------- merging

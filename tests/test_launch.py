@@ -332,12 +332,12 @@ def test_sweep_goes_on_when_a_rate_fails_and_tries_it_again_the_next_time(place)
 
 
 def test_a_new_run_is_given_a_folder_that_jaxtune_takes_for_new(place):
-    """`jaxtune train` refuses a folder without config.json that holds anything but jaxtune.train.log."""
+    """`jaxtune train` refuses a folder without config.json that holds anything but jaxtune.log."""
     place.plan(**{"1e_5": "exit 2"})
     place.run(*SWEEP, "1e-5", status=1)
     place.stand_in("jaxtune", '#!/usr/bin/env bash\ncd "${3#*=}" && echo * >"$CALLS"\n')
     place.run(*SWEEP, "1e-5")
-    assert (place.folder / "calls").read_text() == "jaxtune.train.log\n"
+    assert (place.folder / "calls").read_text() == "jaxtune.log\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -316,7 +316,7 @@ def test_a_sweep_of_the_shell_script(tmp_path):
     write_report(run)
     (folder / "lr=1e-2").mkdir()
     (folder / "lr=1e-2" / "exit_status").write_text("1\n")
-    (folder / "lr=1e-2" / "jaxtune.train.log").write_text("line\njaxtune: error: no room\n\n")
+    (folder / "lr=1e-2" / "jaxtune.log").write_text("line\njaxtune: error: no room\n\n")
     (folder / "lr=1e-1").mkdir()
     (folder / "lr=fast").mkdir()
     page = SweepPage(write_sweep(folder))

@@ -191,7 +191,7 @@ def _status(folder: Path, run: Run | None) -> tuple[str, str]:
     if status == "finished" and run and not run.summary.get("early_stop") and run.fact("cut_at") is not None:
         return "cut", f"halving ended it at step {run.fact('cut_at'):,}"
     if status.startswith("failed ("):
-        return "failed", f"exit status {status[len('failed (') : -1]}: {_last_line(folder / 'jaxtune.train.log')}"
+        return "failed", f"exit status {status[len('failed (') : -1]}: {_last_line(folder / 'jaxtune.log')}"
     if status == "running":  # when it was written: nobody knows whether it still is
         status = "unfinished"
     if status not in ENDED and run:

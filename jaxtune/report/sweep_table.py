@@ -167,7 +167,7 @@ def _why(run: Path) -> str:
     """What is known of a failure."""
     if (run / "member.json").is_file():
         return json.loads((run / "member.json").read_text()).get("why", "no reason given")
-    return _last_line(run / "jaxtune.train.log")
+    return _last_line(run / "jaxtune.log")
 
 
 def _last_line(log: Path) -> str:

@@ -500,7 +500,7 @@ def has_adapter(params: Any) -> bool:
 
 def _left_behind(name: str) -> bool:
     """Whether a file may be there before config.json: log, lock, report on the data, or a config.json half written."""
-    return name in ("jaxtune.train.log", ".lock", "data_report.json") or (
+    return name in ("jaxtune.log", ".lock", "data_report.json") or (
         name.startswith(".config.json.") and name.endswith(".tmp")
     )
 
