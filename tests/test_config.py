@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from jaxtune.config import resolve as c
+from jaxtune.config import merge as c
 from jaxtune.config import schema as schema
 from jaxtune.errors import UserError
 

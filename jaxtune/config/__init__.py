@@ -1,7 +1,7 @@
 """Configs: the schema, files and overrides, and what is refused before anything is loaded. No jax is imported here."""
 
 from jaxtune.config.kinds import KINDS
-from jaxtune.config.resolve import (
+from jaxtune.config.merge import (
     Given,
     changes,
     check_resume,
