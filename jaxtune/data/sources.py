@@ -1,37 +1,53 @@
-"""Where rows come from: files, saved data sets and the hub, all as an iterator of numbered dictionaries.
+"""Where rows come from: files, folders, saved data sets and the hub, all as an iterator of numbered dictionaries.
 
 `read("train.jsonl")` gives a `Source`. Iterating it yields `(number, row)`, and `Source.where(number)` says in words
 where that row stands. Files are read as they are iterated: a large JSON-lines file never lies in memory as a whole.
 """
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from jaxtune import torchless
+from jaxtune.data.files import (
+    COMPRESSED,
+    PICKLED,
+    READERS,
+    SUFFIXES,
+    UNCOMPRESSED,
+    Numbered,
+    arrow_classes,
+    class_names,
+    decoded,
+    from_arrow,
+    is_json_list,
+    json_file,
+    kind,
+    suffix,
+)
 from jaxtune.errors import UserError, nearest
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".conll")
-PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".joblib")
-DOCUMENT_SEPARATOR = "<|endoftext|>"
-KINDS = {
-    type(None): "null",
-    str: "text",
-    bool: "true/false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+__all__ = ["Source", "hash_files", "hash_rows", "kind", "place_of", "read", "splits"]
 
-DECODE = json.JSONDecoder().decode
-Numbered = Iterator[tuple[int, dict]]
+# What the files of a folder call its splits; the first word of each is ours.
+SPLITS = (
+    ("train", "training"),
+    ("validation", "valid", "val", "dev", "eval"),
+    ("test", "testing"),
+)
+OF_FOLDERS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about rows, not rows
+VERSION = 2  # raise it when the same bytes would give other rows
+FILE = 40  # bits of a row's number within its file; those above number the files of a folder
+
+
+def place_of(label: str, number: int) -> str:
+    """Where a row stands, in words: see `Source.label`."""
+    return label.split("\n")[number >> FILE].replace("{}", str(number & ((1 << FILE) - 1)))
 
 
 @dataclass(frozen=True)
@@ -39,84 +55,117 @@ class Source:
     """Numbered rows with a name.
 
     `label` turns a number into a place: `"train.jsonl:{}"` where rows are found by line (the line a row starts on,
-    counted from 1), else `"train.parquet, row {}"` (counted from 1).
+    counted from 1), else `"train.parquet, row {}"` (counted from 1); of several files a line for each.
     """
 
     name: str
     label: str
     _rows: Callable[[], Numbered]
     _digest: Callable[[], str]
+    _classes: Callable[[], Mapping[str, Sequence[str]]] = dict
 
     def __iter__(self) -> Numbered:
         return self._rows()
 
     def where(self, number: int) -> str:
-        return self.label.replace("{}", str(number))
+        return place_of(self.label, number)
 
     def digest(self) -> str:
-        """Return a hex hash of the content (not of the name or the time stamp)."""
-        return self._digest()
+        """Return a hash of the content (not of the name or the time stamp) and of how it is read."""
+        return f"{VERSION}-{self._digest()}"
+
+    @property
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """{column: names of its classes in the order of their ids}, as `datasets` keeps them; rows hold the names."""
+        return self._classes()
 
 
 def read(source: str) -> Source:
-    """Open a data set: a file, a directory written by `Dataset.save_to_disk`, or a hub id.
+    """Open a data set: a file, a folder, a pattern (`data/*.jsonl`), a data set that `datasets` saved, or a hub id.
 
-    Files: `.jsonl`; `.json` (a list of objects, or one object a line); `.csv` and `.tsv` with a header; `.parquet`;
-    `.txt`, which has one column `text`: one document a block of text between blank lines, or, where the file has lines
-    that are exactly `<|endoftext|>`, between those; `.conll`, which has columns `tokens` and `labels`: the first and
-    the last field of each line, up to a blank line. Saved data sets and hub ids take a split after a colon
-    (`"openai/gsm8k:test"`); without one it is `train`.
+    Files: `.jsonl` and `.ndjson`; `.json` (a list of objects, or one object a line); `.csv` with a header; `.tsv`,
+    whose cells are taken as they stand unless they are quoted throughout; `.parquet` and `.arrow`; `.txt`, which has
+    one column `text`: one document a block of text between blank lines, or, where the file has lines that are exactly
+    `<|endoftext|>`, between those; `.conll`, which has columns `tokens` and `labels`: the word and the label of each
+    line, up to a blank line. Text may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
+
+    A folder is its files of one kind; where their names tell splits, those of the split. Folders, saved data sets and
+    hub ids take a split after a colon (`"openai/gsm8k:test"`, without one `train`), and before it a configuration
+    (`"openai/gsm8k:main:test"`); a `.json` file the key under which rows stand.
+
+    Class ids of data sets are read as the names of the classes.
 
     Raises UserError for a missing file (naming the nearest ones), an unknown or pickled format, and, while iterated,
     for an empty file, a malformed line or a row that is not an object, with the file and line.
     """
-    path = Path(source).expanduser()
+    base, config, split = _parts(source)
+    path = Path(base).expanduser()
     if path.is_file():
-        return _read_file(source, path)
-    folder, _, split = source.partition(":")
-    if path.is_dir() or Path(folder).expanduser().is_dir():
-        return _read_saved(source, path, "") if path.is_dir() else _read_saved(source, Path(folder).expanduser(), split)
-    if path.suffix.lower() not in SUFFIXES + PICKLED and re.fullmatch(
-        r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.\[\]%:+-]+)?", source
+        return _read_file(source, path, f"{config}:{split}" if config else split)
+    if path.is_dir():
+        return _read_folder(source, path, config, split)
+    if re.search(r"[*?\[]", source) and (path.suffix or "/" in source):
+        files = sorted(Path(name) for name in glob(str(Path(source).expanduser()), recursive=True))
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise UserError(f"{source}: no file fits this pattern (looked in {Path.cwd()}).")
+        return _read_files(source, files)
+    if suffix(path) not in SUFFIXES + PICKLED and re.fullmatch(
+        r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(:[\w.\[\]%:+-]+)?", source
     ):
-        return _read_hub(source, folder, split or "train")
+        return _read_hub(source, base, config, split or "train")
     raise _missing(source, path)
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """(file, folder or hub id; configuration; split) of `BASE:CONFIG:SPLIT`, of which the last two may be missing."""
+    if Path(source).expanduser().exists():
+        return source, "", ""
+    base, *rest = re.split(r":(?![^\[]*\])", source)  # no colon of train[:100]
+    if len(rest) > 2:
+        return source, "", ""
+    return base, *([""] * (2 - len(rest))), *rest
 
 
 def _missing(source: str, path: Path) -> UserError:
     folder = path.parent
     if not folder.is_dir():
         return UserError(f"{source}: no such file, and no folder {str(folder)!r} to hold it.")
-    files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = sorted(p.name for p in folder.iterdir() if _readable(p))
     hint = nearest(path.name, files)
     if not hint and files:
         hint = f" Data files in that folder: {', '.join(files[:8])}."
     return UserError(f"{source}: no such file.{hint}")
 
 
-def _read_file(name: str, path: Path) -> Source:
-    suffix = path.suffix.lower()
-    if suffix in PICKLED:
-        raise UserError(f"{name}: {suffix} files can run code when loaded and are never read. Save the data as .jsonl.")
-    readers = {
-        ".jsonl": _json_lines,
-        ".json": _json,
-        ".csv": lambda n, p: _table(n, p, ","),
-        ".tsv": lambda n, p: _table(n, p, "\t"),
-        ".parquet": _parquet,
-        ".txt": _text,
-        ".conll": _conll,
-    }
-    if suffix not in readers:
-        raise UserError(f"{name}: cannot read a {suffix or 'file without a suffix'}. Known: {', '.join(SUFFIXES)}.")
+def _readable(path: Path) -> bool:
+    return suffix(path) in SUFFIXES and path.name not in OF_FOLDERS and path.is_file()
+
+
+def _read_file(name: str, path: Path, part: str = "") -> Source:
+    known = suffix(path)
+    if known in PICKLED:
+        raise UserError(f"{name}: {known} files can run code when loaded and are never read. Save the data as .jsonl.")
+    if known not in READERS:
+        shown = f"{', '.join(SUFFIXES)}; and of text compressed ones: {', '.join(COMPRESSED)}"
+        raise UserError(f"{name}: cannot read a {known or 'file without a suffix'}. Known: {shown}.")
+    if known in UNCOMPRESSED and path.suffix.lower() != known:
+        raise UserError(f"{name}: a {known} file is compressed inside: unpack this one first.")
+    if part and known != ".json":
+        raise UserError(f"{name}: a {known} file has no splits; leave out ':{part}'.")
     if path.stat().st_size == 0:
         raise UserError(f"{name}: the file is empty.")
-    by_row = suffix == ".parquet" or (suffix == ".json" and _is_json_list(path))
+    by_row = known in UNCOMPRESSED or (known == ".json" and (bool(part) or is_json_list(path)))
+
+    def rows() -> Numbered:
+        return json_file(name, path, part) if part else READERS[known](name, path)
+
     return Source(
         name,
         f"{name}, row {{}}" if by_row else f"{name}:{{}}",
-        lambda: _not_empty(name, _decoded(name, path, readers[suffix](name, path))),
-        lambda: suffix + hash_files([path]),  # the suffix decides how the bytes are read
+        lambda: _not_empty(name, decoded(name, path, rows())),
+        lambda: path.suffix.lower().removeprefix(known) + known + part + hash_files([path]),  # decides how it is read
+        lambda: arrow_classes(path) if known in UNCOMPRESSED else {},
     )
 
 
@@ -128,166 +177,123 @@ def _not_empty(name: str, rows: Numbered) -> Numbered:
         raise UserError(f"{name}: no rows in it.")
 
 
-def _decoded(name: str, path: Path, rows: Numbered) -> Numbered:
-    try:
-        yield from rows
-    except UnicodeDecodeError:
-        with path.open("rb") as lines:  # the error counts from the start of a block
-            for number, line in enumerate(lines, 1):
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    found = f"{error.reason} at byte {error.start + 1} of the line"
-                    raise UserError(f"{name}:{number}: not UTF-8 text ({found}). Save it as UTF-8.") from None
-        raise
+def _read_files(name: str, files: Sequence[Path]) -> Source:
+    """Several files of one kind, one after another."""
+    kinds = sorted({suffix(path) for path in files})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{name}: files of several kinds ({', '.join(kinds)}). Name those of one kind, for example *{kinds[0]}"
+        )
+    parts = [_read_file(str(path), path) for path in files]
+
+    def rows() -> Numbered:
+        for i, part in enumerate(parts):
+            for number, row in part:
+                yield i << FILE | number, row
+
+    def classes() -> Mapping[str, Sequence[str]]:
+        found = [part.classes for part in parts]
+        for other in found[1:]:
+            if other != found[0]:
+                raise UserError(
+                    f"{name}: the files name the classes of their columns differently: {found[0]}, {other}."
+                )
+        return found[0]
+
+    def digest() -> str:
+        return hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
+
+    return Source(name, "\n".join(part.label for part in parts), rows, digest, classes)
 
 
-def _object(where: str, value: object) -> dict:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object {{...}} with one field a column, found {kind(value)}.")
-    return value
+def _split_of(path: Path, folder: Path) -> str | None:
+    """The split that a file's name, or that of a folder above it, tells."""
+    for text in reversed(path.relative_to(folder).parts):
+        words = re.findall(r"[a-z]+", text.lower())
+        for split, *others in SPLITS:
+            if {split, *others} & set(words):
+                return split
+    return None
 
 
-def _json_lines(name: str, path: Path) -> Numbered:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    value = DECODE(line)
-                except json.JSONDecodeError as error:
-                    found = line.strip()
-                    found = found if len(found) <= 60 else found[:57] + "..."
-                    raise UserError(
-                        f"{name}:{number}: malformed JSON ({error.msg} at column {error.colno}): {found}"
-                    ) from None
-                yield number, _object(f"{name}:{number}", value)
+def splits(folder: Path) -> dict[str | None, list[Path]]:
+    """{split: its files} of a folder of data files; None: those whose names tell none."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+        if not hidden and _readable(path):
+            found.setdefault(_split_of(path, folder), []).append(path)
+    return found
 
 
-def _is_json_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        while block := file.read(4096):
-            block = block.removeprefix(b"\xef\xbb\xbf").lstrip()
-            if block:
-                return block.startswith(b"[")
-    return False
-
-
-def _json(name: str, path: Path) -> Numbered:
-    if not _is_json_list(path):
-        text = path.read_text(encoding="utf-8-sig")
-        try:
-            yield 1, _object(f"{name}:1", json.loads(text))  # one object over the whole file
-        except json.JSONDecodeError:
-            yield from _json_lines(name, path)
-        return
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}:{error.lineno}: malformed JSON ({error.msg} at column {error.colno}).") from None
-    for number, value in enumerate(values, 1):
-        yield number, _object(f"{name}, row {number}", value)
-
-
-def _table(name: str, path: Path, delimiter: str) -> Numbered:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header, start = None, 1
-        try:
-            for cells in reader:
-                number, start = start, reader.line_num + 1
-                if not cells:
-                    continue
-                if header is None:
-                    header = [cell.strip() for cell in cells]
-                    if len(set(header)) < len(header) or "" in header:
-                        raise UserError(
-                            f"{name}:1: the header needs distinct column names, found {', '.join(map(repr, header))}."
-                        )
-                elif len(cells) != len(header):
-                    raise UserError(
-                        f"{name}:{number}: {len(cells)} fields, but the header has {len(header)} ({', '.join(header)})."
-                    )
-                else:
-                    yield number, dict(zip(header, cells))
-        except csv.Error as error:
-            raise UserError(f"{name}:{start}: malformed {path.suffix[1:]} ({error}).") from None
-
-
-def _text(name: str, path: Path) -> Numbered:
-    with path.open(encoding="utf-8-sig") as lines:
-        marked = any(line.strip() == DOCUMENT_SEPARATOR for line in lines)
-        ends = {DOCUMENT_SEPARATOR} if marked else {""}
-        lines.seek(0)
-        block, start = [], 1
-        for number, line in enumerate(chain(lines, [DOCUMENT_SEPARATOR if marked else ""]), 1):
-            if line.strip() not in ends:
-                block.append(line)
-                continue
-            if text := "".join(block).strip("\n"):
-                yield start, {"text": text}
-            block, start = [], number + 1
-
-
-def _conll(name: str, path: Path) -> Numbered:
-    """One word a line, with its label in the last field; a blank line ends a sentence."""
-    with path.open(encoding="utf-8-sig") as lines:
-        words, tags, start = [], [], 1
-        for number, line in enumerate(chain(lines, [""]), 1):
-            line = line.rstrip("\n")
-            if line.strip() and not line.startswith("-DOCSTART-"):
-                fields = line.split("\t") if "\t" in line else line.split()
-                if len(fields) < 2:
-                    raise UserError(f"{name}:{number}: expected a word and its label, found {line!r}.")
-                words.append(fields[0])
-                tags.append(fields[-1])
-                continue
-            if words:
-                yield start, {"tokens": words, "labels": tags}
-            words, tags, start = [], [], number + 1
-
-
-def _parquet(name: str, path: Path) -> Numbered:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{name}: not a readable parquet file ({error}).") from None
+def _read_folder(name: str, path: Path, config: str, split: str) -> Source:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if config:
+            raise UserError(f"{name}: a saved data set has no configurations; choose with {path}:SPLIT.")
+        return _read_saved(name, path, split)
+    card = path / "README.md"
+    if card.is_file() and re.search(
+        r"^(configs|dataset_info):", card.read_text(encoding="utf-8", errors="replace"), re.M
+    ):
+        return _read_hub(name, str(path), config, split or "train")  # laid out as on the hub
+    if config:
+        if not (path / config).is_dir():
+            raise UserError(
+                f"{name}: {path} has no configuration {config!r}: neither a card that names it nor a folder."
+            )
+        path = path / config
+    found = splits(path)
+    if not found:
+        raise UserError(f"{name}: a folder without data files (known: {', '.join(SUFFIXES)}).")
+    named = [key for key in found if key]
+    ours = next((names[0] for names in SPLITS if split in names), split)
+    if ours and ours not in found:
+        known = f"Found: {', '.join(named)}." if named else "The names of its files tell no splits; leave it out."
+        raise UserError(f"{name}: no split {split!r}. {known}")
+    if not ours and named and "train" not in found:
+        raise UserError(
+            f"{name}: its files are {', '.join(named)}, and none is for training. Choose with {path}:SPLIT."
+        )
+    return _read_files(name, found[ours or ("train" if named else None)])
 
 
 def _read_saved(name: str, path: Path, split: str) -> Source:
-    is_dict, is_single = (path / "dataset_dict.json").is_file(), (path / "state.json").is_file()
-    if not (is_dict or is_single):
-        files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        found = f" Name one of its files: {', '.join(files[:8])}." if files else ""
-        raise UserError(f"{name}: a folder, but not a data set written by save_to_disk.{found}")
     folder = path
-    if is_dict:
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        chosen = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
-        if chosen not in splits:
-            raise UserError(f"{name}: no split {chosen!r}. Found: {', '.join(splits)}. Choose with {path}:SPLIT.")
+    if (path / "dataset_dict.json").is_file():
+        known = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        chosen = split or ("train" if "train" in known or len(known) != 1 else known[0])
+        if chosen not in known:
+            raise UserError(f"{name}: no split {chosen!r}. Found: {', '.join(known)}. Choose with {path}:SPLIT.")
         folder = path / chosen
     elif split:
         raise UserError(f"{name}: this saved data set has no splits; leave out ':{split}'.")
 
-    def rows() -> Numbered:
+    def data() -> Any:
         try:
-            data = _datasets().load_from_disk(str(folder))
+            return _datasets().load_from_disk(str(folder))
         except Exception as error:
             raise UserError(f"{name}: cannot load the saved data set ({error}).") from None
-        yield from enumerate(data, 1)
 
-    return Source(
-        name, f"{name}, row {{}}", lambda: _not_empty(name, rows()), lambda: hash_files(sorted(folder.iterdir()))
-    )
+    return _of_datasets(name, data, lambda data: hash_files(sorted(folder.iterdir())))
+
+
+def _of_datasets(name: str, load: Callable[[], Any], hashed: Callable[[Any], str]) -> Source:
+    """What `datasets` has loaded, once and when it is first needed."""
+    loaded = []
+
+    def data() -> Any:
+        if not loaded:
+            loaded.append(load())
+        return loaded[0]
+
+    def classes() -> Mapping[str, Sequence[str]]:
+        return class_names(data().features.to_dict())
+
+    def rows() -> Numbered:
+        names = classes()
+        return ((number, from_arrow(row, names)) for number, row in enumerate(data(), 1))
+
+    return Source(name, f"{name}, row {{}}", lambda: _not_empty(name, rows()), lambda: hashed(data()), classes)
 
 
 def _datasets() -> Any:
@@ -298,25 +304,25 @@ def _datasets() -> Any:
     return datasets
 
 
-def _read_hub(name: str, hub_id: str, split: str) -> Source:
-    loaded = []  # loaded once, by whichever of the two below comes first
+def _read_hub(name: str, hub_id: str, config: str, split: str) -> Source:
+    def data() -> Any:
+        try:
+            return _datasets().load_dataset(hub_id, *([config] if config else []), split=split)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if "Config name is missing" in first:
+                known = " ".join(str(error).split())
+                raise UserError(f"{name}: {known} Choose with {hub_id}:CONFIG:SPLIT.") from None
+            what = f"with split {split!r}" + (f" of configuration {config!r}" if config else "")
+            if Path(hub_id).is_dir():
+                raise UserError(f"{name}: cannot be loaded {what}: {first}") from None
+            raise UserError(f"{name}: no such file here, and as a hub id {what} it cannot be loaded: {first}") from None
 
-    def data():
-        if not loaded:
-            try:
-                loaded.append(_datasets().load_dataset(hub_id, split=split))
-            except Exception as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(
-                    f"{name}: no such file here, and as a hub id with split {split!r} it cannot be loaded: {first}"
-                ) from None
-        return loaded[0]
+    def hashed(data: Any) -> str:
+        files = [Path(file["filename"]) for file in data.cache_files]
+        return hash_files(files) if files else hash_rows(data)
 
-    def digest() -> str:
-        files = [Path(file["filename"]) for file in data().cache_files]
-        return hash_files(files) if files else hash_rows(data())
-
-    return Source(name, f"{name}, row {{}}", lambda: _not_empty(name, enumerate(data(), 1)), digest)
+    return _of_datasets(name, data, hashed)
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -333,8 +339,3 @@ def hash_rows(rows) -> str:
     for row in rows:
         total.update(json.dumps(row, sort_keys=True, default=str).encode())
     return total.hexdigest()
-
-
-def kind(value: object) -> str:
-    """Return the everyday name of a JSON value's type: `text`, `a number`, `a list`, ..."""
-    return KINDS.get(type(value)) or type(value).__name__

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtune.data.chat import ChatRenderer
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
-from jaxtune.data.sources import Source
+from jaxtune.data.sources import Source, place_of
 from jaxtune.errors import UserError
 from jaxtune.files import cache_root
 
@@ -79,7 +79,7 @@ class Rows:
         )
 
     def where(self, i: int) -> str:
-        return self.labels[int(self.source[i])].replace("{}", str(int(self.origin[i])))
+        return place_of(self.labels[int(self.source[i])], int(self.origin[i]))
 
     @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":

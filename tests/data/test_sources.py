@@ -130,8 +130,9 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         read(str(tmp_path / "trian.jsonl"))
     with pytest.raises(UserError, match="no folder"):
         read(str(tmp_path / "no" / "train.jsonl"))
-    with pytest.raises(UserError, match=r"a folder, but not a data set .* train\.jsonl"):
-        read(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: a folder without data files \(known: \.jsonl"):
+        read(str(tmp_path / "empty"))
 
 
 def test_data_sets_load_where_the_command_hides_torch(tmp_path):
