@@ -18,6 +18,7 @@ from small import quick_compiles  # noqa: F401
 
 from jaxtune.cli import main
 from jaxtune.run import job
+from jaxtune.run.workdir import check_workdir
 from jaxtune.train import log, loop
 
 
@@ -485,7 +486,7 @@ def test_a_workdir_that_is_no_run(run, tmp_path):
 @pytest.mark.parametrize("left", [".lock", ".config.json.1f2e.tmp"])
 def test_what_a_kill_before_the_first_step_left_is_no_obstacle(left, tmp_path):
     (tmp_path / left).write_text("{")
-    assert job.check_workdir(tmp_path, None) is False
+    assert check_workdir(tmp_path, None) is False
 
 
 @pytest.mark.parametrize("inside", ["", "run"])

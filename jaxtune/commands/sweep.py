@@ -155,11 +155,11 @@ class Sweep:
         return new
 
     def _read(self) -> None:
-        from jaxtune.run import job
+        from jaxtune.run.workdir import check_is_folder
 
         if self.folder is None:
             return
-        job.check_is_folder(self.folder)
+        check_is_folder(self.folder)
         file = self.folder / "sweep.json"
         if not file.exists():
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
@@ -180,6 +180,7 @@ class Sweep:
         import jax
 
         from jaxtune.run import job
+        from jaxtune.run.workdir import check_workdir
 
         if point.cfg.log.wandb:
             raise UserError("log.wandb: the members of a sweep share one process; switch it off, or use sweep_lr.sh")
@@ -194,7 +195,7 @@ class Sweep:
             jax.eval_shape(lambda params: job.tuned(point.cfg, model, params)[0], model.abstract())
             self._tuned.add(method)
         if self.folder is not None:
-            job.check_workdir(self.folder / point.name, point.cfg, data.report.fingerprint, member=True)
+            check_workdir(self.folder / point.name, point.cfg, data.report.fingerprint, member=True)
 
     def _check_halving(self, points: Sequence[pts.Point]) -> None:
         if any(p.cfg.data.eval is None and not p.cfg.data.eval_fraction for p in points):
@@ -338,6 +339,7 @@ class Sweep:
     def _build(self, names: list[str]) -> tuple[Any, list[Any]]:
         """The job of these points, and what scores their answers; the last ones are kept."""
         from jaxtune.run import job, running
+        from jaxtune.run.workdir import check_room
 
         if self._built is None or self._built[0] != names:
             self._built = None  # its arrays go first
@@ -345,7 +347,7 @@ class Sweep:
             j = job.build_group(cfgs, *self.open(cfgs[0]))
             if j.note:
                 print(j.note)
-            job.check_room(self.folder, cfgs[0], j)
+            check_room(self.folder, cfgs[0], j)
             self.clock("load")
             self._built = names, j, running.json_evaluations(j)
         return self._built[1:]

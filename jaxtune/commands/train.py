@@ -26,17 +26,18 @@ def main(argv: list[str]) -> None:
     from jaxtune.commands import plan
     from jaxtune.config import notes
     from jaxtune.run import job, sampling
+    from jaxtune.run.workdir import check_room, check_workdir
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
     cfg = plan.settled(cfg, workdir)
     if workdir is not None:
-        job.check_workdir(workdir, cfg)
+        check_workdir(workdir, cfg)
     job.prepare_jax()
     clock("imports")
     model = job.open_model(cfg)
     data = job.open_data(cfg, model)
     if workdir is not None:
-        job.check_workdir(workdir, cfg, data.report.fingerprint)
+        check_workdir(workdir, cfg, data.report.fingerprint)
     clock("data")
     print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
     if cfg.train.micro_batch == "auto":
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     clock("load")
     print(j.members[0].counts, *filter(None, [j.note]), *job.rate_hint(cfg, model), sep="\n")
     if workdir is not None:
-        job.check_room(workdir, cfg, j)
+        check_room(workdir, cfg, j)
     sampling.prompts(cfg, model, data)
     if options.dry_run:
         _show_rows(data, model.task.form)

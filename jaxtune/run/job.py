@@ -1,7 +1,6 @@
 """From a resolved config to the pieces of a run. Each check comes before the compile, the cheapest first."""
 
 import ctypes
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -496,57 +495,6 @@ def _in_dtype(frozen: Any, model: Model) -> Any:
 def has_adapter(params: Any) -> bool:
     """Whether the result is an adapter rather than a whole model."""
     return any(isinstance(w, Adapter) for w in jax.tree.leaves(params, is_leaf=is_weight))
-
-
-def _left_behind(name: str) -> bool:
-    """Whether a file may be there before config.json: log, lock, report on the data, or a config.json half written."""
-    return name in ("jaxtune.log", ".lock", "data_report.json") or (
-        name.startswith(".config.json.") and name.endswith(".tmp")
-    )
-
-
-def check_is_folder(workdir: Path) -> None:
-    """Raise UserError if something stands at `workdir`, or at a folder above it, that is no folder."""
-    if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
-        raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
-
-
-def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, member: bool = False) -> bool:
-    """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
-
-    Raises:
-        UserError: it holds something else, or a run with another config or other data.
-    """
-    from jaxtune import config
-
-    check_is_folder(workdir)
-    file = workdir / "config.json"
-    if not file.exists():
-        if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
-            raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); nothing was changed.")
-        return False
-    text = file.read_text()
-    config.check_resume(config.from_json(text, str(file)), cfg)
-    before = json.loads(text).get("versions", {}).get("data")
-    if (workdir / "member.json").exists() and not member:
-        raise UserError(
-            f"The run in {workdir} is a member of a sweep; nothing was changed. Go on with `jaxtune sweep`, or give "
-            "another --workdir."
-        )
-    if fingerprint and before and before != fingerprint:
-        raise UserError(
-            f"The data of the run in {workdir} has changed since it started (fingerprint {before[:12]} -> "
-            f"{fingerprint[:12]}); nothing was changed. Restore the files or give another --workdir."
-        )
-    return True
-
-
-def check_room(workdir: Path, cfg: Any, j: Job) -> None:
-    """Raise UserError unless the disk has room for the checkpoints (kept, best ones, being written) and the results."""
-    from jaxtune.train.checkpoint import check_disk, state_bytes
-
-    result = sum(leaf.size * 4 for leaf in jax.tree.leaves(j.state.trainable))
-    check_disk(workdir, (cfg.train.keep + 1 + len(j.members)) * state_bytes(j.state) + result)
 
 
 @contextmanager
