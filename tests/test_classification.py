@@ -152,6 +152,26 @@ def torch_loss(model, labels, backward=False):
     return float(loss.detach())
 
 
+def test_pairs_of_texts_give_their_logits():
+    """Token types change what BERT says."""
+    import torch
+
+    model = torch_model("bert", SEQUENCE)
+    module, params = load(directory("bert", SEQUENCE))
+    ids, there = test_encoders.rows()
+    types = ((np.arange(ids.shape[1]) > 2) & there).astype(np.int32)
+    with torch.no_grad():
+        want = model(
+            torch.tensor(np.where(there, ids, model.config.pad_token_id), dtype=torch.long),
+            attention_mask=torch.tensor(there),
+            token_type_ids=torch.tensor(types, dtype=torch.long),
+        ).logits.numpy()
+    segments = there.astype(np.int32)
+    apply = jax.jit(lambda params, types: module.apply({"params": params}, ids, segments=segments, types=types))
+    assert zoo.apart(np.asarray(apply(params, types)), want) < TOLERANCE
+    assert zoo.apart(np.asarray(apply(params, 0 * types)), want) > 0.01
+
+
 @pytest.mark.parametrize("problem", LABELS)
 def test_losses_equal_transformers(problem):
     import torch

@@ -240,6 +240,7 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     import jax
 
     from jaxtune.data import LabelForm
+    from jaxtune.data.labels import JOINED
     from jaxtune.evaluate.kept import key_of
     from jaxtune.evaluate.systems import System, base_identity, identity
     from jaxtune.hf import load as hf
@@ -269,6 +270,8 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
         value=labels.problem == PROBLEMS[2],
         columns=given if given is not None else dict(cfg.data.columns) if cfg else {},
         origin="the model",
+        first=cfg.objective.first_label if cfg else None,
+        joined=None if module.is_encoder else JOINED,
     )
     return heads, form
 

@@ -136,6 +136,7 @@ SETTINGS = (
     Setting("objective.name", str, "causal_lm", "the task", TASKS),
     Setting("objective.problem_type", str, "auto", "auto: the model's, else one label a text", PROBLEM_TYPES),
     Setting("objective.labels", Names, None, "names of the labels in order; default: the model's, else the data's"),
+    Setting("objective.first_label", int, None, "number of the first label, where rows have numbers for named labels"),
     Setting("objective.class_weights", ClassWeights, None, "of the loss: balanced, or a number for each label"),
     Setting("objective.pooling", str, "auto", "from tokens to a text; auto: the family's", POOLINGS),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
@@ -292,7 +293,7 @@ IDLE = (
         "objective.name is {objective.name}",
     ),
     Idle(
-        ("objective.labels", "objective.class_weights"),
+        ("objective.labels", "objective.first_label", "objective.class_weights"),
         lambda v: v["objective.name"] == "causal_lm",
         "objective.name is causal_lm",
     ),
@@ -302,7 +303,7 @@ IDLE = (
         "objective.name is {objective.name}",
     ),
     Idle(
-        ("objective.labels", "objective.class_weights"),
+        ("objective.labels", "objective.first_label", "objective.class_weights"),
         lambda v: v["objective.problem_type"] == "regression",
         "objective.problem_type is regression",
     ),

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtune.curate.finding import NOTE, WARNING, Finding
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
+from jaxtune.data.labels import LabelForm
 
 MOST = 200  # values from which a column is no longer a group
 LONGEST = 64  # characters in a value
@@ -105,6 +106,13 @@ class Balance:
                 "if the column should not decide the answer, balance the answers within its groups, and score by group",
                 tuple(f"{_named(value)}: {n:,} rows" for value, n in counts.most_common(5)),
             )
+
+
+def label_notes(form: LabelForm) -> Iterator[Finding]:
+    """How the labels were read, where one would want to know."""
+    for note in form.notes:
+        alike = "differ in case" in note
+        yield Finding("labels", WARNING if alike else NOTE, note, "see that this is what is meant")
 
 
 def class_balance(counts: Counter) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtune.curate.balance import Balance
+from jaxtune.curate.balance import Balance, label_notes
 from jaxtune.curate.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding
 from jaxtune.curate.near import NearDuplicates
 from jaxtune.curate.rows import Check, label_row_checks, row_checks
@@ -86,7 +86,7 @@ class Samples:
             return [(f"{text}\n", False), (label, True)]
         pieces = []
         for word, tag in zip(row[0], label_names(row[1], self.labels)):
-            pieces += [(f"{word} ", False)] + ([(f"{tag} ", True)] if tag != OUTSIDE else [])
+            pieces += [(f"{word} ", False)] + ([(f"{tag} ", True)] if tag not in ("", OUTSIDE) else [])
         return pieces
 
 
@@ -206,7 +206,7 @@ def examine(
         Samples(tokenizer, samples, labels),
     )
     checks: list[Check] = [
-        *(row_checks(tokenizer) if labels is None else label_row_checks(tokenizer)),
+        *(row_checks(tokenizer) if labels is None else label_row_checks(tokenizer, labels)),
         NothingLeft(overlength),
         *set_checks(labelled=labels is not None),
         *([NearDuplicates(near)] if near else []),
@@ -226,13 +226,14 @@ def examine(
     if eval_fraction and not eval:
         _hold_out(ledger, eval_fraction, overlength)
     findings = [finding for check in checks for finding in check.findings(ledger)]
+    findings += label_notes(labels) if labels is not None else ()
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     return DataReport(findings, _summary(ledger, overlength, quality, balance, packed), drawn.drawn(), ledger)
 
 
 def classes(example: Any, labels: LabelForm) -> list[str]:
     """The classes of a row that has any number of them: labels, or tags but O."""
-    return [name for name in label_names(example[1], labels) if not (labels.per_token and name == OUTSIDE)]
+    return [name for name in label_names(example[1], labels) if not (labels.per_token and name in ("", OUTSIDE))]
 
 
 def kept(ledger: Ledger, overlength: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtune.curate.finding import ERROR, SHOWN, WARNING, Finding, graded, share
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
 from jaxtune.data.formats import Conversation
+from jaxtune.data.labels import LabelForm
 
 # Replacement and private-use characters, controls but tab and line ends, marks that have no width or turn the direction
 # (joiners belong to Persian, Indic scripts and emoji), and UTF-8 that was once read as Latin-1 or Windows-1252.
@@ -240,10 +241,26 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
     return checks
 
 
-def label_row_checks(tokenizer: Any) -> list[Check]:
+def lost_words(chunk: Chunk) -> Iterator[tuple[int, str]]:
+    """Rows of tagged words with fewer marks than labels."""
+    trained = chunk.sums(chunk.mask > 0)
+    for k, (_, labels) in enumerate(chunk.examples):
+        if lost := sum(label is not None for label in labels) - int(trained[k]):
+            yield k, f"{lost} of {len(labels)} words"
+
+
+def label_row_checks(tokenizer: Any, labels: LabelForm) -> list[Check]:
     """Return the checks of single labelled rows, fresh."""
+    lost = RowCheck(
+        "lost_words",
+        lost_words,
+        "have labelled words that give no token, so that their labels are not trained",
+        "they are white space or marks that the tokenizer drops: take them out",
+        severity=WARNING,
+    )
     return [
         Unreadable(),
+        *([lost] if labels.per_token else []),
         RowCheck(
             "empty_texts",
             empty_prompts,

@@ -274,6 +274,7 @@ def sides(example: Example) -> tuple[str, str]:
 def label_sides(example: tuple[Any, list], labels: LabelForm) -> tuple[str, str]:
     """Return a text and its labels, or words and their tags, as plain text."""
     given, found = example
+    given = "\n".join(given) if isinstance(given, tuple) else given
     if labels.value:
         return given, f"{found[0]:g}"
     names = label_names(found, labels)
@@ -281,7 +282,9 @@ def label_sides(example: tuple[Any, list], labels: LabelForm) -> tuple[str, str]
 
 
 def label_names(found: list, labels: LabelForm) -> list[str]:
-    """The names of a row's labels, of tagged words one for each."""
+    """The names of a row's labels, of tagged words one for each, "" for those that are ignored."""
+    if labels.per_token:
+        return ["" if i is None else labels.names[i] for i in found]
     ids = [i for i, yes in enumerate(found) if yes] if labels.several else map(int, found)
     return [labels.names[i] for i in ids]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.curate.balance import MOST, ROWS_A_VALUE, class_balance
-from jaxtune.curate.finding import SEVERITIES, Finding, graded, share
+from jaxtune.curate.balance import MOST, ROWS_A_VALUE, class_balance, label_notes
+from jaxtune.curate.finding import SEVERITIES, WARNING, Finding, graded, share
 from jaxtune.curate.report import OUTSIDE, DataReport, length_summary
 from jaxtune.curate.sets import set_checks
 from jaxtune.curate.stream import EVAL, TRAIN, Ledger, Opened
@@ -49,6 +49,7 @@ def glance(
         *(finding for source in report.sources for finding in _left_out(source)),
         *(finding for check in set_checks(labelled=form is not None) for finding in check.findings(ledger)),
         *(class_balance(classes) if classes else ()),
+        *(label_notes(form) if form else ()),
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     drawn = [] if form else [(train[0].where(i), runs(tokenizer, *train[0][i])) for i in range(len(train[0]))[:samples]]
@@ -115,6 +116,14 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 def _left_out(source: SourceReport) -> Iterator[Finding]:
     """What training dropped, cut or split."""
+    if source.lost:
+        yield Finding(
+            "lost_words",
+            WARNING,
+            f"{source.lost:,} labelled words of {source.name} give no token, so that their labels are not trained",
+            "they are white space or marks that the tokenizer drops: take them out",
+            count=source.lost,
+        )
     if source.too_long:
         fate = {"drop": "are dropped", "truncate": "are cut", "split": "are split"}[source.overlength]
         yield Finding(

@@ -120,13 +120,14 @@ def prepare(
         if vocab_size is not None:
             check_vocabulary(rows, vocab_size, tokenizer)
         keys.append(key)
-        return rows, SourceReport(name=name, format=reader.format, cached=cached)
+        return rows, SourceReport(name=name, format=reader.format, cached=cached, lost=rows.lost)
 
     def load_fitted(name: str) -> tuple[Rows, SourceReport]:
         rows, report = load(name)
-        rows = fit(rows, max_length, overlength, report, encoder.FIRST)
+        whole = rows
+        rows = fit(whole, max_length, overlength, report, encoder.FIRST)
         if labels is not None:
-            rows = encoder.closed(rows, max_length)
+            rows = encoder.closed(rows, max_length, whole)
         if not len(rows):
             raise _nothing_left(report)
         return rows, report

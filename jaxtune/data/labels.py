@@ -1,9 +1,11 @@
-"""Labelled rows: texts with a label, several labels or a value; words with a tag each.
+"""Labelled rows: texts with a label, several labels or a value; pairs of texts; words with a tag each.
 
-    text, label         label: a name or number; several as a list; or a value
-    tokens, labels      lists of equal length, as CoNLL files (.conll) give them
+    text, label                 label: a name or number; several as a list, or as 0 and 1 for each; or a value
+    text, text_pair, label      two texts, which the tokenizer joins as transformers' does
+    tokens, labels              lists of equal length, as CoNLL files (.conll) give them
 
-A file with other columns is mapped by `columns` (our name -> the file's name).
+A file with other columns is mapped by `columns` (our name -> the file's name). The names of pairs that data sets use
+(PAIRS) are known.
 """
 
 import functools
@@ -11,19 +13,30 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxtune.data.batches import Assembler, Plan
+from jaxtune.data.files import header_hint
 from jaxtune.data.formats import Reader
 from jaxtune.data.sources import Source, kind
 from jaxtune.data.tokenize import ROW, Rows, check_unicode
 from jaxtune.errors import UserError, nearest
 
-SEQUENCE_COLUMNS, TOKEN_COLUMNS = ("text", "label"), ("tokens", "labels")
+SEQUENCE_COLUMNS, PAIR_COLUMNS = ("text", "label"), ("text", "text_pair", "label")
+TOKEN_COLUMNS = ("tokens", "labels")
+# What data sets call two texts that are judged together.
+PAIRS = (
+    *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")),
+    *(("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b")),
+    *(("sentence_A", "sentence_B"), ("query", "passage")),
+)
+JOINED = "\n"  # between the two texts of a pair, for a decoder
+IGNORED = -100  # the label of words that are not trained, in transformers' data
+PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls labels without names
+NUMBER = re.compile(r"-?[0-9]+")
 
 
 @dataclass
@@ -37,6 +50,9 @@ class LabelForm:
         value: a text has a number instead of a label.
         columns: our name of a column -> the file's.
         origin: where the names come from, for errors.
+        first: the number of the first label, where rows have numbers and the labels have names; None: 0 if it occurs.
+        joined: what is put between the two texts of a pair; None: they are two segments.
+        notes: what a reader would want to know of how the labels were read.
     """
 
     per_token: bool
@@ -45,36 +61,103 @@ class LabelForm:
     value: bool = False
     columns: Mapping[str, str] | None = None
     origin: str = "objective.labels"
+    first: int | None = None
+    joined: str | None = None
+    notes: list[str] = field(default_factory=list)
+    learnt: int | None = field(default=None, init=False)  # `first`, from a source that was read before
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the tokens and labels of a row."""
         return {
             **{"per_token": self.per_token, "names": self.names, "several": self.several, "value": self.value},
-            "columns": dict(self.columns or {}),
+            **{"columns": dict(self.columns or {}), "first": self.first, "joined": self.joined},
         }
 
-    def reader(self, source: Source) -> Reader:
-        """Raises UserError for missing columns."""
-        ours = TOKEN_COLUMNS if self.per_token else SEQUENCE_COLUMNS
+    def theirs(self, source: Source) -> dict[str, str]:
+        """Our name of each column that is used -> the file's. Raises UserError for missing columns."""
         number, row = next(iter(source))
-        columns = _mapped(source.where(number), ours, self.columns or {}, row)
-        first, second = columns
+        return _mapped(source, number, row, self.per_token, dict(self.columns or {}))
+
+    def reader(self, source: Source) -> Reader:
+        """Raises UserError for missing columns, and for numbers and vectors that could mean several things."""
+        columns = self.theirs(source)
+        *first, second = columns.values()
+        vectors = self.several and self._vectors(source, second)
+        ids = {} if vectors else self._ids_of(source, second)
 
         def convert(where: str, row: dict) -> tuple[Any, Any]:
             if not self.per_token:
-                return _text(where, row, first), self._ids(where, second, _value(where, row, second))
-            words, tags = (_list(where, row, column) for column in columns)
+                texts = tuple(_text(where, row, column) for column in first)
+                text = texts[0] if len(texts) == 1 else texts if self.joined is None else self.joined.join(texts)
+                return text, self._labels(where, second, _value(where, row, second), ids, vectors)
+            words, tags = (_list(where, row, column) for column in columns.values())
             if len(words) != len(tags):
-                raise UserError(f"{where}: {len(words)} {first}, but {len(tags)} {second}; there must be one for each.")
-            return [str(word) for word in words], [self._id(where, second, tag) for tag in tags]
+                raise UserError(
+                    f"{where}: {len(words)} {first[0]}, but {len(tags)} {second}; there must be one for each."
+                )
+            return [_word(where, first[0], word) for word in words], [
+                None if is_ignored(tag) else self._id(where, second, tag, ids) for tag in tags
+            ]
 
-        return Reader("words and tags" if self.per_token else "text and label", columns, convert)
+        what = "words and tags" if self.per_token else "text and label" if len(first) == 1 else "two texts and label"
+        return Reader(what, tuple(columns.values()), convert)
 
     def encoder(self, tokenizer: Any) -> "LabelEncoder":
         return LabelEncoder(tokenizer, self)
 
-    def _ids(self, where: str, column: str, label: Any) -> list[float]:
+    def _ids_of(self, source: Source, column: str) -> Mapping[str, int]:
+        """{label as the source has it: id} of labels that are no names: numbers, or names for placeholders.
+
+        Raises UserError for numbers of which it cannot be told whether they count from 0 or from 1.
+        """
+        if self.value or _numbered(self.names):
+            return {}
+        classes = source.classes.get(column, ())
+        if len(classes) == len(self.names) and all(map(PLACEHOLDER.fullmatch, self.names)):
+            return {name: i for i, name in enumerate(classes)}
+        first = self.learnt if self.first is None else self.first
+        if first is None:
+            seen: Counter = Counter()
+            for _, row in source:
+                for label in _each(row.get(column), self.per_token, self.several):
+                    if (n := whole_number(label)) is None:
+                        return {}  # names
+                    seen[n] += 1
+                if 0 in seen:
+                    break
+            seen.pop(IGNORED, None)
+            if not seen:
+                return {}
+            if 0 not in seen:
+                shown = f"{self.names[0]!r}, {self.names[1]!r}, ..." if len(self.names) > 1 else repr(self.names[0])
+                raise UserError(
+                    f"{source.name}: column {column!r} has the numbers {min(seen)} to {max(seen)} and no 0, and the "
+                    f"labels of {self.origin} have names ({shown}): whether the first of them is 0 or 1 cannot be "
+                    "told. Set objective.first_label to 0 or 1, or write the names."
+                )
+            first = self.learnt = 0
+        shown = ", ".join(f"{i + first} = {name}" for i, name in enumerate(self.names[:3]))
+        self.note(f"numbers in column {column!r} are read as the labels' ids: {shown}{', ...' * (len(self.names) > 3)}")
+        return {str(i + first): i for i in range(len(self.names))}
+
+    def _vectors(self, source: Source, column: str) -> bool:
+        """Whether all rows say of each label whether it is there. Raises UserError where they do so of other labels."""
+        width = vector_width(several_labels(source.where(n), column, row.get(column)) for n, row in source)
+        if width is None or (width != len(self.names) and width < 2):
+            return False
+        if width != len(self.names):
+            raise UserError(
+                f"{source.name}: column {column!r} has {width} numbers 0 and 1 in each row, and there are "
+                f"{len(self.names)} labels ({_shown(self.names)}): give as many, or the names of those that are there."
+            )
+        return True
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _labels(self, where: str, column: str, label: Any, ids: Mapping[str, int], vectors: bool) -> list[float]:
         if self.value:
             try:
                 if isinstance(label, bool):
@@ -86,32 +169,84 @@ class LabelForm:
                 raise UserError(f"{where}: column {column!r} is {label!r}; a regression needs a finite number.")
             return [number]
         if not self.several:
-            return [self._id(where, column, label)]
-        chosen = {self._id(where, column, one) for one in several_labels(where, column, label)}
+            return [self._id(where, column, label, ids)]
+        found = several_labels(where, column, label)
+        if vectors:
+            return [float(yes) for yes in found]
+        chosen = [self._id(where, column, one, ids) for one in found]
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"{where}: column {column!r} has a label twice: {json.dumps(found, default=str)[:60]}.")
         return [float(i in chosen) for i in range(len(self.names))]
 
-    def _id(self, where: str, column: str, label: Any) -> int:
+    def _id(self, where: str, column: str, label: Any, ids: Mapping[str, int]) -> int:
         name = label_name(where, column, label)
         if (known := _index(self.names).get(name)) is not None:
             return known
-        if isinstance(label, int) and 0 <= label < len(self.names) and not _numbered(self.names):
-            return label  # data sets of the hub hold ids
-        shown = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
+        if (known := ids.get(name)) is not None:
+            return known
+        if name in ("-1", str(IGNORED)):
+            raise UserError(
+                f"{where}: {column} is {name}, as data sets mark rows whose label is not told: leave those rows out."
+            )
         raise UserError(
-            f"{where}: {column} {name!r} is not one of the {len(self.names)} labels of {self.origin} ({shown})."
-            f"{nearest(name, self.names)} Mend the row, or list all labels in objective.labels."
+            f"{where}: {column} {name!r} is not one of the {len(self.names)} labels of {self.origin} "
+            f"({_shown(self.names)}).{nearest(name, self.names)} Mend the row, or list all labels in objective.labels."
         )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 @functools.lru_cache(maxsize=8)
 def _index(names: tuple[str, ...]) -> dict[str, int]:
-    return {name: i for i, name in enumerate(names)}
+    return {canonical(name): i for i, name in enumerate(names)}
 
 
 @functools.lru_cache(maxsize=8)
 def _numbered(names: tuple[str, ...]) -> bool:
     """Whether labels are called by numbers, so that a number in the data is a name and never an id."""
-    return any(re.fullmatch(r"-?\d+", name) for name in names)
+    return any(NUMBER.fullmatch(name) for name in names)
+
+
+def canonical(name: str) -> str:
+    """A label's name as it is compared: without white space around it; true and false in lower case."""
+    name = name.strip()
+    return name.lower() if name.lower() in ("true", "false") else name
+
+
+def whole_number(label: Any) -> int | None:
+    """The whole number that a label is, or that its text is; None for others."""
+    if isinstance(label, bool):
+        return None
+    if isinstance(label, float) and label.is_integer():
+        return int(label)
+    if isinstance(label, str) and NUMBER.fullmatch(label.strip()):
+        return int(label)
+    return label if isinstance(label, int) else None
+
+
+def is_ignored(label: Any) -> bool:
+    return whole_number(label) == IGNORED
+
+
+def vector_width(lists: Iterable[list[Any]]) -> int | None:
+    """How long all lists are, if they are equally long and of 0 and 1 alone; else None."""
+    width = None
+    for found in lists:
+        if width is None:
+            width = len(found)
+        numbers = all(isinstance(one, int | float) and one in (0, 1) for one in found)  # true and false are 1 and 0
+        if len(found) != width or not found or not numbers:
+            return None
+    return width
+
+
+def _each(value: Any, per_token: bool, several: bool) -> list[Any]:
+    """The labels of a row, as far as they can be told without an error."""
+    if several and isinstance(value, str):
+        value = several_labels("", "", value)
+    return value if isinstance(value, list) else [] if value is None or per_token else [value]
 
 
 def _value(where: str, row: Mapping[str, Any], column: str) -> Any:
@@ -126,25 +261,59 @@ def _text(where: str, row: Mapping[str, Any], column: str) -> str:
     return text
 
 
-def _mapped(where: str, ours: Sequence[str], columns: Mapping[str, str], row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The file's names of our columns."""
+def _word(where: str, column: str, word: Any) -> str:
+    if word is None:
+        raise UserError(f"{where}: column {column!r} has a word that is null.")
+    return str(word)
+
+
+def _mapped(
+    source: Source, number: int, row: Mapping[str, Any], per_token: bool, columns: dict[str, str]
+) -> dict[str, str]:
+    """Our name of each column -> the file's."""
+    where, ours = source.where(number), TOKEN_COLUMNS if per_token else PAIR_COLUMNS
     for name in columns:
         if name not in ours:
             raise UserError(f"data.columns: no column of ours is called {name!r}. Known: {', '.join(ours)}.")
-    theirs = tuple(columns.get(name, name) for name in ours)
-    if missing := [column for column in theirs if column not in row]:
+    columns = {name: one_of(theirs, row) for name, theirs in columns.items()}
+    theirs = {name: columns.get(name, name) for name in ours}
+    if not per_token:
+        if "label" not in columns and "label" not in row and "labels" in row:
+            theirs["label"] = "labels"
+        pair = next((pair for pair in PAIRS if set(pair) <= set(row)), None)
+        if not {"text", "text_pair"} & set(columns) and "text" not in row and pair:
+            theirs["text"], theirs["text_pair"] = pair
+        if "text_pair" not in columns and theirs["text_pair"] not in row:
+            del theirs["text_pair"]
+    if missing := [column for column in theirs.values() if column not in row]:
         raise UserError(
             f"{where}: no column {missing[0]!r}.{nearest(missing[0], row)} Columns found: {', '.join(row)}. "
-            f"Set data.columns, for example {','.join(f'{name}=THEIRS' for name in ours)}."
+            f"Set data.columns, for example {','.join(f'{name}=THEIRS' for name in theirs)}."
+            f"{header_hint(source.name, list(row))}"
         )
     return theirs
 
 
+def one_of(theirs: str, row: Mapping[str, Any]) -> str:
+    """The column that is meant: `a|b` is whichever of these a source has."""
+    return theirs if theirs in row else next((name for name in theirs.split("|") if name in row), theirs)
+
+
 def label_name(where: str, column: str, label: Any) -> str:
     """The name of one label, which data may give as text or as a whole number."""
-    if isinstance(label, str | bool | int) and label != "":
-        return str(label).strip() if isinstance(label, str) else str(label)
-    raise UserError(f"{where}: column {column!r} is {'empty' if label == '' else kind(label)}; expected a label.")
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, str) and label.strip():
+        return canonical(label)
+    if not isinstance(label, str) and (number := whole_number(label)) is not None:
+        return str(number)
+    if isinstance(label, list):
+        raise UserError(
+            f"{where}: column {column!r} is a list: where a text has several labels, set "
+            "objective.problem_type=multi_label_classification."
+        )
+    found = "empty" if isinstance(label, str) else f"{kind(label)} ({label!r})" if label is not None else "null"
+    raise UserError(f"{where}: column {column!r} is {found}; expected a label.")
 
 
 def several_labels(where: str, column: str, label: Any) -> list[Any]:
@@ -166,37 +335,93 @@ def _list(where: str, row: Mapping[str, Any], column: str) -> list[Any]:
     return found
 
 
-class Counted(NamedTuple):
-    """How often each label occurs, by name, and in how many rows."""
+@dataclass(frozen=True)
+class Counted:
+    """What labels the data has.
+
+    Attributes:
+        labels: how often each occurs, by name.
+        rows: how many there are.
+        names: in the order of their ids: that of the data set where it has one, else sorted.
+        notes: names that are written in several ways.
+    """
 
     labels: Counter
     rows: int
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def count_labels(sources: Iterable[Source], form: LabelForm) -> Counted:
     """Count the labels of the data; `form` says where they are."""
     found: Counter = Counter()
-    rows = 0
+    spaced: Counter = Counter()
+    rows, order, widths = 0, [], set()
     for source in sources:
-        ours = TOKEN_COLUMNS if form.per_token else SEQUENCE_COLUMNS
-        number, row = next(iter(source))
-        _, column = _mapped(source.where(number), ours, form.columns or {}, row)
+        column = list(form.theirs(source).values())[-1]
+        width = None
+        if form.several:
+            width = vector_width(several_labels(source.where(n), column, row.get(column)) for n, row in source)
+            widths.add(width if width and width > 1 else None)
+        order += [name for name in source.classes.get(column, ()) if name not in order]
         for number, row in source:
             rows += 1
             where = source.where(number)
             label = _value(where, row, column)
             if form.per_token:
-                labels = _list(where, row, column)
+                labels = [one for one in _list(where, row, column) if not is_ignored(one)]
+            elif form.several:
+                labels = several_labels(where, column, label)
+                if width and width > 1:
+                    labels = [f"LABEL_{i}" for i, yes in enumerate(labels) if yes]
             else:
-                labels = several_labels(where, column, label) if form.several else [label]
+                labels = [label]
             found.update(label_name(where, column, one) for one in labels)
-    return Counted(found, rows)
+            spaced.update(one.strip() for one in labels if isinstance(one, str) and one != one.strip())
+    if widths - {None}:
+        if len(widths) > 1:
+            raise UserError("data.train: labels are 0 and 1 for each label in one source, and otherwise in another.")
+        names = tuple(f"LABEL_{i}" for i in range(widths.pop()))
+    else:
+        names = tuple(order) if order and set(found) <= set(order) else in_order(found)
+    notes = [f"labels with white space around them are read without it: {_shown(list(spaced))}"] if spaced else []
+    notes += [alike(group) for group in written_alike(names)]
+    return Counted(found, rows, names, tuple(notes))
+
+
+def count_ids(sources: Iterable[Source], form: LabelForm) -> Counted:
+    """Count the labels of the data by the names in `form`, whatever the data calls them."""
+    found: Counter = Counter()
+    rows = 0
+    for source in sources:
+        convert = form.reader(source).convert
+        for number, row in source:
+            rows += 1
+            labels = convert(source.where(number), row)[1]
+            ids = np.flatnonzero(labels).tolist() if form.several else [int(i) for i in labels if i is not None]
+            found.update(form.names[i] for i in ids)
+    return Counted(found, rows, form.names)
+
+
+def written_alike(names: Iterable[str]) -> list[list[str]]:
+    """Groups of names that differ in case or white space only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def alike(group: Sequence[str]) -> str:
+    shown = " and ".join(map(repr, group))
+    return (
+        f"the labels {shown} differ in case or white space only, and each is a class of its own; mend the rows if not"
+    )
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Labels sorted: numbers by size, names by the alphabet, O first among tags."""
     names = list(names)
-    if all(name.lstrip("-").isdigit() for name in names):
+    if all(map(NUMBER.fullmatch, names)):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names, key=lambda name: (name != "O", name)))
 
@@ -204,8 +429,9 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 class LabelEncoder:
     """Labelled rows to token ids, as the tokenizer prepares a text by itself, with the tokens that begin and end it.
 
-    A mark is 1 at each token of a text. Of tagged words it is 1 + the label's id at the first token of each word, else
-    0: what continues a word is not counted, as is usual since BERT.
+    A mark is 1 at each token of a text. Of a pair it also holds which text the token is of and its type:
+    1 + type + 2 * (0 for a special token, 1 or 2 for those of a text). Of tagged words it is 1 + the label's id at the
+    first token of each word, else 0: what continues a word is not counted, as is usual since BERT.
     """
 
     FIRST = 0  # every token can be trained, also the first
@@ -215,44 +441,112 @@ class LabelEncoder:
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()  # a tokenizer.json may carry both; neither may act unseen
         self.backend.no_padding()
+        self.typed = "token_type_ids" in tokenizer.model_input_names
         self.MARK = np.dtype("<i4" if form.per_token else "u1")
         size = 0 if form.per_token else len(form.names) if form.several else 1
-        self.ROW = np.dtype([*ROW.descr, ("label", "<f4", (size,))])
-        if form.per_token and isinstance(self.backend.pre_tokenizer, ByteLevel):
-            self.backend.pre_tokenizer.add_prefix_space = True  # words stand alone, as they do behind a space
+        lost = [("lost", "<i4")] if form.per_token else []
+        self.ROW = np.dtype([*ROW.descr, ("label", "<f4", (size,)), *lost])
+        self.spaced = form.per_token and self._glues()
         x = self.backend.encode("x")
         behind = len(x.ids) - max((i for i, special in enumerate(x.special_tokens_mask) if not special), default=0) - 1
         self.suffix = x.ids[len(x.ids) - behind :]
 
-    def encode(self, places: list[str], examples: list) -> Iterator[tuple[list[int], Any, Any]]:
-        """Yield (ids, marks, label) for each example, in order."""
-        for place, (text, _) in zip(places, examples):
-            check_unicode(place, " ".join(text) if self.form.per_token else text)
-        texts = [text for text, _ in examples]
-        encodings = self.backend.encode_batch(texts, is_pretokenized=self.form.per_token)
-        for encoding, (_, labels) in zip(encodings, examples):
-            if not self.form.per_token:
-                yield encoding.ids, [1] * len(encoding.ids), labels
-                continue
-            words = encoding.word_ids
-            marks = [0] * len(words)
-            for at, word in enumerate(words):
-                if word is not None and (not at or words[at - 1] != word):
-                    marks[at] = 1 + labels[word]
-            yield encoding.ids, marks, []
+    def _glues(self) -> bool:
+        """Whether words that are given apart have to be given with a space, to be tokens as they are in a text."""
 
-    def closed(self, rows: Rows, max_length: int) -> Rows:
-        """`rows`, cut to `max_length`, so that those that were cut end as the tokenizer ends a text."""
+        def second(*words):
+            found = self.backend.encode(words, is_pretokenized=True, add_special_tokens=False)
+            return [i for i, word in zip(found.ids, found.word_ids) if word == 1]
+
+        text = self.backend.encode("river river", add_special_tokens=False)
+        in_text = [i for i, (_, end) in zip(text.ids, text.offsets) if end > len("river")]
+        return second("river", "river") != in_text and second(" river", " river") == in_text
+
+    def encode(self, places: list[str], examples: list) -> Iterator[tuple[list[int], Any, Any]]:
+        """Yield (ids, marks, labels) for each example, in order; of tagged words also how many gave no token."""
+        for place, (text, _) in zip(places, examples):
+            check_unicode(place, text if isinstance(text, str) else " ".join(text))
+        texts = [text for text, _ in examples]
+        if self.spaced:
+            texts = [[f" {word}" for word in words] for words in texts]
+        encodings = self.backend.encode_batch(texts, is_pretokenized=self.form.per_token)
+        for encoding, (text, labels) in zip(encodings, examples):
+            if self.form.per_token:
+                yield self._tagged(encoding, labels)
+            elif isinstance(text, str):
+                yield encoding.ids, [1] * len(encoding.ids), labels
+            else:
+                of = encoding.sequence_ids
+                types = encoding.type_ids if self.typed else [0] * len(of)
+                yield encoding.ids, [1 + t + 2 * (0 if s is None else s + 1) for s, t in zip(of, types)], labels
+
+    def _tagged(self, encoding: Any, labels: list[int | None]) -> tuple[list[int], list[int], list, int]:
+        words, offsets = encoding.word_ids, encoding.offsets
+        marks, at = [0] * len(words), {}
+        for i, word in enumerate(words):
+            if word is None:
+                continue
+            first = at.setdefault(word, i)
+            # A space of its own before a word (of numbers, say) is not yet the word.
+            if self.spaced and i == first + 1 and offsets[first][1] <= 1:
+                at[word] = i
+        for word, i in at.items():
+            if labels[word] is not None:
+                marks[i] = 1 + labels[word]
+        lost = sum(label is not None and word not in at for word, label in enumerate(labels))
+        return encoding.ids, marks, [], lost
+
+    def closed(self, rows: Rows, max_length: int, whole: Rows) -> Rows:
+        """`rows` of `whole`, cut to `max_length`, so that those that were cut end as the tokenizer ends a text.
+
+        Of two texts the longer is cut first, as transformers does it.
+        """
         n = len(self.suffix)
-        cut = [i for i in np.flatnonzero(rows.length == max_length) if n and rows[i][0][-n:].tolist() != self.suffix]
-        if not cut:
+        full = np.flatnonzero(rows.length == max_length)
+        origin = np.minimum(np.searchsorted(whole.start, rows.start[full]), len(whole) - 1)
+        longer = (whole.start[origin] == rows.start[full]) & (whole.length[origin] > max_length)
+        pairs = {int(i): int(o) for i, o in zip(full[longer], origin[longer]) if (whole[o][1] > 2).any()}
+        if self.form.per_token:
+            pairs = {}
+        cut = [i for i in full if i not in pairs and n and rows[i][0][-n:].tolist() != self.suffix]
+        if not cut and not pairs:
             return rows
         tokens, mask = np.array(rows.tokens), np.array(rows.mask)
         for i in cut:
             end = int(rows.start[i]) + max_length
             tokens[end - n : end] = self.suffix
             mask[end - n : end] = 0 if self.form.per_token else 1
+        for i, o in pairs.items():
+            ids, marks = whole[o]
+            kept = longest_first(marks, max_length)
+            span = slice(int(rows.start[i]), int(rows.start[i]) + max_length)
+            tokens[span], mask[span] = ids[kept], marks[kept]
         return replace(rows, tokens=tokens, mask=mask)
+
+
+def has_types(rows: Rows) -> bool:
+    """Whether the rows are texts with labels, whose marks hold token types."""
+    return rows.target is not None and rows.target.shape[1] > 0
+
+
+def token_types(marks: np.ndarray) -> np.ndarray:
+    """The token types in a text's marks, i32[n]."""
+    return (np.asarray(marks, np.int32) - 1) & 1
+
+
+def longest_first(marks: np.ndarray, max_length: int) -> np.ndarray:
+    """Which tokens of a pair stay, bool[n], as transformers' `truncation="longest_first"` chooses."""
+    text = (np.asarray(marks, np.int32) - 1) >> 1
+    a, b = int((text == 1).sum()), int((text == 2).sum())
+    room = max(0, max_length - (len(marks) - a - b))
+    short, long = sorted((a, b))
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short = room // 2
+        long = short + room % 2
+    keep_a, keep_b = (short, long) if a <= b else (long, short)
+    nth = np.where(text == 1, np.cumsum(text == 1), np.cumsum(text == 2))
+    return (text == 0) | ((text == 1) & (nth <= keep_a)) | ((text == 2) & (nth <= keep_b))
 
 
 def check_classes(rows: Sequence[Rows], form: LabelForm) -> None:
@@ -282,12 +576,19 @@ def label_counts(rows: Sequence[Rows], form: LabelForm) -> np.ndarray:
 
 
 class LabelAssembler(Assembler):
-    """Lays labelled rows into arrays: label f32[A,B,n] and weights f32[A,B], or targets and weights [A,B,T]."""
+    """Lays labelled rows into arrays: label f32[A,B,n] and weights f32[A,B], or targets and weights [A,B,T].
+
+    Where pairs of texts have token types, these are `types` i32[A,B,T].
+    """
+
+    @functools.cached_property
+    def typed(self) -> bool:
+        return any(has_types(r) and token_types(r.mask).any() for r in self.rows)
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         n, t = self.batch_size, width or self.width(plan)
         size = self.rows[0].target.shape[1]
-        tokens, positions, segments, targets = (np.zeros((n, t), np.int32) for _ in range(4))
+        tokens, positions, segments, targets, types = (np.zeros((n, t), np.int32) for _ in range(5))
         weights = np.zeros((n,) if size else (n, t), np.float32)
         label = np.zeros((n, size), np.float32)
         for b, (member,) in enumerate(plan):
@@ -297,10 +598,12 @@ class LabelAssembler(Assembler):
             tokens[b, :end], positions[b, :end], segments[b, :end] = ids, np.arange(end), 1
             if size:
                 label[b], weights[b] = rows.target[i], 1
+                types[b, :end] = token_types(marks)
             else:
                 targets[b, :end], weights[b, :end] = np.maximum(marks, 1) - 1, marks > 0
         batch = {"tokens": tokens, "positions": positions, "segments": segments, "weights": weights}
         batch |= {"label": label} if size else {"targets": targets}
+        batch |= {"types": types} if self.typed else {}
         return self._finished(batch, plan, t)
 
 

@@ -49,6 +49,7 @@ class Rows:
     digest: np.ndarray
     labels: tuple[str, ...]
     target: np.ndarray | None = None
+    lost: int = 0  # labelled words of the source that gave no token
 
     def __len__(self) -> int:
         return len(self.start)
@@ -121,6 +122,7 @@ class SourceReport:
     tokens: int = 0  # in the rows kept
     trained: int = 0
     cached: bool = False
+    lost: int = 0  # labelled words that gave no token
 
     def line(self) -> str:
         """Return one sentence: `FILE (prompt_completion): 7,473 rows: 6,901 kept, 572 over 512 tokens dropped, ...`."""
@@ -131,6 +133,7 @@ class SourceReport:
             f"{self.too_long:,} over {self.max_length:,} tokens {done}, "
             f"{self.untrained:,} without a trained token dropped; "
             f"{self.tokens:,} tokens, {self.trained:,}{share} trained"
+            + (f"; {self.lost:,} labelled words give no token and are not trained" if self.lost else "")
         )
 
 
@@ -348,6 +351,7 @@ def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray
         source=np.zeros(len(rows), np.int32),
         labels=(source.label,),
         target=rows["label"] if "label" in rows.dtype.names else None,
+        lost=int(rows["lost"].sum()) if "lost" in rows.dtype.names else 0,
         **{name: np.ascontiguousarray(rows[name]) for name in ("start", "length", "origin", "digest")},
     )
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.data import LabelForm, Rows
+from jaxtune.data.labels import has_types, token_types
 from jaxtune.evaluate import statistics
 from jaxtune.evaluate.held_out import Column
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
@@ -61,11 +62,13 @@ def classify(
     def said(batch):
         width = bucket(max(int(rows.length[i]) for i in batch))
         width = min(width, max(system.module.spec.positions, int(rows.length[list(batch)].max())))
-        tokens, segments = np.zeros((2, 1 << (len(batch) - 1).bit_length(), width), np.int32)
+        tokens, segments, types = np.zeros((3, 1 << (len(batch) - 1).bit_length(), width), np.int32)
         for row, i in enumerate(batch):
-            ids = rows[i][0]
+            ids, marks = rows[i]
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        logits = np.asarray(_logits(system.module, system.params, tokens, segments), np.float64)
+            if has_types(rows):
+                types[row, : len(ids)] = token_types(marks)
+        logits = np.asarray(_logits(system.module, system.params, tokens, segments, types), np.float64)
         return [_said(logits[row, : rows.length[i]] if form.per_token else logits[row], rows, i, form)
                 for row, i in enumerate(batch)]  # fmt: skip
 
@@ -77,9 +80,9 @@ def classify(
 
 
 @partial(jax.jit, static_argnames="module")
-def _logits(module: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+def _logits(module: Any, params: Any, tokens: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return module.apply({"params": params}, tokens, positions, segments)
+    return module.apply({"params": params}, tokens, positions, segments, types=types)
 
 
 def _said(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Said:

@@ -135,6 +135,10 @@ class Classifier:
         return self.body.dtype
 
     @property
+    def is_encoder(self) -> bool:
+        return isinstance(self.body, Encoder)
+
+    @property
     def pooling(self) -> str | None:
         """How a sequence becomes one vector; None for a label each token."""
         return None if self.labels.kind == TOKEN else self.labels.pooling or self.layout.pooling
@@ -150,6 +154,7 @@ class Classifier:
         positions: Array | None = None,
         segments: Array | None = None,
         keys: Keys = None,
+        types: Array | None = None,
     ) -> Array:
         """tokens i32[B, T] -> logits f32[B, C], or f32[B, T, C].
 
@@ -157,9 +162,10 @@ class Classifier:
             positions: i32[B, T]; default 0..T-1.
             segments: i32[B, T], 1 where there is text and 0 in the padding, which lies on the right; None: all is text.
             keys: one PRNG key a row, [B]; None switches every dropout off.
+            types: i32[B, T], the token types of pairs of texts, which a model without a table of them ignores.
         """
         params = variables["params"]
-        x = tokens if self.pooled else self.pooled_body(params, tokens, positions, segments, keys)
+        x = tokens if self.pooled else self.pooled_body(params, tokens, positions, segments, types, keys)
         head = params["classifier"]
         if self.layout.act is not None:
             x = _affine(x, head["dense"], fold(keys, "classifier/dense"))
@@ -168,10 +174,13 @@ class Classifier:
                 x = Norm(self.spec.norm, self.spec.eps, bias=self.spec.norm_bias).apply({"params": head["norm"]}, x)
         return _affine(x, head["out"], fold(keys, "classifier/out")).astype(jnp.float32)
 
-    def pooled_body(self, params: Any, tokens: Array, positions=None, segments=None, keys: Keys = None) -> Array:
+    def pooled_body(
+        self, params: Any, tokens: Array, positions=None, segments=None, types=None, keys: Keys = None
+    ) -> Array:
         """What the head reads, [B, D], or [B, T, D] for a label each token. Arguments as in `apply`."""
-        seen = segments if isinstance(self.body, Encoder) else None  # a decoder never looks to the right
-        x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, method="hidden")
+        seen = segments if self.is_encoder else None  # a decoder never looks to the right
+        typed = {"types": types} if self.is_encoder and self.spec.types > 1 else {}
+        x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, **typed, method="hidden")
         if self.pooling is None:
             return x
         return pool(x, jnp.ones(tokens.shape[:2], jnp.int32) if segments is None else segments, self.pooling)

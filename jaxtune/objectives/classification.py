@@ -21,9 +21,9 @@ SINGLE, MULTI, REGRESSION = PROBLEMS
 def classification(module: Any, class_weights: Sequence[float] | None = None) -> Callable[..., Any]:
     """Return `loss_fn(params, batch, key) -> ((sum, weight), counts)` for a `Classifier`.
 
-    `batch` holds tokens, positions, segments i32[B, T] and row i32[B]; for a label each token also targets i32[B, T]
-    and weights f32[B, T]; else label f32[B, n] (the label's id, n = 1; or 0 and 1 for each label; or the values) and
-    weights f32[B]. What has weight 0 is not there. `key` None switches dropout off.
+    `batch` holds tokens, positions, segments (and types, of pairs of texts) i32[B, T] and row i32[B]; for a label each
+    token also targets i32[B, T] and weights f32[B, T]; else label f32[B, n] (the label's id, n = 1; or 0 and 1 for each
+    label; or the values) and weights f32[B]. What has weight 0 is not there. `key` None switches dropout off.
 
     The sum is of cross-entropies in nats, and its weight the number of labels (each times its class's weight, as in
     torch's CrossEntropyLoss); for several labels of binary cross-entropies, and for values of squared errors, and their
@@ -39,7 +39,8 @@ def classification(module: Any, class_weights: Sequence[float] | None = None) ->
 
     def loss_fn(params, batch, key):
         keys = None if key is None else row_keys(key, batch["row"])
-        logits = module.apply({"params": params}, inputs(batch), batch["positions"], batch["segments"], keys=keys)
+        given = inputs(batch), batch["positions"], batch["segments"]
+        logits = module.apply({"params": params}, *given, keys=keys, types=batch.get("types"))
         weights = batch["weights"]
         if labels.problem == REGRESSION:
             errors = jnp.square(logits - batch["label"]) * weights[:, None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune import data, models
 from jaxtune.data.batches import Assembler
-from jaxtune.data.labels import LabelAssembler, LabelForm, count_labels, in_order
+from jaxtune.data.labels import JOINED, LabelAssembler, LabelForm, count_ids, count_labels
 from jaxtune.errors import UserError
 from jaxtune.methods.table import cut
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, read_labels, with_labels
@@ -79,6 +79,7 @@ def _classification(kind: str, cfg: Any, config: Mapping[str, Any], settings: Ma
         several=problem == PROBLEMS[1],
         value=problem == REGRESSION,
         columns=dict(cfg.data.columns),
+        first=o.first_label,
     )
     names, origin = o.labels, "objective.labels"
     if problem == REGRESSION:
@@ -87,14 +88,14 @@ def _classification(kind: str, cfg: Any, config: Mapping[str, Any], settings: Ma
             raise UserError(f"The model in model.path predicts {len(names)} values; a regression here has one.")
     elif not names and stored and stored.problem == problem:
         names, origin = stored.names, "the model's config.json"
-    counted = None
-    if not names or o.class_weights == "balanced":
-        counted = count_labels(map(data.read, cfg.data.train), form)
     if not names:
-        names, origin = in_order(counted.labels), "data.train"
+        counted = count_labels(map(data.read, cfg.data.train), form)
+        names, origin = counted.names, "data.train"
+        form.notes += counted.notes
     if len(names) < 2 and problem != REGRESSION:
         raise UserError(f"{origin} has only the label {names[0]!r}; at least two are needed to learn from.")
     form.names, form.origin = names, origin
+    counted = count_ids(map(data.read, cfg.data.train), form) if o.class_weights == "balanced" else None
     labels = Labels(
         kind,
         names,
@@ -107,6 +108,7 @@ def _classification(kind: str, cfg: Any, config: Mapping[str, Any], settings: Ma
         tokenizer = data.load_tokenizer(cfg.model.tokenizer)
         config |= {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     module = with_labels(models.build(config, **settings), labels)
+    form.joined = None if module.is_encoder else JOINED
     module = cut(cfg.tune.method, module, cfg.tune.get(cfg.tune.method, None) or {})
     weights = _class_weights(o.class_weights, form, counted)
 

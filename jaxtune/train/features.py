@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.data import Rows
+from jaxtune.data.labels import has_types, token_types
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.files import atomic_write_text, cache_root
 from jaxtune.models.encoder import Encoder
@@ -91,15 +92,17 @@ def above(module: Any, cut: Cut) -> Any:
 
 
 def below(module: Any, cut: Cut) -> Callable[..., jax.Array]:
-    """`f(params, tokens, positions, segments) -> features`, [B, T, D] or pooled [B, D]."""
+    """`f(params, tokens, positions, segments, types) -> features`, [B, T, D] or pooled [B, D]."""
     if cut.pooled:
         return module.pooled_body
     body = getattr(module, "body", module)
     is_encoder = isinstance(body, Encoder)
     lower = body.clone(stop=cut.segments)
 
-    def features(params, tokens, positions, segments):
-        return lower.apply({"params": params}, tokens, positions, segments if is_encoder else None, method="hidden")
+    def features(params, tokens, positions, segments, types):
+        typed = {"types": types} if is_encoder and lower.spec.types > 1 else {}
+        seen = segments if is_encoder else None
+        return lower.apply({"params": params}, tokens, positions, seen, **typed, method="hidden")
 
     return features
 
@@ -386,12 +389,14 @@ def weights_digest(params: PyTree) -> str:
 
 
 def rows_digest(sources: Sequence[Rows]) -> str:
-    """A hash of the tokens of all rows, in order."""
+    """A hash of the tokens of all rows and of their types, in order."""
     total = hashlib.sha256()
     for rows in sources:
         total.update(np.ascontiguousarray(rows.length, np.int32))
         for start, length in zip(rows.start.tolist(), rows.length.tolist()):
             total.update(np.ascontiguousarray(rows.tokens[start : start + length]))
+            if has_types(rows):
+                total.update(token_types(rows.mask[start : start + length]))
     return total.hexdigest()
 
 
@@ -479,18 +484,20 @@ class Extractor:
         return self.store.open(self.key(sources), layout, fill, stop)
 
     def _pass(self, rows: Rows, chosen: np.ndarray, n: int, t: int) -> jax.Array:
-        tokens, positions, segments = (np.zeros((n, t), np.int32) for _ in range(3))
+        tokens, positions, segments, types = (np.zeros((n, t), np.int32) for _ in range(4))
         for b, i in enumerate(chosen):
-            ids = rows[i][0]
+            ids, marks = rows[i]
             end = len(ids)
             tokens[b, :end], positions[b, :end], segments[b, :end] = ids, np.arange(end), 1
+            if has_types(rows):
+                types[b, :end] = token_types(marks)
         put = NamedSharding(self.mesh, PartitionSpec(DATA))
-        return self._run(self.params, *(jax.device_put(x, put) for x in (tokens, positions, segments)))
+        return self._run(self.params, *(jax.device_put(x, put) for x in (tokens, positions, segments, types)))
 
     @cached_property
     def _run(self) -> Callable[..., jax.Array]:
         whole, split = PartitionSpec(), PartitionSpec(DATA)
-        local, specs = below(self.module, self.cut), (whole, split, split, split)
+        local, specs = below(self.module, self.cut), (whole, split, split, split, split)
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))
 
     def _write(self, file: Any, layout: Layout, features: jax.Array, chosen: np.ndarray, end: int) -> None:
