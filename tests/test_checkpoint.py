@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxtune.errors import UserError
-from jaxtune.train.checkpoint import Checkpoints, check_disk, state_bytes
+from jaxtune.train.checkpoint import Checkpoints, Damaged, check_disk, state_bytes
 from jaxtune.train.optim import optimizer
 from jaxtune.train.step import TrainState, init_state
 from jaxtune.tree import MEMBER, TRAIN, partition
@@ -181,6 +181,100 @@ def test_whatever_is_damaged_no_wrong_number_comes_back(damage, checkpoints, sai
         checkpoints.manager.reload()
     assert set(found) == {3, 6}
     assert len(said) == found.count(3)
+
+
+def flip(file, at, bit=0):
+    """Flip a bit of a file in place."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def noise(seed):
+    """A state of numbers that do not compress."""
+    array = jax.random.normal(jax.random.key(seed), (64, 128))
+    return state()._replace(trainable={"bias": jnp.full(3, seed), "noise": array})
+
+
+def test_a_flipped_bit_of_an_array_is_found_wherever_it_is(checkpoints, said):
+    for step in (3, 6):
+        checkpoints.save(step, noise(step), counters())
+    checkpoints.wait()
+    kept, whole, found = checkpoints.folder / "6", checkpoints.folder.parent / "whole", []
+    shutil.copytree(kept, whole)
+    file = max((p for p in kept.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    size = file.stat().st_size
+    assert size > 4 * 64 * 128 * 0.9
+    for number, at in enumerate(range(size // 40, size, size // 20)):
+        flip(file, at, number % 8)
+        got, _ = checkpoints.restore(lambda _: noise(0))
+        found.append(int(got.trainable["bias"][0]))
+        assert_equal(got, noise(found[-1]))
+        shutil.rmtree(checkpoints.folder / "damaged-6", ignore_errors=True)
+        shutil.copytree(whole, kept, dirs_exist_ok=True)
+        checkpoints.manager.reload()
+    assert found.count(3) == len(said) >= 19
+
+
+@pytest.mark.parametrize("what", ["arrays", "counters", "checksums"])
+def test_numbers_that_changed_without_damage_to_the_format_are_found(what, checkpoints, said):
+    """As a flipped bit in an array that is stored as it is, or a digit of a counter."""
+    for step in (3, 6):
+        checkpoints.save(step, state(step), counters(best=3))
+    checkpoints.wait()
+    folder = checkpoints.folder / "6"
+    if what == "arrays":
+        shutil.rmtree(folder / "state")
+        shutil.copytree(checkpoints.folder / "3" / "state", folder / "state")
+    else:
+        file = folder / what / "metadata"
+        text = file.read_text()
+        file.write_text(text.replace("0.30000000000000004", "0.20000000000000004") if what == "counters" else
+                        text.replace("trainable/proj/bias", "trainable/proj/biac"))  # fmt: skip
+        assert file.read_text() != text
+    assert_equal(checkpoints.restore(lambda _: state())[0], state(3))
+    assert "checkpoint of step 6 cannot be read" in said[0]
+
+
+def test_damaged_a_second_time_at_the_same_step(checkpoints, said):
+    checkpoints.save(3, state(3), counters())
+    for _ in range(3):
+        checkpoints.save(6, state(6), counters())
+        checkpoints.wait()
+        halve(checkpoints.folder / "6")
+        assert_equal(checkpoints.restore(lambda _: state())[0], state(3))
+    names = sorted(p.name for p in checkpoints.folder.iterdir())
+    assert names == ["3", "damaged-6", "damaged-6-2", "damaged-6-3"]
+    assert "set aside as damaged-6-3" in said[-1]
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_one_sentence(checkpoints):
+    for step in (3, 6):
+        checkpoints.save(step, state(step), counters())
+    checkpoints.wait()
+    halve(checkpoints.folder / "3")
+    with pytest.raises(Damaged, match="checkpoint of step 3 cannot be read"):
+        checkpoints.restore(lambda _: state(), step=3)
+    assert on_disk(checkpoints) == [6]
+
+
+def test_checkpoints_written_before_there_were_checksums_are_read_and_it_is_said_once(checkpoints, said):
+    for step in (3, 6):
+        checkpoints.save(step, state(step), counters())
+        checkpoints.wait()
+        shutil.rmtree(checkpoints.folder / str(step) / "checksums")
+    for _ in range(2):
+        assert_equal(checkpoints.restore(lambda _: state())[0], state(6))
+    assert said == ["The checkpoints here were written without checksums; what they hold is not verified."]
+
+
+def test_a_whole_checkpoint_of_another_run_is_not_taken_for_a_damaged_one(checkpoints):
+    checkpoints.save(3, state(3), counters())
+    checkpoints.wait()
+    other = state()._replace(trainable={"other": jnp.zeros(3)})
+    with pytest.raises(UserError, match=r"is whole, and of another model.*trainable/proj"):
+        checkpoints.restore(lambda _: other)
+    assert on_disk(checkpoints) == [3]
 
 
 def test_all_checkpoints_damaged(checkpoints, tmp_path, said):

@@ -1,13 +1,16 @@
 """Checkpoints of a run: the train state and the loop's own counters, by orbax, asynchronous and atomic.
 
 The state is stored flat, `{"trainable/segment_0/...": array}`: a checkpoint can be read without the code that wrote
-it, and the polymorphic leaves need no registration.
+it, and the polymorphic leaves need no registration. Beside it stand the counters, and checksums of every array and of
+the counters, which are verified when they are read. orbax has none of its own: a flipped bit in an array came back as
+another number.
 """
 
 import copy
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+import xxhash
 
-from jaxtune.errors import UserError
+from jaxtune.errors import RunFailed, UserError
 from jaxtune.train.step import TrainState
 from jaxtune.tree import flatten
 
@@ -38,6 +42,10 @@ def _unflat(arrays: dict[str, jax.Array], like: TrainState) -> TrainState:
     return raw._replace(key=jax.random.wrap_key_data(raw.key))
 
 
+class Damaged(RunFailed):
+    """The checkpoint that was asked for cannot be read, and has been set aside."""
+
+
 class Checkpoints:
     """The checkpoints of one run directory.
 
@@ -53,6 +61,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._counters: dict[str, Any] = {}  # of the newest checkpoint
+        self._told = False  # that older checkpoints have no checksums
 
     def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
         """Start writing; returns once the arrays are copied from the device."""
@@ -60,7 +69,12 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         self._counters = copy.deepcopy(counters)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(state)), counters=ocp.args.JsonSave(self._counters))
+        flat = _flat(state)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(flat),
+            counters=ocp.args.JsonSave(self._counters),
+            checksums=ocp.args.JsonSave(_checksums(flat, self._counters)),
+        )
         self.manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
@@ -81,20 +95,25 @@ class Checkpoints:
         """Return the state and counters of `step`, or of the newest checkpoint that can be read; None: there is none.
 
         `like` returns a state of the same structure, shapes and places for the counters that were saved with it. A
-        checkpoint that cannot be read is reported, set aside and the one before it taken.
+        checkpoint that cannot be read, or is not what was written, is reported and set aside, and the one before it
+        taken.
+
+        Raises:
+            Damaged: the checkpoint of `step` cannot be read.
+            UserError: a checkpoint is whole, and of another model or method.
         """
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
                 state, counters = self._read(candidate, like)
+            except UserError:
+                raise
             except Exception as e:  # a damaged directory can be wrong in many ways
-                if step is not None:
-                    raise
                 why = str(e).partition("\n")[0][:200] or type(e).__name__
-                then = "using the one before" if candidate != self.steps()[0] else "there is none before it"
-                self.say(f"The checkpoint of step {candidate} cannot be read ({why}); {then}.")
-                damaged = self.folder / str(candidate)
-                damaged.rename(damaged.with_name(f"damaged-{candidate}"))
-                self.manager.reload()
+                aside = self._set_aside(candidate)
+                said = f"The checkpoint of step {candidate} cannot be read ({why}) and is set aside as {aside.name}"
+                if step is not None:
+                    raise Damaged(f"{said}. The same command goes on without it.") from None
+                self.say(f"{said}; {'using the one before' if self.steps() else 'there is none before it'}.")
                 continue
             if step is None:
                 for run in counters["runs"]:
@@ -104,18 +123,75 @@ class Checkpoints:
             return state, counters
         return None
 
+    def _set_aside(self, step: int) -> Path:
+        names = (f"damaged-{step}{suffix}" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+        aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+        (self.folder / str(step)).rename(aside)
+        self.manager.reload()
+        return aside
+
     def _read(self, step: int, like: Callable[[dict[str, Any]], TrainState]) -> tuple[TrainState, dict[str, Any]]:
         folder = self.folder / str(step)
         counters = json.loads((folder / "counters" / "metadata").read_bytes())
+        checksums = _read_checksums(folder, counters)
+        if checksums is None and not self._told:
+            self._told = True
+            self.say("The checkpoints here were written without checksums; what they hold is not verified.")
         wanted = like(counters)
-        return _unflat(_read_arrays(folder / "state", _abstract(wanted)), wanted), counters
+        abstract = _abstract(wanted)
+        if checksums and checksums.keys() != abstract.keys():
+            unlike = sorted(checksums.keys() ^ abstract.keys())[:5]
+            raise UserError(
+                f"The checkpoint in {folder} is whole, and of another model or method: it differs from this run in "
+                f"{', '.join(unlike)}. Nothing was changed; give another --workdir."
+            )
+        return _unflat(_read_arrays(folder / "state", abstract, checksums), wanted), counters
 
     def close(self) -> None:
         self.wait()
         self.manager.close()
 
 
-def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def checksum(array: Any) -> str:
+    """A hash of an array's type, shape and bytes, hex."""
+    host = np.ascontiguousarray(jax.device_get(array))
+    found = xxhash.xxh3_128(f"{host.dtype}{host.shape}".encode())
+    found.update(host.reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def _checksums(flat: Mapping[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
+    """What is written beside a checkpoint: of every array, of the counters, and of these checksums themselves."""
+    with ThreadPoolExecutor(4) as pool:
+        arrays = dict(zip(flat, pool.map(checksum, flat.values()), strict=True))
+    found = {"arrays": arrays, "counters": _of_json(counters)}
+    return found | {"all": _of_json(found)}
+
+
+def _of_json(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def _read_checksums(folder: Path, counters: dict[str, Any]) -> dict[str, str] | None:
+    """The checksums of a checkpoint's arrays; None: it was written without.
+
+    Raises:
+        ValueError: they, or the counters, are not what was written.
+    """
+    file = folder / "checksums" / "metadata"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_bytes())
+    if found.pop("all") != _of_json(found):
+        raise ValueError("the checksums are damaged")
+    if found["counters"] != _of_json(counters):
+        raise ValueError("the counters are damaged")
+    return found["arrays"]
+
+
+def _read_arrays(
+    folder: Path, wanted: dict[str, jax.ShapeDtypeStruct], checksums: Mapping[str, str] | None
+) -> dict[str, jax.Array]:
     """Read the arrays that orbax wrote to `folder`; raises ValueError where they are damaged, or others than wanted.
 
     Not by orbax, which reads on an event loop and closes it at the first error: the reads that are still under way then
@@ -131,6 +207,8 @@ def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[
         array, like = ts.open(spec, open=True, read=True).result().read().result(), wanted[name]
         if (array.shape, array.dtype) != (like.shape, like.dtype):
             raise ValueError(f"{name}: expected {like.dtype}{like.shape}, found {array.dtype}{array.shape}")
+        if checksums is not None and checksum(array) != checksums[name]:
+            raise ValueError(f"{name} is not what was written")
         return jax.device_put(array, like.sharding)
 
     with ThreadPoolExecutor() as pool:
