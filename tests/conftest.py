@@ -1,10 +1,10 @@
+import gc
 import os
 from pathlib import Path
 
 import families_table
 import hypothesis
 import pytest
-from families_table import pytest_addoption  # noqa: F401
 
 hypothesis.settings.register_profile("jaxtune", deadline=None)  # compiles and busy machines take the time they take
 hypothesis.settings.load_profile("jaxtune")
@@ -29,7 +29,20 @@ def browser(tmp_path_factory):
         yield browser
 
 
+# A third of the time to compile, and less memory; what is compiled here runs a few times only.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_addoption(parser):
+    families_table.add_option(parser)
+    parser.addoption("--optimised", action="store_true", help="compile as users do; takes three times as long")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: looking through them takes time
+    if not config.getoption("--optimised") and QUICK not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()  # also of processes started here
     if config.getoption("--families-table") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--families-table goes with -n 0: one process has to see all tests")
 

@@ -60,7 +60,7 @@ def read(text: str) -> dict[str, dict[str, str]]:
     return {row[0].strip("`"): dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 
-def pytest_addoption(parser) -> None:
+def add_option(parser) -> None:
     parser.addoption("--families-table", metavar="FILE", help="write the table of families that this session proved")
 
 

@@ -127,8 +127,8 @@ def command(home, workdir, *flags, **settings):
 
 
 def start(argv):
-    """The command in a process of its own, which shares the cache and the level of optimisation."""
-    env = os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """The command in a process of its own, which shares the cache and XLA's flags."""
+    env = os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "jaxtune", *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

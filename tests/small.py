@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxtune import models
 from jaxtune.methods.table import METHODS
@@ -48,14 +47,6 @@ def tuned(method="lora", seed=1, **settings):
         return jnp.asarray(0.3 * np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32) if is_b else x
 
     return partition(jax.tree_util.tree_map_with_path(move, params), mask), mask
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compile without most optimisations, in half the time: import this where speed of execution does not matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def batch(step=0, rows=8, accum=1, length=T):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import test_encoders
 import zoo
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import config
 from jaxtune.hf.export import export_model

@@ -7,7 +7,6 @@ import pytest
 import small
 import torch
 from runs import compiled, write_jsonl  # noqa: F401
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import cli, data
 from jaxtune.config import resolve

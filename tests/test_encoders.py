@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import zoo
 from safetensors.numpy import load_file, save_file
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import models
 from jaxtune.errors import UserError

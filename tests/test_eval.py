@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import runs
 from runs import command, compiled, home, read, write_jsonl  # noqa: F401
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import cli
 from jaxtune.evaluate import held_out, kept, metrics

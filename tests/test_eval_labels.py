@@ -7,7 +7,6 @@ import pytest
 import torch
 from runs import compiled  # noqa: F401
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-from small import quick_compiles  # noqa: F401
 from test_classification_runs import evaluations, home, texts, train  # noqa: F401
 
 from jaxtune import cli

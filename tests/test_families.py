@@ -15,7 +15,7 @@ import test_gguf
 import test_models
 import zoo
 from safetensors.numpy import load_file
-from test_models import FIRST, QUICK, TOLERANCE
+from test_models import FIRST, TOLERANCE
 
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
@@ -107,7 +107,7 @@ def theirs(name: str) -> Theirs:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def logits_and_gradient(module, parts, ids):
     def of(trainable):
         logits = module.apply({"params": combine(trainable, parts.member, parts.frozen)}, ids)

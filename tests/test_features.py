@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import small
 from runs import command, compiled, home, read  # noqa: F401
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import data, models
 from jaxtune.cli import main

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import quick_compiles  # noqa: F401
 
 import jaxtune
 from jaxtune import FROZEN, TRAIN, LoraWeight, QuantWeight, ShapedWeight, adapt, combine, lora, merge, partition

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import small
 import zoo
-from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
 from jaxtune.hf.export import export_model

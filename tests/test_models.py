@@ -29,15 +29,12 @@ TOLERANCE = 1e-4  # of the largest logit; never to be relaxed
 T = 24
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def logits(module, params, ids, positions=None, segments=None, keys=None):
     return module.apply({"params": params}, ids, positions, segments, keys=keys)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def logits_and_hidden(module, params, ids):
     x = module.apply({"params": params}, ids, method="hidden")
     return module.apply({"params": params}, x, method="head"), x
@@ -260,7 +257,7 @@ Lily didn't want to help her mom, so she said, "I'm sorry, mom. I didn't know wh
 Her mom said, "Don't worry, Lily. We can help you."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def greedy(module, params, prompts, n):
     """The n likeliest tokens after prompts [B, T], by the cache: [B, n]."""
     b, t = prompts.shape
@@ -505,7 +502,7 @@ def test_lora_gradients_of_the_loss_equal_peft(name, tmp_path):
         "weights": weights,
     }
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     @jax.grad
     def gradient(trainable):
         (total, weight), _ = causal_lm(module)(combine(trainable, member, frozen), batch, None)
@@ -531,7 +528,7 @@ def test_gradients_of_experts_equal_transformers():
     def loss(params):
         return jnp.square(module.apply({"params": params}, ids)).sum()
 
-    ours = jax.jit(jax.grad(loss), compiler_options=QUICK)(params)["segment_0"]["block_0"]["mlp"]
+    ours = jax.jit(jax.grad(loss))(params)["segment_0"]["block_0"]["mlp"]
     for i, layer in enumerate(torch_model.model.layers):
         experts, router = layer.mlp.experts, layer.mlp.gate
         gate_up = np.concatenate([ours["gate_experts"][i], ours["up_experts"][i]], axis=-1)
@@ -552,7 +549,7 @@ def test_experts_under_vmap_equal_each_run_alone():
         params = jax.tree.map(lambda p: p[0], params)
         return jnp.square(experts.apply({"params": params}, x, None)).sum()
 
-    slopes = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)
+    slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))
     together = jax.vmap(slopes, in_axes=(0, None))(x, params)
     for i, row in enumerate(x):
         alone = slopes(row, params)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import quick_compiles  # noqa: F401
 
 from jaxtune.models.decoder import head_logits
 from jaxtune.objectives.causal_lm import causal_lm

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import small
-from small import quick_compiles  # noqa: F401
 
 from jaxtune.errors import UserError
 from jaxtune.train.optim import decay_mask, optimizer, schedule

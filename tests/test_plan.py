@@ -324,7 +324,7 @@ def test_real_configs_plan(assets, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_an_8b_on_4_bits_fits_a_consumer_card(assets, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     overrides = {
         "model": {"path": str(assets / "hf-configs" / "llama3_1_8b"), "remat": "full"},
         "tune": {"lora": {"r": 16}},

@@ -7,7 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import VOCAB, T, decoder, quick_compiles, weights  # noqa: F401
+from small import VOCAB, T, decoder, weights
 
 from jaxtune import (
     adapt,

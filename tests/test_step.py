@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import quick_compiles  # noqa: F401
 
 from jaxtune.methods.table import METHODS
 from jaxtune.objectives.causal_lm import causal_lm
@@ -41,9 +40,8 @@ def process(tmp_path_factory):
     """A process with eight simulated devices; it runs beside the tests that do not need its result."""
     out = tmp_path_factory.mktemp("eight") / "found.npz"
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
     command = [sys.executable, str(TESTS / "eight_devices.py"), str(out)]

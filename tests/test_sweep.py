@@ -17,7 +17,6 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import STEPS, adapter, command, compiled, everything, home, read, write_jsonl  # noqa: F401
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import tree
 from jaxtune.cli import main
@@ -239,6 +238,7 @@ def test_the_table_names_the_command_for_the_best_alone(run, home, tmp_path):  #
     assert f"--config.optim.lr={best['lr']}" in words
 
 
+@pytest.mark.optimised
 def test_members_are_the_same_in_groups_of_any_size(run, finished, tmp_path):
     status, out, _ = run(tmp_path / "two", *RATES, "--group-size=2")
     assert status == 0
@@ -283,6 +283,7 @@ def test_full_tuning_sweeps_too(run, home, tmp_path):  # noqa: F811
 # --- one that fails
 
 
+@pytest.mark.optimised
 def test_a_member_that_diverges_leaves_the_others_as_they_were(run, finished, tmp_path):
     status, _out, err = run(tmp_path / "s", "--sweep.optim.lr=0.001,0.01,1e30,0.003")
     assert status == 0, err
@@ -456,6 +457,7 @@ def test_halving_keeps_the_best_at_each_cut(halved):
     assert json.loads((halved / cut / "summary.json").read_text())["cut_at"] == 2
 
 
+@pytest.mark.optimised
 def test_survivors_are_what_they_would_have_been(halved, run, tmp_path):
     assert run(tmp_path / "whole", EIGHT)[0] == 0
     plan = json.loads((halved / "sweep.json").read_text())

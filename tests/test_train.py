@@ -14,7 +14,6 @@ import pytest
 import runs
 from runs import STEPS, adapter, checkpoints, command, compiled, everything, home, read, sums, write_jsonl  # noqa: F401
 from safetensors.numpy import load_file, save_file
-from small import quick_compiles  # noqa: F401
 
 from jaxtune.cli import main
 from jaxtune.run import job

@@ -9,7 +9,6 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import command, compiled, home, read, sums, write_jsonl  # noqa: F401
-from small import quick_compiles  # noqa: F401
 
 from jaxtune import tree
 from jaxtune.cli import main
