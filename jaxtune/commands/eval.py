@@ -303,7 +303,7 @@ def _virtual(source: Any) -> int:
 
 def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtual: int) -> tuple[list[Any], list[str]]:
     """The held-out rows, and the names of their sources."""
-    from jaxtune import models
+    from jaxtune import data, models
     from jaxtune.evaluate.rows import check_format, data_names, read_rows
     from jaxtune.hf.load import read_config
     from jaxtune.run.job import max_length
@@ -311,13 +311,13 @@ def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtu
     settings, sources, fraction = _sources(options, source, cfg)
     module = models.build(read_config(source.model))
     given = _columns(options.columns)
-    read_as = {
-        "format": options.format or settings.data.format,
-        "columns": dict(settings.data.columns) if given is None else given,
-        "template": settings.data.template if given is None and options.format is None else None,
-        "completion_from": settings.data.completion_from,
-        "system": settings.data.system,
-    }
+    read_as = data.reading(settings.data)
+    allowed = read_as.pop("allow_left_out")
+    read_as["format"] = options.format or read_as["format"]
+    if given is not None:
+        read_as["columns"] = given
+    if given is not None or options.format is not None:
+        read_as["template"] = None
     if options.data and cfg is not None and given is None and options.format is None:
         chat = bool(tokenizer.chat_template) and read_as["template"] is None
         check_format(data_names(cfg.data.train)[0], data_names(sources), read_as | {"chat": chat})
@@ -331,6 +331,7 @@ def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtu
         overlength=settings.data.overlength,
         vocab_size=module.spec.vocab,
         cache=settings.data.cache,
+        allow_left_out=allowed,
         **read_as,
     )
     print(*lines, sep="\n")

@@ -126,7 +126,16 @@ SETTINGS = (
     Setting("data.columns", Columns, {}, "our name of a column and the file's: prompt=question,completion=answer"),
     Setting("data.template", str, None, r"a text made of the file's columns: 'Q: {question}\nA: {answer}'"),
     Setting("data.completion_from", str, None, "text after which tokens are trained (data.format=text, data.template)"),
+    Setting(
+        "data.prompt_from", str, None, "text after which tokens are not trained, up to the next data.completion_from"
+    ),
     Setting("data.system", str, None, "a system prompt for conversations that have none"),
+    Setting("data.system_as_user", bool, False, "system messages go to the start of the user's first message"),
+    Setting("data.roles", Columns, {}, "other names of roles, and ours: customer=user,agent=assistant"),
+    Setting("data.ignore", Names, None, "columns, and fields of messages, that are left out knowingly"),
+    Setting(
+        "data.allow_left_out", Names, None, "what the template may drop of trained turns: thoughts, answers, calls"
+    ),
     Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=AT_LEAST_2),
     Setting("data.overlength", str, "drop", "what happens to longer rows", ("drop", "truncate", "split")),
     Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
@@ -248,6 +257,8 @@ class Idle(NamedTuple):
     because: str  # {a.b} stands for the value of setting a.b
 
 
+CONVERSATIONS = ("data.system", "data.system_as_user", "data.roles", "data.allow_left_out")
+
 OFF = (0, False, "auto", "none", {})
 
 
@@ -268,9 +279,9 @@ IDLE = (
     Idle(("data.group_by_length",), lambda v: v["data.packing"], "data.packing leaves nothing to pad"),
     Idle(("data.eval_fraction",), lambda v: v["data.eval"], "data.eval names the held-out data"),
     Idle(("data.weights",), lambda v: v["data.train"] and len(v["data.train"]) == 1, "data.train has one source"),
-    Idle(("model.chat_template", "data.system"), lambda v: v["data.format"] == "text", "data.format is text"),
+    Idle(("model.chat_template", *CONVERSATIONS), lambda v: v["data.format"] == "text", "data.format is text"),
     Idle(
-        ("model.chat_template", "data.system", "data.format", "data.columns"),
+        ("model.chat_template", *CONVERSATIONS, "data.ignore", "data.format", "data.columns"),
         lambda v: v["data.template"],
         "data.template makes a text of the file's own columns",
     ),
@@ -286,7 +297,8 @@ IDLE = (
     ),
     Idle(
         (
-            *("model.chat_template", "data.system", "data.format", "data.template", "data.completion_from"),
+            *("model.chat_template", *CONVERSATIONS, "data.format", "data.template", "data.completion_from"),
+            *("data.prompt_from", "data.ignore"),
             *("data.packing", "objective.z_loss", "evaluate"),
         ),
         lambda v: v["objective.name"] != "causal_lm",

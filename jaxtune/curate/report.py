@@ -25,7 +25,7 @@ from jaxtune.curate.stream import (
     label_sides,
     text_form,
 )
-from jaxtune.curate.tokens import EmptyMasks, Lengths, Packing, TokenQuality
+from jaxtune.curate.tokens import EmptyMasks, Lengths, NotUsed, Packing, TokenQuality
 from jaxtune.data import LabelForm, held_out, reader_settings, source_names
 from jaxtune.data.preview import runs
 from jaxtune.data.sources import read
@@ -158,12 +158,8 @@ def examine(
     *,
     eval: str | Sequence[str] | None = None,
     eval_fraction: float = 0.0,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    template: str | None = None,
-    completion_from: str | None = None,
-    system: str | None = None,
     labels: LabelForm | None = None,
+    allow_left_out: Sequence[str] = (),
     max_length: int,
     overlength: str = "drop",
     packing: bool = False,
@@ -174,12 +170,13 @@ def examine(
     near: float = 0.8,
     samples: int = 3,
     progress: Callable[[int], None] = lambda rows: None,
+    **reading: Any,
 ) -> DataReport:
     """Read data as `jaxtune.data.prepare` does, and say what is wrong with it. Rows are never all in memory.
 
     Args:
-      train, eval, eval_fraction, format, columns, template, completion_from, system, labels, max_length, overlength,
-        vocab_size: as `prepare` takes them.
+      train, eval, eval_fraction, labels, allow_left_out, max_length, overlength, vocab_size, reading: as `prepare`
+        takes them.
       packing, rows_a_batch, group_by_length: how batches are made, to measure their padding.
       positions: the longest row that the model knows; default: max_length.
       near: the similarity from which rows are near duplicates; 0: do not look for them.
@@ -190,8 +187,7 @@ def examine(
       UserError: a source that cannot be opened or read on, and columns that fit no format.
     """
     if labels is None:
-        settings = {"format": format, "columns": columns, "template": template, "completion_from": completion_from}
-        form = text_form(tokenizer, reader_settings(tokenizer, system=system, **settings))
+        form = text_form(tokenizer, reader_settings(tokenizer, **reading), allow_left_out)
     else:
         form = label_form(tokenizer, labels)
     sources = []
@@ -212,6 +208,7 @@ def examine(
         *([NearDuplicates(near)] if near else []),
         Lengths(overlength, positions or max_length),
         EmptyMasks(overlength),
+        NotUsed([opened.reader.notes for opened in sources], form.encoder),
         packed,
         quality,
         balance,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxtune.curate.finding import ERROR, SHOWN, WARNING, Finding, graded, share
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
+from jaxtune.data.chat import special_tokens
 from jaxtune.data.formats import Conversation
 from jaxtune.data.labels import LabelForm
 
@@ -104,32 +106,6 @@ class Unreadable:
             )
 
 
-class Preferences:
-    """Rows that hold a chosen and a rejected answer of which none is read, as preference data does."""
-
-    def __init__(self):
-        self._rows: list[int] = []
-
-    def see(self, chunk: Chunk) -> None:
-        if "chosen" not in chunk.opened.reader.columns:
-            self._rows += [chunk.first + k for k, row in enumerate(chunk.rows) if "chosen" in row and "rejected" in row]
-
-    def findings(self, ledger: Ledger) -> Iterator[Finding]:
-        index = np.array(self._rows, np.int64)
-        index = index[ledger.split[index] == TRAIN]
-        if len(index):
-            yield Finding(
-                "preferences",
-                WARNING,
-                f"{share(len(index), len(ledger))} have the columns chosen and rejected, which are not read: there is "
-                "no training on preferences",
-                "to train on the better answers, make them the rows' completion or last message "
-                "(--config.data.columns=prompt=THEIRS,completion=chosen where both are text)",
-                ledger.places(index, SHOWN),
-                len(index),
-            )
-
-
 def _excerpt(text: str, n: int = 60) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= n else line[: n - 3] + "...")
@@ -183,7 +159,7 @@ def _role_problem(roles: list[str]) -> str:
 def template_checks(tokenizer: Any) -> list[RowCheck]:
     """Checks that need to know the tokenizer's special tokens."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    specials = np.array(sorted(tokenizer.all_special_ids), np.int32)
+    specials = sorted(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
     names = [t for t in tokenizer.all_special_tokens if t.strip()]
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
     begins = {name[0] for name in names}  # nearly always "<" or "[": a search for one character is fast
@@ -196,14 +172,29 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
             yield from ((int(k), "") for k in at[(chunk.ids[start] == bos) & (chunk.ids[start + 1] == bos)])
 
     def no_end(chunk: Chunk):
-        """The last trained token of a row should end it."""
-        trained = np.flatnonzero(chunk.mask)
-        last = np.searchsorted(trained, chunk.end) - 1  # of each row, if it has one
-        has = (last >= 0) & (chunk.length > 0)
-        place = trained[np.maximum(last, 0)] if len(trained) else np.zeros(len(chunk), np.int64)
-        has &= place >= chunk.start
-        ends = np.isin(chunk.ids[np.minimum(place, len(chunk.ids) - 1)], [*specials, *([] if eos is None else [eos])])
-        yield from ((int(k), f"ends with {_excerpt(chunk.answers[k][-40:])}") for k in np.flatnonzero(has & ~ends))
+        """Each turn that is trained, and each text, should end with a special token."""
+        trained = chunk.mask > 0
+        row = np.repeat(np.arange(len(chunk)), chunk.length)
+        last = trained & ~np.append(trained[1:] & (row[1:] == row[:-1]), False)  # of an unbroken run
+        ends = [*specials, *([] if eos is None else [eos])]
+        said = set()
+        for place in np.flatnonzero(last & ~np.isin(chunk.ids, ends)).tolist():
+            k = int(row[place])
+            first, at = int(chunk.start[k]), place
+            if k in said or (
+                trained[place : chunk.end[k]][1:].any() and not isinstance(chunk.examples[k], Conversation)
+            ):
+                continue  # a text goes on, and only its end is an end
+            while at > first and is_blank(int(chunk.ids[at])):  # marks may close behind the line break after the end
+                at -= 1
+            if int(chunk.ids[at]) not in ends:
+                said.add(k)
+                text = tokenizer.decode(chunk.ids[max(first, at - 20) : at + 1].tolist())
+                yield k, f"a trained turn ends with {_excerpt(text[-40:])}"
+
+    @cache
+    def is_blank(token: int) -> bool:
+        return not tokenizer.decode([token]).strip()
 
     def special_text(chunk: Chunk):
         for k, (prompt, answer) in enumerate(zip(chunk.prompts, chunk.answers)):
@@ -287,7 +278,6 @@ def row_checks(tokenizer: Any) -> list[Check]:
     """Return the checks of single rows, fresh."""
     return [
         Unreadable(),
-        Preferences(),
         RowCheck(
             "empty_answers",
             empty_answers,

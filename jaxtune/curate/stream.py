@@ -173,9 +173,9 @@ class Form(NamedTuple):
     sides: Callable[[Any], tuple[str, str]]
 
 
-def text_form(tokenizer: Any, settings: Mapping[str, Any]) -> Form:
+def text_form(tokenizer: Any, settings: Mapping[str, Any], allow_left_out: Sequence[str] = ()) -> Form:
     """Text to be continued; `settings` are those of `make_reader`."""
-    return Form(lambda source: make_reader(source, **settings), Encoder(tokenizer), sides)
+    return Form(lambda source: make_reader(source, **settings), Encoder(tokenizer, allow_left_out), sides)
 
 
 def label_form(tokenizer: Any, labels: LabelForm) -> Form:

@@ -1,6 +1,6 @@
 """Checks of tokens: lengths against the limit, what is trained, packing, and how well the tokenizer fits the text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtune.curate.finding import ERROR, NOTE, SHOWN, WARNING, Finding, graded,
 from jaxtune.curate.sets import SetCheck
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
 from jaxtune.data.batches import Batches
+from jaxtune.data.messages import Notes
 from jaxtune.data.packing import pack
 
 PIECES = 3.0  # tokens a word from which a tokenizer fits its text badly; English takes 1.2 to 1.5
@@ -91,6 +92,36 @@ class EmptyMasks(SetCheck):
                 "raise data.max_length, or shorten the prompts",
                 ledger.places(cut, SHOWN),
                 len(cut),
+            )
+
+
+class NotUsed(SetCheck):
+    """Columns and fields that change nothing, and what the chat template left out.
+
+    Args:
+        notes: of the readers.
+        encoder: of the rows; one of conversations has notes of its own.
+    """
+
+    def __init__(self, notes: Sequence[Notes], encoder: Any):
+        self.notes, self.encoder = notes, encoder
+
+    def findings(self, ledger: Ledger) -> Iterator[Finding]:
+        found = Notes()
+        for notes in (*self.notes, getattr(self.encoder, "notes", Notes())):
+            found.merge(notes)
+        for what in dict.fromkeys(what for what, _ in found.found):
+            of_kind = {detail: entry for (kind, detail), entry in found.found.items() if kind == what}
+            plain = what.endswith("not used")
+            yield Finding(
+                "not_used" if plain else "left_out",
+                NOTE if plain else WARNING,
+                f"{what}: " + ", ".join(f"{detail} ({n:,})".strip() for detail, (n, _) in of_kind.items()),
+                "nothing to do if they say nothing of the answers; data.ignore leaves them out knowingly"
+                if plain
+                else "train on it only if that is meant: what is not in the text is not learned",
+                tuple(f"{place}: {detail}" if detail else place for detail, (_, place) in of_kind.items())[:SHOWN],
+                max(n for n, _ in of_kind.values()),
             )
 
 

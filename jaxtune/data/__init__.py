@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,7 @@ __all__ = [
     "prepare",
     "read",
     "reader_settings",
+    "reading",
     "render_labelled",
     "render_plain",
     "render_rows",
@@ -58,29 +60,24 @@ def prepare(
     *,
     eval: str | Sequence[str] | None = None,
     eval_fraction: float = 0.0,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    template: str | None = None,
-    completion_from: str | None = None,
-    system: str | None = None,
     labels: LabelForm | None = None,
-    chat: bool | None = None,
+    allow_left_out: Sequence[str] = (),
     max_length: int,
     overlength: str = "drop",
     vocab_size: int | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,
+    **reading: Any,
 ) -> tuple[list[Rows], Rows | None, Report]:
     """Read and tokenise data: (train rows of each source, evaluation rows or None, what became of them).
 
     train, eval: sources as `read` takes them; several as a sequence or separated by commas.
     eval_fraction: the share of the training rows held out: those with the lowest hashes of their content, at least one.
         It depends on no seed and no order, and equal rows are all on one side.
-    format, columns, template, completion_from, system: see `make_reader`; they hold for all sources.
-    labels: read labelled rows; format, template, completion_from, system and chat then have no effect.
-    chat: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
-        Otherwise prompt and completion are joined as they are, with a newline between them where neither has white
-        space at the seam.
+    reading: format, columns, template, completion_from, system and the others of `reader_settings`; they hold for all
+        sources.
+    labels: read labelled rows; `reading` then has no effect.
+    allow_left_out: what the chat template may leave out of a trained turn; see `ChatRenderer`.
     max_length, overlength: see `fit`. vocab_size: rows of the model's embedding, to check the tokens against.
     cache, cache_dir: tokens are kept on disk by content, by default in tokens/ of $JAXTUNE_CACHE or ~/.cache/jaxtune.
 
@@ -90,41 +87,30 @@ def prepare(
         raise UserError("give either data.eval or data.eval_fraction, not both.")
     if not 0 <= eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
-    if labels is None:
-        settings = reader_settings(
-            tokenizer,
-            format=format,
-            columns=columns,
-            template=template,
-            completion_from=completion_from,
-            system=system,
-            chat=chat,
-        )
-    else:
-        settings = labels.settings
-    encoder = Encoder(tokenizer) if labels is None else labels.encoder(tokenizer)
+    settings = reader_settings(tokenizer, **reading) if labels is None else labels.settings
     common = [
         FORMAT_VERSION,
         tokenizer_digest(tokenizer),
         DEFAULT_TEMPLATE,
-        settings,
+        [settings, sorted(allow_left_out)],
         [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     ]
     keys = []
 
-    def load(name: str) -> tuple[Rows, SourceReport]:
+    def load(name: str) -> tuple[Rows, SourceReport, Any]:
         source = read(name)
         reader = make_reader(source, **settings) if labels is None else labels.reader(source)
         key = _hash([*common, source.digest()])
-        rows, cached = tokenise(source, reader, encoder, key, cache=cache, cache_dir=cache_dir)
+        encoder = Encoder(tokenizer, allow_left_out) if labels is None else labels.encoder(tokenizer)
+        rows, report = tokenise(source, reader, encoder, key, cache=cache, cache_dir=cache_dir)
         if vocab_size is not None:
             check_vocabulary(rows, vocab_size, tokenizer)
         keys.append(key)
-        return rows, SourceReport(name=name, format=reader.format, cached=cached, lost=rows.lost)
+        report.lost = rows.lost
+        return rows, report, encoder
 
     def load_fitted(name: str) -> tuple[Rows, SourceReport]:
-        rows, report = load(name)
-        whole = rows
+        whole, report, encoder = load(name)
         rows = fit(whole, max_length, overlength, report, encoder.FIRST)
         if labels is not None:
             rows = encoder.closed(rows, max_length, whole)
@@ -158,17 +144,42 @@ def reader_settings(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     completion_from: str | None = None,
+    prompt_from: str | None = None,
     system: str | None = None,
+    system_as_user: bool = False,
+    roles: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
     chat: bool | None = None,
 ) -> dict:
-    """Return the keyword arguments of `make_reader` for a tokenizer; they mean what they mean to `prepare`."""
+    """Return the keyword arguments of `make_reader` for a tokenizer.
+
+    chat: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
+        Otherwise prompt and completion are joined as they are, with a newline between them where neither has white
+        space at the seam.
+    """
     return {
         "format": format,
         "columns": dict(columns or {}),
         "template": template,
         "completion_from": completion_from,
+        "prompt_from": prompt_from,
         "system": system,
+        "system_as_user": system_as_user,
+        "roles": dict(roles or {}),
+        "ignore": tuple(ignore or ()),
         "chat": bool(tokenizer.chat_template) and template is None if chat is None else chat,
+    }
+
+
+def reading(section: Any) -> dict[str, Any]:
+    """Return what section `data` of a config says of how text is read, as `prepare` and `curate.examine` take it."""
+    names = ("format", "template", "completion_from", "prompt_from", "system", "system_as_user")
+    return {
+        **{name: section[name] for name in names},
+        "columns": dict(section.columns),
+        "roles": dict(section.roles),
+        "ignore": section.ignore or (),
+        "allow_left_out": section.allow_left_out or (),
     }
 
 

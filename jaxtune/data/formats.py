@@ -1,9 +1,9 @@
 """From a row's columns to what is trained on: a conversation, or pieces of text.
 
-    chat                messages = [{"role": ..., "content": ...}, ...]              (+ tools, system)
-    sharegpt            conversations = [{"from": ..., "value": ...}, ...]           (+ tools, system)
-    prompt_completion   prompt, completion
-    instruction         instruction, output                                          (+ input, system)
+    chat                messages = [{"role": ..., "content": ...}, ...]              (+ tools, functions, system)
+    sharegpt            conversations = [{"from": ..., "value": ...}, ...]           (+ tools, functions, system)
+    prompt_completion   prompt, completion: texts, or lists of messages              (+ context, system, history, tools)
+    instruction         instruction, output                                          (+ input, context, system, history)
     text                text
 
 A file with other columns is mapped by `columns` (our name -> the file's name) or rendered by `template`.
@@ -12,29 +12,27 @@ A file with other columns is mapped by `columns` (our name -> the file's name) o
 import hashlib
 import json
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from jaxtune.data.messages import Notes, known_roles, normalise_messages, normalise_tools, parse_json
 from jaxtune.data.sources import Source, kind
 from jaxtune.errors import UserError, nearest
 
 # format -> (columns it needs, columns it may have), in the order in which they are looked for
 FORMATS = {
-    "chat": (("messages",), ("tools", "system")),
-    "sharegpt": (("conversations",), ("tools", "system")),
-    "prompt_completion": (("prompt", "completion"), ()),
-    "instruction": (("instruction", "output"), ("input", "system")),
+    "chat": (("messages",), ("tools", "system", "functions")),
+    "sharegpt": (("conversations",), ("tools", "system", "functions")),
+    "prompt_completion": (("prompt", "completion"), ("context", "system", "history", "tools", "functions")),
+    "instruction": (("instruction", "output"), ("input", "system", "context", "history")),
     "text": (("text",), ()),
 }
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "function_call",
+# Columns that say what is to be answered or learned: left out in silence, another thing than the file's is trained.
+# Where data.columns can take them, our name for them.
+MEANT = {
+    **dict.fromkeys(("images", "image", "audio", "audios", "video", "videos", "documents", "chat_template_kwargs")),
+    **{name: name for name in ("system", "context", "history", "tools", "functions", "input")},
+    **{"system_prompt": "system", "system_message": "system"},
 }
 # What people call the two sides of a pair: used to suggest a mapping, never to guess one.
 PAIRS = [
@@ -53,10 +51,14 @@ MESSAGES = {"messages", "conversations", "conversation", "dialog", "dialogue", "
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them (`role`, `content` as text, `tool_calls`), and tool schemas or None."""
+    """Messages as chat templates take them (`role`, `content` as text, `tool_calls`), and tool schemas or None.
+
+    `untrained` are the indices of turns of the assistant that are not trained.
+    """
 
     messages: list[dict]
     tools: list[dict] | None = None
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,21 @@ QUOTED = json.encoder.encode_basestring_ascii
 class Reader:
     """How the rows of one source are read.
 
-    `format` is one of FORMATS or "template"; `columns` are the file's columns that are used; `convert(where, row)`
-    gives the example and raises UserError for a row that does not fit.
+    `format` is one of FORMATS or "template"; `columns` are the file's columns that are used, if a row has them;
+    `convert(where, row)` gives the example and raises UserError for a row that does not fit. What it does not use is
+    counted in `notes`.
     """
 
     format: str
     columns: tuple[str, ...]
     convert: Callable[[str, dict], Example]
+    notes: Notes = field(default_factory=Notes)
 
     def digest(self, row: dict) -> int:
         """Return 64 bits over the columns in use: equal rows are equal whatever their number, id or order."""
         values = [row.get(c) for c in self.columns]
+        while len(values) > 1 and values[-1] is None:  # columns that only other rows have
+            values.pop()
         plain = all(type(v) is str for v in values)  # the usual row, for which the same text is made sooner
         used = f"[{', '.join(map(QUOTED, values))}]" if plain else CANONICAL(values)
         return int.from_bytes(hashlib.blake2b(used.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
@@ -99,23 +105,34 @@ def make_reader(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     completion_from: str | None = None,
+    prompt_from: str | None = None,
     system: str | None = None,
+    system_as_user: bool = False,
+    roles: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
     chat: bool = False,
 ) -> Reader:
     """Decide from the first row how `source` is read.
 
-    format: one of FORMATS, or "auto": the first of them whose columns the file has.
-    columns: our name -> the file's name, applied before anything else.
-    template: a format string over the file's columns. The text before its last placeholder is the prompt; the last
-        placeholder and what follows it is the completion, which is trained.
-    completion_from: for `text` and `template`: only what follows the first occurrence of this text is trained.
-    system: a system prompt for every conversation that has none of its own.
-    chat: read prompt/completion and instruction rows as a conversation of two turns.
+    Args:
+        format: one of FORMATS, or "auto": the first of them whose columns the file has.
+        columns: our name -> the file's name, applied before anything else.
+        template: a format string over the file's columns. The text before its last placeholder is the prompt; the last
+            placeholder and what follows it is the completion, which is trained.
+        completion_from: for `text` and `template`: only what follows the first occurrence of this text is trained.
+        prompt_from: with completion_from: from this text on it is not, up to the next completion_from.
+        system: a system prompt for every conversation that has none of its own.
+        system_as_user: put system messages at the start of the user's first message.
+        roles: their name of a role -> ours, beside those that are known.
+        ignore: columns, and fields of messages, that are left out knowingly.
+        chat: read prompt/completion and instruction rows as a conversation of two turns.
 
-    Raises UserError for missing columns (lists those found, suggests a mapping) and for settings without effect.
+    Raises:
+        UserError: missing columns (lists those found, suggests a mapping), settings without effect, rows of another
+            objective.
     """
     number, row = next(iter(source))
-    found = list(row)
+    where, found = source.where(number), list(row)
     columns = dict(columns or {})
     for ours, theirs in columns.items():
         known = sorted({c for needs, may in FORMATS.values() for c in needs + may})
@@ -124,27 +141,52 @@ def make_reader(
                 f"data.columns: no column of ours is called {ours!r} (ours=theirs).{nearest(ours, known)} "
                 f"Known: {', '.join(known)}."
             )
-        if theirs not in row:
+        if theirs not in row and not any(ours in may for _, may in FORMATS.values()):
             raise UserError(
-                f"data.columns: {source.where(number)} has no column {theirs!r} for {ours!r}."
+                f"data.columns: {where} has no column {theirs!r} for {ours!r}."
                 f"{nearest(theirs, found)} Columns found: {', '.join(found)}."
             )
+    if prompt_from and not completion_from:
+        raise UserError("data.prompt_from has no effect without data.completion_from: give both.")
 
     if template is not None:
         if columns:
             raise UserError("data.template names the file's own columns: leave out data.columns.")
-        reader = _template_reader(source.where(number), template, row, completion_from)
+        reader = _template_reader(where, template, row, completion_from, prompt_from)
     else:
         if format == "auto":
-            format = _detect(source.where(number), found, columns)
+            format = _detect(where, found, columns)
         elif format not in FORMATS:
             raise UserError(
                 f"data.format: unknown format {format!r}.{nearest(format, FORMATS)} Known: auto, {', '.join(FORMATS)}."
             )
-        missing = [c for c in FORMATS[format][0] if columns.get(c, c) not in row]
+        needs, may = FORMATS[format]
+        missing = [c for c in needs if columns.get(c, c) not in row]
         if missing:
-            raise _no_columns(source.where(number), f"data.format={format} needs {', '.join(missing)}", found, columns)
-        reader = _format_reader(format, columns, row, completion_from, system, chat)
+            raise _no_columns(where, f"data.format={format} needs {', '.join(missing)}", found, columns)
+        if idle := [ours for ours in columns if ours not in needs + may]:
+            raise UserError(
+                f"data.columns: {idle[0]}={columns[idle[0]]} has no effect on {format} rows, which have "
+                f"{', '.join(needs + may)}. Leave it out, or set data.format to what is meant."
+            )
+        for ours in may:
+            if ours in columns and not any(columns[ours] in other for _, other in zip(range(SEEN), _rows(source))):
+                raise UserError(
+                    f"data.columns: {where} has no column {columns[ours]!r} for {ours!r}, nor has any of the first "
+                    f"{SEEN:,} rows.{nearest(columns[ours], found)} Columns found: {', '.join(found)}."
+                )
+        reader = _Columns(
+            format=format,
+            columns=columns,
+            ignore=tuple(ignore),
+            completion_from=completion_from,
+            prompt_from=prompt_from,
+            system=system,
+            system_as_user=system_as_user,
+            roles=known_roles(roles),
+            chat=chat,
+            first=(where, row),
+        ).reader()
 
     conversational = format in ("chat", "sharegpt") or (format in ("prompt_completion", "instruction") and chat)
     if system and (template is not None or format == "text"):
@@ -154,7 +196,17 @@ def make_reader(
             f"data.completion_from has no effect on {format} rows, whose completion is known: "
             "it is for text and data.template."
         )
+    for name, given in (("data.roles", roles), ("data.system_as_user", system_as_user)):
+        if given and (template is not None or format == "text"):
+            raise UserError(f"{name} has no effect on plain text: leave it out.")
     return reader
+
+
+SEEN = 1000  # rows that are looked through for a column that the first does not have
+
+
+def _rows(source: Source):
+    return (row for _, row in source)
 
 
 def _detect(where: str, found: list[str], columns: Mapping[str, str]) -> str:
@@ -196,6 +248,10 @@ def _text_value(where: str, row: dict, column: str) -> str:
     if type(value := row.get(column)) is str:
         return value
     value = _value(where, row, column)
+    if isinstance(value, float) and value != value:
+        raise UserError(
+            f"{where}: column {column!r} is NaN, a missing value, expected text: fill it in or drop the row."
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -203,60 +259,223 @@ def _text_value(where: str, row: dict, column: str) -> str:
     return value
 
 
-def _format_reader(
-    format: str, columns: Mapping[str, str], first: dict, completion_from: str | None, system: str | None, chat: bool
-) -> Reader:
-    needs, may = FORMATS[format]
-    theirs = {c: columns.get(c, c) for c in needs + may}
-    used = tuple(theirs[c] for c in needs) + tuple(theirs[c] for c in may if theirs[c] in first)
+@dataclass(frozen=True)
+class _Columns:
+    """Rows of one of FORMATS; the fields are those of `make_reader`."""
 
-    def optional(where: str, row: dict, column: str) -> str:
-        return _text_value(where, row, theirs[column]) if row.get(theirs[column]) is not None else ""
+    format: str
+    columns: Mapping[str, str]
+    ignore: tuple[str, ...]
+    completion_from: str | None
+    prompt_from: str | None
+    system: str | None
+    system_as_user: bool
+    roles: Mapping[str, str]
+    chat: bool
+    first: tuple[str, dict]  # the first row, after its place
+    notes: Notes = field(default_factory=Notes)
 
-    def turns(where: str, row: dict) -> Conversation:
-        messages = normalise_messages(where, theirs[needs[0]], _value(where, row, theirs[needs[0]]))
-        tools = normalise_tools(where, row.get(theirs["tools"]))
-        return Conversation(with_system(messages, optional(where, row, "system") or system), tools)
+    def reader(self) -> Reader:
+        needs, may = FORMATS[self.format]
+        convert = {"chat": self.turns, "sharegpt": self.turns, "text": self.text}.get(self.format, self.pair)
+        used = tuple(self.theirs(c) for c in needs + may if c not in self.ignore)
+        expected = set(used) | set(self.ignore)
 
-    def pair(where: str, row: dict) -> Example:
-        own_system = ""
-        if format == "instruction":
-            own_system = optional(where, row, "system")
-            given = optional(where, row, "input")
-            prompt = _text_value(where, row, theirs["instruction"]) + (f"\n\n{given}" if given else "")
-            completion = _text_value(where, row, theirs["output"])
-        else:
-            prompt, completion = (_text_value(where, row, theirs[c]) for c in needs)
-        if chat:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return Conversation(with_system(messages, own_system or system))
-        if own_system or system:
-            prompt = f"{own_system or system}\n\n{prompt}"
+        _refuse_other_objectives(*self.first, expected, self.format != "text")
+
+        def checked(where: str, row: dict) -> Example:
+            if not row.keys() <= expected:
+                self.unused(where, row, expected)
+            return convert(where, row)
+
+        return Reader(self.format, used, checked, self.notes)
+
+    def theirs(self, column: str) -> str:
+        return self.columns.get(column, column)
+
+    def unused(self, where: str, row: dict, used: set[str]) -> None:
+        """Refuse rows of another objective and columns that are meant to be read; count the others."""
+        _refuse_other_objectives(where, row, used, self.format != "text")
+        for name in row:
+            if name in used:
+                continue
+            if name.lower() in MEANT and row[name] not in (None, "", [], {}) and self.format != "text":
+                ours = MEANT[name.lower()]
+                fits = ours in sum(FORMATS[self.format], ())
+                use = f"read it with data.columns={ours}={name}, or " if ours and fits else ""
+                raise UserError(
+                    f"{where}: column {name!r} would change what is trained, and is not read as {self.format}: "
+                    f"{use}leave it out knowingly with data.ignore={name}."
+                )
+            self.notes.add("columns that are not used", name, where)
+
+    def given(self, row: dict, column: str) -> object:
+        """The value of an optional column, None where it is empty."""
+        value = None if column in self.ignore else row.get(self.theirs(column))
+        return None if value in ("", [], {}) or value != value else value
+
+    def optional(self, where: str, row: dict, column: str) -> str:
+        return "" if self.given(row, column) is None else _text_value(where, row, self.theirs(column))
+
+    def tools(self, where: str, row: dict) -> list[dict] | None:
+        given = [c for c in ("tools", "functions") if self.given(row, c) is not None]
+        found = [normalise_tools(where, row[self.theirs(c)], self.theirs(c)) for c in given]
+        if len(found) == 2 and found[0] != found[1]:
+            raise UserError(f"{where}: columns tools and functions name different tools; leave one.")
+        return found[0] if found else None
+
+    def messages(self, where: str, column: str, value: object) -> tuple[list[dict], list[int]]:
+        return normalise_messages(where, column, value, self.roles, self.ignore, self.notes)
+
+    def conversation(self, where: str, row: dict, messages: list[dict], untrained: Sequence[int] = ()) -> Conversation:
+        """With the system message and the tools of the row."""
+        own = self.optional(where, row, "system")
+        first = messages[0]
+        if own and first["role"] == "system" and first["content"] != own:
+            raise UserError(
+                f"{where}: has a system message and another text in column {self.theirs('system')!r}: leave one, or "
+                f"leave the column out with data.ignore={self.theirs('system')}."
+            )
+        before = len(messages)
+        messages = with_system(messages, own or self.system)
+        if self.system_as_user and messages[0]["role"] == "system":
+            messages = _folded(where, messages)
+        moved = len(messages) - before
+        return Conversation(messages, self.tools(where, row), frozenset(i + moved for i in untrained))
+
+    def turns(self, where: str, row: dict) -> Conversation:
+        column = self.theirs(FORMATS[self.format][0][0])
+        messages, untrained = self.messages(where, column, _value(where, row, column))
+        return self.conversation(where, row, messages, untrained)
+
+    def pair(self, where: str, row: dict) -> Example:
+        asked, answered = (self.theirs(c) for c in FORMATS[self.format][0])
+        if any(is_messages(row.get(c)) for c in (asked, answered)):
+            return self.messages_pair(where, row, asked, answered)
+        more = [self.optional(where, row, c) for c in ("input", "context") if c in FORMATS[self.format][1]]
+        prompt = "\n\n".join([_text_value(where, row, asked), *filter(None, more)])
+        completion = _text_value(where, row, answered)
+        if self.chat:
+            history = self.history(where, row)
+            turns = [*history, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return self.conversation(where, row, turns)
+        for column in ("history", "tools", "functions"):
+            if column in FORMATS[self.format][1] and self.given(row, column) is not None:
+                raise UserError(
+                    f"{where}: column {self.theirs(column)!r} needs a conversation, and the tokenizer has no chat "
+                    f"template: give one as model.chat_template, or leave it out with data.ignore={column}."
+                )
+        if system := self.optional(where, row, "system") or self.system:
+            prompt = f"{system}\n\n{prompt}"
         seam = "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else "\n"
         return Document(((prompt + seam, False), (completion, True)))
 
-    def text(where: str, row: dict) -> Document:
-        value = _text_value(where, row, theirs["text"])
-        return _marked(where, value, completion_from) if completion_from else Document(((value, True),))
+    def messages_pair(self, where: str, row: dict, asked: str, answered: str) -> Conversation:
+        """Prompt and completion as lists of messages, as TRL has them: what the prompt holds is not trained."""
+        sides = []
+        for column, role in ((asked, "user"), (answered, "assistant")):
+            value = _value(where, row, column)
+            sides.append([{"role": role, "content": value}] if isinstance(value, str) else value)
+        (before, _), (after, untrained) = (
+            self.messages(where, column, side) for column, side in zip((asked, answered), sides)
+        )
+        more = [c for c in ("input", "context", "history") if c in FORMATS[self.format][1]]
+        if extra := [self.theirs(c) for c in more if self.given(row, c) is not None]:
+            raise UserError(
+                f"{where}: column {extra[0]!r} beside a prompt of messages: put it into the messages, or leave it out "
+                f"with data.ignore={extra[0]}."
+            )
+        kept = [i for i, m in enumerate(before) if m["role"] == "assistant"]
+        return self.conversation(where, row, before + after, [*kept, *(len(before) + i for i in untrained)])
 
-    convert = {"chat": turns, "sharegpt": turns, "prompt_completion": pair, "instruction": pair, "text": text}[format]
-    return Reader(format, used, convert)
+    def history(self, where: str, row: dict) -> list[dict]:
+        """Earlier turns: [[question, answer], ...], or messages."""
+        value, column = self.given(row, "history"), self.theirs("history")
+        if isinstance(value, str):
+            value = parse_json(where, f"column {column!r}", value)
+        if not value:
+            return []
+        if is_messages(value):
+            return self.messages(where, column, value)[0]
+        pairs = value if isinstance(value, list) else []
+        if not pairs or not all(isinstance(p, list) and list(map(type, p)) == [str, str] for p in pairs):
+            raise UserError(f"{where}: column {column!r} is {kind(value)}, expected a list of [question, answer].")
+        return [{"role": r, "content": t} for pair in pairs for r, t in zip(("user", "assistant"), pair)]
+
+    def text(self, where: str, row: dict) -> Document:
+        value = _text_value(where, row, self.theirs("text"))
+        if not self.completion_from:
+            return Document(((value, True),))
+        return _marked(where, value, self.completion_from, self.prompt_from, self.notes)
 
 
-def _marked(where: str, text: str, marker: str) -> Document:
-    at = text.find(marker)
-    if at < 0:
+def is_messages(value: object) -> bool:
+    """Whether a value is a list of messages rather than a text."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _folded(where: str, messages: list[dict]) -> list[dict]:
+    """With the system message at the start of the user's, for templates that know no system role."""
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        raise UserError(f"{where}: data.system_as_user: no user's message follows the system message.")
+    return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def _refuse_other_objectives(where: str, row: dict, used: set[str], answered: bool) -> None:
+    """Raise UserError for rows of preferences, unless what makes them so is `used` or left out knowingly."""
+    found = f"Columns found: {', '.join(row)}."
+    instead = 'To tune on the good answers alone, write them as {"messages": [...]} rows to a file of their own.'
+    if {"chosen", "rejected"} <= set(row) and not {"chosen", "rejected"} & used:
+        raise UserError(
+            f"{where}: preference pairs (chosen, rejected). Preference tuning (DPO) is not there yet, and plain "
+            f"tuning on both would teach the rejected answers. {instead} {found}"
+        )
+    if answered and "label" in row and "label" not in used and _is_verdict(row["label"]):
+        raise UserError(
+            f"{where}: answers judged good or bad (KTO: 'label' is true or false). Preference tuning is not there yet, "
+            f"and plain tuning on all rows would teach the bad answers. {instead} If the label says something else, "
+            f"leave it out with data.ignore=label. {found}"
+        )
+
+
+def _is_verdict(label: object) -> bool:
+    return label in (0, 1) if isinstance(label, (int, float)) else str(label).lower() in ("true", "false")
+
+
+def _marked(where: str, text: str, marker: str, until: str | None, notes: Notes) -> Document:
+    """The text in pieces: what follows `marker` is trained, up to the next `until`."""
+    pieces, at = [], 0
+    while (found := text.find(marker, at)) >= 0:
+        start = found + len(marker)
+        end = text.find(until, start) if until else -1
+        end = len(text) if end < 0 else end
+        pieces += [(text[at:start], False), (text[start:end], True)]
+        at = end
+        if until is None:
+            break
+    if not pieces:
         raise UserError(f"{where}: data.completion_from={marker!r} does not occur in this text: {text[:80]!r}.")
-    at += len(marker)
-    return Document(((text[:at], False), (text[at:], True)))
+    if until is None and marker in text[start:]:
+        notes.add(
+            f"texts that have data.completion_from={marker!r} more than once, so that all after the first is trained, "
+            "also what the other side says (data.prompt_from names what it begins with)",
+            "",
+            where,
+        )
+    if at < len(text):
+        pieces.append((text[at:], False))
+    return Document(tuple(pieces))
 
 
-def _template_reader(where: str, template: str, first: dict, completion_from: str | None) -> Reader:
+def _template_reader(
+    where: str, template: str, first: dict, completion_from: str | None, prompt_from: str | None
+) -> Reader:
     try:
-        parts = [(literal, name, spec) for literal, name, spec, _ in string.Formatter().parse(template)]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"data.template: {error} in {template!r}. Write {{{{ for a brace of the text.") from None
-    names = [name for _, name, _ in parts if name is not None]
+    names = [name for _, name, _, _ in parts if name is not None]
     if not names:
         raise UserError(f"data.template: no placeholder in {template!r}. Columns found: {', '.join(first)}.")
     for name in names:
@@ -265,20 +484,35 @@ def _template_reader(where: str, template: str, first: dict, completion_from: st
                 f"data.template: {where} has no column {name!r}.{nearest(name, first)} "
                 f"Columns found: {', '.join(first)}."
             )
-    last = max(i for i, (_, name, _) in enumerate(parts) if name is not None)
+    last = max(i for i, (_, name, _, _) in enumerate(parts) if name is not None)
+    notes, used = Notes(), set(names)
 
     def convert(where: str, row: dict) -> Document:
+        for name in row.keys() - used:
+            notes.add("columns that are not used", name, where)
         prompt, completion = [], []
-        for i, (literal, name, _) in enumerate(parts):
+        for i, (literal, name, spec, conversion) in enumerate(parts):
             (prompt if i <= last else completion).append(literal)
             if name is not None:
-                (prompt if i < last else completion).append(_text_value(where, row, name))
+                (prompt if i < last else completion).append(_formatted(where, row, name, spec, conversion))
         prompt, completion = "".join(prompt), "".join(completion)
         if completion_from:
-            return _marked(where, prompt + completion, completion_from)
+            return _marked(where, prompt + completion, completion_from, prompt_from, notes)
         return Document(((prompt, False), (completion, True)))
 
-    return Reader("template", tuple(dict.fromkeys(names)), convert)
+    return Reader("template", tuple(dict.fromkeys(names)), convert, notes)
+
+
+def _formatted(where: str, row: dict, name: str, spec: str, conversion: str | None) -> str:
+    """A column's text as `{name!conversion:spec}` asks for it."""
+    if not spec and not conversion:
+        return _text_value(where, row, name)
+    value = _value(where, row, name)
+    try:
+        return format(string.Formatter().convert_field(value, conversion), spec)
+    except (ValueError, TypeError) as error:
+        form = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
+        raise UserError(f"{where}: data.template: {form} of {value!r}, {kind(value)}: {error}.") from None
 
 
 def with_system(messages: list[dict], system: str | None) -> list[dict]:
@@ -286,88 +520,6 @@ def with_system(messages: list[dict], system: str | None) -> list[dict]:
     if not system or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
-
-
-def normalise_messages(where: str, column: str, messages: object) -> list[dict]:
-    """Return messages with `role`, `content` and, for calls, `tool_calls`, from OpenAI's or sharegpt's names.
-
-    A `function_call` becomes an assistant's message with `tool_calls`, an `observation` a tool's message; arguments
-    given as a JSON string are parsed, as chat templates expect.
-    """
-    if isinstance(messages, str):
-        messages = _parse_json(where, f"column {column!r}", messages)
-    if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else kind(messages)
-        raise UserError(f"{where}: column {column!r} is {found}, expected a list of messages.")
-    return [_message(f"{where}, message {i}", m) for i, m in enumerate(messages, 1)]
-
-
-def _message(where: str, message: object) -> dict:
-    if not isinstance(message, dict):
-        raise UserError(f"{where}: expected an object with role and content, found {kind(message)}.")
-    message = {k: v for k, v in message.items() if v is not None}
-    found = ", ".join(message) or "none"
-    role = message.pop("role", None) or message.pop("from", None)
-    content = message.pop("content", None)
-    content = message.pop("value", None) if content is None else content
-    if not isinstance(role, str):
-        raise UserError(f"{where}: no role. Fields found: {found}; expected role and content (or from and value).")
-    if role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r}.{nearest(role, ROLES)} Known: {', '.join(ROLES)}.")
-    if isinstance(content, list):
-        content = "".join(_text_part(where, part) for part in content)
-    if ROLES[role] == "function_call":
-        calls = _parse_json(where, "a function_call", content) if isinstance(content, str) else content
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-        role, content = "assistant", ""
-    if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(where, call) for call in message["tool_calls"]]
-        if not message["tool_calls"]:
-            del message["tool_calls"]
-    if content is None and "tool_calls" in message:
-        content = ""
-    if not isinstance(content, str):
-        raise UserError(f"{where} ({role}): content is {kind(content)}, expected text.")
-    return {"role": ROLES[role], "content": content, **message}
-
-
-def _text_part(where: str, part: object) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    found = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else kind(part)
-    raise UserError(f"{where}: content holds {found}; only text is supported.")
-
-
-def _tool_call(where: str, call: object) -> dict:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UserError(f"{where}: a tool call needs a name and arguments, found {json.dumps(call, default=str)[:80]}.")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parse_json(where, f"the arguments of {function['name']!r}", arguments or "{}")
-    outer = {k: v for k, v in call.items() if k in ("id",) and v is not None}
-    return {**outer, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def normalise_tools(where: str, tools: object) -> list[dict] | None:
-    """Return tool schemas as `[{"type": "function", "function": {...}}]`, or None for null, "" and []."""
-    if isinstance(tools, str):
-        tools = _parse_json(where, "column 'tools'", tools) if tools.strip() else None
-    if not tools:
-        return None
-    tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-        raise UserError(f"{where}: tools is {kind(tools)}, expected a list of objects.")
-    return [t if "function" in t else {"type": "function", "function": t} for t in tools]
-
-
-def _parse_json(where: str, what: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: {what} is not JSON ({error.msg} at column {error.colno}): {text[:60]}") from None
 
 
 class ColumnTypes:

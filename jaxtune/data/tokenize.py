@@ -10,21 +10,25 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxtune.data.chat import ChatRenderer
+from jaxtune.data.chat import ChatRenderer, special_tokens
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
+from jaxtune.data.messages import Notes
 from jaxtune.data.sources import Source, place_of
 from jaxtune.errors import UserError
 from jaxtune.files import cache_root
 
-FORMAT_VERSION = 1  # raise it when the same input would give other tokens
+FORMAT_VERSION = 2  # raise it when the same input would give other tokens
 CHUNK = 512  # rows tokenised at a time
+NO_END = -1
 
 # One entry a row: its span in the flat arrays, its line or row number in the source, a hash of its content.
 ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("origin", "<i8"), ("digest", "<u8")])
@@ -123,6 +127,8 @@ class SourceReport:
     trained: int = 0
     cached: bool = False
     lost: int = 0  # labelled words that gave no token
+    notes: Notes = field(default_factory=Notes)  # what was not used, or left out by the chat template
+    ends: dict[int, int] = field(default_factory=dict)  # token that ends what is trained -> how often; NO_END: words
 
     def line(self) -> str:
         """Return one sentence: `FILE (prompt_completion): 7,473 rows: 6,901 kept, 572 over 512 tokens dropped, ...`."""
@@ -155,7 +161,18 @@ class Report:
             else []
         )
         evaluation = [f"evaluation: {report.line()}" for report in self.eval_sources]
-        return [report.line() for report in self.sources] + evaluation + held_out
+        notes = [f"{r.name}: {line}" for r in self.sources + self.eval_sources for line in r.notes.lines()]
+        if endless := self.ends[NO_END]:
+            notes.append(
+                f"{endless:,} of {self.ends.total():,} trained turns do not end with a special token of the tokenizer: "
+                "the model does not learn to stop there"
+            )
+        return [report.line() for report in self.sources] + evaluation + held_out + notes
+
+    @property
+    def ends(self) -> Counter:
+        """How often each token ends a turn, or a text, that is trained; NO_END: none does."""
+        return sum((Counter(source.ends) for source in self.sources), Counter())
 
 
 def load_tokenizer(path: str, chat_template: str | None = None):
@@ -205,12 +222,14 @@ class Encoder:
     # How rows are stored, and the first token of a row that can be trained.
     ROW, MARK, FIRST = ROW, np.dtype("u1"), 1
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, allow_left_out: Sequence[str] = ()):
+        self.notes, self.ends = Notes(), Counter()  # of all that was encoded
+        self.special = set(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()  # a tokenizer.json may carry both; neither may act unseen
         self.backend.no_padding()
-        self.chat = ChatRenderer(tokenizer)
+        self.chat = ChatRenderer(tokenizer, allow_left_out)
         self.eos = tokenizer.eos_token_id
         with_special, without = (self.backend.encode("x", add_special_tokens=s).ids for s in (True, False))
         self.prefix = next(
@@ -251,6 +270,7 @@ class Encoder:
             if not ends_itself:
                 ids.append(self.eos)
                 mask.append(int(row[-1][1]) if row else 0)
+            self.ends[self.eos if mask[-1] else NO_END] += any(mask)
             yield ids, mask
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -271,23 +291,30 @@ class Encoder:
 
     def _conversations(self, places: Sequence[str], conversations: Sequence[Conversation]):
         rendered = [self.chat.render(p, c) for p, c in zip(places, conversations)]
-        for place, (text, _, _) in zip(places, rendered):
-            check_unicode(place, text)
-        encodings = self.backend.encode_batch([text for text, _, _ in rendered], add_special_tokens=False)
-        for (text, spans, unended), encoding in zip(rendered, encodings):
+        for place, row in zip(places, rendered):
+            check_unicode(place, row.text)
+        for row in rendered:  # not before all are: a row that is refused has the others rendered again
+            self.notes.merge(row.notes)
+        encodings = self.backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
+        for (text, spans, unended, _), encoding in zip(rendered, encodings):
             ids, offsets = encoding.ids, encoding.offsets
             if any(s < start < e for start, _ in spans for s, e in offsets):
                 ids, offsets = self._seamed(text, [cut for span in spans for cut in span])
             mask = [0] * len(ids)
             token = 0
-            for start, end in spans:  # both in order, and no token lies across a start: one pass over the tokens
+            for n, (start, end) in enumerate(spans):  # in order, and no token lies across a start: one pass over tokens
+                last, content_end = NO_END, start + len(text[start:end].rstrip())
                 while token < len(ids) and offsets[token][0] < start:
                     token += 1
                 while token < len(ids) and offsets[token][0] < end:
                     mask[token] = 1
+                    last = ids[token] if offsets[token][0] < content_end else last
                     token += 1
+                if not (unended and n == len(spans) - 1):
+                    self.ends[last if last in self.special else NO_END] += 1
             if unended and self.eos is not None:
                 ids, mask = [*ids, self.eos], [*mask, 1]
+                self.ends[self.eos] += 1
             yield ids, mask
 
     def _seamed(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -320,8 +347,8 @@ def tokenise(
     *,
     cache: bool = True,
     cache_dir: str | Path | None = None,
-) -> tuple[Rows, bool]:
-    """Return all rows of a source, whole, and whether they came from the cache.
+) -> tuple[Rows, SourceReport]:
+    """Return all rows of a source, whole, and what there is to say of them, with whether they came from the cache.
 
     `key` (hex) stands for everything that decides the tokens; rows are cached in `cache_dir/key` under a temporary name
     until they are complete and on the disk.
@@ -331,7 +358,7 @@ def tokenise(
         tokens, mask = io.BytesIO(), io.BytesIO()
         rows = _write(source, reader, encoder, tokens, mask)
         flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), encoder.MARK)
-        return _rows(source, *flat, rows), False
+        return _rows(source, *flat, rows), _report(source, reader, _said(source, reader, encoder), False)
     if not (folder / "rows.npy").is_file():
         _build(folder, source, reader, encoder)
         cached = False
@@ -341,7 +368,21 @@ def tokenise(
     flat = (
         np.memmap(folder / name, dtype, mode="r") for name, dtype in (("tokens.bin", "<i4"), ("mask.bin", encoder.MARK))
     )
-    return _rows(source, *flat, rows), cached
+    said = json.loads((folder / "said.json").read_text(encoding="utf-8"))
+    return _rows(source, *flat, rows), _report(source, reader, said, cached)
+
+
+def _said(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
+    """What was noticed while a source was read and tokenised, as JSON; labelled rows have nothing from the template."""
+    notes = Notes(reader.notes.as_json())
+    notes.merge(getattr(encoder, "notes", Notes()))
+    return {"source": source.name, "notes": notes.as_json(), "ends": list(getattr(encoder, "ends", {}).items())}
+
+
+def _report(source: Source, reader: Reader, said: dict[str, Any], cached: bool) -> SourceReport:
+    moved = said["source"], source.name  # the same content may have been read from elsewhere
+    notes = Notes([(what, detail, n, place.replace(*moved, 1)) for what, detail, n, place in said["notes"]])
+    return SourceReport(source.name, reader.format, cached=cached, notes=notes, ends=dict(map(tuple, said["ends"])))
 
 
 def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> Rows:
@@ -369,6 +410,7 @@ def _build(folder: Path, source: Source, reader: Reader, encoder: Encoder) -> No
         with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "mask.bin", "wb") as mask:
             rows = _write(source, reader, encoder, tokens, mask)
             _sync(tokens, mask)
+        (temporary / "said.json").write_text(json.dumps(_said(source, reader, encoder)), encoding="utf-8")
         with open(temporary / "rows.npy", "wb") as file:
             np.save(file, rows)
             _sync(file)

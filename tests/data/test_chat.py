@@ -51,12 +51,12 @@ TWO = talk("Hi you", "Ho me", "And?", "So <b>.")
     [
         (CHATML, "<|im_end|>", ["Ho me<|im_end|>", "So <b>.<|im_end|>"]),
         (CHATML_TAGGED, "<|im_end|>", ["Ho me<|im_end|>", "So <b>.<|im_end|>"]),
-        (CHATML_TAGGED, "</s>", ["Ho me", "So <b>."]),  # the marks are obeyed but for the EOS
+        (CHATML_TAGGED, "</s>", ["Ho me<|im_end|>", "So <b>.<|im_end|>"]),  # the marks, and the end of the turn
         (LLAMA3, "<|im_end|>", ["Ho me<|im_end|>", "So <b>.<|im_end|>"]),
         (INST, "</s>", [" Ho me </s>", " So <b>. </s>"]),
         (THINKING, "<|im_end|>", ["Ho me<|im_end|>", "So <b>.<|im_end|>"]),
         (CLOSED, "</s>", ["Ho me<|im_end|>", "So <b>.<|im_end|>\n</s>"]),
-        (OPEN, "</s>", ["Ho me", "So <b>.", "</s>"]),
+        (OPEN, "</s>", ["Ho me", "So <b>.\n</s>"]),
         (None, "</s>", ["Ho me</s>", "So <b>.</s>"]),
     ],
     ids=["chatml", "tagged", "tagged-no-eos", "llama3", "inst", "thinking", "closed", "open", "default"],
@@ -264,6 +264,6 @@ class TestQwen3:
 
 
 def test_the_renderer_reports_characters():
-    text, spans, unended = ChatRenderer(byte_tokenizer(CHATML)).render("x", talk("a", "b"))
+    text, spans, unended, _ = ChatRenderer(byte_tokenizer(CHATML)).render("x", talk("a", "b"))
     assert [text[a:b] for a, b in spans] == ["b<|im_end|>"] and not unended
-    assert ChatRenderer(byte_tokenizer(OPEN)).render("x", talk("a", "b"))[2]
+    assert ChatRenderer(byte_tokenizer(OPEN)).render("x", talk("a", "b")).unended

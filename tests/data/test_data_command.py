@@ -28,7 +28,7 @@ def test_report_on_a_terminal_and_as_json(rows, capsys):
     out = capsys.readouterr().out
     assert "duplicates" in out and "rows.jsonl:41 =" in out.replace("\n", "")
     report = json.loads((rows / "run" / "data_report.json").read_text())
-    assert {f["check"] for f in report["findings"]} == {"duplicates", "empty_answers", "unreadable"}
+    assert {f["check"] for f in report["findings"]} == {"duplicates", "empty_answers", "unreadable", "not_used"}
     assert report["findings"][0]["severity"] == "error"
     assert report["summary"]["rows"] == 42 and len(report["samples"]) == 3
     assert "".join(p["text"] for p in report["samples"][0]["pieces"] if p["trained"]).startswith("{")

@@ -8,6 +8,7 @@ from data_zoo import CHATML, byte_tokenizer, space_tokenizer, write_jsonl
 
 from jaxtune import curate, data, tiny
 from jaxtune.curate.stream import EVAL, TRAIN
+from jaxtune.errors import UserError
 
 CLEAN = [json.loads(line) for line in tiny.TRAIN.read_text().splitlines()[:150]]
 TOKENIZER = data.load_tokenizer(str(tiny.BASE))
@@ -39,7 +40,8 @@ def examine(tmp_path, rows, *, held=None, tokenizer=TOKENIZER, **settings):
 
 
 def found(report):
-    return {f.check: f for f in report.findings if f.check != "fertility"}  # a token a byte is always fertile
+    """The findings but two: a token a byte is always fertile, and columns that rows have beside are named."""
+    return {f.check: f for f in report.findings if f.check not in ("fertility", "not_used")}
 
 
 def test_clean_data_has_no_finding(tmp_path):
@@ -88,7 +90,6 @@ EVERY_DEFECT = {
         1,
         ["user speaks twice in a row, at places 1 and 2"],
     ),
-    "preferences": ([p | {"chosen": sentence(500), "rejected": "no"} for p in PAIRS], {}, 60, ["rows.jsonl:1"]),
     "special_text": ([*PAIRS, pair(99, "alfa </s> bravo charlie")], {}, 1, ["'</s>' in its text"]),
     "padding": (
         [pair(i, sentence(i, 120 if i % 8 == 0 else 2)) for i in range(64)],
@@ -113,6 +114,13 @@ def test_a_defect_is_found_and_no_other(tmp_path, check):
 def test_preferences_whose_chosen_answer_is_trained_are_no_finding(tmp_path):
     rows = [{"prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in PAIRS]
     assert found(examine(tmp_path, rows, columns={"completion": "chosen"})) == {}
+
+
+def test_preferences_are_refused_as_training_refuses_them(tmp_path):
+    rows = [p | {"chosen": sentence(500), "rejected": "no"} for p in PAIRS]
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: preference pairs"):
+        examine(tmp_path, rows)
+    assert found(examine(tmp_path, rows, ignore=("chosen", "rejected"))) == {}
 
 
 def test_surrogate_and_bad_role_are_listed_not_raised(tmp_path):
@@ -150,7 +158,8 @@ def test_chat_templates_that_start_twice_or_never_end(tmp_path):
     )
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
     prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
-    report = examine(tmp_path, CHATS, tokenizer=byte_tokenizer(endless + prompt), max_length=512)
+    several = [chat(i, *2 * ("user", "assistant")) for i in range(60)]  # the last turn gets EOS, the first has no end
+    report = examine(tmp_path, several, tokenizer=byte_tokenizer(endless + prompt), max_length=1024)
     assert found(report)["no_end"].severity == "error" and found(report)["no_end"].count == 60
 
 
