@@ -162,7 +162,7 @@ class ChatRenderer:
     def _refuse_rendered(self, where: str, i: int, message: dict) -> None:
         """Raise UserError for a message that holds a template's own marks around it."""
         content = message["content"]
-        if not content or not (content.lstrip()[:1] in "<[#" or content.rstrip()[-1:] in ">]:"):
+        if not content:
             return
         found = _RENDERED.match(content)
         mark = found and found[1]

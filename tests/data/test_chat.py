@@ -14,7 +14,7 @@ from data_zoo import (
     trained_runs,
 )
 
-from jaxtune.data import DEFAULT_TEMPLATE, load_tokenizer, read
+from jaxtune.data import DEFAULT_TEMPLATE, read
 from jaxtune.data.chat import ChatRenderer
 from jaxtune.data.formats import Conversation, make_reader
 from jaxtune.data.tokenize import Encoder
@@ -22,11 +22,6 @@ from jaxtune.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
-
-
-@pytest.fixture(scope="module")
-def qwen3(assets):
-    return load_tokenizer(str(assets / "tokenizers" / "qwen3"))
 
 
 def talk(*contents, roles=("user", "assistant")):
