@@ -248,10 +248,6 @@ def _text_value(where: str, row: dict, column: str) -> str:
     if type(value := row.get(column)) is str:
         return value
     value = _value(where, row, column)
-    if isinstance(value, float) and value != value:
-        raise UserError(
-            f"{where}: column {column!r} is NaN, a missing value, expected text: fill it in or drop the row."
-        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -312,7 +308,7 @@ class _Columns:
     def given(self, row: dict, column: str) -> object:
         """The value of an optional column, None where it is empty."""
         value = None if column in self.ignore else row.get(self.theirs(column))
-        return None if value in ("", [], {}) or value != value else value
+        return None if value in ("", [], {}) else value
 
     def optional(self, where: str, row: dict, column: str) -> str:
         return "" if self.given(row, column) is None else _text_value(where, row, self.theirs(column))

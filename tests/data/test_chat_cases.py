@@ -308,7 +308,7 @@ def test_preference_pairs_are_refused(prepare):
 
 def test_nan_is_no_text(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "a?", "completion": NaN}\n{"prompt": "b?", "completion": 3.0}\n')
-    with pytest.raises(UserError, match=r"d\.jsonl:1: column 'completion' is NaN, a missing value"):
+    with pytest.raises(UserError, match=r"d\.jsonl:1: column 'completion' is null, expected text"):
         data.prepare(byte_tokenizer(CHATML), str(tmp_path / "d.jsonl"), max_length=64, cache=False)
 
 
