@@ -50,7 +50,7 @@ _API = {
     "with_labels": "jaxtune.models.classifier",
     "Labels": "jaxtune.models.classifier",
     "classification": "jaxtune.objectives.classification",
-    "cross_entropy": "jaxtune.objectives.cross_entropy",
+    "cross_entropy": "jaxtune.objectives.token_nats",
     "optimizer": "jaxtune.train.optim",
     "schedule": "jaxtune.train.optim",
     "TrainState": "jaxtune.train.step",

@@ -1,6 +1,7 @@
 """Chunked cross-entropy against the naive one; what it never holds; the next-token objective."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import small
 
 from jaxtune.models.decoder import head_logits
 from jaxtune.objectives.causal_lm import causal_lm
-from jaxtune.objectives.cross_entropy import chunk_size, cross_entropy
+from jaxtune.objectives.token_nats import chunk_size, cross_entropy, token_nats
 from jaxtune.weights.leaf import LoraWeight, QuantWeight
+from jaxtune.weights.packed import Nf4Weight
 
 B, T, D, V = 3, 7, 8, 29
 RNG = np.random.default_rng(0)
@@ -172,9 +174,13 @@ def test_no_logits_of_the_whole_batch_at_128k(trained):
             weights * (jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0])
         ).sum()
 
+    def each(head, x, targets, weights):
+        return jnp.square(token_nats(head_logits, {"kernel": head}, x, targets, weights)).sum()
+
     argnum = 1 if trained == "body" else 0
     args = (head, x, targets, weights)
     assert largest(jax.value_and_grad(loss, argnums=argnum), *args) <= 256 * v  # one chunk
+    assert largest(jax.value_and_grad(each, argnums=argnum), *args) <= 256 * v
     assert largest(jax.value_and_grad(dense, argnums=argnum), *args) >= b * t * v  # the check sees logits
 
 
@@ -184,6 +190,133 @@ def test_chunks_are_bounded_in_tokens_and_in_bytes():
     assert chunk_size(20, 512) == 128
     for vocab in (512, 32_000, 256_000):
         assert chunk_size(10**6, vocab) * vocab <= max(2**24, 256 * vocab)
+
+
+# --- a value each token
+
+
+def naive_nats(head, x, targets, where, z_loss=0.0):
+    """As `naive`: [B, T]."""
+    logits = head_logits(head, x)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    lse = jnp.log(jnp.exp(logits - top).sum(-1)) + top[..., 0]
+    picked = (logits * jax.nn.one_hot(targets, V)).sum(-1)
+    return jnp.where(where != 0, lse - picked + z_loss * lse**2, 0.0)
+
+
+def our_nats(head, x, targets, where, z_loss=0.0):
+    return token_nats(head_logits, head, x, targets, where, z_loss=z_loss, chunk=4)
+
+
+def crooked(nats):
+    """A function of nats whose slopes are of both signs, differ by token, and mix tokens and rows."""
+    rows = nats.sum(-1)
+    return jax.nn.softplus(rows[0] - rows[1] + 0.3 * rows[2]) + jnp.sin(nats).sum() + 1e-2 * jnp.square(nats.sum())
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_any_function_of_nats_has_exact_gradients(kind, z_loss):
+    def both(fn):
+        def value(head, x):
+            return crooked(fn(head, x, TARGETS, WEIGHTS, z_loss))
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(HEADS[kind], X)
+
+    (value, got), (want, grads) = both(our_nats), both(naive_nats)
+    assert float(value) == pytest.approx(float(want), rel=1e-6)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(grads), strict=True):
+        assert small.apart(g, w) < 1e-5
+    alone = jax.jit(jax.grad(lambda x: crooked(our_nats(HEADS[kind], x, TARGETS, WEIGHTS, z_loss))))(X)
+    assert small.apart(alone, grads[1]) < 1e-5  # the path of a frozen head
+
+
+@pytest.mark.parametrize("pack", [QuantWeight.quantize, lambda w: Nf4Weight.quantize(w)], ids=["int8", "nf4"])
+def test_nats_through_an_adapter_over_a_quantised_head(pack):
+    adapter, base = HEADS["lora"]["kernel"], pack(TABLE.T)
+
+    def grad(fn, w):
+        def value(b, x):
+            return crooked(fn({"kernel": LoraWeight(w, adapter.a, b, adapter.scale)}, x, TARGETS, WEIGHTS))
+
+        return jax.jit(jax.grad(value, argnums=(0, 1)))(adapter.b, X)
+
+    for g, w in zip(grad(our_nats, base), grad(naive_nats, base.merge()), strict=True):
+        assert small.apart(g, w) < 1e-5
+
+
+def test_nats_are_zero_where_nothing_is_asked():
+    nats = np.asarray(jax.jit(our_nats)(HEADS["plain"], X, TARGETS, WEIGHTS))
+    assert np.array_equal(nats == 0, np.asarray(WEIGHTS) == 0)
+    assert small.apart(nats, naive_nats(HEADS["plain"], X, TARGETS, WEIGHTS)) < 1e-6
+    none, grad = jax.jit(jax.value_and_grad(lambda x: crooked(our_nats(HEADS["plain"], x, TARGETS, WEIGHTS * 0))))(X)
+    assert float(none) == pytest.approx(float(np.log(2)))
+    assert not np.any(grad)
+    every = token_nats(head_logits, HEADS["plain"], X, TARGETS)
+    assert small.apart(every, naive_nats(HEADS["plain"], X, TARGETS, jnp.ones_like(WEIGHTS))) < 1e-6
+
+
+def test_cross_entropy_is_the_weighted_sum_of_nats():
+    def summed(head, x):
+        return (WEIGHTS * token_nats(head_logits, head, x, TARGETS, WEIGHTS, z_loss=0.1, chunk=4)).sum()
+
+    def at_once(head, x):
+        return cross_entropy(head_logits, head, x, TARGETS, WEIGHTS, z_loss=0.1, chunk=4)
+
+    got, want = (jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(HEADS["lora"], X) for fn in (summed, at_once))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert small.apart(g, w) < 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one batch", "batches"])
+def test_nats_of_members_under_vmap(shared):
+    stack = jax.tree.map(lambda w: jnp.stack([w, -w, 2 * w]), HEADS["lora"])
+    xs = jnp.stack([X, 2 * X, X + 1])
+    masks = WEIGHTS if shared else jnp.stack([WEIGHTS, WEIGHTS * 0, WEIGHTS + 1])
+
+    def grads(fn):
+        def one(head, x, where):
+            return jax.value_and_grad(lambda h, x: crooked(fn(h, x, TARGETS, where)), argnums=(0, 1))(head, x)
+
+        return jax.jit(jax.vmap(one, in_axes=(0, 0, None if shared else 0)))(stack, xs, masks)
+
+    for g, w in zip(jax.tree.leaves(grads(our_nats)), jax.tree.leaves(grads(naive_nats)), strict=True):
+        assert small.apart(g, w) < 2e-5
+
+
+def test_what_else_is_read_off_the_logits():
+    def also(logits, targets):
+        return {"likeliest": logits.argmax(-1) == targets, "mean": logits.mean(-1), "two": logits[:, :2]}
+
+    @jax.jit
+    def run(x):
+        nats, more = token_nats(head_logits, HEADS["plain"], x, TARGETS, WEIGHTS, chunk=4, also=also)
+        return crooked(nats), more
+
+    (_, more), grad = jax.jit(jax.value_and_grad(run, has_aux=True))(X)
+    logits, there = np.asarray(head_logits(HEADS["plain"], X)), np.asarray(WEIGHTS) != 0
+    assert np.array_equal(more["likeliest"], (logits.argmax(-1) == np.asarray(TARGETS)) & there)
+    assert small.apart(more["mean"], np.where(there, logits.mean(-1), 0)) < 1e-6
+    assert more["two"].shape == (B, T, 2)
+    want = jax.jit(jax.grad(lambda x: crooked(our_nats(HEADS["plain"], x, TARGETS, WEIGHTS))))(X)
+    assert np.array_equal(grad, want)
+
+
+@pytest.mark.parametrize(
+    ("asked", "at_once", "each"), [((), 1, 1), ((1,), 2, 2), ((0,), 2, 3), ((0, 1), 3, 4)], ids=str
+)
+def test_logits_are_made_once_more_only_for_a_trained_head(asked, at_once, each):
+    """Products of a chunk: the logits, and the gradient by what is asked for (0: the head, 1: hidden states)."""
+
+    def products(fn):
+        def value(head, x, weights):
+            return jnp.square(fn(head_logits, {"kernel": head}, x, TARGETS, weights, chunk=4)).sum()
+
+        made = jax.grad(value, argnums=asked) if asked else value
+        text = jax.jit(made).lower(TABLE.T, X, WEIGHTS).compile().as_text()
+        return len(re.findall(r" dot\(", text))
+
+    assert (products(cross_entropy), products(token_nats)) == (at_once, each)
 
 
 # --- causal_lm

@@ -99,9 +99,9 @@ def measure(
     counts = [sum(row.mask) for row in rows]
 
     def losses(batch):
-        scored = score_batch(system.module, system.params, [rows[i].tokens for i in batch])
-        masks = [np.asarray(rows[i].mask[1:]) for i in batch]
-        return [-float(logprobs[mask].sum()) for (logprobs, _), mask in zip(scored, masks, strict=True)]
+        masks = [rows[i].mask[1:] for i in batch]
+        scored = score_batch(system.module, system.params, [rows[i].tokens for i in batch], masks=masks)
+        return [-float(logprobs.sum()) for logprobs, _ in scored]
 
     keys = [key_of("loss", system.identity, row.tokens, row.mask) for row in rows]
     batches = batches_by_length([len(row.tokens) for row in rows], most_tokens())

@@ -60,7 +60,8 @@ def scorer(
     def whole(members: Sequence[int]) -> list[Score]:
         rows = [[*pairs[i][0], *pairs[i][1]] for i in members]
         starts = [len(pairs[i][0]) - 1 for i in members]
-        scored = score_batch(module, params, rows, shape[members[0]])
+        masks = [[at >= start for at in range(len(row) - 1)] for row, start in zip(rows, starts, strict=True)]
+        scored = score_batch(module, params, rows, shape[members[0]], masks)
         return [(float(p[at:].sum()), bool(g[at:].all())) for at, (p, g) in zip(starts, scored, strict=True)]
 
     return batches, whole
@@ -88,11 +89,12 @@ class Batch(NamedTuple):
 
 @partial(jax.jit, static_argnames="module")
 def shared_logprobs(
-    module: Any, params: Any, contexts: Array, owners: Array, starts: Array, tokens: Array, targets: Array
+    module: Any, params: Any, contexts: Array, owners: Array, starts: Array, tokens: Array, targets: Array, where: Array
 ) -> tuple[Array, Array]:
     """Log-probabilities of `targets` i32[R, T] after each of `tokens` i32[R, T]: f32[R, T], and is it the likeliest?
 
     Args:
+        where: bool[R, T], which of them to compute.
         contexts: i32[C, P], padded on the right.
         owners: i32[R], the context of each row.
         starts: i32[R], the position of each row's first token; what the context holds from there on is not seen.
@@ -103,7 +105,7 @@ def shared_logprobs(
     cache = jax.tree.map(lambda x: x[:, owners], cache)
     positions = starts[:, None] + jnp.arange(length)
     hidden, _ = module.apply({"params": params}, tokens, positions, cache=cache, method="hidden")
-    return head_logprobs(module, params, hidden, targets)
+    return head_logprobs(module, params, hidden, targets, where)
 
 
 def sharing_pays(module: Any, params: Any, pairs: Sequence[Pair]) -> bool:
@@ -142,6 +144,7 @@ def score_shared(module: Any, params: Any, pairs: Sequence[Pair], batch: Batch) 
     size, width, rows, length = batch.shape
     contexts, (tokens, targets) = np.zeros((size, width), np.int32), np.zeros((2, rows, length), np.int32)
     owners, starts = np.zeros((2, rows), np.int32)
+    where = np.zeros((rows, length), bool)
     spans = []
     for owner, group in enumerate(batch.groups):
         context = [*prefix, *pairs[group[0]][0]]
@@ -154,7 +157,8 @@ def score_shared(module: Any, params: Any, pairs: Sequence[Pair], batch: Batch) 
             owners[row], starts[row] = owner, start
             tokens[row, :inputs], targets[row, :inputs] = whole[start:-1], whole[start + 1 :]
             spans.append(slice(inputs - len(pairs[i][1]), inputs))
-    scored = shared_logprobs(module, params, contexts, owners, starts, tokens, targets)
+            where[row, spans[-1]] = True
+    scored = shared_logprobs(module, params, contexts, owners, starts, tokens, targets, where)
     logprobs, greedy = map(np.asarray, scored)
     return [
         (float(logprobs[row, span].sum(dtype=np.float64)), bool(greedy[row, span].all()))

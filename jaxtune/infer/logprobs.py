@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxtune.errors import UserError
 from jaxtune.infer.generation import bucket
-from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.models.decoder import head_leaf, head_logits
+from jaxtune.objectives.token_nats import token_nats
 from jaxtune.weights.leaf import virtual_tokens
 
 Array = jax.Array
@@ -25,33 +26,28 @@ class Shape(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="module")
-def token_logprobs(module: Any, params: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
+def token_logprobs(
+    module: Any, params: Any, tokens: Array, targets: Array, where: Array | None = None
+) -> tuple[Array, Array]:
     """For tokens i32[B, T]: (log-probability of `targets` i32[B, T] after each, f32[B, T]; is it the likeliest?).
 
-    Rows are padded on the right; what stands at a padded position means nothing.
+    Rows are padded on the right. What `where` [B, T] leaves out is not computed, and 0; None: every position is.
     """
     hidden = module.apply({"params": params}, tokens, method="hidden")
-    return head_logprobs(module, params, hidden, targets)
+    return head_logprobs(module, params, hidden, targets, where)
 
 
-def head_logprobs(module: Any, params: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+def head_logprobs(
+    module: Any, params: Any, hidden: Array, targets: Array, where: Array | None = None
+) -> tuple[Array, Array]:
     """Hidden states [B, T, D], targets i32[B, T] -> (log-probabilities f32[B, T], is it the likeliest? bool[B, T])."""
-    n, vocab = targets.size, module.spec.vocab
-    size = min(chunk_size(n, vocab), n)
+    project = partial(head_logits, spec=module.spec)
+    nats, likeliest = token_nats(project, head_leaf(params), hidden, targets, where, also=_is_likeliest)
+    return -nats, likeliest
 
-    def pieces(x):
-        x = x.reshape(n, *x.shape[2:])
-        x = jnp.pad(x, [(0, -n % size), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(-1, size, *x.shape[1:])
 
-    def one(piece):
-        x, target = piece
-        logits = module.apply({"params": params}, x, method="head")
-        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
-
-    logprobs, greedy = jax.lax.map(one, (pieces(hidden), pieces(targets)))
-    return logprobs.reshape(-1)[:n].reshape(targets.shape), greedy.reshape(-1)[:n].reshape(targets.shape)
+def _is_likeliest(logits: Array, targets: Array) -> Array:
+    return jnp.argmax(logits, axis=-1) == targets
 
 
 def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int = 256) -> list[list[int]]:
@@ -100,7 +96,11 @@ def worth_a_compile(params: Any) -> int:
 
 
 def score_batch(
-    module: Any, params: Any, rows: Sequence[Sequence[int]], shape: Shape | None = None
+    module: Any,
+    params: Any,
+    rows: Sequence[Sequence[int]],
+    shape: Shape | None = None,
+    masks: Sequence[Sequence[bool]] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?).
 
@@ -108,6 +108,7 @@ def score_batch(
 
     Args:
         shape: what the rows are padded to, by default their own.
+        masks: for each row n - 1 truth values, which tokens to score; the others are 0. None: all.
 
     Raises:
         UserError: a row is longer than the model's positions.
@@ -119,11 +120,13 @@ def score_batch(
         raise UserError(f"A row has {longest + 1:,} tokens{soft} and the model has {most:,} positions; shorten it.")
     size, width = shape or (1 << (len(rows) - 1).bit_length(), min(bucket(longest), most))
     tokens, targets = np.zeros((2, size, width), np.int32)
+    where, spans = np.zeros((size, width), bool), []
     for i, row in enumerate(rows):
         whole = [*prefix, *row]
         tokens[i, : len(whole) - 1], targets[i, : len(whole) - 1] = whole[:-1], whole[1:]
-    logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets))
-    spans = [slice(len(prefix), len(prefix) + len(row) - 1) for row in rows]
+        spans.append(slice(len(prefix), len(prefix) + len(row) - 1))
+        where[i, spans[-1]] = True if masks is None else masks[i]
+    logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets, where))
     return [(logprobs[i, span].astype(np.float64), greedy[i, span]) for i, span in enumerate(spans)]
 
 

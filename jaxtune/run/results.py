@@ -17,7 +17,7 @@ from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import carry_evaluation, loading, run_facts
 from jaxtune.hf.load import resolve
 from jaxtune.models import auto_class
-from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.objectives.token_nats import chunk_size
 from jaxtune.run.job import as_stored, has_adapter, method_settings, over_features_found, rate_hint
 from jaxtune.train.cost import dot_flops
 from jaxtune.train.log import read_metrics

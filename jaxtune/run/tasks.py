@@ -64,7 +64,7 @@ def _causal_lm(cfg: Any, config: Mapping[str, Any], settings: Mapping[str, Any])
     module = cut(cfg.tune.method, module, cfg.tune.get(cfg.tune.method, None) or {})
 
     def loss(module, cfg, lanes):
-        return causal_lm(module, packed=cfg.data.packing, z_loss=cfg.objective.z_loss, lanes=lanes)
+        return causal_lm(module, packed=cfg.data.packing, z_loss=cfg.objective.z_loss, members=lanes)
 
     return Task(module, loss, loop.language_metrics)
 

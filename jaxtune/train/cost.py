@@ -25,7 +25,7 @@ from jaxtune.models.attention import choose, is_short
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.classification import classification
-from jaxtune.objectives.cross_entropy import chunk_size
+from jaxtune.objectives.token_nats import chunk_size
 from jaxtune.train import watch
 from jaxtune.train.step import init_state, make_train_step
 from jaxtune.weights.leaf import Packed
