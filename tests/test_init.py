@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxtune
 from jaxtune import cli, config, data
+from jaxtune.commands.init import read_model
 from jaxtune.errors import UserError
 from jaxtune.run import propose
 
@@ -325,7 +327,7 @@ def test_a_column_of_few_labels_is_an_objective_of_its_own(tmp_path):
     assert "the labels are numbers" in " ".join(pair.notes)
 
 
-@pytest.mark.parametrize("labels", [[f"{i}" for i in range(20)], ["one"] * 20, [0.5, 0.25] * 10])
+@pytest.mark.parametrize("labels", [[f"{i}" for i in range(20)], ["one"] * 20])
 def test_a_column_that_holds_no_labels_is_an_answer(tmp_path, labels):
     rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
     assert propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).labels is None
@@ -337,6 +339,102 @@ def test_tagged_words_are_an_objective_of_their_own(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"words": ["a", "b"], "ner_tags": [0, 1]}])
     layout = propose.recognise(data.read(str(file)))
     assert str(layout) == "token_classification, tokens=words, labels=ner_tags"
+
+
+def recognised(tmp_path, rows, columns=None):
+    return propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows))), columns)
+
+
+def many(**columns):
+    """30 rows: texts with a number in place of {i}, and of a pair of values one after the other."""
+    return [{k: v[i % 2] if isinstance(v, tuple) else v.format(i=i) for k, v in columns.items()} for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            many(question="q{i}", sentence="s", label=(0, 1)),
+            "sequence_classification, text=question, text_pair=sentence",
+        ),
+        (
+            many(premise="p{i}", hypothesis="h", gold_label=("no", "yes")),
+            "sequence_classification, text=premise, text_pair=hypothesis, label=gold_label",
+        ),
+        (many(text="t{i}", text_pair="u", label=(0, 1)), "sequence_classification"),
+        (many(text="t{i}", labels=("pos", "neg")), "sequence_classification, label=labels"),
+        (many(text="t{i}", rating=(1, 5)), "sequence_classification, label=rating"),
+        (
+            many(question="q{i}", context="c{i}", answer="a{i}"),
+            "instruction, instruction=question, input=context, output=answer",
+        ),
+        (
+            many(id="x", system_prompt="s{i}", question="q{i}", response="r{i}"),
+            "instruction, instruction=question, output=response, system=system_prompt",
+        ),
+    ],
+)
+def test_what_a_person_would_propose(tmp_path, rows, said):
+    assert str(recognised(tmp_path, rows)) == said
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "problem"),
+    [
+        ([["a", "b"], ["b"]], ("a", "b"), "multi_label_classification"),
+        ([[1, 0, 1], [0, 1, 0]], ("LABEL_0", "LABEL_1", "LABEL_2"), "multi_label_classification"),
+        ([0.5, 0.25], ("LABEL_0",), "regression"),
+        ([3, 3.8], ("LABEL_0",), "regression"),
+        (["a", "b"], ("a", "b"), None),
+    ],
+)
+def test_labels_of_every_kind_are_an_objective(encoder, tmp_path, labels, names, problem):
+    rows = [{"text": f"a {i} car", "label": labels[i % 2]} for i in range(30)]
+    layout = recognised(tmp_path, rows)
+    assert (layout.labels.names, layout.problem) == (names, problem)
+    assert init(encoder, tmp_path / "rows.jsonl") == 0
+    assert written().objective.problem_type == problem or problem is None
+    assert cli.main(["train", "--config=config.py", "--dry-run"]) == 0
+
+
+def test_a_labelled_file_is_never_trained_as_plain_text(tmp_path):
+    for label in ({"x": 1}, None):
+        with pytest.raises(UserError, match="cannot be read as labels"):
+            recognised(tmp_path, [{"text": f"t{i}", "labels": label} for i in range(30)])
+
+
+def test_the_models_labels_are_kept_where_the_data_has_them(encoder, tmp_path, capsys):
+    folder = tmp_path / "fine-tuned"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "neg", "1": "pos", "2": "other"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    write(tmp_path / "names.jsonl", [{"text": f"a {i} car", "label": ("pos", "neg")[i % 2]} for i in range(30)])
+    write(tmp_path / "ids.jsonl", [{"text": f"a {i} car", "label": i % 2} for i in range(30)])
+    for name in ("names", "ids"):
+        assert init(folder, f"{name}.jsonl", f"--out={name}.py") == 0
+        assert written(f"{name}.py").objective.labels is None
+    assert "ids: 0 = neg, 1 = pos" in capsys.readouterr().out
+    write(tmp_path / "stars.jsonl", [{"text": f"a {i} car", "label": 1 + i % 2} for i in range(30)])
+    assert init(folder, "stars.jsonl", "--out=stars.py") == 0
+    assert written("stars.py").objective.labels == ("1", "2")
+    assert "set objective.first_label" in capsys.readouterr().out
+
+
+def test_the_rank_is_no_wider_than_a_matrix_of_the_layers(encoder):
+    """Not than BERT's two token types."""
+    from safetensors.numpy import load_file
+
+    shapes = {name: x.shape for name, x in load_file(encoder / "model.safetensors").items()}
+    assert min(map(min, (s for s in shapes.values() if len(s) == 2))) == 2
+    _, _, narrowest = read_model(encoder)
+    assert narrowest == min(min(s) for name, s in shapes.items() if "layer." in name and len(s) == 2) > 2
+
+
+def test_evaluation_files_of_a_folder(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", pairs(1))
+    assert propose.siblings(str(tmp_path)) == [f"{tmp_path}:test"]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`jaxtune init`: look at a data file and a model, and write a config file for them."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -27,19 +28,25 @@ def main(argv: list[str]) -> None:
     options = parse_options(argv, FLAGS, usage=USAGE)
     from jaxtune import models
     from jaxtune.data import load_tokenizer, prepare
+    from jaxtune.data.labels import JOINED
     from jaxtune.files import atomic_write_text, refuse_existing
-    from jaxtune.models.spec import Config
+    from jaxtune.models.classifier import read_labels
+    from jaxtune.models.spec import Config, DecoderSpec
     from jaxtune.run import propose
 
     out, name = options.out, str(options.data)
     if out.suffix != ".py":
         raise UserError(f"--out={out}: a config is a Python file; give a name that ends in .py.")
     refuse_existing(out)
-    config, shapes = read_model(options.model)
+    config, shapes, narrowest = read_model(options.model)
     spec = models.family(config).spec(Config(config))
-    layout = propose.recognise(propose.open_source(name), options.columns)
+    source = propose.open_source(name)
+    layout = propose.recognise(source, options.columns)
     if layout.labels is None:
         check_generates(options.model, config, spec)
+    else:
+        layout = propose.fitted(layout, source, read_labels(config))
+        layout.labels.joined = JOINED if isinstance(spec, DecoderSpec) else None
     tokenizer = load_tokenizer(tokenizer_path(options.model, options.tokenizer))
     model = propose.Model(
         path=str(options.model),
@@ -48,6 +55,7 @@ def main(argv: list[str]) -> None:
         width=spec.width,
         shapes=shapes,
         has_template=bool(tokenizer.chat_template),
+        narrowest=narrowest,
     )
     settings = {**layout.settings, "vocab_size": spec.vocab}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
@@ -73,19 +81,26 @@ def main(argv: list[str]) -> None:
     show(train[0], tokenizer, layout.labels, [f"{options.data.name}: {layout}", *findings], last)
 
 
-def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None]:
-    """Return the config.json of a directory or hub id, and the shapes of its tensors where they lie here.
+def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None, int]:
+    """Return the config.json of a directory or hub id, the shapes of its tensors where they lie here, and the smallest
+    side of a matrix in its layers.
 
     Raises UserError if there is no such model, or it has no weights.
     """
-    shapes = None
+    from jaxtune.run.propose import RANK
+
+    shapes, narrowest = None, RANK
     if path.is_dir():
         from jaxtune.hf.tensors import index_dir
 
         file = path / "config.json"
         if not file.is_file():
             raise UserError(f"{path} is no model directory: it has no config.json.")
-        shapes = tuple(entry.shape for entry in index_dir(path).values())
+        index = index_dir(path)
+        shapes = tuple(entry.shape for entry in index.values())
+        # Embeddings and heads get no adapters: BERT has 2 token types and one row of position_ids.
+        sides = (min(e.shape) for name, e in index.items() if len(e.shape) == 2 and re.search(r"\.\d+\.", name))
+        narrowest = min(sides, default=RANK)
     else:
         file = _fetch_config(path)
     try:
@@ -94,7 +109,7 @@ def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None]:
         raise UserError(f"{file}: cannot be read as JSON: {error}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected an object with the settings of a model.")
-    return config, shapes
+    return config, shapes, narrowest
 
 
 def check_generates(path: Path, config: dict, spec) -> None:

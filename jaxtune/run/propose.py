@@ -15,7 +15,7 @@ import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.formats import FORMATS, MESSAGES, Reader, make_reader
-from jaxtune.data.labels import SEQUENCE_COLUMNS, TOKEN_COLUMNS, LabelForm, count_labels, in_order
-from jaxtune.data.sources import Source, kind, read
+from jaxtune.data.labels import PAIR_COLUMNS, PAIRS, LabelForm, count_ids, count_labels
+from jaxtune.data.sources import Source, kind, read, splits
 from jaxtune.errors import UserError
 
 # What people call the two sides of a pair, the surest names first.
@@ -32,7 +32,13 @@ PROMPTS = (
     *("prompt", "instruction", "question", "query", "input", "problem", "source", "article", "document"),
     *("text", "sentence", "message", "utterance", "review", "content"),
 )
-LABELS = ("label", "category", "intent", "class", "sentiment", "topic")
+LABELS = (
+    *("label", "labels", "category", "intent", "class", "sentiment", "topic", "emotion", "gold_label", "label_text"),
+    *("is_duplicate", "rating", "stars", "score", "similarity", "relatedness_score", "fine_label", "coarse_label"),
+)
+# What stands beside a question and its answer, and what a system prompt is called.
+CONTEXTS = ("input", "context", "passage", "background", "paragraph", "story")
+SYSTEMS = ("system", "system_prompt")
 WORDS, TAGS = ("tokens", "words"), ("labels", "ner_tags", "tags", "pos_tags")
 MOST_LABELS = 1000  # more, or more than half as many as rows, and a column is an answer rather than a label
 COMPLETIONS = (
@@ -41,6 +47,10 @@ COMPLETIONS = (
 )
 # What stands before the answer where prompt and answer are one text. A space after it belongs to the answer.
 MARKERS = ("\n### Response:", "\n### Assistant:", "\nAssistant:", "\nResponse:", "\nAnswer:", "\nSQL:", "\nA:")
+
+KINDS = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification"}
+SINGLE = "single_label_classification"
+TRAINING = "the training data"  # where labels come from that nobody has named
 
 EVAL_WORDS = ("valid", "validation", "val", "dev", "eval", "test")
 
@@ -59,6 +69,8 @@ class Layout:
     Attributes:
         format: one of FORMATS; of labelled rows, the name of the objective.
         labels: how labelled rows are read; None: text.
+        problem: of `objective.problem_type`; None: it follows from the model.
+        own: the labels are the data's, where the model has others.
     """
 
     format: str
@@ -66,6 +78,8 @@ class Layout:
     completion_from: str | None = None
     labels: LabelForm | None = None
     notes: tuple[str, ...] = ()
+    problem: str | None = None
+    own: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,7 +95,8 @@ class Layout:
             if self.completion_from and _marker(source, reader.columns[0]) is None:
                 raise UserError(f"{source.name}: not every text has {self.completion_from!r}")
             return reader
-        if more := set(count_labels([source], self.labels).labels) - set(self.labels.names):
+        counted = set() if self.labels.value else set(count_labels([source], self.labels).labels)
+        if self.labels.origin == TRAINING and (more := counted - set(self.labels.names)):
             raise UserError(f"{source.name}: the label {min(more)!r} is in no training row")
         return self.labels.reader(source)
 
@@ -146,6 +161,12 @@ def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Layou
         format, columns = make_reader(source, columns=columns).format, dict(columns)
     else:
         format, columns = _match(where, row)
+    if format == "text" and (label := next((n for n in row if n.lower() in LABELS), None)):
+        only = shlex.quote(f"text={columns.get('text', 'text')}")
+        raise UserError(
+            f"{where}: a text with a column {label!r}, which is {kind(row[label])} here and cannot be read as labels "
+            f"throughout. Mend it, or to train on the text alone: --columns={only}."
+        )
     reader = Layout(format, columns).reader(source)
     marker = _marker(source, reader.columns[0]) if format == "text" else None
     notes = [*_label_notes(source, columns), *_unused(row, reader.columns)]
@@ -170,41 +191,100 @@ def _refuse_other_objectives(where: str, row: dict) -> None:
 
 
 def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Layout | None:
-    """How rows of a text and a label, or of words and tags, are read; None for others."""
+    """How rows of one or two texts and a label, or of words and tags, are read; None for others."""
     theirs = {name.lower(): name for name in row}
     if columns:
-        per_token, ours = bool({"tokens", "labels"} & set(columns)), columns
+        per_token, ours = bool({"tokens", "labels"} & set(columns)), dict(columns)
         if not per_token and "label" not in columns:
             return None
     else:
         words, tags = (next((theirs[n] for n in names if _is_list(row, theirs, n)), None) for names in (WORDS, TAGS))
         per_token = bool(words and tags)
-        text, label = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
-        if not per_token and not (text and label and label.lower() in LABELS):
+        ours = {"tokens": words, "labels": tags} if per_token else _text_and_label(row, theirs)
+        if ours is None:
             return None
-        ours = {"tokens": words, "labels": tags} if per_token else {"text": text, "label": label}
-    names = TOKEN_COLUMNS if per_token else SEQUENCE_COLUMNS
-    ours = {name: ours.get(name, name) for name in names}
-    form = LabelForm(per_token, columns=ours)
-    try:
-        counts, rows = count_labels([source], form)
-    except UserError:
-        if columns:
-            raise
-        return None
-    if not columns and not per_token and not 2 <= len(counts) <= min(MOST_LABELS, rows / 2):
-        return None
-    if len(counts) < 2:
-        raise UserError(f"{source.name}: every row has the same label, {min(counts)!r}; two are needed to learn from.")
-    form.names = in_order(counts)
-    shown = ", ".join(name for name, _ in counts.most_common(3)) + (", ..." if len(counts) > 3 else "")
-    notes = [f"{ours[names[1]]!r} has {len(counts)} labels ({shown})"]
+    form = LabelForm(per_token, columns=ours, origin=TRAINING)
+    ours = form.columns = form.theirs(source)
+    label = list(ours.values())[-1]
     if not per_token:
-        pair = shlex.quote(f"prompt={ours['text']},completion={ours['label']}")
-        notes.append(f"to have a model write the label after the text instead: --columns={pair}")
+        form.several = isinstance(row[label], list)
+        form.value = not form.several and _is_value(source, label)
+    if form.value:
+        form.names, notes = ("LABEL_0",), [f"{label!r} is a number that is no class: it is predicted as a value"]
+    else:
+        try:
+            counted = count_labels([source], form)
+        except UserError:
+            if columns or form.several or per_token:
+                raise
+            return None
+        counts = counted.labels
+        plain = not (columns or per_token or form.several or "text_pair" in ours)
+        if plain and not 2 <= len(counts) <= min(MOST_LABELS, counted.rows / 2):
+            return None
+        if len(counts) < 2:
+            raise UserError(
+                f"{source.name}: every row has the same label, {min(counts)!r}; two are needed to learn from."
+            )
+        form.names = counted.names
+        shown = ", ".join(name for name, _ in counts.most_common(3)) + (", ..." if len(counts) > 3 else "")
+        notes = [f"{label!r} has {len(counts)} labels ({shown})", *counted.notes]
+    if not per_token and "text_pair" not in ours and not form.several and not form.value:
+        pair = shlex.quote(f"prompt={ours['text']},completion={label}")
+        notes.insert(1, f"to have a model write the label after the text instead: --columns={pair}")
     columns = {name: column for name, column in ours.items() if name != column}
     kind = "token_classification" if per_token else "sequence_classification"
-    return Layout(kind, columns, labels=form, notes=(*notes, *_unused(row, tuple(ours.values()))))
+    problem = "multi_label_classification" if form.several else "regression" if form.value else None
+    notes += _unused(row, tuple(ours.values()))
+    return Layout(kind, columns, labels=form, notes=tuple(notes), problem=problem)
+
+
+def _text_and_label(row: dict, theirs: Mapping[str, str]) -> dict[str, str] | None:
+    """Our names of the columns of one or two texts and their label, or None."""
+    found = next((theirs[n] for n in LABELS if n in theirs and not isinstance(row[theirs[n]], dict)), None)
+    pair = next(([theirs[n.lower()] for n in pair] for pair in PAIRS if all(n.lower() in theirs for n in pair)), None)
+    if pair and found and all(isinstance(row[name], str) for name in pair):
+        return dict(zip(PAIR_COLUMNS, (*pair, found)))
+    text, answer = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
+    if not text or not found or (answer and answer.lower() not in LABELS):
+        return None
+    return {"text": text, "label": found}
+
+
+def _is_value(source: Source, column: str) -> bool:
+    """Whether all values are numbers, and some of them broken ones."""
+    broken = False
+    for _, row in source:
+        value = row.get(column)
+        number = value if isinstance(value, float) else None
+        if isinstance(value, str) and re.fullmatch(r"\s*-?\d*\.\d+\s*", value):
+            number = float(value)
+        if number is None and not re.fullmatch(r"\s*-?\d+\s*", str(value)):
+            return False
+        broken |= number is not None and not number.is_integer()
+    return broken
+
+
+def fitted(layout: Layout, source: Source, stored: Any) -> Layout:
+    """`layout` with the labels that the model has, where those of the data are among them.
+
+    Args:
+        stored: what `read_labels` found in the model's config; None: nothing.
+    """
+    form = layout.labels
+    if form is None or form.value or stored is None or stored.kind != KINDS[layout.format]:
+        return layout
+    if not form.per_token and stored.problem != (layout.problem or SINGLE):
+        return replace(layout, problem=layout.problem or SINGLE)
+    trial = replace(form, names=stored.names, origin="the model's config.json", notes=[])
+    try:
+        count_ids([source], trial)
+    except UserError as error:
+        mine = ", ".join(stored.names[:5]) + (", ..." if len(stored.names) > 5 else "")
+        first = "; if they are numbers of these, set objective.first_label" * ("first_label" in str(error))
+        note = f"the model's own labels ({mine}) are others, so a new head is trained{first}"
+        return replace(layout, notes=(*layout.notes, note), own=True)
+    return replace(layout, labels=trial, notes=(*layout.notes, *trial.notes))
 
 
 def _is_list(row: dict, theirs: Mapping[str, str], name: str) -> bool:
@@ -226,9 +306,17 @@ def _match(where: str, row: dict) -> tuple[str, dict[str, str]]:
         if _is_conversation(row[theirs[name]]):
             return mapped("chat", messages=theirs[name])
     prompt, completion = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
-    if prompt and completion and prompt.lower() == "instruction":
-        context = _first_text(row, theirs, ("input", "context"))
-        return mapped("instruction", instruction=prompt, **({"input": context} if context else {}), output=completion)
+    context, system = (
+        next(
+            (theirs[n] for n in names if n in theirs and isinstance(row[theirs[n]], str) and theirs[n] != prompt), None
+        )
+        for names in (CONTEXTS, SYSTEMS)
+    )
+    if prompt and completion and (prompt.lower() == "instruction" or context or system):
+        more = {"input": context} if context else {}
+        return mapped(
+            "instruction", instruction=prompt, **more, output=completion, **({"system": system} if system else {})
+        )
     if prompt and completion:
         return mapped("prompt_completion", prompt=prompt, completion=completion)
     if text := _first_text(row, theirs, ("text",)):
@@ -330,8 +418,11 @@ def siblings(data: str) -> list[str]:
     """Return the evaluation files beside a training file (the splits of a saved data set), validation before test."""
     path = Path(data).expanduser()
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        return [f"{data}:{word}" for word in EVAL_WORDS if word in splits and "train" in splits]
+        known = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return [f"{data}:{word}" for word in EVAL_WORDS if word in known and "train" in known]
+    if path.is_dir() and not (path / "state.json").is_file():
+        found = splits(path)
+        return [f"{data}:{word}" for word in EVAL_WORDS if word in found and "train" in found]
     words = _words(path.stem)
     if not path.is_file() or ("train" not in words and set(words) & set(EVAL_WORDS)):
         return []
@@ -356,7 +447,12 @@ def eval_fraction(rows: int) -> float:
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model decides the proposal. shapes: of its tensors; None where they are not on this machine."""
+    """What of a model decides the proposal.
+
+    Attributes:
+        shapes: of its tensors; None where they are not on this machine.
+        narrowest: side of a matrix in its layers.
+    """
 
     path: str
     tokenizer: str | None
@@ -364,6 +460,7 @@ class Model:
     width: int
     shapes: tuple[tuple[int, ...], ...] | None
     has_template: bool
+    narrowest: int = RANK
 
     @property
     def parameters(self) -> int | None:
@@ -371,9 +468,8 @@ class Model:
 
     @property
     def rank(self) -> int:
-        """The rank to propose: no matrix may be narrower."""
-        narrowest = min((min(shape) for shape in self.shapes or () if len(shape) == 2), default=RANK)
-        return min(RANK, narrowest)
+        """The rank to propose: no matrix that gets adapters may be narrower."""
+        return min(RANK, self.narrowest)
 
 
 class Choice(NamedTuple):
@@ -500,13 +596,21 @@ def _corpus(corpus: bool) -> list[Choice]:
     ]
 
 
+def _paired(layout: Layout) -> bool:
+    return "text_pair" in layout.labels.columns
+
+
 def _labels(layout: Layout) -> list[Choice]:
     if layout.labels is None:
         return []
-    why = f"{len(layout.labels.names)} labels, one for each {'word' if layout.labels.per_token else 'text'}"
+    each = "any number" if layout.labels.several else "one"
+    of = "word" if layout.labels.per_token else "pair of texts" if _paired(layout) else "text"
+    why = "a value" if layout.labels.value else f"{len(layout.labels.names)} labels, {each} for each {of}"
     return [
         Choice("data.overlength", "truncate", "a longer text keeps its label"),
         Choice("objective.name", layout.format, why),
+        *([Choice("objective.problem_type", layout.problem)] if layout.problem else []),
+        *([Choice("objective.labels", layout.labels.names, "the data's; the model has others")] if layout.own else []),
     ]
 
 
