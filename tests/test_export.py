@@ -20,6 +20,7 @@ from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.evaluate.systems import systems
 from jaxtune.hf.card import model_card, run_facts
+from jaxtune.hf.stops import stop_ids
 from jaxtune.hf.tensors import index_dir
 from jaxtune.infer.source import find, open_source
 from jaxtune.methods.table import full, head
@@ -184,6 +185,25 @@ def test_what_travels_with_a_model(base, tmp_path):
         assert tokenizer("w3 w4").input_ids == [3, 4]
         assert tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == text
     assert not (tmp_path / "adapter/generation_config.json").exists()
+
+
+def test_tokens_that_end_trained_turns_are_stops_of_what_is_exported(base, tmp_path):
+    module, params, mask = tuned("llama", r=2)
+    jaxtune.export_model(module, params, tmp_path / "model", base=base, ends=[5, 91])
+    config = live(tmp_path / "model").generation_config
+    assert (config.eos_token_id, config.max_new_tokens) == ([5, 91], 7)
+    jaxtune.export_adapter(module, params, tmp_path / "adapter", base=base, mask=mask, ends=[91])
+    assert not (tmp_path / "adapter/generation_config.json").exists()
+    jaxtune.export_adapter(module, params, tmp_path / "more", base="a/hub-id", base_folder=base, mask=mask, ends=[5])
+    assert stop_ids(tmp_path / "more") == {5, 91}
+    (base / "generation_config.json").unlink()  # then config.json says where transformers stops
+    told = json.loads((base / "config.json").read_text()) | {"eos_token_id": 91, "pad_token_id": 0}
+    (base / "config.json").write_text(json.dumps(told))
+    jaxtune.export_model(module, params, tmp_path / "as-before", base=base, ends=[91])
+    assert not (tmp_path / "as-before/generation_config.json").exists()
+    jaxtune.export_model(module, params, tmp_path / "without", base=base, ends=[5])
+    config = live(tmp_path / "without").generation_config
+    assert (config.eos_token_id, config.pad_token_id) == ([5, 91], 0)
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -13,6 +13,7 @@ from jaxtune import cli
 from jaxtune.errors import UserError
 from jaxtune.infer import generation as g
 from jaxtune.infer.generation import bucket, cut, filter_logits, generate, generate_text
+from jaxtune.infer.source import Source
 from jaxtune.infer.target import eos_ids, load_target
 from jaxtune.weights.leaf import QuantWeight
 
@@ -271,7 +272,23 @@ def test_prompts_are_tokenised_as_in_training(assets, stories):
 def test_end_tokens_come_from_all_who_name_them(tmp_path, stories):
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
-    assert eos_ids(stories.tokenizer, tmp_path) == (2, 7, 8, 9)
+    assert eos_ids(stories.tokenizer, Source(tmp_path, "base")) == (2, 7, 8, 9)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    assert eos_ids(stories.tokenizer, Source(tmp_path, "base", adapter=tmp_path / "adapter")) == (2, 5, 7, 8, 9)
+
+
+def test_a_special_token_as_a_stop_ends_a_text(stories, monkeypatch):
+    module, params, tokenizer, *_ = stories
+    seen = {}
+
+    def once(module, params, ids, *, eos_ids, **settings):
+        seen["eos"] = list(eos_ids)
+        return [[*tokenizer("a b", add_special_tokens=False).input_ids, tokenizer.bos_token_id]] * len(ids)
+
+    monkeypatch.setattr(g, "generate", once)
+    assert generate_text(module, params, tokenizer, ["x"], stop=("<s>", " b"), eos_ids=(9,), max_new_tokens=4) == ["a"]
+    assert seen["eos"] == [9, tokenizer.bos_token_id]
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -129,7 +129,7 @@ def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     tokenizer = tokenizer_of(source)
     virtual = _virtual(source)
     rows, names = _rows(options, cfg, source, tokenizer, virtual)
-    plan = _plan(options, rows, own, eos_ids(tokenizer, source.model), virtual)
+    plan = _plan(options, rows, own, eos_ids(tokenizer, source), virtual)
     base, notes = _with_base(options, source, cfg)
     measured, progress = {}, Progress()
     with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
@@ -517,7 +517,7 @@ def _show(report: dict[str, Any]) -> None:
 def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from jaxtune.evaluate.harness import open_tasks, run_tasks
     from jaxtune.evaluate.systems import systems
-    from jaxtune.infer.target import tokenizer_of
+    from jaxtune.infer.target import eos_ids, tokenizer_of
     from jaxtune.run import job
 
     began = time.time()
@@ -538,6 +538,7 @@ def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
             num_fewshot=options.num_fewshot,
             chat=options.chat,
             batch_size=options.batch_size,
+            eos_ids=eos_ids(tokenizer, source),
         )
         del system
     from rich.console import Console

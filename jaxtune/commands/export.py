@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     refuse_existing(options.out)
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
+    from jaxtune.hf.stops import stop_ids
     from jaxtune.infer.source import find, open_source
 
     source = find(options.source, options.base)
@@ -68,8 +69,9 @@ def main(argv: list[str]) -> None:
         print(f"written: {options.out}")
         return
     shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": source.tokenizer}
+    shared["ends"] = stop_ids(source.adapter) if source.adapter else ()
     if options.adapter:
-        where = {"base": source.base, "config": config, "bake": options.bake}
+        where = {"base": source.base, "base_folder": source.model, "config": config, "bake": options.bake}
         notes = export_adapter(module, params, options.out, **where, **shared)
     else:
         notes = export_model(

@@ -24,7 +24,7 @@ FLAGS = {
     "temperature": Flag("0 takes the most probable token; higher draws more freely", float, 0.0),
     "top-p": Flag("draw from the fewest tokens whose probabilities reach this sum", float, 1.0),
     "top-k": Flag("draw from the k most probable tokens; 0: from all", int, 0),
-    "stop": Flag("string that ends a text and is cut off; give it again for more", list),
+    "stop": Flag("string or special token that ends a text and is cut off; give it again for more", list),
     "chat": Flag("a prompt is a user's message (or a list of messages); answer it by the chat template", bool, False),
     "seed": Flag("of the draws", int, 0),
     "batch-size": Flag("prompts decoded together", int, 32),

@@ -128,6 +128,7 @@ class SourceReport:
     cached: bool = False
     lost: int = 0  # labelled words that gave no token
     notes: Notes = field(default_factory=Notes)  # what was not used, or left out by the chat template
+    chat: bool = False  # whether a chat template made its text
     ends: dict[int, int] = field(default_factory=dict)  # token that ends what is trained -> how often; NO_END: words
 
     def line(self) -> str:
@@ -223,7 +224,7 @@ class Encoder:
     ROW, MARK, FIRST = ROW, np.dtype("u1"), 1
 
     def __init__(self, tokenizer, allow_left_out: Sequence[str] = ()):
-        self.notes, self.ends = Notes(), Counter()  # of all that was encoded
+        self.notes, self.ends, self.chats = Notes(), Counter(), 0  # of all that was encoded
         self.special = set(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
@@ -295,6 +296,7 @@ class Encoder:
             check_unicode(place, row.text)
         for row in rendered:  # not before all are: a row that is refused has the others rendered again
             self.notes.merge(row.notes)
+        self.chats += len(rendered)
         encodings = self.backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
         for (text, spans, unended, _), encoding in zip(rendered, encodings):
             ids, offsets = encoding.ids, encoding.offsets
@@ -376,13 +378,15 @@ def _said(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
     """What was noticed while a source was read and tokenised, as JSON; labelled rows have nothing from the template."""
     notes = Notes(reader.notes.as_json())
     notes.merge(getattr(encoder, "notes", Notes()))
-    return {"source": source.name, "notes": notes.as_json(), "ends": list(getattr(encoder, "ends", {}).items())}
+    ends, chat = getattr(encoder, "ends", {}), getattr(encoder, "chats", 0)
+    return {"source": source.name, "notes": notes.as_json(), "ends": list(ends.items()), "chat": bool(chat)}
 
 
 def _report(source: Source, reader: Reader, said: dict[str, Any], cached: bool) -> SourceReport:
     moved = said["source"], source.name  # the same content may have been read from elsewhere
     notes = Notes([(what, detail, n, place.replace(*moved, 1)) for what, detail, n, place in said["notes"]])
-    return SourceReport(source.name, reader.format, cached=cached, notes=notes, ends=dict(map(tuple, said["ends"])))
+    ends = {token: n for token, n in said["ends"] if n}
+    return SourceReport(source.name, reader.format, cached=cached, notes=notes, ends=ends, chat=said["chat"])
 
 
 def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> Rows:

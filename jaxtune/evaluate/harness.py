@@ -44,13 +44,14 @@ def run_tasks(
     num_fewshot: int | None = None,
     chat: bool = False,
     batch_size: int = 32,
+    eos_ids: Sequence[int] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run tasks: {task: {metric: {"value", "stderr"}}}; a metric under a filter is called "metric,filter"."""
     import lm_eval
 
     from jaxtune.evaluate.lm import JaxtuneLM
 
-    model = JaxtuneLM(system.module, system.params, tokenizer, batch_size=batch_size)
+    model = JaxtuneLM(system.module, system.params, tokenizer, batch_size=batch_size, eos_ids=eos_ids)
     found = lm_eval.simple_evaluate(
         model,
         tasks=list(names),

@@ -77,8 +77,9 @@ def examples(rows: Any, tokenizer: Any, limit: int) -> list[Example]:
 class JsonEvaluation:
     """Generates greedily for held-out rows and scores the answers; remembers them for the report."""
 
-    def __init__(self, module: Any, rows: Any, tokenizer: Any, limit: int, max_new_tokens: int):
+    def __init__(self, module: Any, rows: Any, tokenizer: Any, limit: int, max_new_tokens: int, eos_ids: Any = None):
         self.module, self.tokenizer, self.max_new_tokens = module, tokenizer, max_new_tokens
+        self.eos_ids = eos_ids or (tokenizer.eos_token_id,)
         self.examples = examples(rows, tokenizer, limit)
         self.answers: list[list[str]] = []
 
@@ -90,7 +91,7 @@ class JsonEvaluation:
             params,
             [e.prompt for e in self.examples],
             max_new_tokens=self.max_new_tokens,
-            eos_ids=(self.tokenizer.eos_token_id,),
+            eos_ids=self.eos_ids,
         )
         self.answers.append([self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out])
         return score(self.answers[-1], [e.expected for e in self.examples])

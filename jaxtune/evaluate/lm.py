@@ -30,6 +30,7 @@ class JaxtuneLM(TemplateLM):
         target: instead of these three, a run, an adapter, or a model directory or hub id.
         batch_size: prompts answered together.
         max_length: positions to use; default: all that the model knows.
+        eos_ids: tokens that end an answer; default: those of the target, else the tokenizer's.
     """
 
     def __init__(
@@ -42,14 +43,16 @@ class JaxtuneLM(TemplateLM):
         batch_size: int | str = 32,
         max_length: int | None = None,
         max_batch_size: int | None = None,
+        eos_ids: Sequence[int] | None = None,
         device: str | None = None,
     ):
         super().__init__()
         if target is not None:
             from jaxtune.infer.target import load_target
 
-            module, params, tokenizer, *_ = load_target(target)
+            module, params, tokenizer, _, eos_ids = load_target(target)
         self.module, self.params, self.tokenizer = module, prepare(module, params), tokenizer
+        self.eos_ids = tuple(eos_ids or (tokenizer.eos_token_id,))
         self.room = worth_a_compile(self.params)
         self.prefix = virtual_tokens(self.params)
         known = module.spec.positions - len(self.prefix)
@@ -191,7 +194,7 @@ class JaxtuneLM(TemplateLM):
                 top_p=float(settings.get("top_p", 1.0)),
                 top_k=int(settings.get("top_k", 0)),
                 seed=at,
-                eos_ids=(self.eot_token_id,),
+                eos_ids=self.eos_ids,
                 batch_size=self.batch_size,
                 watch=lambda _, ids: cut(self.tokenizer.decode(ids), stop)[1],
             )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtune import models
 from jaxtune.files import atomic_dir, require_space
 from jaxtune.hf import tensors
 from jaxtune.hf.card import model_card
+from jaxtune.hf.stops import write_generation_config
 from jaxtune.models.names import Tensor
 from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, settle, weights_by_path
 
@@ -36,6 +37,7 @@ def export_model(
     chat_template: str | None = None,
     tuned_from: str | None = None,
     facts: Mapping[str, Any] | None = None,
+    ends: Collection[int] = (),
     overwrite: bool = False,
     shard_bytes: int = 5 * 10**9,
 ) -> list[str]:
@@ -54,6 +56,7 @@ def export_model(
         chat_template: Jinja text, if it is not the tokenizer's own.
         tuned_from: what the model card names as base; default: `base`.
         facts: label -> value for the model card; see `jaxtune.hf.card.run_facts`.
+        ends: tokens that end a trained turn; they are added to the generation config.
         shard_bytes: size above which the weights are split over several files.
 
     Returns:
@@ -72,8 +75,7 @@ def export_model(
         tensors.write(folder, {t.hf: hf_tensor(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
         config = _config(module.spec.hf_config, "lm_head" not in params if hasattr(module, "head") else None, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if (base / "generation_config.json").is_file():
-            shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
+        write_generation_config(base, folder, ends)
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
         card = model_card(
             name=out.name,

@@ -9,7 +9,7 @@ Here each is an error, and one message names them all.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from jaxtune.hf.peft_config import (
     tree_factors,
     unsupported,
 )
+from jaxtune.hf.stops import stop_ids, write_generation_config
 from jaxtune.methods.adapters import attach, ia3, prompt_tuning
 from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places
 from jaxtune.methods.vocabulary import untie
@@ -295,6 +296,8 @@ def export_adapter(
     facts: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
+    ends: Collection[int] = (),
+    base_folder: str | Path | None = None,
     overwrite: bool = False,
     bake: bool = False,
 ) -> list[str]:
@@ -310,6 +313,8 @@ def export_adapter(
         facts: label -> value for the model card; see `jaxtune.hf.card.run_facts`.
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
+        ends: tokens that end a trained turn; where the base does not stop at them, a generation_config.json does.
+        base_folder: where the base lies, if `base` is a hub id.
         bake: multiply the scales into B and fill all ranks up to the largest, for engines that know no patterns.
 
     Returns:
@@ -336,6 +341,9 @@ def export_adapter(
         text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         notes += copy_tokenizer(Path(tokenizer or base).expanduser(), folder, chat_template)
+        stops_of = Path(base_folder or base).expanduser()
+        if not set(ends) <= stop_ids(stops_of):
+            write_generation_config(stops_of, folder, ends)
         card = model_card(
             name=out.name,
             base=public_name(base),

@@ -279,7 +279,7 @@ def generate_text(
         tokenizer: a fast transformers tokenizer.
         prompts: texts; with `chat`, a text is the user's message, and a list of messages (`role`, `content`) is a
             conversation to go on with.
-        stop: strings at which a text ends; they are cut off.
+        stop: strings, or special tokens, at which a text ends; they are cut off.
         chat: render prompts with the tokenizer's chat template, or `jaxtune.data.chat.DEFAULT_TEMPLATE`.
         eos_ids: default: the tokenizer's.
         on_text: called with (index of the prompt, its text so far) every few tokens.
@@ -293,6 +293,8 @@ def generate_text(
     """
     if eos_ids is None:
         eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    added = tokenizer.get_added_vocab()  # special tokens among them are in no decoded text
+    eos_ids = [*eos_ids, *(added[token] for token in stop if token in added)]
     ids = encode_prompts(tokenizer, prompts, chat)
 
     def watch(i: int, new: list[int]) -> bool:

@@ -1,6 +1,5 @@
 """What a command is pointed at, loaded: a run, an adapter or a model, with its tokenizer and the tokens that end it."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
+from jaxtune.hf.stops import named_ids
 from jaxtune.infer.source import Source, find, open_source
 
 
@@ -52,20 +52,12 @@ def load_target(path: str | Path, adapter: str | Path | None = None, dtype: Any 
     if dtype is None:
         dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     module, params, _ = open_source(source, dtype=dtype, **settings)
-    return Target(module, params, tokenizer, source.model, eos_ids(tokenizer, source.model))
+    return Target(module, params, tokenizer, source.model, eos_ids(tokenizer, source))
 
 
-def eos_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text, as generation_config.json, config.json and the tokenizer name them together."""
-    found = set(_as_ids(tokenizer.eos_token_id))
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            found.update(_as_ids(tensors.read_json(folder / name).get("eos_token_id")))
-    return tuple(sorted(found))
-
-
-def _as_ids(value: int | Iterable[int] | None) -> Iterable[int]:
-    return () if value is None else (value,) if isinstance(value, int) else value
+def eos_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
+    """The tokens that end a text, as the tokenizer and the files of the model and the adapter name them together."""
+    return named_ids(tokenizer, source.model, source.adapter)
 
 
 def tokenizer_of(source: Source) -> Any:

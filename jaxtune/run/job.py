@@ -21,6 +21,7 @@ from jaxtune.errors import RunFailed, UserError
 from jaxtune.files import cache_root
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
+from jaxtune.hf.stops import added_line
 from jaxtune.methods.table import tune, virtual_ids
 from jaxtune.run import extract
 from jaxtune.run.tasks import Task, open_task
@@ -140,6 +141,17 @@ class Data:
     prefix: Sequence[int] = ()  # virtual tokens before each row, within `length`
     form: data.LabelForm | None = None
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end what is trained."""
+        return sorted(token for token in self.report.ends if token >= 0)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which a generated text ends: these, and the tokenizer's own."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.ends, *([] if own is None else [own])}))
+
     @cached_property
     def glance(self) -> DataReport:
         """What is wrong with the rows, as far as their tokens say."""
@@ -175,6 +187,7 @@ def data_lines(cfg: Any, d: Data, model: Model) -> list[str]:
     if cfg.data.max_length is None:
         known = model.module.spec.positions
         lines.append(f"data.max_length is {d.length} by default (the model knows {known}).")
+    lines += added_line(d.tokenizer, model.folder, d.ends)
     lines += [f"{f.severity}: {f.message}: {f.fix}." for f in d.glance.findings if f.severity != NOTE]
     return lines
 

@@ -71,12 +71,20 @@ def finish(member, place, j, params, run, clock, generated) -> None:
         "tokenizer": resolve(cfg.model.tokenizer),
         "chat_template": _chat_template(cfg, j),
         "facts": facts,
+        "ends": j.data.ends,
         "overwrite": True,
     }
     if adapter:
         settings = dict(method_settings(cfg))
         notes = export_adapter(
-            j.model.module, params, out, base=cfg.model.path, config=settings, mask=member.mask, **where
+            j.model.module,
+            params,
+            out,
+            base=cfg.model.path,
+            base_folder=j.model.folder,
+            config=settings,
+            mask=member.mask,
+            **where,
         )
     else:
         params = as_stored(cfg, j.model, params, member.mask)
@@ -98,7 +106,7 @@ def _chat_template(cfg, j) -> str | None:
 
     if cfg.model.chat_template:
         return j.data.tokenizer.chat_template
-    chat = any(source.format in ("chat", "sharegpt") for source in j.data.report.sources)
+    chat = any(source.chat for source in j.data.report.sources)
     return DEFAULT_TEMPLATE if chat and not j.data.tokenizer.chat_template else None
 
 

@@ -203,7 +203,8 @@ def json_evaluations(j: Job) -> list[Any]:
     from jaxtune.evaluate.json_fields import JsonEvaluation
 
     e = cfg.evaluate
-    return [JsonEvaluation(j.model.module, j.data.eval, j.data.tokenizer, e.rows, e.max_new_tokens) for _ in j.members]
+    given = j.model.module, j.data.eval, j.data.tokenizer, e.rows, e.max_new_tokens, j.data.stops
+    return [JsonEvaluation(*given) for _ in j.members]
 
 
 def _write_config(j: Job, member: Member, place: Place) -> None:

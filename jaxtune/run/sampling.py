@@ -35,7 +35,7 @@ def prompts(cfg: Any, model: Any, data: Any) -> list[Prompt]:
     if e.prompts:
         from jaxtune.infer.generation import encode_prompts
 
-        chat = any(source.format in ("chat", "sharegpt") for source in data.report.sources)
+        chat = any(source.chat for source in data.report.sources)
         for text, ids in zip(e.prompts, encode_prompts(data.tokenizer, e.prompts, chat), strict=True):
             if len(ids) > room:
                 raise UserError(
@@ -99,8 +99,7 @@ class Samples:
 
         tokenizer, limit = self.job.data.tokenizer, self.job.members[0].cfg.evaluate.max_new_tokens
         ids = [prompt.ids for prompt in self.prompts]
-        ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        new = generate(self.job.model.module, params, ids, max_new_tokens=limit, eos_ids=ends)
+        new = generate(self.job.model.module, params, ids, max_new_tokens=limit, eos_ids=self.job.data.stops)
         return [decode_new(tokenizer, before, after).strip() for before, after in zip(ids, new, strict=True)]
 
     def close(self) -> None:

@@ -1,0 +1,64 @@
+"""The tokens at which generation stops, and those that a tuned model was taught to end its turns with."""
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxtune.hf import tensors
+
+FILE = "generation_config.json"
+
+
+def _ids(value: int | Iterable[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def stop_ids(folder: Path) -> set[int]:
+    """The tokens at which transformers and vLLM stop a model of this directory, as its files say."""
+    for name in (FILE, "config.json"):
+        if (folder / name).is_file():
+            return _ids(tensors.read_json(folder / name).get("eos_token_id"))
+    return set()
+
+
+def named_ids(tokenizer: Any, *folders: Path | None) -> tuple[int, ...]:
+    """All tokens that end a text by the tokenizer or by any file of the directories."""
+    found = _ids(tokenizer.eos_token_id)
+    for folder in filter(None, folders):
+        for name in (FILE, "config.json"):
+            if (folder / name).is_file():
+                found |= _ids(tensors.read_json(folder / name).get("eos_token_id"))
+    return tuple(sorted(found))
+
+
+def write_generation_config(base: Path, folder: Path, ends: Collection[int] = ()) -> None:
+    """Write the generation config of `base` to `folder`, with the tokens that end a trained turn among its stops.
+
+    Without `ends` that `base` does not know, its file is copied, if it has one.
+    """
+    known, path = stop_ids(base), base / FILE
+    if set(ends) <= known and not path.is_file():
+        return
+    config = tensors.read_json(path) if path.is_file() else {}
+    if not path.is_file() and (base / "config.json").is_file():
+        told = tensors.read_json(base / "config.json")
+        config = {name: told[name] for name in ("bos_token_id", "pad_token_id") if told.get(name) is not None}
+    if not set(ends) <= known:
+        config["eos_token_id"] = sorted(known | set(ends))
+    (folder / FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def added_line(tokenizer: Any, base: Path, ends: Collection[int]) -> list[str]:
+    """A sentence on the tokens that end trained turns and at which `base` does not stop."""
+    missing, known = sorted(set(ends) - stop_ids(base)), sorted(stop_ids(base))
+    if not missing:
+        return []
+
+    def named(ids: Collection[int]) -> str:
+        return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids) or "no token"
+
+    return [
+        f"Trained turns end with {named(missing)}, and the model stops at {named(known)}: generation_config.json of "
+        "the result has both, and jaxtune generate and eval stop at both."
+    ]
