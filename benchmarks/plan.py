@@ -68,15 +68,17 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def setup(case: tuple, backend: str):
-    import jax
+def recipe(case: tuple, backend: str):
     import jax.numpy as jnp
 
     from jaxtune import models
-    from jaxtune.methods.table import METHODS
+    from jaxtune.methods.table import tune
     from jaxtune.models.classifier import SEQUENCE, Labels, with_labels
-    from jaxtune.train import cost as plan
+    from jaxtune.objectives.causal_lm import causal_lm_task
+    from jaxtune.objectives.labels import label_task
+    from jaxtune.objectives.task import BatchShape
     from jaxtune.train import optim
+    from jaxtune.train.recipe import Recipe
 
     name, method, rows, length, remat = case
     gpu = backend == "gpu"
@@ -86,11 +88,9 @@ def setup(case: tuple, backend: str):
     if name == "bert":
         module = with_labels(module, Labels(SEQUENCE, ("a", "b"), drawn=True))
     settings = {"r": 16} if method == "lora" else {}
-
-    def tune(params):
-        return METHODS[method](params, jax.random.key(0), module, settings)
-
-    return plan.Setup(module, tune, optim.optimizer("adamw", lr=1e-3, grad_clip=1.0), rows, length, backend=backend)
+    optimizer = functools.partial(optim.optimizer, "adamw", lr=1e-3, grad_clip=1.0)
+    task = (label_task if name == "bert" else causal_lm_task)(module)
+    return Recipe(module, task, functools.partial(tune, method, settings=settings), optimizer, BatchShape(rows, length))
 
 
 def on_device(case: tuple) -> dict[str, float]:
@@ -99,13 +99,14 @@ def on_device(case: tuple) -> dict[str, float]:
     import jax.numpy as jnp
 
     from jaxtune.train import cost as plan
+    from jaxtune.train.recipe import planned_bytes
     from jaxtune.train.step import make_train_step
 
-    s = setup(case, jax.default_backend())
-    known = plan.shapes(s)
-    formula = plan.measure(s, known).bytes(s.rows).total
-    step = make_train_step(s.loss(s.module), s.tx)
-    compiled = step.lower(known.state, known.frozen, plan.batch_like(s)).compile()
+    s, backend = recipe(case, jax.default_backend()), jax.default_backend()
+    known = s.abstract
+    formula = plan.measure(s, backend).bytes(s.batch.rows).total
+    step = make_train_step(s.loss(), s.tx)
+    compiled = step.lower(known.state, known.frozen, s.task.batch_like(s.batch)).compile()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
@@ -115,12 +116,12 @@ def on_device(case: tuple) -> dict[str, float]:
         key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         return jax.random.key(0) if key else jnp.ones(x.shape, x.dtype)
 
-    state, frozen, batch = jax.tree.map(fill, (known.state, known.frozen, plan.batch_like(s)))
+    state, frozen, batch = jax.tree.map(fill, (known.state, known.frozen, s.task.batch_like(s.batch)))
     for _ in range(3):
         state, metrics = compiled(state, frozen, batch)
     jax.block_until_ready(metrics)
     measured = resident("VmHWM") - before
-    return {"formula": formula / 2**20, "XLA": plan.planned_bytes(compiled) / 2**20, "measured": measured / 1024}
+    return {"formula": formula / 2**20, "XLA": planned_bytes(compiled) / 2**20, "measured": measured / 1024}
 
 
 def resident(field: str) -> int:
@@ -138,24 +139,25 @@ def on_h100(case: tuple) -> dict[str, float]:
     from jax.sharding import SingleDeviceSharding
 
     from jaxtune.train import cost as plan
+    from jaxtune.train.recipe import planned_bytes
     from jaxtune.train.step import make_train_step
 
-    s = setup(case, "gpu")
-    known = plan.shapes(s)
-    formula = plan.measure(s, known).bytes(s.rows).total
+    s, backend = recipe(case, "gpu"), "gpu"
+    known = s.abstract
+    formula = plan.measure(s, backend).bytes(s.batch.rows).total
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1 x 1 x 1", target_config=H100
     )
     there = SingleDeviceSharding(topology.devices[0])
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
-        (known.state, known.frozen, plan.batch_like(s)),
+        (known.state, known.frozen, s.task.batch_like(s.batch)),
     )
     jax.default_backend = lambda: "gpu"  # what the model asks where it depends on the device
-    step = make_train_step(s.loss(s.module), s.tx)
+    step = make_train_step(s.loss(), s.tx)
     return {
         "formula": formula / 2**20,
-        "XLA": plan.planned_bytes(step.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()) / 2**20,
+        "XLA": planned_bytes(step.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()) / 2**20,
     }
 
 

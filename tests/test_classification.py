@@ -15,14 +15,14 @@ import test_encoders
 import zoo
 
 from jaxtune import config
+from jaxtune.config.recipe import open_model
 from jaxtune.hf.export import export_model
-from jaxtune.hf.load import load, read_config, read_params
+from jaxtune.hf.load import load, read_params
 from jaxtune.hf.peft import export_adapter, load_adapter
 from jaxtune.methods.table import head, lora
 from jaxtune.models import names
 from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, pool, with_labels
 from jaxtune.objectives.classification import classification, entity_counts, entity_tables, metrics
-from jaxtune.run.tasks import open_task
 from jaxtune.tree import TRAIN, flatten
 
 TOLERANCE = 1e-4
@@ -246,7 +246,7 @@ def test_a_pooling_that_transformers_has_not_is_kept_and_told(tmp_path):
 
     flags = {"model.path": tmp_path / "out", "data.train": "rows.jsonl", "objective.name": "sequence_classification"}
     cfg = config.resolve(flags={path: str(value) for path, value in flags.items()})
-    assert open_task(cfg, read_config(tmp_path / "out")).module.pooling == "mean"  # tuned further
+    assert open_model(cfg)[0].pooling == "mean"  # tuned further
 
 
 def test_a_new_head_is_drawn_by_the_seed_and_a_pooler_is_kept():

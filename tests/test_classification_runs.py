@@ -10,9 +10,9 @@ from runs import compiled, write_jsonl  # noqa: F401
 
 from jaxtune import cli, data
 from jaxtune.config import resolve
+from jaxtune.config.recipe import open_model
 from jaxtune.data.labels import LabelAssembler, LabelForm
 from jaxtune.errors import UserError
-from jaxtune.run import job
 
 WORDS = ["red", "blue", "green", "big", "small", "car", "bus", "tree", "house", "sky", "very", "un", "##able"]
 WORDS += ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
@@ -257,13 +257,13 @@ def test_balanced_weights_are_scikit_learns(home):
     flags |= {"objective.name": "sequence_classification", "tune.method": "head"}
     cfg = resolve(flags={path: str(value) for path, value in flags.items()})
     from jaxtune.data.labels import count_labels
-    from jaxtune.run import tasks
+    from jaxtune.objectives import labels
 
-    form = job.open_model(cfg).task.form
+    form = open_model(cfg)[1].form
     assert form.names == ("blue", "green", "red")
     counted = count_labels([data.read(str(home / "train.jsonl"))], form)
     counted.labels["red"] += 16  # 16, 16, 32
-    assert tasks._class_weights("balanced", form, counted) == pytest.approx((64 / 48, 64 / 48, 64 / 96))
+    assert labels._class_weights("balanced", form, counted) == pytest.approx((64 / 48, 64 / 48, 64 / 96))
 
 
 @pytest.mark.slow

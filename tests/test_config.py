@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxtune.config import merge as c
 from jaxtune.config import schema as schema
 from jaxtune.errors import UserError
+from jaxtune.objectives.task import TASKS
 
 REPO = Path(__file__).parent.parent
 GIVEN = {"model.path": "m", "data.train": "a.jsonl"}
@@ -47,7 +48,8 @@ def test_the_tables_beside_the_schema_name_settings_that_exist():
     assert not set(schema.OTHER_NAMES) & {s.key for s in schema.SETTINGS}
     assert {*schema.DERIVED, *schema.REQUIRED} <= set(schema.BY_PATH)
     assert known >= schema.RESUMABLE
-    assert known >= {path for idle in schema.IDLE for path in idle.paths}
+    assert known >= {path for idle in schema.IDLE if isinstance(idle.paths, tuple) for path in idle.paths}
+    assert known >= {path for entry in TASKS.values() for path in entry.settings}
     assert set(schema.DEFAULT_LR) == set(schema.BY_PATH["tune.method"].choices)
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from jaxtune.errors import Interrupted, RunFailed, UserError
+from jaxtune.objectives.causal_lm import metrics as language_metrics
 from jaxtune.train import loop
 from jaxtune.train.log import Metrics, read_metrics
+from jaxtune.train.runtime import out_of_memory
 from jaxtune.train.step import TrainState
 
 
@@ -312,7 +314,7 @@ def test_an_evaluation_is_a_mean_over_all_trained_tokens():
         return trainable * batch["n"] * batch["w"], batch["w"], {}
 
     state = start(value=0.5)
-    [values] = loop.make_evaluate(eval_step, None, batches, lambda b: b)(state)
+    [values] = loop.make_evaluate(eval_step, None, batches, lambda b: b, metrics=language_metrics)(state)
     assert values == {
         "eval/loss": pytest.approx(0.5 * 7 / 4),
         "eval/perplexity": pytest.approx(math.exp(0.875)),
@@ -323,9 +325,9 @@ def test_an_evaluation_is_a_mean_over_all_trained_tokens():
 
 
 def test_what_is_out_of_memory():
-    assert loop.out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"))
-    assert loop.out_of_memory(RuntimeError("CUDA: out of memory"))
-    assert not loop.out_of_memory(ValueError("shapes differ"))
+    assert out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"))
+    assert out_of_memory(RuntimeError("CUDA: out of memory"))
+    assert not out_of_memory(ValueError("shapes differ"))
 
 
 def test_metrics_keep_what_lies_before_the_step_they_go_on_from(tmp_path):

@@ -1,6 +1,5 @@
 """`jaxtune plan`: the formula against XLA's plan, its operations against the known counts, and the command."""
 
-import dataclasses
 import functools
 import json
 
@@ -14,11 +13,14 @@ from runs import command, compiled, home  # noqa: F401
 
 from jaxtune import models
 from jaxtune.cli import main
-from jaxtune.methods.table import METHODS
+from jaxtune.methods.table import tune
 from jaxtune.models import FAMILIES
-from jaxtune.run import job
+from jaxtune.objectives.causal_lm import causal_lm_task
+from jaxtune.objectives.task import BatchShape
+from jaxtune.run import fit
 from jaxtune.train import cost as plan
 from jaxtune.train import optim
+from jaxtune.train.recipe import Recipe, compiled_bytes
 
 TOLERANCE = 0.15  # of the formula against XLA's plan on a CPU
 
@@ -38,17 +40,16 @@ def config(width, mlp, layers, heads, kv, vocab):
 TINY, MID = config(64, 128, 4, 4, 2, 256), config(512, 1408, 8, 8, 4, 32000)
 
 
-def setup(hf, method="lora", rows=4, length=64, backend="cpu", tx="adamw", **fields):
+def recipe(hf, method="lora", rows=4, length=64, tx="adamw", **fields):
     module = models.build(hf, **fields)
     settings = {"r": 8} if method == "lora" else {}
-    tx = optim.optimizer(tx, lr=1e-3, grad_clip=1.0)
-    return plan.Setup(
-        module, lambda p: METHODS[method](p, jax.random.key(0), module, settings), tx, rows, length, backend=backend
-    )
+    optimizer = functools.partial(optim.optimizer, tx, lr=1e-3, grad_clip=1.0)
+    tuned = functools.partial(tune, method, settings=settings)
+    return Recipe(module, causal_lm_task(module), tuned, optimizer, BatchShape(rows, length))
 
 
 def assert_as_xla(s):
-    formula, xla = plan.measure(s).bytes(s.rows).total, plan.compiled(s)
+    formula, xla = plan.measure(s, "cpu").bytes(s.batch.rows).total, compiled_bytes([s], alone=True)
     assert abs(formula / xla - 1) < TOLERANCE, (formula / 2**20, xla / 2**20)
 
 
@@ -65,14 +66,14 @@ def assert_as_xla(s):
     ids=["tiny-lora", "mid-lora", "mid-lora-remat", "mid-full", "mid-head"],
 )
 def test_the_formula_is_near_xlas_plan(hf, method, length, remat):
-    assert_as_xla(setup(hf, method, length=length, remat=remat))
+    assert_as_xla(recipe(hf, method, length=length, remat=remat))
 
 
 @functools.cache
 def cost(method="lora", layers=4):
     """On a GPU in bfloat16, keeping everything."""
     hf = TINY | {"num_hidden_layers": layers}
-    return plan.measure(setup(hf, method, backend="gpu", dtype=jnp.bfloat16))
+    return plan.measure(recipe(hf, method, dtype=jnp.bfloat16), "gpu")
 
 
 def test_fixed_parts_are_exact():
@@ -90,8 +91,8 @@ def test_operations_a_token_are_6n_and_4n():
     hf = config(256, 1024, 4, 4, 4, 4096)
 
     def flops(method, remat):
-        s = setup(hf, method, 1, 64, remat=remat)
-        return plan._flops(s, plan.shapes(s)) / 64
+        s = recipe(hf, method, 1, 64, remat=remat)
+        return plan._flops(s, "cpu", s.abstract) / 64
 
     matrices = sum(x.size for x in jax.tree.leaves(models.build(hf).abstract_params()) if len(x.shape) >= 2)
     assert 6.0 < flops("full", "none") / matrices < 6.4  # tied, so the head is counted; attention's own come on top
@@ -103,8 +104,8 @@ def test_depth_and_policies_change_what_they_should():
     thin, deep = cost(), cost(layers=8)
     assert 1.9 < deep.kept[1] / thin.kept[1] < 2.1
     assert deep.layer[1] == pytest.approx(thin.layer[1], rel=0.1)
-    known = plan.shapes(thin.setup)
-    kept = [plan.saved_by(thin.setup, known, remat)[1] for remat in plan.POLICIES[1:]]
+    known = thin.recipe.abstract
+    kept = [plan.saved_by(thin.recipe, "gpu", known, remat)[1] for remat in plan.POLICIES[1:]]
     assert [thin.kept[1], *kept] == sorted([thin.kept[1], *kept], reverse=True)
     inputs = 4 * 64 * 64 * 2  # what "full" keeps: the input of each of four layers, 64 tokens of width 64 in bfloat16
     assert inputs < kept[-1] < 3 * inputs
@@ -165,9 +166,8 @@ def test_the_chosen_micro_batch_is_the_fastest_that_fits(rows, mib):
 
 @functools.cache
 def _measured():
-    s = cost().setup
-    known = plan.shapes(s)
-    return {p: plan.measure(dataclasses.replace(s, module=s.module.clone(remat=p)), known) for p in ("none", "full")}
+    s = cost().recipe
+    return {p: plan.measure(s.with_module(remat=p), "gpu", s.abstract) for p in ("none", "full")}
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -241,7 +241,7 @@ def test_cards_are_listed(capsys):
 
 def free(monkeypatch, mib):
     monkeypatch.setattr(plan, "WORKSPACE", 0)
-    monkeypatch.setattr(job, "free_bytes", lambda: int(mib * 2**20))
+    monkeypatch.setattr(fit, "free_bytes", lambda: int(mib * 2**20))
 
 
 def test_a_run_takes_the_micro_batch_that_fits_and_keeps_it(home, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -20,13 +20,16 @@ from runs import STEPS, adapter, command, compiled, everything, home, read, writ
 
 from jaxtune import tree
 from jaxtune.cli import main
-from jaxtune.commands import sweep as sweep_command
 from jaxtune.config import resolve
+from jaxtune.config.recipe import experiment
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.objectives.causal_lm import causal_lm
-from jaxtune.run import find_lr, job, points
+from jaxtune.run import find_lr, grid, points
+from jaxtune.run.experiment import open_data
+from jaxtune.run.training import build
 from jaxtune.train import loop
 from jaxtune.train import stacked as sweep
+from jaxtune.train.recipe import compiled_bytes
 from jaxtune.train.step import TrainState, value_and_grad
 
 # Each differs from the first in one thing that may differ within a step, the last in all of them.
@@ -60,9 +63,9 @@ def config(home, values, **more):  # noqa: F811
     return resolve(flags=text)
 
 
-def opened(cfg):
-    model = job.open_model(cfg)
-    return model, job.open_data(cfg, model)
+def built(*cfgs, stacked=True):
+    experiments = [experiment(cfg) for cfg in cfgs]
+    return build(experiments, open_data(experiments[0]), stacked=stacked)
 
 
 def advance(j, lanes, steps=50):
@@ -82,10 +85,9 @@ def test_losses_are_those_of_runs_alone(home, name, lr):  # noqa: F811
     varied = [v | ({"optim.lr": v["optim.lr"] * lr / 1e-3} if "optim.lr" in v else {}) for v in VARIED]
     more = {"optim.name": name, "optim.lr": lr}
     cfgs = [config(home, values, **more) for values in varied]
-    model, data = opened(cfgs[0])
-    together, _ = advance(job.build_group(cfgs, model, data), len(cfgs))
+    together, _ = advance(built(*cfgs), len(cfgs))
     for i in range(len(cfgs)) if name == "adamw" else (0, len(cfgs) - 1):
-        alone, _ = advance(job.build(cfgs[i], model, data), 1)
+        alone, _ = advance(built(cfgs[i], stacked=False), 1)
         # Lion's sign turns a difference in the last bit into one of two steps.
         tolerance = 1e-5 if name != "lion" else 1e-3
         assert together[:, 0, i] == pytest.approx(alone[:, 0, 0], rel=tolerance), varied[i]
@@ -96,11 +98,10 @@ def test_losses_are_those_of_runs_alone(home, name, lr):  # noqa: F811
 def test_gradients_at_equal_parameters_are_those_alone(home):  # noqa: F811
     """After 20 steps, so that nothing is at its start any more."""
     cfgs = [config(home, values) for values in VARIED]
-    model, data = opened(cfgs[0])
-    group = job.build_group(cfgs, model, data)
+    group = built(*cfgs)
     _, state = advance(group, len(cfgs), steps=20)
     batch = jax.tree.map(jnp.asarray, group.batch_at(20))
-    gradients = value_and_grad(causal_lm(model.module))
+    gradients = value_and_grad(causal_lm(group.module))
 
     def of(state, batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -119,8 +120,7 @@ def test_gradients_at_equal_parameters_are_those_alone(home):  # noqa: F811
 
 def test_padding_stays_zero(home):  # noqa: F811
     cfgs = [config(home, {"tune.lora.r": r, "optim.weight_decay": 0.1}) for r in (2, 5)]
-    model, data = opened(cfgs[0])
-    group = job.build_group(cfgs, model, data)
+    group = built(*cfgs)
     _, state = advance(group, 2, steps=5)
     factors = {k: v for k, v in tree.flatten(state.trainable).items() if k.endswith("/a")}
     assert factors
@@ -160,8 +160,7 @@ def test_states_of_other_structures_do_not_stack():
 
 def test_one_program_serves_all_values_and_all_steps(home):  # noqa: F811
     cfgs = [config(home, values) for values in VARIED]
-    model, data = opened(cfgs[0])
-    group = job.build_group(cfgs, model, data)
+    group = built(*cfgs)
     advance(group, len(cfgs), steps=20)
     widths = {group.batch_at(i)["tokens"].shape[-1] for i in range(20)}
     assert group.step_fn._cache_size() == len(widths)
@@ -513,20 +512,19 @@ def test_what_may_share_a_step(home):  # noqa: F811
 
 
 def test_a_group_is_as_large_as_memory_allows(home, monkeypatch):  # noqa: F811
-    """The compiled program decides where the bound does not."""
+    """The compiled program decides where the formula does not."""
     found = points.resolve_points(
         [{"optim.lr": 10.0**-i} for i in range(1, 5)],
         lambda more: config(home, {}, **{k: float(v) for k, v in more.items()}),
     )
-    s = sweep_command.Sweep(home, None, [], lambda part: None)
-    model, data = s.open(found[0].cfg)
-    cfgs = [p.cfg for p in found]
-    exact = {k: job.step_bytes(cfgs[:k], model, data) for k in (1, 2, 4)}
-    assert exact[1] < exact[2] < exact[4] < job.step_bytes_bound(cfgs, model, data)
-    monkeypatch.setattr(job, "free_bytes", lambda: exact[2])
+    s = grid.Sweep(home, None, [], lambda part: None)
+    recipes = [s.open(point)[0].recipe for point in found]
+    exact = {k: compiled_bytes(recipes[:k]) for k in (1, 2, 4)}
+    assert exact[1] < exact[2] < exact[4]
+    monkeypatch.setattr(grid, "free_bytes", lambda: exact[2])
     assert s._most(found) == 2
-    monkeypatch.setattr(job, "free_bytes", lambda: 10**15)
-    monkeypatch.setattr(job, "step_bytes", None)  # not asked
+    monkeypatch.setattr(grid, "free_bytes", lambda: 10**15)
+    monkeypatch.setattr(grid, "compiled_bytes", None)  # not asked
     assert s._most(found) == 4
 
 

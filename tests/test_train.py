@@ -16,9 +16,11 @@ from runs import STEPS, adapter, checkpoints, command, compiled, everything, hom
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.cli import main
-from jaxtune.run import job
+from jaxtune.config import resolve
+from jaxtune.config.recipe import experiment
+from jaxtune.run import fit, training
 from jaxtune.run.workdir import check_workdir
-from jaxtune.train import log, loop
+from jaxtune.train import log, loop, recipe
 
 
 @pytest.fixture(scope="module")
@@ -319,15 +321,17 @@ def test_out_of_device_memory(run, tmp_path, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(job, "make_train_step", make)
+    monkeypatch.setattr(recipe, "make_train_step", make)
     status, _, err = run(tmp_path / "oom")
     assert status == 1
     assert "Traceback" not in err
-    assert err.splitlines()[1:] == [
-        "  --config.train.grad_accum=2 (the same result, half the activations)",
-        "  --config.model.remat=full (the same result, about a third slower)",
-        "  --config.data.max_length=32 (longer rows are dropped)",
-    ]
+    ways = [line.strip() for line in err.splitlines()[1:]]
+    assert len(ways) == 3
+    assert ways[0] == "--config.train.grad_accum=2 (2 rows at a time, the same result)"
+    for way in ways:  # what is printed is taken
+        flags = [flag for flag in way.partition(" (")[0].split() if flag.startswith("--")]
+        assert flags
+        assert run(tmp_path / "again", "--dry-run", *flags)[0] == 0
 
 
 def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
@@ -345,18 +349,14 @@ def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
     assert checkpoints(tmp_path / "full") == [3, 4]
 
 
-def test_remedies_fit_the_config():
-    cfg = SimpleNamespace(
-        train=SimpleNamespace(grad_accum=4, batch_size=4),
-        model=SimpleNamespace(remat="full", dtype="bfloat16"),
-        tune=SimpleNamespace(method="full"),
-    )
-    ways = job.remedies(cfg, rows=1, length=1024)
-    assert [w.split(" ")[0] for w in ways] == [
-        "--config.tune.method=lora",
-        "--config.data.max_length=512",
-        "--config.train.batch_size=2",
-    ]
+def test_remedies_after_running_out_change_what_the_config_asks_for(home):  # noqa: F811
+    flags = {"train.batch_size": 4, "train.grad_accum": 4, "model.remat": "full", "tune.method": "full"}
+    flags |= {"model.path": home / "model", "data.train": home / "train.jsonl"}
+    cfg = resolve(flags={path: str(value) for path, value in flags.items()})
+    ways = fit.after_running_out(experiment(cfg))
+    assert 1 <= len(ways) <= 3
+    for way in ways:
+        assert "grad_accum" not in way and "remat=none" not in way  # nothing is left to split or to recompute
 
 
 # --- wrong input: exit 2, one message, nothing written
@@ -371,8 +371,8 @@ def refused(run, tmp_path, monkeypatch):
 
     def call(**settings):
         workdir = tmp_path / "refused"
-        monkeypatch.setattr(job, "make_train_step", lambda *args, **kwargs: never)
-        monkeypatch.setattr(job, "make_eval_step", lambda *args, **kwargs: never)
+        monkeypatch.setattr(recipe, "make_train_step", lambda *args, **kwargs: never)
+        monkeypatch.setattr(recipe, "make_eval_step", lambda *args, **kwargs: never)
         status, _, err = run(workdir, **settings)
         assert status == 2, err
         assert err.startswith("jaxtune: error: ")
@@ -461,7 +461,7 @@ def test_an_unknown_setting(refused):
 
 
 def test_a_batch_that_does_not_divide_over_the_devices(refused, monkeypatch):
-    monkeypatch.setattr(job, "make_mesh", lambda: SimpleNamespace(size=8))
+    monkeypatch.setattr(training, "make_mesh", lambda: SimpleNamespace(size=8))
     err = refused(train__batch_size=12)
     assert "micro-batch of 12 rows" in err
     assert "8 devices; choose a multiple of 8" in err
@@ -508,7 +508,7 @@ def test_no_workdir(run):
 
 def test_a_dry_run_checks_all_shows_rows_and_compiles_nothing(run, tmp_path, monkeypatch):
     for name in ("make_train_step", "make_eval_step"):
-        monkeypatch.setattr(job, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(recipe, name, lambda *args, **kwargs: None)
     status, out, _ = run(tmp_path / "dry", "--dry-run")
     assert status == 0
     assert not (tmp_path / "dry").exists()

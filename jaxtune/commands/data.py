@@ -61,12 +61,9 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
     from rich.console import Console
 
     from jaxtune import curate, data
-    from jaxtune.hf import load as hf
-    from jaxtune.run import job
-    from jaxtune.run.tasks import open_task
+    from jaxtune.config.recipe import max_length, open_model
 
-    task = open_task(cfg, hf.read_config(hf.resolve(cfg.model.path)))
-    module = task.module
+    module, task = open_model(cfg)
     tokenizer = data.load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     d = cfg.data
     with Console(stderr=True).status("reading") as status:
@@ -77,7 +74,7 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
             eval_fraction=d.eval_fraction,
             **data.reading(d),
             labels=task.form,
-            max_length=job.max_length(cfg, module),
+            max_length=max_length(cfg, module),
             overlength=d.overlength,
             packing=d.packing,
             rows_a_batch=cfg.train.batch_size,

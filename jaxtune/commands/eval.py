@@ -116,16 +116,17 @@ def _check_flags(options: SimpleNamespace) -> None:
 
 
 def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
+    from jaxtune.config.recipe import compute_dtype
     from jaxtune.evaluate import held_out
     from jaxtune.evaluate.kept import Kept
     from jaxtune.evaluate.systems import systems
     from jaxtune.infer.target import eos_ids, tokenizer_of
-    from jaxtune.run import job
+    from jaxtune.train.runtime import prepare_jax
 
     began = time.time()
     own = _own_metrics(options)
     cfg = _config(source)
-    job.prepare_jax()
+    prepare_jax()
     tokenizer = tokenizer_of(source)
     virtual = _virtual(source)
     rows, names = _rows(options, cfg, source, tokenizer, virtual)
@@ -133,7 +134,7 @@ def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     base, notes = _with_base(options, source, cfg)
     measured, progress = {}, Progress()
     with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
-        for system in systems(source, base=base, dtype=job.compute_dtype(cfg.model.dtype if cfg else "auto")):
+        for system in systems(source, base=base, dtype=compute_dtype(cfg.model.dtype if cfg else "auto")):
             if not measured:
                 notes += _left_out(rows, system.module.spec.positions, plan)
             measured[system.name] = held_out.measure(system, rows, tokenizer, plan, kept, progress.begin)
@@ -190,19 +191,19 @@ def _tell(
 
 def _labelled(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     """Held-out rows of a model with a label head."""
+    from jaxtune.config.recipe import max_length
     from jaxtune.evaluate import classifiers
     from jaxtune.evaluate.kept import Kept
     from jaxtune.evaluate.rows import data_names, group_values, tokenised
     from jaxtune.infer.target import tokenizer_of
-    from jaxtune.run import job
-    from jaxtune.run.job import max_length
+    from jaxtune.train.runtime import prepare_jax
 
     for name in ("format", "metrics", "schema", "scorer", "labels", "max-new-tokens"):
         if getattr(options, name.replace("-", "_")) != FLAGS[name].default:
             raise UserError(f"--{name} has no effect on {source.model}, which has a label head.")
     began = time.time()
     cfg = _config(source)
-    job.prepare_jax()
+    prepare_jax()
     tokenizer = tokenizer_of(source)
     heads, form = _heads(options, source, cfg)
     settings, sources, fraction = _sources(options, source, cfg)
@@ -239,6 +240,7 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     """The models that have a head for the labels, the tuned one last; and how rows for it are read."""
     import jax
 
+    from jaxtune.config.recipe import compute_dtype, open_model
     from jaxtune.data import LabelForm
     from jaxtune.data.labels import JOINED
     from jaxtune.evaluate.kept import key_of
@@ -246,12 +248,10 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     from jaxtune.hf import load as hf
     from jaxtune.hf.peft import load_adapter
     from jaxtune.models.classifier import PROBLEMS, TOKEN
-    from jaxtune.run import job
-    from jaxtune.run.tasks import open_task
 
-    dtype = job.compute_dtype(cfg.model.dtype if cfg else "auto")
+    dtype = compute_dtype(cfg.model.dtype if cfg else "auto")
     if source.adapter is not None:
-        module = open_task(cfg, hf.read_config(source.model), dtype=dtype).module
+        module, _ = open_model(cfg, source.model, dtype=dtype)
         params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
         below = base_identity(source, dtype)
         tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
@@ -304,9 +304,9 @@ def _virtual(source: Any) -> int:
 def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtual: int) -> tuple[list[Any], list[str]]:
     """The held-out rows, and the names of their sources."""
     from jaxtune import data, models
+    from jaxtune.config.recipe import max_length
     from jaxtune.evaluate.rows import check_format, data_names, read_rows
     from jaxtune.hf.load import read_config
-    from jaxtune.run.job import max_length
 
     settings, sources, fraction = _sources(options, source, cfg)
     module = models.build(read_config(source.model))
@@ -515,20 +515,21 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
+    from jaxtune.config.recipe import compute_dtype
     from jaxtune.evaluate.harness import open_tasks, run_tasks
     from jaxtune.evaluate.systems import systems
     from jaxtune.infer.target import eos_ids, tokenizer_of
-    from jaxtune.run import job
+    from jaxtune.train.runtime import prepare_jax
 
     began = time.time()
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = open_tasks(names, options.include_path)
     cfg = _config(source)
-    job.prepare_jax()
+    prepare_jax()
     tokenizer = tokenizer_of(source)
     base, notes = _with_base(options, source, cfg)
     results = {}
-    for system in systems(source, base=base, dtype=job.compute_dtype(cfg.model.dtype if cfg else "auto")):
+    for system in systems(source, base=base, dtype=compute_dtype(cfg.model.dtype if cfg else "auto")):
         results[system.name] = run_tasks(
             system,
             tokenizer,

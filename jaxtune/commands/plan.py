@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from jaxtune.train.cost import Card, Cost, Setup
+    from jaxtune.train.cost import Card
 
 USAGE = """usage: jaxtune plan MODEL [MODEL ...] [--method=lora,full] [--gpu=NAME] [--memory=GiB] [...]
 
@@ -131,225 +129,26 @@ def _is_hf_config(path: Path) -> bool:
         return False
 
 
-def _setup(cfg: Any, backend: str, module: Any = None) -> "Setup":
-    """What a config trains, on a CPU or a GPU; `module`: its model, if it is there already."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxtune.hf import load as hf
-    from jaxtune.methods.table import tune
-    from jaxtune.run import job
-    from jaxtune.run.tasks import open_task
-    from jaxtune.train import cost as plan
-
-    dtype = cfg.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if backend == "cpu" else "bfloat16"
-    if module is None:
-        fields = {"attention": cfg.model.attention, "remat": cfg.model.remat, "unroll": cfg.model.unroll}
-        values = hf.read_config(hf.resolve(cfg.model.path))
-        if values.get("pad_token_id") is None:
-            values |= {"pad_token_id": 0}  # which id it is costs nothing, and no tokenizer need be there to name it
-        module = open_task(cfg, values, dtype=jnp.dtype(dtype), **fields).module
-    key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
-    return plan.Setup(
-        module=module,
-        method=lambda params: tune(cfg.tune.method, params, key, module, job.method_settings(cfg)),
-        tx=job.make_tx(cfg, job.make_shape(cfg, 100)),
-        rows=cfg.train.batch_size // cfg.train.grad_accum,
-        length=job.max_length(cfg, module),
-        micros=cfg.train.grad_accum,
-        packed=cfg.data.packing,
-        z_loss=cfg.objective.z_loss,
-        backend=backend,
-        quantization=cfg.model.quantization,
-    )
-
-
 def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any]:
     """The plan of one config as JSON."""
     import jax
 
-    from jaxtune.run import job
-    from jaxtune.train import cost as plan
+    from jaxtune import config
+    from jaxtune.config.recipe import experiment
+    from jaxtune.run import fit
+    from jaxtune.train import cost
+    from jaxtune.train.runtime import free_bytes
 
     backend = "gpu" if card else jax.default_backend()
-    memory = card.memory if card else job.free_bytes()
+
+    def opened(cfg):  # which id pads costs nothing, and no tokenizer need be there to name it
+        return experiment(cfg, backend=backend, weights=False, pad_token_id=0)
+
     if cfg.train.micro_batch == "auto":
-        cfg, _ = _choose(cfg, _setup(cfg, backend), card or plan.card_of(jax.devices()[0].device_kind, memory))
-    setup = _setup(cfg, backend)
-    known = plan.shapes(setup)
-    if not known.counts.trainable:
-        raise UserError(f"{model}: nothing is left to train with tune.method={cfg.tune.method}.")
-    rows, policies = setup.rows, _policies(setup, known)
-    cost = policies[cfg.model.remat]
-    total, source = (
-        cost.bytes(rows).total,
-        "formula: arguments, gradients, what autodiff saves, one layer or the logits",
-    )
-    if card is None:
-        total, source = plan.compiled(setup, known), "XLA's plan of the compiled step"
-    fits = plan.fits(total, memory)
-    return {
-        "model": model,
-        "method": cfg.tune.method,
-        "device": name,
-        "device_gib": round(memory / plan.GIB, 2),
-        "parameters": known.counts.all,
-        "trainable": known.counts.trainable,
-        "dtype": str(setup.module.dtype),
-        "rows": rows,
-        "length": setup.length,
-        "micro_batches": setup.micros,
-        "remat": cfg.model.remat,
-        "total_bytes": total,
-        "source": source,
-        "fits": fits,
-        "policies": {policy: _costs(c, rows, memory, card) for policy, c in policies.items()},
-        "remedies": [] if fits else list(_remedies(cfg, setup, policies, memory))[:3],
-    }
-
-
-def _policies(setup: "Setup", known: Any) -> dict[str, "Cost"]:
-    """The cost of each remat policy."""
-    from jaxtune.train import cost as plan
-
-    everything = plan.saved_by(setup, known, "everything")
-    return {
-        policy: plan.measure(replace(setup, module=setup.module.clone(remat=policy)), known, everything)
-        for policy in plan.POLICIES
-    }
-
-
-def _choose(cfg: Any, setup: "Setup", card: "Card", devices: int = 1) -> tuple[Any, str]:
-    """The config with the micro-batch and remat policy that are fastest on a card, and why in words.
-
-    Raises:
-        UserError: no part of a batch fits.
-    """
-    from jaxtune.config import replaced
-    from jaxtune.train import cost as plan
-
-    batch = cfg.train.batch_size
-    if batch % devices:
-        raise UserError(f"train.batch_size={batch} does not divide over {devices} devices; choose a multiple of them.")
-    policies = _policies(setup, plan.shapes(setup))
-    free = cfg.model.remat == "none"  # otherwise it was asked for
-    open_ = policies if free else {cfg.model.remat: policies[cfg.model.remat]}
-    choice = plan.choose_micro_batch(open_, batch // devices, card.memory, card)
-    gib = card.memory / plan.GIB
-    if choice is None:
-        least = policies["full"].split(batch // devices).bytes(1).total / plan.GIB
-        ways = "\n  ".join(list(_remedies(cfg, replace(setup, rows=batch // devices), policies, card.memory))[:3])
-        raise UserError(
-            f"train.micro_batch=auto: not even one row of {setup.length} tokens at a time fits the device: with "
-            f"model.remat=full it takes {least:.2f} of {gib:.2f} GiB (by formula, see `jaxtune plan`). The cheapest "
-            f"remedies:\n  {ways}"
-        )
-    rows, parts = choice.rows * devices, batch // devices // choice.rows
-    total = policies[choice.policy].split(parts).bytes(choice.rows).total / plan.GIB
-    said = f"train.micro_batch={rows} of {batch} rows and model.remat={choice.policy}: {total:.2f} of {gib:.2f} GiB"
-    if (rows, choice.policy) == (batch, next(iter(open_))):
-        said += ", by formula; nothing has to be saved"
-    else:
-        most = open_[next(iter(open_))].largest(card.memory)
-        said += f", by formula, and the fastest that fits; {next(iter(open_))} would hold {most} rows a device"
-    values = {"train.micro_batch": rows, "train.grad_accum": parts, "model.remat": choice.policy}
-    return replaced(cfg, values), said
-
-
-def settle(cfg: Any, model: Any, data: Any) -> tuple[Any, str]:
-    """`_choose` for the devices at hand and the rows that were read, before anything is loaded or compiled."""
-    import jax
-
-    from jaxtune.run import job
-    from jaxtune.train import cost as plan
-
-    longest = max(int(rows.length.max()) for rows in data.train) + len(data.prefix)
-    length = data.length if cfg.data.packing else min(data.length, -(-longest // 64) * 64)
-    setup = replace(_setup(cfg, jax.default_backend(), model.module), length=length)
-    card = plan.card_of(jax.devices()[0].device_kind, job.free_bytes())
-    return _choose(cfg, setup, card, len(jax.devices()))
-
-
-def settled(cfg: Any, workdir: Path | None) -> Any:
-    """The config as the run in `workdir` has fixed it, if there is one."""
-    from jaxtune import config
-
-    file = None if workdir is None else workdir / "config.json"
-    if cfg.train.micro_batch != "auto" or file is None or not file.exists():
-        return cfg
-    before = config.from_json(file.read_text(), str(file))
-    values = {"train.micro_batch": before.train.micro_batch, "train.grad_accum": before.train.grad_accum}
-    return config.replaced(cfg, values | ({"model.remat": before.model.remat} if cfg.model.remat == "none" else {}))
-
-
-def _costs(cost: "Cost", rows: int, memory: int, card: "Card | None") -> dict[str, Any]:
-    from jaxtune.train import cost as plan
-
-    parts = cost.bytes(rows)
-    seconds = cost.seconds(rows, card) if card and card.flops else None
-    tokens = rows * cost.setup.length * cost.setup.micros
-    return {
-        "bytes": parts._asdict() | {"total": parts.total},
-        "fits": plan.fits(parts.total, memory),
-        "largest_rows": cost.largest(memory),
-        "sweep_width": cost.widest(rows, memory),
-        "flops_a_token": cost.flops / cost.setup.length,
-        "seconds_a_step": seconds,
-        "tokens_a_second": seconds and tokens / seconds,
-    }
-
-
-def _remedies(cfg: Any, setup: "Setup", policies: dict[str, "Cost"], memory: int) -> Iterator[str]:
-    """What makes it fit, the cheapest first; each was measured."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxtune.config import ADAPTERS
-    from jaxtune.methods.table import tune
-    from jaxtune.train import cost as plan
-
-    now, rows = policies[cfg.model.remat], setup.rows
-    if most := _divisor(cfg.train.batch_size, now.largest(memory)):
-        yield f"--config.train.grad_accum={cfg.train.batch_size // most} ({most} rows at a time, the same result)"
-    order = [p for p in plan.POLICIES if plan.POLICIES.index(p) > plan.POLICIES.index(cfg.model.remat)]
-    for policy in order:
-        if plan.fits(policies[policy].bytes(rows).total, memory):
-            slower = policies[policy].flops / now.flops - 1
-            yield f"--config.model.remat={policy} (the same result, {slower:.0%} more operations)"
-            break
-    else:
-        if order and (most := _divisor(cfg.train.batch_size, policies["full"].largest(memory))):
-            parts = cfg.train.batch_size // most
-            yield f"--config.model.remat=full --config.train.grad_accum={parts} (the same result, {most} rows a part)"
-    leanest = replace(setup, rows=1, micros=1, module=setup.module.clone(remat="full"))
-    if setup.module.dtype == jnp.float32:
-        half = plan.measure(replace(leanest, module=leanest.module.clone(dtype=jnp.dtype(jnp.bfloat16))))
-        if most := half.largest(memory):
-            yield f"--config.model.dtype=bfloat16 --config.model.remat=full (up to {most} rows at a time)"
-    lora = replace(leanest, method=lambda params: tune("lora", params, jax.random.key(0), setup.module, {}))
-    for flag, leaner, helps in (
-        ("tune.method=lora", lora, cfg.tune.method not in ADAPTERS),
-        ("model.quantization=nf4", replace(leanest, quantization="nf4"), cfg.tune.method in ADAPTERS),
-    ):
-        with suppress(UserError):  # a body that cannot be quantised, or has no matrix to adapt
-            if helps and setup.quantization == "none" and (most := plan.measure(leaner).largest(memory)):
-                yield f"--config.{flag} --config.model.remat=full (up to {most} rows at a time)"
-    short = replace(leanest, length=max(16, setup.length // 2))
-    if most := plan.measure(short).largest(memory):
-        yield f"--config.data.max_length={short.length} --config.model.remat=full (up to {most} rows at a time)"
-    need = now.bytes(rows).total
-    cards = sorted((c.memory, name) for name, c in plan.CARDS.items() if plan.fits(need, c.memory))
-    if cards:
-        yield f"a larger card: {cards[0][1]} ({cards[0][0] / plan.GIB:.0f} GiB)"
-    else:
-        yield f"no card of the list holds {need / plan.GIB:.0f} GiB: a smaller model, or a method that trains less"
-
-
-def _divisor(batch: int, most: int) -> int:
-    """The largest divisor of a batch up to `most`; 0: none."""
-    return next((n for n in range(min(batch, most), 0, -1) if batch % n == 0), 0)
+        on = card or cost.card_of(jax.devices()[0].device_kind, free_bytes())
+        values, _ = fit.choose_micro_batch(opened(cfg), backend, on)
+        cfg = config.replaced(cfg, values)
+    return fit.plan(opened(cfg), model, name, card)
 
 
 def _show(found: dict[str, Any], console: Any) -> None:

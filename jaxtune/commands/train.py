@@ -23,41 +23,43 @@ def main(argv: list[str]) -> None:
     cfg, options = parse(argv, FLAGS, usage=USAGE)
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the run.")
-    from jaxtune.commands import plan
-    from jaxtune.config import notes
-    from jaxtune.run import job, sampling
-    from jaxtune.run.workdir import check_room, check_workdir
+    from jaxtune import config
+    from jaxtune.config.recipe import experiment
+    from jaxtune.files import exclusive
+    from jaxtune.run import fit, running, sampling
+    from jaxtune.run.experiment import data_lines, open_data
+    from jaxtune.run.training import build
+    from jaxtune.run.workdir import as_begun, check_room, check_workdir
+    from jaxtune.train.runtime import prepare_jax
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
-    cfg = plan.settled(cfg, workdir)
+    cfg = as_begun(cfg, workdir)
     if workdir is not None:
         check_workdir(workdir, cfg)
-    job.prepare_jax()
+    prepare_jax()
     clock("imports")
-    model = job.open_model(cfg)
-    data = job.open_data(cfg, model)
+    run = experiment(cfg)
+    rows = open_data(run)
     if workdir is not None:
-        check_workdir(workdir, cfg, data.report.fingerprint)
+        check_workdir(workdir, cfg, rows.report.fingerprint)
     clock("data")
-    print(*job.data_lines(cfg, data, model), *notes(cfg), sep="\n")
-    if cfg.train.micro_batch == "auto":
-        cfg, said = plan.settle(cfg, model, data)
+    print(*data_lines(run, rows), *config.notes(cfg), sep="\n")
+    if run.train.micro_batch == "auto":
+        values, said = fit.settle(run, rows)
         print(said)
-        model = job.open_model(cfg)  # its remat policy may be another
-    j = job.build(cfg, model, data)
+        run = experiment(config.replaced(cfg, values))
+    job = build([run], rows)
     clock("load")
-    print(j.members[0].counts, *filter(None, [j.note]), *job.rate_hint(cfg, model), sep="\n")
+    print(job.members[0].counts, *filter(None, [job.note]), *run.rate_hint(), sep="\n")
     if workdir is not None:
-        check_room(workdir, cfg, j)
-    sampling.prompts(cfg, model, data)
+        check_room(workdir, job)
+    sampling.prompts(run, rows)
     if options.dry_run:
-        _show_rows(data, model.task.form)
-        print(f"{j.steps} steps of {cfg.train.batch_size} rows; every check passed, nothing was compiled.")
+        _show_rows(rows, run.task.form)
+        print(f"{job.steps} steps of {run.train.batch_size} rows; every check passed, nothing was compiled.")
         return
-    from jaxtune.files import exclusive
-
-    with job.explained_memory(cfg, data.length), exclusive(workdir):
-        _run(cfg, argv, workdir, j, clock)
+    with fit.explained_memory(run), exclusive(workdir):
+        running.alone(job, workdir, ["jaxtune", "train", *argv], clock)
 
 
 class Clock:
@@ -90,16 +92,3 @@ def _show_rows(data, form) -> None:
         return
     render = render_rows if console.is_terminal else render_plain
     console.print(render(data.train[0], data.tokenizer), markup=False, highlight=False)
-
-
-def _run(cfg, argv, workdir: Path, j, clock: Clock) -> None:
-    from jaxtune.run import running
-
-    place, checkpoints = running.Place("run", workdir, ["jaxtune", "train", *argv]), workdir / "checkpoints"
-    [generated] = running.json_evaluations(j)
-    ended = running.run(j, [place], running.Stretch(checkpoints), clock, [generated])
-    [run], state = ended.runs, ended.state
-    if run.best and run.best["step"] != ended.step:
-        print(f"The best evaluation was at step {run.best['step']:.0f}; its weights are the result.")
-        state = running.saved_state(j, 0, place.name, run.best["step"], [checkpoints])
-    running.finish(j, 0, place, run, state, clock, generated)

@@ -106,7 +106,8 @@ def _overruled(given: Mapping[str, Given], file: Mapping[str, Given]) -> set[str
 
     So `--config.tune.method=full` makes a LoRA recipe one for full tuning.
     """
-    idle = [p for rule in IDLE if rule.when(_values(given)) and not rule.when(_values(file)) for p in rule.paths]
+    now, before = _values(given), _values(file)
+    idle = {p for rule in IDLE for p in rule.at(now)} - {p for rule in IDLE for p in rule.at(before)}
     return {path for path, g in file.items() if _within(path, idle) and given.get(path) is g}
 
 
@@ -249,11 +250,9 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _idle(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
     for rule in IDLE:
-        if not rule.when(values):
-            continue
         because = re.sub(r"\{([\w.]+)\}", lambda m: str(values[m[1]]), rule.because)
         for path, (value, origin) in given.items():
-            if value not in OFF and _within(path, rule.paths):
+            if value not in OFF and _within(path, rule.at(values)):
                 yield (
                     f"{origin}: {path} has no effect: {because}. Remove it"
                     + ("" if origin.startswith("--") else f", or take it back with --config.{path}=none")

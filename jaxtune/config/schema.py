@@ -4,10 +4,12 @@ Beside it what follows from other settings (DERIVED), what has no effect under o
 run goes on (RESUMABLE). Nothing here imports jax.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jaxtune.objectives.task import TASKS, unread
 
 
 class Range(NamedTuple):
@@ -36,7 +38,7 @@ class Setting:
     type: Any
     default: Any
     doc: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     range: Range | None = None
 
     @property
@@ -72,7 +74,6 @@ Names = tuple[str, ...]
 ClassWeights = str | tuple[float, ...]
 MicroBatch = int | str
 
-TASKS = ("causal_lm", "sequence_classification", "token_classification")
 PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
 POOLINGS = ("auto", "cls", "mean", "last")
 Integers = tuple[int, ...]
@@ -252,9 +253,15 @@ RESUMABLE = frozenset(
 class Idle(NamedTuple):
     """Settings (or a section) that change nothing while `when` holds: if given, and not as OFF, they are an error."""
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     when: Callable[[Mapping[str, Any]], bool]
     because: str  # {a.b} stands for the value of setting a.b
+
+    def at(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """What has no effect under these values of all settings."""
+        if not self.when(values):
+            return ()
+        return self.paths if isinstance(self.paths, tuple) else self.paths(values)
 
 
 CONVERSATIONS = ("data.system", "data.system_as_user", "data.roles", "data.allow_left_out")
@@ -267,6 +274,7 @@ def no_eval_data(values: Mapping[str, Any]) -> bool:
 
 
 IDLE = (
+    Idle(lambda v: unread(v["objective.name"]), lambda v: True, "objective.name is {objective.name}"),
     *(
         Idle((f"tune.{name}",), lambda v, name=name: v["tune.method"] != name, "tune.method is {tune.method}")
         for name in ("lora", "ia3", "prompt_tuning", "last_n", "regex")
@@ -294,25 +302,6 @@ IDLE = (
         ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate"),
         no_eval_data,
         "there is nothing to evaluate on: give data.eval or data.eval_fraction",
-    ),
-    Idle(
-        (
-            *("model.chat_template", *CONVERSATIONS, "data.format", "data.template", "data.completion_from"),
-            *("data.prompt_from", "data.ignore"),
-            *("data.packing", "objective.z_loss", "evaluate"),
-        ),
-        lambda v: v["objective.name"] != "causal_lm",
-        "objective.name is {objective.name}",
-    ),
-    Idle(
-        ("objective.labels", "objective.first_label", "objective.class_weights"),
-        lambda v: v["objective.name"] == "causal_lm",
-        "objective.name is causal_lm",
-    ),
-    Idle(
-        ("objective.problem_type", "objective.pooling"),
-        lambda v: v["objective.name"] != "sequence_classification",
-        "objective.name is {objective.name}",
     ),
     Idle(
         ("objective.labels", "objective.first_label", "objective.class_weights"),

@@ -175,7 +175,7 @@ def reading(section: Any) -> dict[str, Any]:
     """Return what section `data` of a config says of how text is read, as `prepare` and `curate.examine` take it."""
     names = ("format", "template", "completion_from", "prompt_from", "system", "system_as_user")
     return {
-        **{name: section[name] for name in names},
+        **{name: getattr(section, name) for name in names},
         "columns": dict(section.columns),
         "roles": dict(section.roles),
         "ignore": section.ignore or (),

@@ -139,6 +139,14 @@ class Classifier:
         return isinstance(self.body, Encoder)
 
     @property
+    def remat(self) -> str:
+        return self.body.remat
+
+    @property
+    def attention(self) -> str:
+        return self.body.attention
+
+    @property
     def pooling(self) -> str | None:
         """How a sequence becomes one vector; None for a label each token."""
         return None if self.labels.kind == TOKEN else self.labels.pooling or self.layout.pooling

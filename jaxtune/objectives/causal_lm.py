@@ -1,14 +1,21 @@
 """Next-token prediction: pretraining text, supervised fine-tuning, chat."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jaxtune.models.decoder import head_leaf, head_logits
+from jaxtune import models
+from jaxtune.data.batches import Assembler
+from jaxtune.errors import UserError
+from jaxtune.models.classifier import read_labels
+from jaxtune.models.decoder import Decoder, head_leaf, head_logits
 from jaxtune.objectives import inputs
-from jaxtune.objectives.token_nats import cross_entropy
+from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.objectives.token_nats import chunk_size, cross_entropy
 from jaxtune.weights.leaf import row_keys
 
 
@@ -42,3 +49,55 @@ def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0, members
         return (total, batch["weights"].sum()), {}
 
     return loss_fn
+
+
+def open_task(
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+) -> tuple[Any, Task]:
+    """Open the task on the model of a config.json; see `jaxtune.objectives.task.register`.
+
+    Raises:
+        UserError: the model does not continue text.
+    """
+    module = models.build(dict(config), **fields)
+    if not isinstance(module, Decoder):
+        what = "has a label head" if read_labels(config) else f"(model_type={config['model_type']!r}) is an encoder"
+        raise UserError(
+            f"objective.name=causal_lm needs a model that continues text, and the one in model.path {what}: set "
+            "objective.name to sequence_classification or token_classification."
+        )
+    return module, causal_lm_task(module, packed=data["packing"], z_loss=objective["z_loss"])
+
+
+def causal_lm_task(module: Any, *, packed: bool = False, z_loss: float = 0.0) -> Task:
+    """Return the task of a decoder; `packed` and `z_loss` as for `causal_lm`."""
+    vocab = module.spec.vocab
+    return Task(
+        loss=lambda module, members: causal_lm(module, packed=packed, z_loss=z_loss, members=members),
+        batch_like=batch_like,
+        metrics=metrics,
+        assembler=Assembler,
+        chunk=lambda tokens, members, backend: min(tokens, chunk_size(tokens, vocab, members, backend)),
+        continues=True,
+    )
+
+
+def batch_like(shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract batch of a step."""
+    rows = (shape.micros, shape.rows)
+    tokens = jax.ShapeDtypeStruct((*rows, shape.length), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
+    return batch | {
+        "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32),
+        "row": jax.ShapeDtypeStruct(rows, jnp.int32),
+    }
+
+
+def metrics(loss: float, weight: float, aux: Any) -> dict[str, float]:
+    """What an evaluation logs: the perplexity, and how many tokens were predicted."""
+    return {"eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": int(weight)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import RunFailed, UserError
+from jaxtune.run.points import Point
 
 WIDE = math.sqrt(10)  # between the rates of the first rounds; the last one halves it
 MOST_ROUNDS = 6
@@ -35,7 +36,7 @@ def find_lr(sweep: Any, options: Any) -> None:
         raise UserError(f"--write-config={out}: expected a new .py file in a directory that is there")
     if out is not None:
         refuse_existing(out)
-    steps = options.find_steps or max(20, _steps(sweep, cfg) // 10)
+    steps = options.find_steps or max(20, sweep.steps_of(Point("", {}, cfg)) // 10)
     short = {"train.steps": str(steps), "train.epochs": "none", "train.eval_every": str(steps)}
     flags = [f"--config.{path}={text}" for path, text in short.items()]
     sweep = replace(sweep, resolve=lambda more: options.resolve({**short, **more}), argv=[*sweep.argv, *flags])
@@ -120,12 +121,6 @@ def _round(rate: float) -> float:
 def _loss(row: dict[str, Any]) -> float:
     failed = row["status"] != "finished" or row["eval_loss"] is None
     return math.inf if failed else row["eval_loss"]
-
-
-def _steps(sweep: Any, cfg: Any) -> int:
-    from jaxtune.run import job
-
-    return job.make_batches(cfg, *sweep.open(cfg))[2]
 
 
 def _config_file(cfg: Any, best: float, told: str, out: Path) -> str:

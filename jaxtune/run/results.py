@@ -17,12 +17,17 @@ from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import carry_evaluation, loading, run_facts
 from jaxtune.hf.load import resolve
 from jaxtune.models import auto_class
-from jaxtune.objectives.token_nats import chunk_size
-from jaxtune.run.job import as_stored, has_adapter, method_settings, over_features_found, rate_hint
-from jaxtune.train.cost import dot_flops
+from jaxtune.run.training import as_stored, over_features_found
+from jaxtune.train.cost import chunks, dot_flops
 from jaxtune.train.log import read_metrics
 from jaxtune.train.loop import EARLY
 from jaxtune.train.watch import findings
+from jaxtune.weights.leaf import Adapter, is_weight
+
+
+def has_adapter(params: Any) -> bool:
+    """Whether the result is an adapter rather than a whole model."""
+    return any(isinstance(w, Adapter) for w in jax.tree.leaves(params, is_leaf=is_weight))
 
 
 def versions() -> dict[str, str]:
@@ -39,13 +44,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def finish(member, place, j, params, run, clock, generated) -> None:
+def finish(member, place, job, params, run, clock, generated) -> None:
     """Write adapter/ or model/, summary.json and report.html; print the table and the next commands."""
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
     from jaxtune.report import write_report
 
-    cfg, workdir = member.cfg, place.folder
+    experiment, workdir = member.experiment, place.folder
     adapter = has_adapter(params)
     out = workdir / ("adapter" if adapter else "model")
     rows = read_metrics(workdir)
@@ -55,59 +60,52 @@ def finish(member, place, j, params, run, clock, generated) -> None:
         "groups": member.counts.groups,
         "seconds": {k: round(v, 2) for k, v in clock.parts.items()},
         "device": jax.devices()[0].device_kind,
-        "data": j.data.report.lines(),
+        "data": job.rows.report.lines(),
         "argv": place.argv,
         "best": run.best,
         "early_stop": run.ended == EARLY,
-        "findings": [finding.as_json() for finding in findings(rows, rate_hint(cfg, j.model))],
+        "findings": [finding.as_json() for finding in findings(rows, experiment.rate_hint())],
         "samples": _samples(generated),
         "scores": _scores(generated),
-        "data_report": j.data.glance.as_json() | {"glance": True},
-        "cost": _cost(j, max(row["step"] for row in rows)),
+        "data_report": job.rows.glance.as_json() | {"glance": True},
+        "cost": _cost(job, max(row["step"] for row in rows)),
         **place.facts,
     }
     facts = run_facts(json.loads((workdir / "config.json").read_text()), rows, summary)
     where = {
-        "tokenizer": resolve(cfg.model.tokenizer),
-        "chat_template": _chat_template(cfg, j),
+        "tokenizer": resolve(experiment.base.tokenizer),
+        "chat_template": _chat_template(experiment, job),
         "facts": facts,
-        "ends": j.data.ends,
+        "ends": job.rows.ends,
         "overwrite": True,
     }
     if adapter:
-        settings = dict(method_settings(cfg))
-        notes = export_adapter(
-            j.model.module,
-            params,
-            out,
-            base=cfg.model.path,
-            base_folder=j.model.folder,
-            config=settings,
-            mask=member.mask,
-            **where,
-        )
+        base = experiment.base
+        where |= {"base": base.path, "base_folder": base.folder, "config": dict(experiment.settings)}
+        notes = export_adapter(job.module, params, out, mask=member.mask, **where)
     else:
-        params = as_stored(cfg, j.model, params, member.mask)
-        notes = export_model(j.model.module, params, out, base=j.model.folder, tuned_from=str(cfg.model.path), **where)
+        params = as_stored(job, params, member.mask)
+        base = experiment.base
+        notes = export_model(job.module, params, out, base=base.folder, tuned_from=base.path, **where)
     carry_evaluation(workdir, out)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
     atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = write_report(workdir)
-    if not j.stacked:
-        _show(member, rows, clock, out, page, adapter, auto_class(j.model.module))
+    if not job.stacked:
+        _show(member, rows, clock, out, page, adapter, auto_class(job.module))
     for note in notes:
         print(note)
 
 
-def _chat_template(cfg, j) -> str | None:
+def _chat_template(experiment, job) -> str | None:
     """The template to write beside the weights, where it is not the tokenizer's own."""
     from jaxtune.data import DEFAULT_TEMPLATE
 
-    if cfg.model.chat_template:
-        return j.data.tokenizer.chat_template
-    chat = any(source.chat for source in j.data.report.sources)
-    return DEFAULT_TEMPLATE if chat and not j.data.tokenizer.chat_template else None
+    if experiment.base.chat_template:
+        return job.rows.tokenizer.chat_template
+    chat = any(source.chat for source in job.rows.report.sources)
+    return DEFAULT_TEMPLATE if chat and not job.rows.tokenizer.chat_template else None
 
 
 def _samples(generated) -> list[dict[str, str]]:
@@ -133,7 +131,7 @@ def _scores(generated) -> dict[str, Any]:
     return answer_scores(metrics, expected, base=generated.answers[0], tuned=generated.answers[-1])
 
 
-def _cost(j, steps: int) -> dict[str, Any]:
+def _cost(job, steps: int) -> dict[str, Any]:
     """Operations of a run's steps, its share of them in a sweep; the peak of memory of the device, or of the process.
 
     The operations are those of the matrix products of a compiled step, by the positions of its batch; how many
@@ -143,21 +141,21 @@ def _cost(j, steps: int) -> dict[str, Any]:
     cost = {
         "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "peak_of": "device" if peak else "process",
-        "runs": len(j.members),
+        "runs": len(job.members),
     }
     if not steps:
         return cost
-    j = over_features_found(j)
+    job = over_features_found(job)
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        (j.state, j.frozen, j.put(j.batch_at(0), list(range(len(j.members))))),
+        (job.state, job.frozen, job.put(job.batch_at(0), list(range(len(job.members))))),
     )
     tokens = batch["segments"].shape
     rows, width = tokens[-2:]
-    chunk = min(rows * width, chunk_size(rows * width, j.model.module.spec.vocab, len(j.members)))
-    flops = dot_flops(j.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips=-(-rows * width // chunk))
-    sampled = [j.batch_at(step)["segments"].size for step in range(0, steps, max(1, steps // 32))]
-    return cost | {"flops": flops / len(j.members) / math.prod(tokens) * statistics.fmean(sampled) * steps}
+    trips = chunks(job.experiment.task, rows * width, len(job.members))
+    flops = dot_flops(job.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips)
+    sampled = [job.batch_at(step)["segments"].size for step in range(0, steps, max(1, steps // 32))]
+    return cost | {"flops": flops / len(job.members) / math.prod(tokens) * statistics.fmean(sampled) * steps}
 
 
 def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
@@ -185,7 +183,7 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) 
     console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")
-    for library, lines in loading(str(member.cfg.model.path), str(out), adapter=adapter, auto=auto).items():
+    for library, lines in loading(member.experiment.base.path, str(out), adapter=adapter, auto=auto).items():
         console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)
-    if auto == "AutoModelForCausalLM":
+    if member.experiment.task.continues:
         console.print(f"try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from jaxtune import config
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
-from jaxtune.run import job, results, sampling
-from jaxtune.run.job import Job, Member, with_features
+from jaxtune.run import results, sampling
+from jaxtune.run.experiment import Experiment
+from jaxtune.run.training import Job, Member, with_features
 from jaxtune.train import loop
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.log import Metrics, Progress, read_metrics
@@ -60,30 +60,30 @@ class Stretch:
     begins: list[tuple[TrainState, dict[str, Any]]] | None = None
 
 
-def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated: Sequence[Any]) -> Ended:
-    """Train the members of `j` together, or go on with them, and say how they ended.
+def run(job: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated: Sequence[Any]) -> Ended:
+    """Train the members of `job` together, or go on with them, and say how they ended.
 
     Raises:
         UserError: more steps are done than the config asks for.
         RunFailed: no loss is finite any more.
         Interrupted: stopped by a signal, with a checkpoint.
     """
-    last = stretch.until or j.steps
-    for member, place in zip(j.members, places, strict=True):
+    last = stretch.until or job.steps
+    for member, place in zip(job.members, places, strict=True):
         place.folder.mkdir(parents=True, exist_ok=True)
         if not (place.folder / "config.json").exists():  # before all else, so that what follows is known as a run
-            _write_config(j, member, place)
+            _write_config(job, member, place)
     first = 0
-    state, names = j.state, [place.name for place in places]
+    state, names = job.state, [place.name for place in places]
     records = [None] * len(names)
     if stretch.begins:
         states, records = zip(*stretch.begins, strict=True)
-        state = replicate(stack(states), j.mesh)
+        state = replicate(stack(states), job.mesh)
         first = int(states[0].step)
-    cfg = j.members[0].cfg
+    experiment = job.experiment
     abstract = _abstract(state)
-    checkpoints = Checkpoints(stretch.checkpoints, cfg.train.keep, since=first)
-    found = checkpoints.restore(lambda counters: _like(j, abstract, counters))
+    checkpoints = Checkpoints(stretch.checkpoints, experiment.train.keep, since=first)
+    found = checkpoints.restore(lambda counters: _like(job, abstract, counters))
     in_step = names
     if found:
         state, counters = found
@@ -96,50 +96,70 @@ def run(j: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated
             f"The run in {places[0].folder} has done {start} steps, and this config asks for {last}; nothing was "
             "changed. Raise train.steps or train.epochs, or give another --workdir."
         )
-    j = _without_change(j, places[0])
+    job = _without_change(job, places[0])
     with ExitStack() as opened:
         opened.callback(checkpoints.close)
-        progress = Progress(last, start, bar=cfg.log.progress, plot=cfg.log.plot, several=j.stacked)
+        progress = Progress(last, start, bar=experiment.log.progress, plot=experiment.log.plot, several=job.stacked)
         opened.callback(progress.close)
         if found:
             progress.say(f"Going on after step {start} of {last}.")
         if start < last:
             with loop.stop_on_signal() as stopped:
-                j = with_features(j, progress.say, stopped)
+                job = with_features(job, progress.say, stopped)
         clock("features")
         runs, after = [], start if found or first else -1
-        for lane, (member, place, record) in enumerate(zip(j.members, places, records, strict=True)):
-            _write_config(j, member, place)
-            run = _open(j, member, place, lane, record, after)
+        for lane, (member, place, record) in enumerate(zip(job.members, places, records, strict=True)):
+            _write_config(job, member, place)
+            run = _open(job, member, place, lane, record, after)
             opened.callback(run.metrics.close)
             progress.recall(run.name, run.metrics.lines.kept)
             runs.append(run)
-        samples = sampling.Samples(j, {place.name: place.folder for place in places}, after, progress.say)
+        samples = sampling.Samples(job, {place.name: place.folder for place in places}, after, progress.say)
         opened.callback(samples.close)
         if not found and not first:
-            _generate_before(j, runs, generated)
+            _generate_before(job, runs, generated)
         clock("setup")
         training = loop.Loop(
             state,
-            j.frozen,
-            j.step_fn,
-            j.batch_at,
-            _plan(j, last),
+            job.frozen,
+            job.step_fn,
+            job.batch_at,
+            _plan(job, last),
             [run for run in runs if run.name in in_step],
             dropped=[run for run in runs if run.name not in in_step],
-            put=j.put,
+            put=job.put,
             checkpoints=checkpoints,
             progress=progress,
-            evaluate=_evaluation(j),
+            evaluate=_evaluation(job),
             sample=samples,
-            take=take if j.stacked else None,
+            take=take if job.stacked else None,
         )
         training.run()
     clock("train")
     return Ended(runs, training.state)
 
 
-def _without_change(j: Job, place: Place) -> Job:
+def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
+    """Train the one run of `job` in its directory, or go on with it, and write its result.
+
+    Args:
+        argv: the command that runs it again.
+        clock: tells the time of each part.
+
+    Raises:
+        UserError, RunFailed, Interrupted: as `run`.
+    """
+    place, checkpoints = Place("run", workdir, argv), workdir / "checkpoints"
+    [generated] = json_evaluations(job)
+    ended = run(job, [place], Stretch(checkpoints), clock, [generated])
+    [done], state = ended.runs, ended.state
+    if done.best and done.best["step"] != ended.step:
+        print(f"The best evaluation was at step {done.best['step']:.0f}; its weights are the result.")
+        state = saved_state(job, 0, place.name, done.best["step"], [checkpoints])
+    finish(job, 0, place, done, state, clock, generated)
+
+
+def _without_change(job: Job, place: Place) -> Job:
     """The job with features cached, or not, as they were when the run began: the last bits of its numbers differ.
 
     Raises:
@@ -147,88 +167,89 @@ def _without_change(j: Job, place: Place) -> Job:
     """
     file = place.folder / "config.json"
     before = json.loads(file.read_text()).get("versions", {}).get("features") if file.exists() else None
-    if before is None or j.members[0].cfg.train.cache_features != "auto":
-        return j
+    if before is None or job.experiment.train.cache_features != "auto":
+        return job
     if before == "none":
-        return replace(j, features=None)
-    if j.features is None:
+        return replace(job, features=None)
+    if job.features is None:
         raise UserError(
-            f"The run in {place.folder} began on cached features, and now it would not: {j.note or 'it is too short.'} "
-            "Nothing was changed. Set train.cache_features=on or off; results differ in their last digits."
+            f"The run in {place.folder} began on cached features, and now it would not: "
+            f"{job.note or 'it is too short.'} Nothing was "
+            "changed. Set train.cache_features=on or off; results differ in their last digits."
         )
-    return j
+    return job
 
 
-def saved_state(j: Job, i: int, name: str, step: int | None, folders: Sequence[Path]) -> TrainState:
+def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence[Path]) -> TrainState:
     """Read the state of member `i`, called `name`, from its checkpoint of `step`; None: its last.
 
     Args:
         folders: where its stretches kept their checkpoints, the last one first.
     """
-    abstract = _abstract(j.state)
+    abstract = _abstract(job.state)
     for folder in folders:
         checkpoints = Checkpoints(folder, keep=1)
         try:
             found = [n for n in checkpoints.steps() if step in (None, n)]
             if found:
-                state, counters = checkpoints.restore(lambda counters: _like(j, abstract, counters), found[-1])
+                state, counters = checkpoints.restore(lambda counters: _like(job, abstract, counters), found[-1])
                 lane = [run["name"] for run in counters["runs"]].index(name)
-                return j.alone(state, lane, j.members[i])
+                return job.alone(state, lane, job.members[i])
         finally:
             checkpoints.manager.close()
     raise FileNotFoundError(f"no checkpoint of {name} at step {step} in {', '.join(map(str, folders))}")
 
 
-def finish(j: Job, i: int, place: Place, run: loop.Run, state: TrainState, clock: Any, generated: Any) -> None:
+def finish(job: Job, i: int, place: Place, run: loop.Run, state: TrainState, clock: Any, generated: Any) -> None:
     """Score the result of member `i`, and write what a run leaves behind."""
-    member = j.members[i]
-    params = j.params(state)
+    member = job.members[i]
+    params = job.params(state)
     if generated:
         done = read_metrics(place.folder)
         steps = max(m["step"] for m in done)
         if not any("eval/json_valid" in m and m["step"] == steps for m in done):
-            metrics = _metrics(member.cfg, place, steps)
+            metrics = _metrics(member.experiment, place, steps)
             metrics.write(steps, generated(params))
             metrics.close()
     jax.block_until_ready(params)
     clock("evaluate")
-    results.finish(member, place, j, params, run, clock, generated)
+    results.finish(member, place, job, params, run, clock, generated)
 
 
-def json_evaluations(j: Job) -> list[Any]:
+def json_evaluations(job: Job) -> list[Any]:
     """For each member, what generates and scores its answers; None where evaluate.json is off."""
-    cfg = j.members[0].cfg
-    if not cfg.evaluate.json:
-        return [None] * len(j.members)
+    e = job.experiment.evaluate
+    if not e.json:
+        return [None] * len(job.members)
     from jaxtune.evaluate.json_fields import JsonEvaluation
 
-    e = cfg.evaluate
-    given = j.model.module, j.data.eval, j.data.tokenizer, e.rows, e.max_new_tokens, j.data.stops
-    return [JsonEvaluation(*given) for _ in j.members]
+    rows = job.rows
+    given = job.module, rows.eval, rows.tokenizer, e.rows, e.max_new_tokens, rows.stops
+    return [JsonEvaluation(*given) for _ in job.members]
 
 
-def _write_config(j: Job, member: Member, place: Place) -> None:
-    facts = {"data": j.data.report.fingerprint, "features": str(j.features.cut) if j.features else "none"}
-    text = config.to_json(member.cfg, results.versions() | facts)
-    atomic_write_text(place.folder / "config.json", text)
+def _write_config(job: Job, member: Member, place: Place) -> None:
+    facts = {"data": job.rows.report.fingerprint, "features": str(job.features.cut) if job.features else "none"}
+    text = json.loads(member.experiment.text) | {"versions": results.versions() | facts}
+    atomic_write_text(place.folder / "config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
 
 
-def _metrics(cfg: Any, place: Place, step: int, watch: Watch | None = None) -> Metrics:
+def _metrics(experiment: Experiment, place: Place, step: int, watch: Watch | None = None) -> Metrics:
     return Metrics(
         place.folder,
         step,
         watch=watch,
-        tensorboard=cfg.log.tensorboard,
-        wandb=cfg.log.wandb,
-        config=json.loads(config.to_json(cfg)),
+        tensorboard=experiment.log.tensorboard,
+        wandb=experiment.log.wandb,
+        config=json.loads(experiment.text),
     )
 
 
-def _open(j: Job, member: Member, place: Place, lane: int, record: dict | None, step: int) -> loop.Run:
-    lr, shape = member.cfg.optim.lr, j.shape
+def _open(job: Job, member: Member, place: Place, lane: int, record: dict | None, step: int) -> loop.Run:
+    lr, shape = member.experiment.lr, job.experiment.recipe.shape
     return loop.Run(
         place.name,
-        _metrics(member.cfg, place, step, Watch(job.rate_hint(member.cfg, j.model))),
+        _metrics(member.experiment, place, step, Watch(member.experiment.rate_hint())),
         lr_at=lambda step: float(lr * shape(step)),
         places=member.batches.places,
         lane=lane,
@@ -236,27 +257,27 @@ def _open(j: Job, member: Member, place: Place, lane: int, record: dict | None, 
     )
 
 
-def _generate_before(j: Job, runs: list[loop.Run], generated: Sequence[Any]) -> None:
+def _generate_before(job: Job, runs: list[loop.Run], generated: Sequence[Any]) -> None:
     """All members of a job start as the base, so it is asked once."""
     if generated[0]:
-        values = generated[0](j.params(j.alone(j.state, 0, j.members[0])))
+        values = generated[0](job.params(job.alone(job.state, 0, job.members[0])))
         for run, one in zip(runs, generated, strict=True):
             one.answers = list(generated[0].answers[:1])
             run.metrics.write(0, values)
 
 
-def _plan(j: Job, last: int) -> loop.Plan:
-    cfg = j.members[0].cfg
-    eval_every = cfg.train.eval_every or max(1, round(j.members[0].batches.steps_per_epoch))
-    return loop.Plan(last, cfg.log.every, eval_every, cfg.train.save_every, cfg.train.early_stop)
+def _plan(job: Job, last: int) -> loop.Plan:
+    t = job.experiment.train
+    eval_every = t.eval_every or max(1, round(job.members[0].batches.steps_per_epoch))
+    return loop.Plan(last, job.experiment.log.every, eval_every, t.save_every, t.early_stop)
 
 
-def _evaluation(j: Job) -> Any:
-    if j.eval_batches is None:
+def _evaluation(job: Job) -> Any:
+    if job.eval_batches is None:
         return None
-    limit = j.members[0].cfg.train.eval_batches
-    put = lambda b: shard_batch(b, j.mesh)  # noqa: E731
-    return loop.make_evaluate(j.eval_step, j.frozen, j.eval_batches, put, limit, j.model.task.metrics)
+    limit = job.experiment.train.eval_batches
+    put = lambda b: shard_batch(b, job.mesh)  # noqa: E731
+    return loop.make_evaluate(job.eval_step, job.frozen, job.eval_batches, put, limit, job.experiment.task.metrics)
 
 
 def _step(state: TrainState) -> int:
@@ -267,9 +288,9 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def _like(j: Job, abstract: TrainState, counters: dict[str, Any]) -> TrainState:
+def _like(job: Job, abstract: TrainState, counters: dict[str, Any]) -> TrainState:
     """An abstract state with as many members as the checkpoint has."""
-    if not j.stacked:
+    if not job.stacked:
         return abstract
     members = counters["in_step"]
 

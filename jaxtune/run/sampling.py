@@ -23,14 +23,14 @@ class Prompt(NamedTuple):
     expected: str | None
 
 
-def prompts(cfg: Any, model: Any, data: Any) -> list[Prompt]:
+def prompts(experiment: Any, data: Any) -> list[Prompt]:
     """Return what evaluate.samples and evaluate.prompts ask for.
 
     Raises:
         UserError: a prompt leaves no room for evaluate.max_new_tokens.
     """
-    e = cfg.evaluate
-    room = model.module.spec.positions - e.max_new_tokens - len(data.prefix)
+    e, positions = experiment.evaluate, experiment.module.spec.positions
+    room = positions - e.max_new_tokens - len(data.prefix)
     found = _held_out(data, e.samples, room) if e.samples else []
     if e.prompts:
         from jaxtune.infer.generation import encode_prompts
@@ -40,7 +40,7 @@ def prompts(cfg: Any, model: Any, data: Any) -> list[Prompt]:
             if len(ids) > room:
                 raise UserError(
                     f"evaluate.prompts: {text[:40]!r} has {len(ids)} tokens, and with "
-                    f"evaluate.max_new_tokens={e.max_new_tokens} more it exceeds the {model.module.spec.positions} "
+                    f"evaluate.max_new_tokens={e.max_new_tokens} more it exceeds the {positions} "
                     "positions that the model knows; shorten one of them."
                 )
             found.append(Prompt(ids, text, None))
@@ -81,7 +81,7 @@ class Samples:
     def __init__(self, job: Any, folders: Mapping[str, Path], step: int, say: Callable[[str], None]):
         """`folders`: name of a run -> its directory. `step`: what was written after it is dropped."""
         self.job, self.say = job, say
-        self.prompts = prompts(job.members[0].cfg, job.model, job.data)
+        self.prompts = prompts(job.experiment, job.rows)
         self.files = {name: JsonLines(folder / FILE, step) for name, folder in folders.items() if self.prompts}
 
     def __call__(self, step: int, state: TrainState, runs: Sequence[loop.Run]) -> None:
@@ -97,9 +97,9 @@ class Samples:
     def _continued(self, params: Any) -> list[str]:
         from jaxtune.infer.generation import decode_new, generate
 
-        tokenizer, limit = self.job.data.tokenizer, self.job.members[0].cfg.evaluate.max_new_tokens
+        tokenizer, limit = self.job.rows.tokenizer, self.job.experiment.evaluate.max_new_tokens
         ids = [prompt.ids for prompt in self.prompts]
-        new = generate(self.job.model.module, params, ids, max_new_tokens=limit, eos_ids=self.job.data.stops)
+        new = generate(self.job.module, params, ids, max_new_tokens=limit, eos_ids=self.job.rows.stops)
         return [decode_new(tokenizer, before, after).strip() for before, after in zip(ids, new, strict=True)]
 
     def close(self) -> None:

@@ -52,7 +52,17 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, me
     return True
 
 
-def check_room(workdir: Path, cfg: Any, j: Any) -> None:
+def check_room(workdir: Path, job: Any) -> None:
     """Raise UserError unless the disk has room for the checkpoints (kept, best ones, being written) and the results."""
-    result = sum(leaf.size * 4 for leaf in jax.tree.leaves(j.state.trainable))
-    check_disk(workdir, (cfg.train.keep + 1 + len(j.members)) * state_bytes(j.state) + result)
+    result = sum(leaf.size * 4 for leaf in jax.tree.leaves(job.state.trainable))
+    check_disk(workdir, (job.experiment.train.keep + 1 + len(job.members)) * state_bytes(job.state) + result)
+
+
+def as_begun(cfg: Any, workdir: Path | None) -> Any:
+    """The config with train.micro_batch=auto as the run in `workdir` has settled it, if there is one."""
+    file = None if workdir is None else workdir / "config.json"
+    if cfg.train.micro_batch != "auto" or file is None or not file.exists():
+        return cfg
+    before = config.from_json(file.read_text(), str(file))
+    values = {"train.micro_batch": before.train.micro_batch, "train.grad_accum": before.train.grad_accum}
+    return config.replaced(cfg, values | ({"model.remat": before.model.remat} if cfg.model.remat == "none" else {}))

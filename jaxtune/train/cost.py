@@ -1,15 +1,15 @@
 """What a training step costs, before anything is loaded: bytes, operations and time, from shapes alone.
 
-    abstract parameters -- method, optimizer --> state, frozen        their bytes are exact
-                        -- autodiff, traced ---> what it saves        activations, by remat policy
-                                                 matrix products      operations a token
+    recipe -- method, optimizer --> state, frozen        their bytes are exact
+           -- autodiff, traced ---> what it saves        activations, by remat policy
+                                    matrix products      operations a token
 
 `measure` counts what JAX's own tracing of the loss and its gradient says, for any family, method and policy: nothing
-is written down per architecture, nothing is compiled, and depth costs nothing since layers are scanned. `compiled` asks
-XLA for the plan of the whole step on the backend at hand. `Card` says what a device holds and how fast it goes.
+is written down per architecture, nothing is compiled, and depth costs nothing since layers are scanned.
+`recipe.compiled_bytes` asks XLA for the plan of the whole step on the backend at hand. `Card` says what a device holds
+and how fast it goes.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,14 +22,8 @@ import numpy as np
 
 from jaxtune import tree
 from jaxtune.models.attention import choose, is_short
-from jaxtune.models.classifier import PROBLEMS, SEQUENCE
-from jaxtune.objectives.causal_lm import causal_lm
-from jaxtune.objectives.classification import classification
-from jaxtune.objectives.token_nats import chunk_size
-from jaxtune.train import watch
-from jaxtune.train.step import init_state, make_train_step
-from jaxtune.weights.leaf import Packed
-from jaxtune.weights.packed import quantize
+from jaxtune.objectives.task import Task
+from jaxtune.train.recipe import Recipe, Start
 
 GIB = 2**30
 POLICIES = ("none", "dots", "attention", "full")  # from most memory to least
@@ -68,63 +62,6 @@ CARDS = {
 }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What decides the cost of a step.
-
-    Attributes:
-        module: the decoder or classifier; its dtype, remat policy and attention are those of the step.
-        method: params -> (params, mask).
-        tx: the optimizer.
-        rows, length: of a micro-batch, in tokens.
-        micros: micro-batches in a step.
-        packed: whether rows hold several documents.
-        backend: "cpu" or "gpu".
-        quantization: of the frozen body, as model.quantization.
-    """
-
-    module: Any
-    method: Callable[[Any], tuple[Any, Any]]
-    tx: Any
-    rows: int
-    length: int
-    micros: int = 1
-    packed: bool = False
-    z_loss: float = 0.0
-    backend: str = "gpu"
-    quantization: str = "none"
-
-    @property
-    def body(self) -> Any:
-        """The module below a label head."""
-        return getattr(self.module, "body", self.module)
-
-    @property
-    def labels(self) -> Any:
-        """What a classifier classifies into; None of a language model."""
-        return getattr(self.module, "labels", None)
-
-    def base(self) -> Any:
-        """The abstract parameters before the method."""
-        params = self.module.abstract_params()
-        if self.quantization == "none":
-            return params
-        return jax.eval_shape(functools.partial(quantize, kind=self.quantization), params)
-
-    def loss(self, module: Any) -> Callable[..., Any]:
-        if self.labels is not None:
-            return classification(module)
-        return causal_lm(module, packed=self.packed, z_loss=self.z_loss)
-
-
-class Shapes(NamedTuple):
-    """Abstract arrays of a step, and the parameters by role."""
-
-    state: Any
-    frozen: Any
-    counts: tree.Counts
-
-
 class Bytes(NamedTuple):
     """Device memory of a step by part; `total` is its peak."""
 
@@ -146,16 +83,18 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step of a setup costs for any number of rows.
+    """What a step of a recipe costs on a backend, for any number of rows.
 
     Attributes:
+        backend: "cpu" or "gpu".
         counts: parameters.
         fixed: bytes that rows do not change; the other parts are 0.
         kept, layer: (bytes without rows, bytes a row) of what is saved, and of a layer's backward pass.
         flops: of the matrix products, a row of a micro-batch.
     """
 
-    setup: "Setup"
+    recipe: Recipe
+    backend: str
     counts: tree.Counts
     fixed: Bytes
     kept: tuple[float, float]
@@ -164,10 +103,8 @@ class Cost:
 
     def bytes(self, rows: int, members: int = 1) -> Bytes:
         """Return the memory of a step with `rows` in a micro-batch, for as many members of a sweep."""
-        tokens, vocab = rows * self.setup.length, self.setup.module.spec.vocab
-        chunk = min(tokens, chunk_size(tokens, vocab, members, self.setup.backend))
-        chunk = 0 if self.setup.labels else chunk  # logits of labels are kept with the activations
-        f = self.fixed
+        f, batch, chunk = self.fixed, self.recipe.batch, self.recipe.task.chunk
+        logits = 0 if chunk is None else chunk(rows * batch.length, members, self.backend)
         return Bytes(
             frozen=f.frozen,
             trainable=members * f.trainable,
@@ -175,15 +112,16 @@ class Cost:
             gradients=members * f.gradients,
             activations=members * int(self.kept[0] + rows * self.kept[1]),
             layer=members * int(self.layer[0] + rows * self.layer[1]),
-            logits=members * LOGITS * 4 * chunk * vocab,
-            batch=self.setup.micros * rows * (self.setup.length * 20 + 4),
+            logits=members * LOGITS * 4 * logits * self.recipe.module.spec.vocab,
+            batch=batch.micros * rows * (batch.length * 20 + 4),
         )
 
     def split(self, micros: int) -> "Cost":
         """The same with another number of micro-batches, whose gradients are added up."""
-        once = self.fixed.gradients // (2 if self.setup.micros > 1 else 1)
+        batch = self.recipe.batch
+        once = self.fixed.gradients // (2 if batch.micros > 1 else 1)
         fixed = self.fixed._replace(gradients=once * (2 if micros > 1 else 1))
-        return replace(self, setup=replace(self.setup, micros=micros), fixed=fixed)
+        return replace(self, recipe=replace(self.recipe, batch=batch._replace(micros=micros)), fixed=fixed)
 
     def largest(self, memory: int) -> int:
         """Return the most rows of a micro-batch that fit into `memory` bytes; 0: not even one."""
@@ -198,7 +136,7 @@ class Cost:
 
         Weights are read three times, what is saved is written and read, and the update reads and writes its state.
         """
-        b, micros = self.bytes(rows), self.setup.micros
+        b, micros = self.bytes(rows), self.recipe.batch.micros
         moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
         moved += 2 * (b.trainable + b.optimizer) + b.gradients
         return max(micros * rows * self.flops / (COMPUTE * card.flops), moved / (BANDWIDTH * card.bandwidth))
@@ -253,41 +191,6 @@ def _most(holds: Callable[[int], bool], limit: int = 2**20) -> int:
     return min(low, limit)
 
 
-def shapes(setup: Setup) -> Shapes:
-    """Apply method and optimizer to abstract parameters."""
-    found = []
-
-    def first(base):
-        params, mask = setup.method(base)
-        found.append(tree.count(params, mask))
-        part = tree.partition(params, mask)
-        state = init_state(part.trainable, part.member, setup.tx, jax.random.key(0), copy=False)
-        cast = functools.partial(_cast, dtype=setup.module.dtype)
-        return state, jax.tree.map(cast, part.frozen, is_leaf=lambda leaf: isinstance(leaf, Packed))
-
-    state, frozen = jax.eval_shape(first, setup.base())
-    return Shapes(state, frozen, found[0])
-
-
-def _cast(leaf, dtype):
-    plain = not isinstance(leaf, Packed) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(dtype) if plain else leaf
-
-
-def batch_like(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """The abstract batch of a step."""
-    lead = (setup.micros, setup.rows)
-    tokens = jax.ShapeDtypeStruct((*lead, setup.length), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
-    batch |= {"weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32), "row": jax.ShapeDtypeStruct(lead, jnp.int32)}
-    if setup.labels is not None and setup.labels.kind == SEQUENCE:
-        width = 1 if setup.labels.problem == PROBLEMS[0] else len(setup.labels.names)
-        del batch["targets"]
-        batch["label"] = jax.ShapeDtypeStruct((*lead, width), jnp.float32)
-        batch["weights"] = jax.ShapeDtypeStruct(lead, jnp.float32)
-    return batch
-
-
 def nbytes(shapes: Any) -> int:
     """Bytes of a tree of abstract arrays."""
     return sum(_size(x) for x in jax.tree.leaves(shapes))
@@ -298,76 +201,89 @@ def _size(x: Any) -> int:
     return math.prod(x.shape) * itemsize
 
 
-def measure(setup: Setup, known: Shapes | None = None, everything: tuple[float, float] | None = None) -> Cost:
+def measure(
+    recipe: Recipe, backend: str, known: Start | None = None, everything: tuple[float, float] | None = None
+) -> Cost:
     """Return what a step costs.
 
     The memory is a formula: arguments, gradients, what autodiff saves, and the larger of one layer's backward pass and
     a chunk of logits. The saved arrays are those of JAX's tracing, so what XLA would fuse is counted as it is written.
 
     Args:
-        known: `shapes(setup)`, if it is there already.
-        everything: `saved_by(setup, known, "everything")`, likewise; no policy changes it.
+        recipe: the step.
+        backend: "cpu" or "gpu".
+        known: `recipe.abstract`, or that of a recipe with the same parameters.
+        everything: `saved_by(recipe, backend, known, "everything")`, likewise; no policy changes it.
     """
-    known = known or shapes(setup)
-    everything = everything or saved_by(setup, known, "everything")
+    known = known or recipe.abstract
+    everything = everything or saved_by(recipe, backend, known, "everything")
     gradients = 4 * sum(x.size for x in jax.tree.leaves(known.state.trainable))
     fixed = Bytes(
         frozen=nbytes(known.frozen),
         trainable=nbytes((known.state.trainable, known.state.member)),
         optimizer=nbytes(known.state.opt_state),
-        gradients=gradients * (2 if setup.micros > 1 else 1),
+        gradients=gradients * (2 if recipe.batch.micros > 1 else 1),
         activations=0,
         layer=0,
         logits=0,
         batch=0,
     )
-    all_kept = setup.body.remat == "none" and setup.backend != "cpu"
-    kept = everything if all_kept else saved_by(setup, known, setup.body.remat)
+    all_kept = recipe.module.remat == "none" and backend != "cpu"
+    kept = everything if all_kept else saved_by(recipe, backend, known, recipe.module.remat)
     base, slope = everything
-    # The gradient of the head is made in the forward pass; it is one of the gradients already.
-    head = 0 if setup.labels else nbytes({k: known.state.trainable[k] for k in _head_of(known.state.trainable)})
-    layers = setup.module.spec.layers
+    # The gradient of a head over chunks is made in the forward pass; it is one of the gradients already.
+    head = 0 if recipe.task.chunk is None else nbytes(_head(known.state.trainable))
+    layers = recipe.module.spec.layers
     return Cost(
-        setup=setup,
+        recipe=recipe,
+        backend=backend,
         counts=known.counts,
         fixed=fixed,
         kept=(max(0.0, kept[0] - head), kept[1]),
         layer=(max(0.0, LAYER * (base - head) / layers), LAYER * slope / layers),
-        flops=_flops(setup, known),
+        flops=_flops(recipe, backend, known),
     )
 
 
-def _head_of(trainable: Any) -> list[str]:
+def by_policy(recipe: Recipe, backend: str) -> dict[str, Cost]:
+    """Return the cost under each remat policy."""
+    known = recipe.abstract
+    everything = saved_by(recipe, backend, known, "everything")
+    return {policy: measure(recipe.with_module(remat=policy), backend, known, everything) for policy in POLICIES}
+
+
+def _head(trainable: Any) -> list[Any]:
     """The part of the trainable tree that is the output head."""
     own = "lm_head" if "lm_head" in trainable else "embed_tokens"
-    return [own] if jax.tree.leaves(trainable.get(own)) else []
+    return jax.tree.leaves(trainable.get(own))
 
 
-def saved_by(setup: Setup, known: Shapes, policy: str) -> tuple[float, float]:
+def saved_by(recipe: Recipe, backend: str, known: Start, policy: str) -> tuple[float, float]:
     """Bytes that the forward pass of a policy saves: (without rows, a row of a micro-batch)."""
-    one, two = (_saved(_forward(setup, known, policy, rows)) for rows in (1, 2))
+    one, two = (_saved(_forward(recipe, backend, known, policy, rows)) for rows in (1, 2))
     return 2 * one - two, two - one
 
 
-def _traceable(setup: Setup, policy: str) -> Any:
+def _traceable(recipe: Recipe, backend: str, policy: str) -> Any:
     """The module as it is on the planned backend, in a form that any backend traces.
 
     cuDNN's attention keeps what the mapped form keeps: its inputs, its output, and two numbers a row.
     """
-    module = setup.module
+    module = recipe.module
     block = module.spec.segments[0].pattern[0]
-    special = setup.packed or not block.causal  # an encoder tells padding by segments
-    short = is_short(setup.length, block.causal)
-    chosen = choose(setup.body.attention, special, module.dtype, block.head_dim, setup.backend, short=short)
-    if policy == "none" and setup.backend != "cpu":
+    special = recipe.batch.packed or not block.causal  # an encoder tells padding by segments
+    short = is_short(recipe.batch.length, block.causal)
+    chosen = choose(module.attention, special, module.dtype, block.head_dim, backend, short=short)
+    if policy == "none" and backend != "cpu":
         policy = "everything"
     return module.clone(attention="mapped" if chosen == "cudnn" else chosen, remat=policy)
 
 
-def _loss(setup: Setup, known: Shapes, policy: str, rows: int) -> tuple[Callable[..., Any], tuple]:
+def _loss(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) -> tuple[Callable[..., Any], tuple]:
     """The differentiated loss of one micro-batch and its abstract arguments."""
-    loss_fn = setup.loss(_traceable(setup, policy))
-    micro = {k: jax.ShapeDtypeStruct((rows, *x.shape[2:]), x.dtype) for k, x in batch_like(setup).items()}
+    loss_fn = recipe.loss(_traceable(recipe, backend, policy))
+    batch = recipe.task.batch_like(recipe.batch._replace(rows=rows, micros=1))
+    micro = {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in batch.items()}
 
     def forward(trainable, member, frozen, micro, key):
         def loss(trainable):
@@ -379,8 +295,8 @@ def _loss(setup: Setup, known: Shapes, policy: str, rows: int) -> tuple[Callable
     return forward, (known.state.trainable, known.state.member, known.frozen, micro, known.state.key)
 
 
-def _forward(setup: Setup, known: Shapes, policy: str, rows: int) -> Any:
-    forward, arguments = _loss(setup, known, policy, rows)
+def _forward(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) -> Any:
+    forward, arguments = _loss(recipe, backend, known, policy, rows)
     return jax.make_jaxpr(forward)(*arguments).jaxpr
 
 
@@ -390,17 +306,20 @@ def _saved(jaxpr: Any) -> int:
     return sum(_size(v.aval) for v in kept)
 
 
-def _flops(setup: Setup, known: Shapes) -> float:
+def _flops(recipe: Recipe, backend: str, known: Start) -> float:
     """FLOPs of one row, forward and backward."""
-    forward, arguments = _loss(setup, known, setup.body.remat, 1)
+    forward, arguments = _loss(recipe, backend, known, recipe.module.remat, 1)
 
     def both(*arguments):
         total, pull, _ = forward(*arguments)
         return total, pull(jnp.ones_like(total))
 
-    tokens = setup.length
-    chunks = math.ceil(tokens / min(tokens, chunk_size(tokens, setup.module.spec.vocab)))
-    return dot_flops(jax.make_jaxpr(both)(*arguments).jaxpr, chunks)
+    return dot_flops(jax.make_jaxpr(both)(*arguments).jaxpr, chunks(recipe.task, recipe.batch.length))
+
+
+def chunks(task: Task, tokens: int, members: int = 1) -> int:
+    """Return how often a task's loop over chunks of tokens turns, here; 1 where there is none."""
+    return 1 if task.chunk is None else math.ceil(tokens / task.chunk(tokens, members, None))
 
 
 def dot_flops(jaxpr: Any, trips: int = 1) -> float:
@@ -433,16 +352,3 @@ def _inner(eqn: Any) -> Iterator[Any]:
             item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):
                 yield item
-
-
-def compiled(setup: Setup, known: Shapes | None = None) -> int:
-    """Return the bytes of a step on one device of the backend at hand, as its compiled program plans them."""
-    known = known or shapes(setup)
-    step = make_train_step(setup.loss(setup.module), setup.tx, group=watch.group)
-    return planned_bytes(step.lower(known.state, known.frozen, batch_like(setup)).compile())
-
-
-def planned_bytes(executable: Any) -> int:
-    """Return the device memory of a compiled program, donated buffers once."""
-    plan = executable.memory_analysis()
-    return plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

@@ -302,18 +302,13 @@ def _tokens(batch: dict[str, np.ndarray], lanes: list[int]) -> list[int]:
     return [int(there.sum())] * len(lanes) if there.ndim == 3 else [int(there[lane].sum()) for lane in lanes]
 
 
-def language_metrics(loss: float, weight: float, aux: Any) -> dict[str, float]:
-    """Of a language model: its perplexity, and how many tokens were predicted."""
-    return {"eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": int(weight)}
-
-
 def make_evaluate(
     eval_step: Callable[..., Any],
     frozen: Any,
     batches: Iterable,
     put: Callable[[Any], Any],
     limit: int = 0,
-    metrics: Callable[[float, float, dict[str, np.ndarray]], dict[str, float]] = language_metrics,
+    metrics: Callable[[float, float, dict[str, np.ndarray]], dict[str, float]] = lambda loss, weight, aux: {},
 ) -> Callable[[TrainState], list[dict[str, float]]]:
     """Return `evaluate(state) -> [{"eval/loss", ...}]`, one for each run in the state.
 
@@ -342,8 +337,3 @@ def _columns(sums: tuple[Any, Any, Any]) -> tuple[np.ndarray, np.ndarray, Any]:
         aux = jax.tree.map(lambda x: x[None], aux)
     total = np.atleast_1d(total)
     return total, np.broadcast_to(weight, total.shape), aux
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a JAX error says that the device has no memory left."""
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

@@ -1,21 +1,22 @@
 """Whether a run's features are computed once: where that applies, pays and has room."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from jaxtune.data import Rows
 from jaxtune.errors import UserError
+from jaxtune.run.experiment import Data, Experiment
 from jaxtune.train.features import GIB, Extractor, Store, by_length_of_batch, find_cut
 from jaxtune.train.parallel import make_mesh
 
 PAYS = 1.5  # passes of a run through what is frozen, for one that the features take
 
 
-def plan(cfg: Any, module: Any, d: Any, mask: Any, frozen: Any, passes: float) -> tuple[Extractor | None, str | None]:
+def plan(
+    experiment: Experiment, rows: Data, mask: Any, frozen: Any, passes: float
+) -> tuple[Extractor | None, str | None]:
     """What computes the features of a run, or None; and a line on that, where there is something to be said.
 
     Args:
-        d: the job's data.
+        experiment, rows: the run's.
         mask: of its members.
         frozen: what they share.
         passes: how often the run sees a token.
@@ -23,41 +24,36 @@ def plan(cfg: Any, module: Any, d: Any, mask: Any, frozen: Any, passes: float) -
     Raises:
         UserError: train.cache_features=on, and it cannot be done.
     """
-    asked, why = cfg.train.cache_features, None
+    asked, why, module = experiment.train.cache_features, None, experiment.module
     if asked == "off" or (asked == "auto" and passes < PAYS):
         return None, None
     cut = find_cut(module, mask)
     if cut is None:
-        why = f"tune.method={cfg.tune.method} trains something in or below the first block, so nothing lies below"
-    elif cfg.data.packing and by_length_of_batch(module, cut):
+        why = f"tune.method={experiment.method} trains something in or below the first block, so nothing lies below"
+    elif experiment.data.packing and by_length_of_batch(module, cut):
         why = "the rotary embedding depends on what is packed together; set data.packing=false"
     else:
-        extractor = Extractor(module, cut, frozen, Store(int(cfg.train.cache_gib * GIB)), make_mesh())
-        sizes = {extractor.key(rows): extractor.layout(rows).nbytes for rows in sets(d)}
+        extractor = Extractor(module, cut, frozen, Store(int(experiment.train.cache_gib * GIB)), make_mesh())
+        sizes = {extractor.key(part): extractor.layout(part).nbytes for part in rows.sets}
         why = extractor.store.why_not(sizes)
         if why is None:
             found = all(extractor.store.has(key, size) for key, size in sizes.items())
-            rows, gib = sum(len(part) for rows in sets(d) for part in rows), sum(sizes.values()) / GIB
+            count, gib = sum(len(part) for parts in rows.sets for part in parts), sum(sizes.values()) / GIB
             how = "found" if found else "computed once and kept"
             place = f"{extractor.store.folder} (train.cache_features)"
-            return extractor, f"Features of {rows:,} rows ({cut}; {gib:.3g} GiB) are {how} in {place}."
+            return extractor, f"Features of {count:,} rows ({cut}; {gib:.3g} GiB) are {how} in {place}."
     if asked == "on":
         raise UserError(f"train.cache_features=on: {why}.")
     return None, f"Features are not cached: {why}." if cut else None
 
 
-def sets(d: Any) -> list[Sequence[Rows]]:
-    """The data sets whose features a run needs, each as its sources."""
-    return [d.train] if d.eval is None else [d.train, [d.eval]]
-
-
-def passes(cfg: Any, d: Any, batches: Any, held_out: Any, steps: int) -> float:
+def passes(experiment: Experiment, rows: Data, batches: Any, held_out: Any, steps: int) -> float:
     """How often training and evaluations see a token, on average over both sets."""
-    train = sum(int(rows.length.sum()) for rows in d.train)
+    train = sum(int(part.length.sum()) for part in rows.train)
     seen = train * batches.epoch(steps)
     if held_out is None:
         return seen / train
-    every = cfg.train.eval_every or max(1, round(batches.steps_per_epoch))
-    share = min(1.0, (cfg.train.eval_batches or len(held_out)) / len(held_out))
-    size = int(d.eval.length.sum())
+    every = experiment.train.eval_every or max(1, round(batches.steps_per_epoch))
+    share = min(1.0, (experiment.train.eval_batches or len(held_out)) / len(held_out))
+    size = int(rows.eval.length.sum())
     return (seen + size * share * (1 + -(-steps // every))) / (train + size)

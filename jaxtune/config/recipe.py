@@ -1,0 +1,150 @@
+"""From a resolved config to plain values: `experiment` is the one place where settings become what they act on.
+
+Below it nothing knows a ConfigDict.
+"""
+
+from collections import namedtuple
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.config import ADAPTERS, DEFAULT_LR, to_json
+from jaxtune.errors import UserError
+from jaxtune.hf import load as hf
+from jaxtune.hf import tensors
+from jaxtune.methods.table import cut, tune, virtual_ids
+from jaxtune.objectives.task import BatchShape, Task, open_task
+from jaxtune.run.experiment import Base, Experiment
+from jaxtune.train import optim
+from jaxtune.train.recipe import Recipe
+
+DEFAULT_LENGTH = 1024  # of data.max_length, where the model's own limit is higher
+
+
+def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **defaults: Any) -> Experiment:
+    """Read the model's config.json and open the task on it: all that decides a run, before weights and rows are read.
+
+    Args:
+        cfg: a resolved config.
+        backend: what it is planned for, "cpu" or "gpu"; default: JAX's own.
+        weights: refuse a model whose weights are absent, pickled or cut short.
+        defaults: what config.json is given where it says nothing.
+
+    Raises:
+        UserError: the model, the task and the method do not fit one another.
+    """
+    folder = hf.resolve(cfg.model.path)
+    module, task = open_model(cfg, folder, backend=backend, **defaults)
+    if weights and cfg.model.init == "pretrained":
+        tensors.index_dir(folder)
+    settings = method_settings(cfg)
+    length, prefix = max_length(cfg, module), virtual_ids(module, settings)
+    if length - len(prefix) < 2:
+        raise UserError(
+            f"data.max_length={length} leaves no room for text after {len(prefix)} virtual tokens; raise it."
+        )
+    o, t = cfg.optim, cfg.train
+    recipe = Recipe(
+        module=module,
+        task=task,
+        method=partial(tune, cfg.tune.method, settings=settings),
+        optimizer=partial(
+            optim.optimizer,
+            o.name,
+            lr=o.lr,
+            weight_decay=o.weight_decay,
+            grad_clip=o.grad_clip,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            momentum=o.momentum,
+            loraplus_lr_ratio=o.loraplus_lr_ratio,
+        ),
+        schedule=partial(optim.schedule, o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio),
+        batch=BatchShape(t.batch_size // t.grad_accum, length, t.grad_accum, cfg.data.packing),
+        seed=t.seed,
+        quantization=cfg.model.quantization,
+    )
+    return Experiment(
+        recipe=recipe,
+        base=Base(str(cfg.model.path), folder, cfg.model.init, cfg.model.tokenizer, cfg.model.chat_template),
+        method=cfg.tune.method,
+        settings=settings,
+        adapter=cfg.tune.method in ADAPTERS,
+        optimizer=o.name,
+        lr=o.lr,
+        usual_lr=DEFAULT_LR,
+        prefix=prefix,
+        data=section(cfg, "data"),
+        train=section(cfg, "train"),
+        log=section(cfg, "log"),
+        evaluate=section(cfg, "evaluate"),
+        text=to_json(cfg),
+    )
+
+
+def open_model(
+    cfg: Any, folder: Any = None, *, backend: str | None = None, dtype: Any = None, **defaults: Any
+) -> tuple[Any, Task]:
+    """The module that a config's model is, split where its method asks for it, and its task.
+
+    Args:
+        folder: of the model; default: of model.path.
+        backend: decides model.dtype=auto; default: JAX's own.
+        dtype: of activations; default: model.dtype.
+        defaults: what config.json is given where it says nothing.
+    """
+    folder = folder or hf.resolve(cfg.model.path)
+    backend = backend or jax.default_backend()
+    fields = {"attention": cfg.model.attention, "remat": cfg.model.remat, "unroll": cfg.model.unroll}
+    values = hf.read_config(folder)
+    values |= {key: value for key, value in defaults.items() if values.get(key) is None}
+    module, task = open_task(
+        cfg.objective.name,
+        values,
+        fields | {"dtype": dtype or compute_dtype(cfg.model.dtype, backend)},
+        objective=_plain(cfg.objective),
+        data=_plain(cfg.data),
+        tokenizer=cfg.model.tokenizer,
+    )
+    return cut(cfg.tune.method, module, method_settings(cfg)), task
+
+
+def compute_dtype(name: str = "auto", backend: str | None = None) -> Any:
+    """Resolve model.dtype for a backend; default: JAX's own."""
+    if name == "auto":
+        name = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def max_length(cfg: Any, module: Any) -> int:
+    """Resolve data.max_length against the positions the model knows.
+
+    Raises:
+        UserError: it exceeds them.
+    """
+    known, asked = module.spec.positions, cfg.data.max_length
+    if asked is None:
+        return min(known, DEFAULT_LENGTH)
+    if asked > known:
+        raise UserError(f"data.max_length={asked} exceeds the {known} positions that the model knows; lower it.")
+    return asked
+
+
+def method_settings(cfg: Any) -> Mapping[str, Any]:
+    """The method's own section, by its name: tune.lora for tune.method=lora; none for methods without settings."""
+    chosen = cfg.tune.get(cfg.tune.method, None)
+    return {} if chosen is None else dict(chosen)
+
+
+def section(cfg: Any, name: str) -> Any:
+    """A section of a config as a plain named tuple."""
+    values = _plain(cfg[name])
+    return namedtuple(name.title(), values)(**values)
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    return {key: dict(value) if hasattr(value, "items") else value for key, value in values.items()}

@@ -1,0 +1,124 @@
+"""The tasks with labels: sequence_classification and token_classification. What each reads, lays out and measures."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune import models
+from jaxtune.data import load_tokenizer, read
+from jaxtune.data.labels import JOINED, LabelAssembler, LabelForm, count_ids, count_labels
+from jaxtune.errors import UserError
+from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, read_labels, with_labels
+from jaxtune.objectives.classification import classification, metrics
+from jaxtune.objectives.task import BatchShape, Task
+
+REGRESSION = PROBLEMS[2]
+
+
+def _open(
+    kind: str,
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+) -> tuple[Any, Task]:
+    """Put a label head on the model of a config.json; see `jaxtune.objectives.task.register`.
+
+    Raises:
+        UserError: the labels are missing, unknown or only one.
+    """
+    stored = read_labels(config)
+    if stored is not None and stored.kind != kind:
+        stored = None
+    problem = objective["problem_type"]
+    if problem == "auto":
+        problem = stored.problem if stored else PROBLEMS[0]
+    form = LabelForm(
+        per_token=kind == TOKEN,
+        several=problem == PROBLEMS[1],
+        value=problem == REGRESSION,
+        columns=dict(data["columns"]),
+        first=objective["first_label"],
+    )
+    names, origin = objective["labels"], "objective.labels"
+    if problem == REGRESSION:
+        names = stored.names if stored and stored.problem == REGRESSION else ("LABEL_0",)
+        if len(names) != 1:
+            raise UserError(f"The model in model.path predicts {len(names)} values; a regression here has one.")
+    elif not names and stored and stored.problem == problem:
+        names, origin = stored.names, "the model's config.json"
+    if not names:
+        counted = count_labels(map(read, data["train"]), form)
+        names, origin = counted.names, "data.train"
+        form.notes += counted.notes
+    if len(names) < 2 and problem != REGRESSION:
+        raise UserError(f"{origin} has only the label {names[0]!r}; at least two are needed to learn from.")
+    form.names, form.origin = names, origin
+    counted = count_ids(map(read, data["train"]), form) if objective["class_weights"] == "balanced" else None
+    pooling = objective["pooling"]
+    labels = Labels(
+        kind,
+        names,
+        problem,
+        pooling if pooling != "auto" else stored and stored.pooling,
+        drawn=not (stored and (stored.names, stored.problem) == (names, problem)),
+    )
+    config = {**config, "architectures": None}
+    if config.get("pad_token_id") is None:  # transformers needs it, to find the last token of a decoder's row
+        padding = load_tokenizer(tokenizer).pad_token_id
+        config |= {} if padding is None else {"pad_token_id": padding}
+    module = with_labels(models.build(config, **fields), labels)
+    form.joined = None if module.is_encoder else JOINED
+    return module, label_task(module, form, _class_weights(objective["class_weights"], form, counted))
+
+
+def label_task(module: Any, form: LabelForm | None = None, class_weights: tuple[float, ...] | None = None) -> Task:
+    """Return the task of a `Classifier`; `class_weights` as for `classification`."""
+    return Task(
+        loss=lambda module, members: classification(module, class_weights),
+        batch_like=partial(_batch_like, module.labels),
+        metrics=lambda loss, weight, counts: metrics(counts),
+        assembler=LabelAssembler,
+        form=form,
+    )
+
+
+open_sequence, open_token = partial(_open, SEQUENCE), partial(_open, TOKEN)
+
+
+def _batch_like(labels: Labels, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = (shape.micros, shape.rows)
+    tokens = jax.ShapeDtypeStruct((*rows, shape.length), jnp.int32)
+    batch = {"tokens": tokens, "positions": tokens, "segments": tokens, "row": jax.ShapeDtypeStruct(rows, jnp.int32)}
+    if labels.kind == TOKEN:
+        return batch | {"targets": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
+    width = 1 if labels.problem == PROBLEMS[0] else len(labels.names)
+    label = jax.ShapeDtypeStruct((*rows, width), jnp.float32)
+    return batch | {"label": label, "weights": jax.ShapeDtypeStruct(rows, jnp.float32)}
+
+
+def _class_weights(asked: Any, form: LabelForm, counted: Any) -> tuple[float, ...] | None:
+    """The weight of each label: as scikit-learn balances classes, or of several labels the ratio of no to yes."""
+    if asked is None:
+        return None
+    if asked != "balanced":
+        if len(asked) != len(form.names):
+            raise UserError(
+                f"objective.class_weights has {len(asked)} numbers for {len(form.names)} labels: "
+                f"{', '.join(form.names[:12])}."
+            )
+        return asked
+    counts = [counted.labels[name] for name in form.names]
+    if 0 in counts:
+        raise UserError(
+            f"objective.class_weights=balanced: data.train has no row with the label {form.names[counts.index(0)]!r}; "
+            "give the weights as numbers."
+        )
+    if form.several:
+        return tuple((counted.rows - n) / n for n in counts)
+    return tuple(sum(counts) / (len(counts) * n) for n in counts)

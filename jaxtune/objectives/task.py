@@ -1,0 +1,123 @@
+"""Tasks: what a run trains for. A task is a loss, the form of its rows and its batches, and what an evaluation logs.
+
+`TASKS` is the one list of them, which `objective.name` chooses from. To add one, call `register` with a function that
+opens it on a model; nothing else has to know its name:
+
+    def open_pairs(config, fields, *, objective, data, tokenizer): ... return module, Task(loss=..., ...)
+    register("pairs", open_pairs)
+
+Nothing here imports jax before a task is opened.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Opener = Callable[..., tuple[Any, "Task"]]
+
+
+class BatchShape(NamedTuple):
+    """The shape of a step's batch: `micros` micro-batches of `rows` rows of `length` tokens; packed: several texts."""
+
+    rows: int
+    length: int
+    micros: int = 1
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run asks of its task.
+
+    Attributes:
+        loss: (module, members that share the step) -> loss_fn; see `jaxtune.objectives`. The module may be what lies
+            above a cut of the task's own (`jaxtune.train.features`).
+        batch_like: BatchShape -> the abstract batch of a step, [A, B, ...] each.
+        metrics: (loss, weight, sums of what the loss counts) -> what an evaluation logs beside eval/loss.
+        assembler: lays data rows into batches (`jaxtune.data.batches.Assembler`).
+        form: how labelled rows are read; None: rows are text (`jaxtune.data.formats`).
+        chunk: (tokens, members, backend) -> tokens whose logits exist at once; None: kept as activations are.
+        continues: the result continues text, so that `jaxtune generate` and samples have a meaning.
+    """
+
+    loss: Callable[[Any, int], Callable[..., Any]]
+    batch_like: Callable[[BatchShape], dict[str, Any]]
+    metrics: Callable[[float, float, Any], dict[str, float]]
+    assembler: type
+    form: Any = None
+    chunk: Callable[[int, int, str | None], int] | None = None
+    continues: bool = False
+
+
+class Entry(NamedTuple):
+    """A row of `TASKS`.
+
+    Attributes:
+        opener: opens the task on a model, or where to find that function, "module:name".
+        settings: the settings that only some tasks read, and this one does; the others are refused with it.
+    """
+
+    opener: Opener | str
+    settings: tuple[str, ...]
+
+
+_TEXT = (
+    *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.ignore", "data.packing"),
+    *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "model.chat_template"),
+    *("objective.z_loss", "evaluate"),
+)
+_LABELS = ("objective.labels", "objective.first_label", "objective.class_weights")
+
+TASKS: dict[str, Entry] = {
+    "causal_lm": Entry("jaxtune.objectives.causal_lm:open_task", _TEXT),
+    "sequence_classification": Entry(
+        "jaxtune.objectives.labels:open_sequence", (*_LABELS, "objective.problem_type", "objective.pooling")
+    ),
+    "token_classification": Entry("jaxtune.objectives.labels:open_token", _LABELS),
+}
+
+
+def register(name: str, opener: Opener | str, settings: Sequence[str] = ()) -> None:
+    """Add a task to those that `objective.name` chooses from.
+
+    Args:
+        name: what configs call it.
+        opener: `(config, fields, *, objective, data, tokenizer) -> (module, Task)`, or "module:name" of it. `config` is
+            the model's config.json; `fields` are of its module; `objective` and `data` are the sections of the run's
+            config; `tokenizer` is the directory of it.
+        settings: of those settings that not every task reads, the ones that this one does.
+
+    Raises:
+        ValueError: there is a task of this name.
+    """
+    if name in TASKS:
+        raise ValueError(f"there is a task called {name!r} already")
+    TASKS[name] = Entry(opener, tuple(settings))
+
+
+def open_task(
+    name: str,
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+) -> tuple[Any, Task]:
+    """Open the task called `name` on the model of a config.json: (module, task); see `register`.
+
+    Raises:
+        UserError: the model does not fit the task, or what the task needs to know of the data is missing or wrong.
+    """
+    opener = TASKS[name].opener
+    if isinstance(opener, str):
+        module, _, function = opener.partition(":")
+        opener = getattr(importlib.import_module(module), function)
+    return opener(config, fields, objective=objective, data=data, tokenizer=tokenizer)
+
+
+def unread(name: str) -> tuple[str, ...]:
+    """Return the settings (or sections) that some task reads, and the task called `name` does not."""
+    mine = TASKS[name].settings
+    return tuple(dict.fromkeys(path for entry in TASKS.values() for path in entry.settings if path not in mine))

@@ -1,0 +1,195 @@
+"""What a config asks for, in plain values: a recipe, a base, rows, how long, how often. Made by `config.recipe`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune import data
+from jaxtune.curate import NOTE, DataReport, glance
+from jaxtune.data.batches import GRAIN
+from jaxtune.hf import load as hf
+from jaxtune.hf.stops import added_line
+from jaxtune.train import watch
+from jaxtune.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained model, as the config names it.
+
+    Attributes:
+        path: a directory or hub id, as given.
+        folder: its directory.
+        init: "pretrained", or "random": only its config and tokenizer are read.
+        tokenizer: directory or hub id of the tokenizer.
+        chat_template: a Jinja file; None: the tokenizer's own.
+    """
+
+    path: str
+    folder: Path
+    init: str
+    tokenizer: str
+    chat_template: str | None
+
+    def load(self, recipe: Recipe) -> Any:
+        """Read the recipe's base parameters, or draw them."""
+        key = jax.random.key(recipe.seed)
+        if self.init == "random":
+            return recipe.quantized(jax.jit(recipe.module.init_params)(key))
+        kind = None if recipe.quantization == "none" else recipe.quantization
+        return hf.read_params(recipe.module, self.folder, key=key, quantization=kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """One run, before anything is loaded.
+
+    Attributes:
+        recipe: the step.
+        base: what is tuned.
+        method, settings: the tuning method's name, and its own section of the config.
+        adapter: its result is an adapter, not a whole model.
+        optimizer, lr: the optimizer's name, and the peak learning rate.
+        usual_lr: method -> its default rate.
+        prefix: virtual tokens before each row, within `recipe.batch.length`.
+        data, train, log, evaluate: the sections of the config, by attribute.
+        text: the whole config as JSON.
+    """
+
+    recipe: Recipe
+    base: Base
+    method: str
+    settings: Mapping[str, Any]
+    adapter: bool
+    optimizer: str
+    lr: float
+    usual_lr: Mapping[str, float]
+    prefix: Sequence[int]
+    data: Any
+    train: Any
+    log: Any
+    evaluate: Any
+    text: str
+
+    @property
+    def module(self) -> Any:
+        return self.recipe.module
+
+    @property
+    def task(self) -> Any:
+        return self.recipe.task
+
+    def in_steps(self, steps: int) -> "Experiment":
+        """The same, now that the number of its steps is known."""
+        return replace(self, recipe=replace(self.recipe, steps=steps))
+
+    def rate_hint(self) -> list[watch.Finding]:
+        """What is to be said of the learning rate before the run."""
+        if self.optimizer != "adamw" or self.base.init == "random":  # a model that knows nothing takes other rates
+            return []
+        scale = self.settings["lora_alpha"] / self.settings["r"] if "lora_alpha" in self.settings else 1.0
+        return watch.rate_hint(self.lr, self.method, self.usual_lr, width=self.module.spec.width, scale=scale)
+
+
+@dataclass
+class Data:
+    """The rows of a run, tokenised.
+
+    Attributes:
+        train: of each source.
+        eval: held out; None: there are none.
+        report: what became of them.
+        length: the most tokens of a row, with the virtual tokens before it.
+    """
+
+    tokenizer: Any
+    train: list[data.Rows]
+    eval: data.Rows | None
+    report: data.Report
+    length: int
+    prefix: Sequence[int] = ()
+    form: data.LabelForm | None = None
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end what is trained."""
+        return sorted(token for token in self.report.ends if token >= 0)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which a generated text ends: these, and the tokenizer's own."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.ends, *([] if own is None else [own])}))
+
+    @cached_property
+    def glance(self) -> DataReport:
+        """What is wrong with the rows, as far as their tokens say."""
+        return glance(self.tokenizer, self.train, self.eval, self.report, self.form)
+
+    @property
+    def sets(self) -> list[Sequence[data.Rows]]:
+        """Training and held-out rows, each as its sources."""
+        return [self.train] if self.eval is None else [self.train, [self.eval]]
+
+
+def open_data(experiment: Experiment) -> Data:
+    """Read and tokenise the rows that the config names."""
+    d, length, prefix = experiment.data, experiment.recipe.batch.length, experiment.prefix
+    tokenizer = data.load_tokenizer(experiment.base.tokenizer, experiment.base.chat_template)
+    train, held_out, report = data.prepare(
+        tokenizer,
+        d.train,
+        eval=d.eval,
+        eval_fraction=d.eval_fraction,
+        **data.reading(d),
+        labels=experiment.task.form,
+        max_length=length - len(prefix),
+        overlength=d.overlength,
+        vocab_size=experiment.module.spec.vocab,
+        cache=d.cache,
+    )
+    return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form)
+
+
+def data_lines(experiment: Experiment, rows: Data) -> list[str]:
+    """What was read, and what was done with it."""
+    lines = rows.report.lines()
+    if experiment.data.max_length is None:
+        known = experiment.module.spec.positions
+        lines.append(f"data.max_length is {rows.length} by default (the model knows {known}).")
+    lines += added_line(rows.tokenizer, experiment.base.folder, rows.ends)
+    lines += [f"{f.severity}: {f.message}: {f.fix}." for f in rows.glance.findings if f.severity != NOTE]
+    return lines
+
+
+def make_batches(
+    experiment: Experiment, rows: Data, *, grain: int = GRAIN
+) -> tuple[data.Batches, data.EvalBatches | None, int]:
+    """Return the training stream, the evaluation batches and the number of steps."""
+    d, t = experiment.data, experiment.train
+    shared = {
+        "grain": grain,
+        "batch_size": t.batch_size,
+        "grad_accum": t.grad_accum,
+        "max_length": rows.length,
+        "packing": d.packing,
+        "assembler": experiment.task.assembler,
+    }
+    train = [part.prefixed(rows.prefix) for part in rows.train]
+    batches = data.Batches(train, weights=d.weights, seed=t.seed, group_by_length=d.group_by_length, **shared)
+    held_out = None if rows.eval is None else data.EvalBatches(rows.eval.prefixed(rows.prefix), **shared)
+    return batches, held_out, t.steps or batches.steps(t.epochs)
+
+
+def one_order(experiments: Sequence[Experiment]) -> bool:
+    """Whether all see the same batches."""
+    return len({e.train.seed for e in experiments}) == 1
+
+
+def batch_at(streams: Sequence[data.Batches]) -> Callable[[int], Any]:
+    """Return the batch of a step: one for all, or for each member its own."""
+    return streams[0].batch if len({s.seed for s in streams}) == 1 else data.side_by_side(streams)

@@ -1,0 +1,183 @@
+"""From experiments to what the loop needs: weights loaded, everything on the devices, the steps made."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jaxtune import data, tree
+from jaxtune.data.batches import GRAIN
+from jaxtune.run import caching
+from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one_order
+from jaxtune.train.features import Extractor, above
+from jaxtune.train.parallel import check_rows, make_mesh, replicate, shard_batch
+from jaxtune.train.recipe import start_group
+from jaxtune.train.stacked import shard_lanes, unstack
+from jaxtune.train.step import TrainState
+
+# XLA's products on a CPU give a member the same bits in a group of any size where rows are of 32 tokens, not of 24.
+STACKED_GRAIN = 32
+
+
+@dataclass
+class Member:
+    """One run of a job: alone, or one of those that share a step.
+
+    Attributes:
+        experiment: what it is asked for.
+        like: its state as it is alone, abstract.
+        batches: its own order of the rows.
+    """
+
+    experiment: Experiment
+    mask: Any
+    counts: tree.Counts
+    like: TrainState
+    batches: data.Batches
+
+
+@dataclass
+class Job:
+    """All that the loop needs.
+
+    Attributes:
+        experiment: that of the first member: what they have in common.
+        state: that of the one member, or theirs, stacked.
+        features: what computes what lies below all that is trained, once; None: it is computed in each step.
+        note: on that.
+    """
+
+    experiment: Experiment
+    rows: Data
+    members: list[Member]
+    stacked: bool
+    state: TrainState
+    frozen: Any
+    mesh: Any
+    steps: int
+    batch_at: Callable[[int], Any]
+    put: Callable[[Any, list[int]], Any]
+    eval_batches: data.EvalBatches | None
+    step_fn: Any
+    eval_step: Any
+    features: Extractor | None = None
+    note: str | None = None
+
+    @property
+    def module(self) -> Any:
+        return self.experiment.module
+
+    def alone(self, state: TrainState, lane: int, member: Member) -> TrainState:
+        """The state of `member`, which is in `lane` of a state of this job."""
+        return unstack(state, lane, member.like) if self.stacked else state
+
+    def params(self, state: TrainState) -> Any:
+        """The parameters of a run alone."""
+        return tree.combine(state.trainable, state.member, self.frozen)
+
+
+def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = False) -> Job:
+    """Load the weights and put everything on the devices.
+
+    Args:
+        experiments: one; or several that differ in values only, which train in one step (`stacked`).
+        rows: theirs.
+    """
+    first, mesh = experiments[0], make_mesh()
+    check_rows(first.recipe.batch.rows, mesh)
+    grain = STACKED_GRAIN if stacked else GRAIN
+    streams = {e.train.seed: make_batches(e, rows, grain=grain) for e in experiments}
+    batches, held_out, steps = streams[first.train.seed]
+    experiments = [e.in_steps(steps) for e in experiments]
+    first = experiments[0]
+    base = first.base.load(first.recipe)
+    if stacked:
+        state, starts = start_group([e.recipe for e in experiments], base)
+    else:
+        starts = [first.recipe.start(base)]
+        state = starts[0].state
+    members = [
+        Member(e, start.mask, start.counts, jax.eval_shape(lambda x: x, start.state), streams[e.train.seed][0])
+        for e, start in zip(experiments, starts, strict=True)
+    ]
+    frozen = replicate(starts[0].frozen, mesh)
+    passes = caching.passes(first, rows, batches, held_out, steps)
+    features, note = caching.plan(first, rows, members[0].mask, frozen, passes)
+    step_fn, eval_step = _programs(experiments, mesh, stacked)
+
+    def put(batch, lanes):
+        if len(streams) == 1:
+            return shard_batch(batch, mesh)
+        return shard_lanes({k: v[lanes] for k, v in batch.items()}, mesh)
+
+    return Job(
+        experiment=first,
+        rows=rows,
+        members=members,
+        stacked=stacked,
+        state=replicate(state, mesh),
+        frozen=frozen,
+        mesh=mesh,
+        steps=steps,
+        batch_at=batch_at([m.batches for m in members]),
+        put=put,
+        eval_batches=held_out,
+        step_fn=step_fn,
+        eval_step=eval_step,
+        features=features,
+        note=note,
+    )
+
+
+def _programs(experiments: Sequence[Experiment], mesh: Any, stacked: bool, module: Any = None) -> tuple[Any, Any]:
+    members = len(experiments) if stacked else None
+    recipe = experiments[0].recipe
+    return recipe.programs(mesh, members=members, shared_batch=one_order(experiments), above=module)
+
+
+def with_features(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
+    """Return the same job over features in place of tokens, which are computed if they are not there.
+
+    Raises:
+        Interrupted: `stop` said so; what is done is kept.
+    """
+    if job.features is None:
+        return job
+    began = time.monotonic()
+
+    def progress(done, total):
+        say(f"features: {done:,} of {total:,} tokens, {done / (time.monotonic() - began):,.0f} tokens/s")
+
+    train, *rest = (job.features.open(rows, stop, progress) for rows in job.rows.sets)
+    say(f"features: ready after {time.monotonic() - began:.1f} s")
+    streams = {id(m.batches): data.with_features(m.batches, train) for m in job.members}
+    members = [replace(m, batches=streams[id(m.batches)]) for m in job.members]
+    module = above(job.module, job.features.cut)
+    step_fn, eval_step = _programs([m.experiment for m in members], job.mesh, job.stacked, module)
+    return replace(
+        job,
+        members=members,
+        batch_at=batch_at([m.batches for m in members]),
+        eval_batches=None if job.eval_batches is None else data.with_features(job.eval_batches, *rest),
+        step_fn=step_fn,
+        eval_step=eval_step,
+    )
+
+
+def over_features_found(job: Job) -> Job:
+    """Return `with_features` where they are there: the job as it ran."""
+    if job.features is None:
+        return job
+    sizes = {job.features.key(rows): job.features.layout(rows).nbytes for rows in job.rows.sets}
+    found = all(job.features.store.has(key, size) for key, size in sizes.items())
+    return with_features(job, lambda line: None, lambda: False) if found else job
+
+
+def as_stored(job: Job, params: Any, mask: Any) -> Any:
+    """For a whole model that is written, undo the cast to the compute dtype: frozen leaves come from the base again."""
+    if tree.FROZEN not in jax.tree.leaves(mask):
+        return params
+    stored, _ = job.experiment.recipe.tuned(job.experiment.base.load(job.experiment.recipe))
+    return jax.tree.map(lambda new, old, role: old if role is tree.FROZEN else new, params, stored, mask)

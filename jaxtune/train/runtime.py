@@ -1,0 +1,59 @@
+"""The process that trains: JAX's settings, the compute dtype, and the memory there is."""
+
+import ctypes
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune.files import cache_root
+
+
+def prepare_jax() -> None:
+    """Keep compiled programs on disk, unless the user has set JAX's own cache; on a CPU, keep memory in the process.
+
+    A step's working memory is one block. glibc gives a block of that size back to the system and maps it anew at each
+    step, page by page: a tenth of a small model's step. It stays mapped if it comes from the main thread's heap. What
+    the compiler used would stay as well, two or three times as much, so what is free goes back around each compile.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # so that it is the main thread that asks for memory
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        _return_around_compiling()
+
+
+@cache
+def _return_around_compiling() -> None:
+    """From now on, give freed memory back to the system before and after each compile of any size; glibc only.
+
+    The compiler's threads cannot use what the main thread has freed, nor the main thread what they have.
+    """
+    around = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event in around and seconds > 0.1:
+            ctypes.CDLL(None).malloc_trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def free_bytes() -> int:
+    """Memory that a step may take: of the device, or of a machine without one."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(0.9 * limit)
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(0.7 * 1024 * int(lines["MemAvailable"].split()[0]))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a JAX error says that the device has no memory left."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
