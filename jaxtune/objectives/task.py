@@ -39,6 +39,7 @@ class Task:
         form: how labelled rows are read; None: rows are text (`jaxtune.data.formats`).
         chunk: (tokens, members, backend) -> tokens whose logits exist at once; None: kept as activations are.
         continues: the result continues text, so that `jaxtune generate` and samples have a meaning.
+        features: its batches may hold features in place of tokens (`jaxtune.train.features`).
     """
 
     loss: Callable[[Any, int], Callable[..., Any]]
@@ -48,6 +49,7 @@ class Task:
     form: Any = None
     chunk: Callable[[int, int, str | None], int] | None = None
     continues: bool = False
+    features: bool = True
 
 
 class Entry(NamedTuple):
@@ -56,10 +58,12 @@ class Entry(NamedTuple):
     Attributes:
         opener: opens the task on a model, or where to find that function, "module:name".
         settings: the settings that only some tasks read, and this one does; the others are refused with it.
+        auto_class: the class of transformers that loads the result.
     """
 
     opener: Opener | str
-    settings: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    auto_class: str = "AutoModelForCausalLM"
 
 
 _TEXT = (
@@ -72,13 +76,17 @@ _LABELS = ("objective.labels", "objective.first_label", "objective.class_weights
 TASKS: dict[str, Entry] = {
     "causal_lm": Entry("jaxtune.objectives.causal_lm:open_task", _TEXT),
     "sequence_classification": Entry(
-        "jaxtune.objectives.labels:open_sequence", (*_LABELS, "objective.problem_type", "objective.pooling")
+        "jaxtune.objectives.labels:open_sequence",
+        (*_LABELS, "objective.problem_type", "objective.pooling"),
+        "AutoModelForSequenceClassification",
     ),
-    "token_classification": Entry("jaxtune.objectives.labels:open_token", _LABELS),
+    "token_classification": Entry("jaxtune.objectives.labels:open_token", _LABELS, "AutoModelForTokenClassification"),
 }
 
 
-def register(name: str, opener: Opener | str, settings: Sequence[str] = ()) -> None:
+def register(
+    name: str, opener: Opener | str, settings: Sequence[str] = (), auto_class: str = "AutoModelForCausalLM"
+) -> None:
     """Add a task to those that `objective.name` chooses from.
 
     Args:
@@ -87,13 +95,14 @@ def register(name: str, opener: Opener | str, settings: Sequence[str] = ()) -> N
             the model's config.json; `fields` are of its module; `objective` and `data` are the sections of the run's
             config; `tokenizer` is the directory of it.
         settings: of those settings that not every task reads, the ones that this one does.
+        auto_class: the class of transformers that loads the result.
 
     Raises:
         ValueError: there is a task of this name.
     """
     if name in TASKS:
         raise ValueError(f"there is a task called {name!r} already")
-    TASKS[name] = Entry(opener, tuple(settings))
+    TASKS[name] = Entry(opener, tuple(settings), auto_class)
 
 
 def open_task(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ADAPTERS, BY_PATH
-from jaxtune.hf.card import AUTO, loading
+from jaxtune.hf.card import loading
+from jaxtune.objectives.task import TASKS
 from jaxtune.report import evaluation
 from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.data import data_view
@@ -141,14 +142,16 @@ def _result(run: Run) -> Path:
 
 def _use(run: Run) -> list[Snippet]:
     """How to try and to load the result; nothing before it is there."""
-    result, task = _result(run), run.settings["objective.name"]
+    result = _result(run)
     if not result.is_dir():
         return []
+    auto = run.summary.get("auto_class") or TASKS[run.settings["objective.name"]].auto_class  # older runs do not say it
     folder, base = shlex.quote(str(run.folder)), str(run.settings["model.path"])
     snippets = [Snippet("on the command line", f"jaxtune generate {folder} --prompt='...'")]
-    code = loading(base, str(result), adapter=result.name == "adapter", auto=AUTO[task])
+    code = loading(base, str(result), adapter=result.name == "adapter", auto=auto)
     snippets += [Snippet(f"with {name}", lines) for name, lines in code.items()]
-    return snippets if task == "causal_lm" else snippets[1:]
+    continues = run.summary.get("continues", auto == "AutoModelForCausalLM")
+    return snippets if continues else snippets[1:]
 
 
 def reproduce(run: Run) -> list[Snippet]:

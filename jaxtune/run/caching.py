@@ -27,8 +27,10 @@ def plan(
     asked, why, module = experiment.train.cache_features, None, experiment.module
     if asked == "off" or (asked == "auto" and passes < PAYS):
         return None, None
-    cut = find_cut(module, mask)
-    if cut is None:
+    cut = find_cut(module, mask) if experiment.task.features else None
+    if not experiment.task.features:
+        why = "batches of this task hold tokens only"
+    elif cut is None:
         why = f"tune.method={experiment.method} trains something in or below the first block, so nothing lies below"
     elif experiment.data.packing and by_length_of_batch(module, cut):
         why = "the rotary embedding depends on what is packed together; set data.packing=false"

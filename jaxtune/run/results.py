@@ -62,6 +62,8 @@ def finish(member, place, job, params, run, clock, generated) -> None:
         "device": jax.devices()[0].device_kind,
         "data": job.rows.report.lines(),
         "argv": place.argv,
+        "auto_class": auto_class(job.module),
+        "continues": experiment.task.continues,
         "best": run.best,
         "early_stop": run.ended == EARLY,
         "findings": [finding.as_json() for finding in findings(rows, experiment.rate_hint())],
@@ -150,9 +152,9 @@ def _cost(job, steps: int) -> dict[str, Any]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         (job.state, job.frozen, job.put(job.batch_at(0), list(range(len(job.members))))),
     )
-    tokens = batch["segments"].shape
-    rows, width = tokens[-2:]
-    trips = chunks(job.experiment.task, rows * width, len(job.members))
+    tokens, micros = batch["segments"].shape, job.experiment.recipe.batch.micros
+    here = math.prod(tokens) // micros // (1 if batch["row"].ndim == 2 else len(job.members))
+    trips = chunks(job.experiment.task, here, len(job.members))
     flops = dot_flops(job.step_fn.trace(state, frozen, batch).jaxpr.jaxpr, trips)
     sampled = [job.batch_at(step)["segments"].size for step in range(0, steps, max(1, steps // 32))]
     return cost | {"flops": flops / len(job.members) / math.prod(tokens) * statistics.fmean(sampled) * steps}

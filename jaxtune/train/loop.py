@@ -297,9 +297,9 @@ def _line(run: Run, number: int, values: dict[str, float], seconds: float) -> di
 
 
 def _tokens(batch: dict[str, np.ndarray], lanes: list[int]) -> list[int]:
-    """Tokens of each run in a batch: [A, B, T] for all, or [K, A, B, T]."""
-    there = batch["segments"] > 0
-    return [int(there.sum())] * len(lanes) if there.ndim == 3 else [int(there[lane].sum()) for lane in lanes]
+    """Tokens of each run in a batch: [A, B, ...] for all, or [K, A, B, ...]."""
+    there, shared = batch["segments"] > 0, batch["row"].ndim == 2
+    return [int(there.sum())] * len(lanes) if shared else [int(there[lane].sum()) for lane in lanes]
 
 
 def make_evaluate(
