@@ -490,7 +490,7 @@ def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
         ("binary.jsonl", b"\xff\xfe\x00\x01", "not UTF-8"),
         ("broken.jsonl", b'{"text": ', "broken.jsonl:1: malformed JSON"),
         ("one.csv", b"body\nhello\n", "--columns=text=body"),
-        ("bare.csv", b"hello,world\na,b\n", "Is the first line a header?"),
+        ("bare.csv", b"hello,world\na,b\n", "If the first line is no header"),
         ("tags.conll", b"Paris\tB-location\n", "every row has the same label"),
         ("rows.pkl", b"x", "never read"),
         ("rows.xml", b"<a/>", "cannot read a .xml"),

@@ -22,6 +22,7 @@ FLAGS = {
     "workdir": Flag("where data_report.json is written", Path),
     "strict": Flag("exit with status 2 if there are errors or warnings", bool, False),
     "write-clean": Flag("a .jsonl file for the training rows without those that findings remove", Path),
+    "drop-near": Flag("with --write-clean: leave near duplicates out, too", bool, False),
     "near": Flag("similarity of near duplicates, from 0 to 1; 0: do not look for them", float, 0.8),
     "rows": Flag("rows to show with their trained tokens coloured", int, 3),
 }
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--near={options.near:g}: expected a similarity from 0 to 1")
     if options.rows < 0:
         raise UserError(f"--rows={options.rows}: expected 0 or more")
+    if options.drop_near and not (options.write_clean and options.near):
+        raise UserError("--drop-near has no effect without --write-clean=FILE.jsonl, or with --near=0: leave it out.")
     if options.write_clean:
         from jaxtune.curate.clean import targets
 
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
         atomic_write_text(options.workdir / REPORT, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
         console.print(f"written: {options.workdir / REPORT}", highlight=False)
     if options.write_clean:
-        _write_clean(report, options.write_clean, console)
+        _write_clean(report, options.write_clean, options.drop_near, console)
     errors, warnings = report.count("error"), report.count("warning")
     if options.strict and errors + warnings:
         raise UserError(f"--strict: the data has {errors} errors and {warnings} warnings, shown above.")
@@ -87,10 +90,10 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
         )
 
 
-def _write_clean(report: "DataReport", out: Path, console: Any) -> None:
+def _write_clean(report: "DataReport", out: Path, near: bool, console: Any) -> None:
     from jaxtune.curate import write_clean
 
-    files, log, kept, removed = write_clean(report, out)
+    files, log, kept, removed = write_clean(report, out, near)
     console.print(
         f"written: {', '.join(map(str, files))} ({kept:,} rows); {log} ({removed:,} rows removed, and why)\n"
         f"use it: --config.data.train={','.join(map(str, files))}",

@@ -124,7 +124,7 @@ SETTINGS = (
     Setting("data.eval", Paths, None, "held-out data, given as data.train is"),
     Setting("data.eval_fraction", float, 0.0, "share of data.train held out, chosen by content", range=BELOW_1),
     Setting("data.format", str, "auto", "how a row is read; auto: by its columns", FORMATS),
-    Setting("data.columns", Columns, {}, "our name of a column and the file's: prompt=question,completion=answer"),
+    Setting("data.columns", Columns, {}, "our names of columns and the files': prompt=question,completion=answer|text"),
     Setting("data.template", str, None, r"a text made of the file's columns: 'Q: {question}\nA: {answer}'"),
     Setting("data.completion_from", str, None, "text after which tokens are trained (data.format=text, data.template)"),
     Setting(

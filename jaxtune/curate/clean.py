@@ -29,11 +29,12 @@ def targets(out: Path, sources: int) -> tuple[list[Path], Path]:
     return files, log
 
 
-def write_clean(report: DataReport, out: Path) -> tuple[list[Path], Path, int, int]:
+def write_clean(report: DataReport, out: Path, near: bool = False) -> tuple[list[Path], Path, int, int]:
     """Write every training row but those that a finding drops: (files, log, rows kept, rows removed).
 
     A row of the log says where it stood (`row`), which check dropped it, the row it repeats (`because`, if any), and
-    its content. Sources are read a second time.
+    its content. Sources are read a second time. Rows that only resemble others stay, unless `near` says otherwise: a
+    duplicate equals another row in all that is rendered of it.
 
     Raises:
         UserError: see `targets`; nothing would be left; no room on the disk.
@@ -41,7 +42,7 @@ def write_clean(report: DataReport, out: Path) -> tuple[list[Path], Path, int, i
     ledger = report.ledger
     sources = [(i, opened) for i, opened in enumerate(ledger.sources) if opened.split == TRAIN]
     files, log = targets(out, len(sources))
-    reasons = _reasons(report)
+    reasons = _reasons(report, near)
     total = int((ledger.split == TRAIN).sum())
     if len(reasons) == total:
         raise UserError(f"--write-clean={out}: no row would be left; nothing was written.")
@@ -66,13 +67,15 @@ def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode() + "\n"
 
 
-def _reasons(report: DataReport) -> dict[int, tuple[str, int]]:
+def _reasons(report: DataReport, near: bool) -> dict[int, tuple[str, int]]:
     """{ledger index: (check, index of the row it repeats or -1)}, by the worst finding that drops it."""
-    return dict(reversed(list(_drops(report))))
+    return dict(reversed(list(_drops(report, near))))
 
 
-def _drops(report: DataReport) -> Iterator[tuple[int, tuple[str, int]]]:
+def _drops(report: DataReport, near: bool) -> Iterator[tuple[int, tuple[str, int]]]:
     for finding in report.findings:
+        if finding.asked and not near:
+            continue
         because = np.full(len(finding.drops), -1) if finding.because is None else finding.because
         for i, other in zip(finding.drops.tolist(), because.tolist()):
             yield i, (finding.check, other)

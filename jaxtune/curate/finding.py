@@ -24,6 +24,7 @@ class Finding:
         rows: places to look at, in words, `SHOWN` at most.
         count: how many rows it concerns; 0: all of them together.
         drops: ledger indices of training rows that a clean set does without, i64[N].
+        asked: whether a clean set does without them only where that is asked for (--drop-near).
         because: for each of `drops` the index of the row that makes it superfluous, or -1.
     """
 
@@ -35,6 +36,7 @@ class Finding:
     count: int = 0
     drops: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     because: np.ndarray | None = None
+    asked: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -44,7 +46,7 @@ class Finding:
             "fix": self.fix,
             "rows": list(self.rows),
             "count": self.count,
-            "removed_by_write_clean": len(self.drops),
+            "removed_by_write_clean": 0 if self.asked else len(self.drops),
         }
 
 

@@ -72,11 +72,12 @@ class NearDuplicates:
                 graded(len(copies), len(ledger.rows(TRAIN))),
                 f"{share(len(copies), len(ledger.rows(TRAIN)))} of the training data nearly repeat another "
                 f"(similarity {self.threshold:g} or more of their runs of {SHINGLE} words)",
-                "look at some; jaxtune data --write-clean keeps the first of each",
+                "look at some; jaxtune data --write-clean --drop-near keeps the first of each",
                 _pairs(ledger, index[copies], index[originals]),
                 len(copies),
                 index[copies],
                 index[originals],
+                asked=True,
             )
         leaked = ~in_train & (ledger.split[index[earlier]] == TRAIN)
         leaked &= ledger.digest[index[later]] != ledger.digest[index[earlier]]
@@ -88,11 +89,12 @@ class NearDuplicates:
                 "near_overlap",
                 graded(len(rows), total),
                 f"{share(len(rows), total)} of the evaluation data nearly repeat a training row",
-                "the score is partly memory: jaxtune data --write-clean leaves these training rows out",
+                "the score is partly memory: jaxtune data --write-clean --drop-near leaves these training rows out",
                 _pairs(ledger, rows, ours[first]),
                 len(rows),
                 ours,
                 theirs,
+                asked=True,
             )
 
     def _taken(self, order: np.ndarray, n: int) -> np.ndarray:

@@ -59,30 +59,30 @@ class Overlap(SetCheck):
         known, lines = _lookup(ledger.digest[train], ledger.digest[held])
         same = known >= 0
         if same.any():
-            yield self._finding(
-                ledger, train, held, lines, known, same, ERROR, "are in the training data: their score is memory"
+            ours, theirs = lines
+            yield Finding(
+                "overlap",
+                ERROR,
+                f"{share(int(same.sum()), len(held))} of the evaluation data are in the training data: their score is "
+                "memory",
+                "leave the training rows out with jaxtune data --write-clean, or draw other evaluation rows",
+                pairs(ledger, held[same], train[known[same]]),
+                int(same.sum()),
+                train[ours[same[theirs]]],
+                held[theirs[same[theirs]]],
             )
-        known, lines = _lookup(ledger.prompt[train], ledger.prompt[held])
+        known, _ = _lookup(ledger.prompt[train], ledger.prompt[held])
         asked = (known >= 0) & ~same & (ledger.prompt[held] != 0)
         if asked.any():
             message = "have a prompt that is in the training data (case and white space apart)"
-            yield self._finding(ledger, train, held, lines, known, asked, WARNING, message)
-
-    @staticmethod
-    def _finding(ledger, train, held, lines, known, chosen, severity, message) -> Finding:
-        """`lines` are (training row, evaluation row) by position; the training side leaves a clean set."""
-        ours, theirs = lines
-        wanted = chosen[theirs]
-        return Finding(
-            "overlap",
-            severity,
-            f"{share(int(chosen.sum()), len(held))} of the evaluation data {message}",
-            "leave the training rows out with jaxtune data --write-clean, or draw other evaluation rows",
-            pairs(ledger, held[chosen], train[known[chosen]]),
-            int(chosen.sum()),
-            train[ours[wanted]],
-            held[theirs[wanted]],
-        )
+            yield Finding(
+                "overlap",
+                WARNING,
+                f"{share(int(asked.sum()), len(held))} of the evaluation data {message}",
+                "draw other evaluation rows, or take the training rows out; nothing is removed for you",
+                pairs(ledger, held[asked], train[known[asked]]),
+                int(asked.sum()),
+            )
 
 
 def _lookup(train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:

@@ -14,7 +14,9 @@ import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
+from jaxtune.data.files import header_hint
 from jaxtune.data.messages import Notes, known_roles, normalise_messages, normalise_tools, parse_json
 from jaxtune.data.sources import Source, kind
 from jaxtune.errors import UserError, nearest
@@ -116,7 +118,7 @@ def make_reader(
 
     Args:
         format: one of FORMATS, or "auto": the first of them whose columns the file has.
-        columns: our name -> the file's name, applied before anything else.
+        columns: our name -> the file's name, applied before anything else; see `own_columns`.
         template: a format string over the file's columns. The text before its last placeholder is the prompt; the last
             placeholder and what follows it is the completion, which is trained.
         completion_from: for `text` and `template`: only what follows the first occurrence of this text is trained.
@@ -133,7 +135,7 @@ def make_reader(
     """
     number, row = next(iter(source))
     where, found = source.where(number), list(row)
-    columns = dict(columns or {})
+    columns = own_columns(source, columns or {})
     for ours, theirs in columns.items():
         known = sorted({c for needs, may in FORMATS.values() for c in needs + may})
         if ours not in known:
@@ -144,7 +146,8 @@ def make_reader(
         if theirs not in row and not any(ours in may for _, may in FORMATS.values()):
             raise UserError(
                 f"data.columns: {where} has no column {theirs!r} for {ours!r}."
-                f"{nearest(theirs, found)} Columns found: {', '.join(found)}."
+                f"{nearest(theirs, found)} Columns found: {', '.join(found)}. "
+                f"Where sources differ, name both: {ours}={theirs}|{ours}."
             )
     if prompt_from and not completion_from:
         raise UserError("data.prompt_from has no effect without data.completion_from: give both.")
@@ -209,6 +212,21 @@ def _rows(source: Source):
     return (row for _, row in source)
 
 
+def own_columns(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    """What of a mapping (our name -> theirs) concerns one of several sources.
+
+    Theirs may be several names, `a|b`: the first that stands in the source's first rows is meant. Where none does, the
+    entry is for other sources.
+    """
+    own = {ours: theirs for ours, theirs in columns.items() if "|" not in theirs}
+    if len(own) < len(columns):
+        there = {name for row in islice(_rows(source), SEEN) for name in row}
+        for ours in columns.keys() - own.keys():
+            named = [name for name in (columns[ours], *columns[ours].split("|")) if name in there]
+            own |= {ours: named[0]} if named else {}
+    return {ours: own[ours] for ours in columns if ours in own}
+
+
 def _detect(where: str, found: list[str], columns: Mapping[str, str]) -> str:
     fits = [name for name, (needs, _) in FORMATS.items() if all(columns.get(c, c) in found for c in needs)]
     mapped = [name for name in fits if any(c in columns for c in FORMATS[name][0])]
@@ -235,6 +253,7 @@ def _no_columns(where: str, problem: str, found: list[str], columns: Mapping[str
     else:
         hint = "Set data.columns (prompt=THEIRS,completion=THEIRS or text=THEIRS) or data.template ('{a}\\n{b}')."
     needs = "; ".join("+".join(needs) for needs, _ in FORMATS.values())
+    hint += header_hint(where.rpartition(":")[0], found)
     return UserError(f"{where}: {problem}. Columns found: {', '.join(found)}. Known: {needs}. {hint}")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxtune.data.batches import Assembler, Plan
 from jaxtune.data.files import header_hint
-from jaxtune.data.formats import Reader
+from jaxtune.data.formats import Reader, own_columns
 from jaxtune.data.sources import Source, kind
 from jaxtune.data.tokenize import ROW, Rows, check_unicode
 from jaxtune.errors import UserError, nearest
@@ -77,17 +77,23 @@ class LabelForm:
     def theirs(self, source: Source) -> dict[str, str]:
         """Our name of each column that is used -> the file's. Raises UserError for missing columns."""
         number, row = next(iter(source))
-        return _mapped(source, number, row, self.per_token, dict(self.columns or {}))
+        return _mapped(source, number, row, self.per_token, own_columns(source, self.columns or {}))
 
     def reader(self, source: Source) -> Reader:
         """Raises UserError for missing columns, and for numbers and vectors that could mean several things."""
         columns = self.theirs(source)
         *first, second = columns.values()
+        alone = not self.per_token and len(first) == 1 and "text" not in (self.columns or {})
         vectors = self.several and self._vectors(source, second)
         ids = {} if vectors else self._ids_of(source, second)
 
         def convert(where: str, row: dict) -> tuple[Any, Any]:
             if not self.per_token:
+                if alone and "text_pair" in row:
+                    raise UserError(
+                        f"{where}: a second text in column 'text_pair', which the first row has not. Give all rows one "
+                        f"or set data.columns=text={first[0]} if it is not to be read."
+                    )
                 texts = tuple(_text(where, row, column) for column in first)
                 text = texts[0] if len(texts) == 1 else texts if self.joined is None else self.joined.join(texts)
                 return text, self._labels(where, second, _value(where, row, second), ids, vectors)
@@ -275,7 +281,6 @@ def _mapped(
     for name in columns:
         if name not in ours:
             raise UserError(f"data.columns: no column of ours is called {name!r}. Known: {', '.join(ours)}.")
-    columns = {name: one_of(theirs, row) for name, theirs in columns.items()}
     theirs = {name: columns.get(name, name) for name in ours}
     if not per_token:
         if "label" not in columns and "label" not in row and "labels" in row:
@@ -292,11 +297,6 @@ def _mapped(
             f"{header_hint(source.name, list(row))}"
         )
     return theirs
-
-
-def one_of(theirs: str, row: Mapping[str, Any]) -> str:
-    """The column that is meant: `a|b` is whichever of these a source has."""
-    return theirs if theirs in row else next((name for name in theirs.split("|") if name in row), theirs)
 
 
 def label_name(where: str, column: str, label: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.data.files import header_hint
 from jaxtune.data.formats import FORMATS, MESSAGES, Reader, make_reader
 from jaxtune.data.labels import PAIR_COLUMNS, PAIRS, LabelForm, count_ids, count_labels
 from jaxtune.data.sources import Source, kind, read, splits
@@ -349,8 +350,8 @@ def _unknown(where: str, row: dict, theirs: Mapping[str, str]) -> UserError:
         say = f"If it is the text to train on: --columns={shlex.quote(f'text={column}')}."
     else:
         say = "Say what they are: --columns=prompt=THEIRS,completion=THEIRS, or --columns=text=THEIRS for plain text."
-    header = " Is the first line a header?" if re.search(r"\.[ct]sv:\d+$", where) else ""
-    return UserError(f"{where}: no column has a name that says what it is. {found}{header} {say}")
+    hint = header_hint(where.rpartition(":")[0], list(row))
+    return UserError(f"{where}: no column has a name that says what it is. {found} {say}{hint}")
 
 
 def _marker(source: Source, column: str) -> str | None:

@@ -56,6 +56,44 @@ def test_the_clean_set_has_no_findings_and_its_log_has_the_rest(rows, capsys):
     assert "exists and is not overwritten" in capsys.readouterr().err
 
 
+def test_rows_that_differ_in_tools_or_system_alone_are_no_duplicates(tmp_path, capsys):
+    """Whichever columns the first row has."""
+
+    def chat(n, **more):
+        turns = [
+            {"role": "user", "content": f"which mugs are {n} of"},
+            {"role": "assistant", "content": "the red mugs"},
+        ]
+        return {"messages": turns, **more}
+
+    tools = [[{"type": "function", "function": {"name": n, "description": "d", "parameters": {}}}] for n in "vw"]
+    rows = [chat(0), *(chat(1, tools=t) for t in tools), *(chat(2, system=s) for s in ("be brief", "be kind"))]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *rows])
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% if tools %}{{ tools }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert run(tmp_path, f"--write-clean={tmp_path / 'clean.jsonl'}", f"--config.model.chat_template={template}") == 0
+    clean = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert clean == rows
+    log = [json.loads(line) for line in (tmp_path / "clean.removed.jsonl").read_text().splitlines()]
+    assert [(entry["check"], entry["because"][-1]) for entry in log] == [("duplicates", str(i)) for i in range(1, 6)]
+
+
+def test_near_duplicates_stay_unless_it_is_asked_for(tmp_path, capsys):
+    words = " ".join(f"word{i}" for i in range(25))
+    rows = [{"prompt": f"the {n} mug {words}", "completion": "yes"} for n in ("red", "blue")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    more = "--config.data.max_length=512"
+    for out, kept, *flag in (("a.jsonl", 2), ("b.jsonl", 1, "--drop-near")):
+        assert run(tmp_path, f"--write-clean={tmp_path / out}", *flag, "--near=0.7", more) == 0
+        assert len((tmp_path / out).read_text().splitlines()) == kept
+    assert "near_duplicates" in capsys.readouterr().out
+    assert run(tmp_path, "--drop-near") == 2
+    assert "no effect without --write-clean" in capsys.readouterr().err
+
+
 def test_a_file_a_source(rows):
     write_jsonl(rows / "more.jsonl", [{"prompt": "Message: a mug\nJSON:\n", "completion": "{}"}])
     two = f"rows.jsonl,{rows / 'more.jsonl'}"

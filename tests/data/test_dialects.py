@@ -87,6 +87,40 @@ def test_a_ragged_tsv_names_its_line(tmp_path):
         rows(tmp_path / "a.tsv")
 
 
+def test_a_file_without_a_header_gets_one(tmp_path):
+    from jaxtune.data import LabelForm
+    from jaxtune.data.formats import make_reader
+    from jaxtune.run import propose
+
+    path = tmp_path / "a.csv"
+    path.write_text("film 0,pos\nfilm 1,neg\n")
+    for refuse in (LabelForm(False).reader, make_reader, propose.recognise):
+        with pytest.raises(UserError, match="If the first line is no header") as error:
+            refuse(read(str(path)))
+        assert mended(path, str(error.value)) == LABELLED
+        (tmp_path / "a.clean.csv").unlink()
+
+
+def test_each_source_may_have_columns_of_its_own(tmp_path):
+    from jaxtune.data.formats import make_reader
+
+    rows = {
+        "a": {"prompt": "Hi", "completion": "Ho"},
+        "b": {"question": "Hi", "answer": "Ho"},
+        "c": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+    }
+    columns = {"prompt": "question|prompt", "completion": "answer|completion"}
+    found = []
+    for name, row in rows.items():
+        source = read(write_lines(tmp_path / f"{name}.jsonl", [row]))
+        reader = make_reader(source, columns=columns)
+        found.append((reader.format, reader.convert("", row)))
+    assert [format for format, _ in found] == ["prompt_completion", "prompt_completion", "chat"]
+    assert found[0][1] == found[1][1]
+    with pytest.raises(UserError, match=r"Where sources differ, name both: prompt=question\|prompt"):
+        make_reader(read(str(tmp_path / "a.jsonl")), columns={"prompt": "question", "completion": "answer"})
+
+
 # ---------------------------------------------------------------------------------------------------- tagged words
 
 

@@ -285,6 +285,13 @@ def test_a_decoder_reads_a_pair_as_one_text(tmp_path):
     assert form.reader(source).convert("", next(iter(source))[1]) == ("a\nb", [0])
 
 
+def test_a_second_text_that_the_first_row_has_not_is_no_silence(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": 0}, {"text": "a", "text_pair": "b", "label": 1}])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: a second text in column 'text_pair'"):
+        labels_of(path, LabelForm(False, ("0", "1")))
+    assert labels_of(path, LabelForm(False, ("0", "1"), columns={"text": "text"})) == [[0], [1]]
+
+
 def test_columns_of_pairs_are_mapped(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "a", "p": "b", "label": 0}])
     form = LabelForm(False, ("0", "1"), columns={"text": "q", "text_pair": "p"})
