@@ -1,5 +1,11 @@
+import ctypes
 import gc
 import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import families_table
@@ -29,6 +35,23 @@ def browser(tmp_path_factory):
         yield browser
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """Give back what the programs of a module took, where it is much; what is needed again lies in the cache."""
+    yield
+    if "jax" in sys.modules and _resident() > 2**30:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident():
+    """Bytes of this process in memory."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * resource.getpagesize() if file.exists() else 0
+
+
 # A third of the time to compile, and less memory; what is compiled here runs a few times only.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
@@ -43,6 +66,10 @@ def pytest_configure(config):
     gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: looking through them takes time
     if not config.getoption("--optimised") and QUICK not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()  # also of processes started here
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for both workers and all processes
+        folder = tempfile.mkdtemp(prefix="jaxtune-xla-")
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     if config.getoption("--families-table") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--families-table goes with -n 0: one process has to see all tests")
 

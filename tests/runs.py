@@ -1,9 +1,10 @@
 """Whole runs of the command line on a model of two narrow layers: its directory, its data, its commands."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import small
 from safetensors.numpy import save_file
 
 from jaxtune import models
+from jaxtune.cli import main
 from jaxtune.tree import flatten
 
 REPO = Path(__file__).parent.parent
@@ -67,20 +69,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Keep compiled programs and tokens in a folder of the session: most runs here are the same program."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    folder = tmp_path_factory.getbasetemp() / "cache"
+    """Keep tokens, and whatever else a command keeps for the next, in a folder of the session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXTUNE_CACHE", str(folder))
-        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        compilation_cache.reset_cache()
+        patch.setenv("JAXTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-    compilation_cache.reset_cache()
 
 
 def write_run(home, workdir, **data):
@@ -127,11 +119,28 @@ def command(home, workdir, *flags, **settings):
 
 
 def start(argv):
-    """The command in a process of its own, which shares the cache and XLA's flags."""
-    env = os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxtune", *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """The command in a process of its own, to be killed: forked from one that has imported what it needs (warm.py).
+
+    It shares the cache and XLA's flags. What it prints is read from `.stdout`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    ours, its = os.pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "tests")]))  # where the server finds it
+        process = context.Process(target=_command, args=(argv, dict(os.environ), DupFd(its)))
+        process.start()
+    os.close(its)
+    process.stdout = os.fdopen(ours)
+    return process
+
+
+def _command(argv, env, out):
+    os.environ.update(env)
+    for stream in (1, 2):
+        os.dup2(out.detach() if stream == 1 else 1, stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(main(argv))
 
 
 def read(workdir):

@@ -1,6 +1,7 @@
 """Sweeps: members in one step are what they are alone; killed, cut, extended, and refused."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -31,6 +32,8 @@ from jaxtune.train import loop
 from jaxtune.train import stacked as sweep
 from jaxtune.train.recipe import compiled_bytes
 from jaxtune.train.step import TrainState, value_and_grad
+
+slow = pytest.mark.slow
 
 # Each differs from the first in one thing that may differ within a step, the last in all of them.
 VARIED = (
@@ -80,14 +83,19 @@ def advance(j, lanes, steps=50):
 # --- the same as alone
 
 
-@pytest.mark.parametrize("name, lr", [("adamw", 1e-3), ("sgd", 0.05), ("lion", 1e-4)])
+@pytest.mark.parametrize(
+    "name, lr", [pytest.param("adamw", 1e-3, marks=slow), ("sgd", 0.05), pytest.param("lion", 1e-4, marks=slow)]
+)
 def test_losses_are_those_of_runs_alone(home, name, lr):  # noqa: F811
     varied = [v | ({"optim.lr": v["optim.lr"] * lr / 1e-3} if "optim.lr" in v else {}) for v in VARIED]
     more = {"optim.name": name, "optim.lr": lr}
     cfgs = [config(home, values, **more) for values in varied]
     together, _ = advance(built(*cfgs), len(cfgs))
+    steps = {}  # by shapes: what else differs between the runs is in their states
     for i in range(len(cfgs)) if name == "adamw" else (0, len(cfgs) - 1):
-        alone, _ = advance(built(cfgs[i], stacked=False), 1)
+        one = built(cfgs[i], stacked=False)
+        step = steps.setdefault(str(jax.eval_shape(lambda state: state, one.state)), one.step_fn)
+        alone, _ = advance(dataclasses.replace(one, step_fn=step), 1)
         # Lion's sign turns a difference in the last bit into one of two steps.
         tolerance = 1e-5 if name != "lion" else 1e-3
         assert together[:, 0, i] == pytest.approx(alone[:, 0, 0], rel=tolerance), varied[i]
@@ -95,6 +103,7 @@ def test_losses_are_those_of_runs_alone(home, name, lr):  # noqa: F811
             assert together[:, 0, i] != pytest.approx(together[:, 0, 0], rel=1e-4), "the setting had no effect"
 
 
+@slow
 def test_gradients_at_equal_parameters_are_those_alone(home):  # noqa: F811
     """After 20 steps, so that nothing is at its start any more."""
     cfgs = [config(home, values) for values in VARIED]
@@ -247,6 +256,7 @@ def test_members_are_the_same_in_groups_of_any_size(run, finished, tmp_path):
     assert results(tmp_path / "two", two) == results(finished, two)
 
 
+@slow
 def test_other_settings_run_group_after_group(run, tmp_path):
     status, out, err = run(
         tmp_path / "s", "--sweep.train.batch_size=2,4", "--sweep.optim.lr=0.01,0.001", train__steps=4
@@ -257,6 +267,7 @@ def test_other_settings_run_group_after_group(run, tmp_path):
     assert len(list((tmp_path / "s" / "groups").iterdir())) == 2
 
 
+@slow
 def test_a_swept_seed_changes_the_order_of_the_data(run, home, tmp_path):  # noqa: F811
     status, _, err = run(tmp_path / "s", "--sweep.train.seed=0,1")
     assert status == 0, err
@@ -266,6 +277,7 @@ def test_a_swept_seed_changes_the_order_of_the_data(run, home, tmp_path):  # noq
     assert read(tmp_path / "s" / "seed=0") != read(tmp_path / "s" / "seed=1")
 
 
+@slow
 def test_full_tuning_sweeps_too(run, home, tmp_path):  # noqa: F811
     lora = {"tune__lora__r": None, "tune__lora__lora_dropout": None}
     status, _, err = run(
@@ -300,6 +312,7 @@ def test_a_member_that_diverges_leaves_the_others_as_they_were(run, finished, tm
     assert in_step[12] == 3
 
 
+@slow
 def test_two_stay_in_the_step(run, tmp_path):
     status, _, err = run(tmp_path / "s", "--sweep.optim.lr=0.001,1e30,1e29")
     assert status == 0, err
@@ -353,10 +366,12 @@ def kill_when(argv, workdir, step):
             break
     process.kill()
     process.stdout.close()
-    assert process.wait() in (-signal.SIGKILL, 0)
-    return process.returncode != 0
+    process.join()
+    assert process.exitcode in (-signal.SIGKILL, 0)
+    return process.exitcode != 0
 
 
+@slow
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(run, home, finished, tmp_path):  # noqa: F811
     workdir, seed = tmp_path / "killed", random.SystemRandom().randrange(10**6)
     steps = sorted(random.Random(seed).sample(range(1, STEPS - 2), 2))
@@ -465,6 +480,7 @@ def test_survivors_are_what_they_would_have_been(halved, run, tmp_path):
         assert adapter(halved / name) == adapter(tmp_path / "whole" / name)
 
 
+@slow
 def test_halving_goes_on_where_it_was_killed(halved, run, home, tmp_path):  # noqa: F811
     flags, killed = (EIGHT, "--halving=2"), tmp_path / "killed"
     assert kill_when(["sweep", *command(home, killed, *flags)[1:]], killed, 4)  # in the third rung of four
@@ -511,6 +527,7 @@ def test_what_may_share_a_step(home):  # noqa: F811
     assert points.signature(random_init[0]) != points.signature(random_init[1])
 
 
+@slow
 def test_a_group_is_as_large_as_memory_allows(home, monkeypatch):  # noqa: F811
     """The compiled program decides where the formula does not."""
     found = points.resolve_points(
@@ -565,6 +582,7 @@ def test_of_equal_rates_the_lowest_is_taken():
     assert "0.01 diverged" in told
 
 
+@slow
 def test_find_lr_writes_a_config_that_trains(run, tmp_path):
     out = tmp_path / "found.py"
     flags = ("--find-lr", "--find-steps=4", f"--write-config={out}")

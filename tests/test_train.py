@@ -194,8 +194,9 @@ def kill_at(argv, workdir, step):
             break
     process.kill()
     process.stdout.close()
-    assert process.wait() in (-signal.SIGKILL, 0), "".join(said)
-    return process.returncode != 0
+    process.join()
+    assert process.exitcode in (-signal.SIGKILL, 0), "".join(said)
+    return process.exitcode != 0
 
 
 def during(monkeypatch, step, act):
@@ -553,7 +554,7 @@ REAL = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", REAL)
 def test_held_out_loss_falls_on_real_data(name, assets, run, tmp_path):
     settings = REAL[name] | {"data__train": assets / "data" / REAL[name]["data__train"]}
