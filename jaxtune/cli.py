@@ -137,6 +137,13 @@ class Flag:
     required: bool = False
 
 
+# Of every command that reads an adapter.
+OF_ADAPTERS = {
+    "base": Flag("directory or hub id of the adapter's base; default: the one that it names"),
+    "allow-other-base": Flag("also where the adapter was made for a base of another name", bool, False),
+}
+
+
 class Help(Exception):
     """`--help` was given: the message is the text to print."""
 

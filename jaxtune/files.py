@@ -28,6 +28,8 @@ def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         UserError: `out` exists and `overwrite` is False, or there is no room on the disk.
     """
     out = Path(out).expanduser().absolute()
+    if out.is_symlink() and out.is_dir():
+        out = out.resolve()  # what a link names is written, and the link stays
     if not overwrite:
         refuse_existing(out)
     with _plain_errors(out):

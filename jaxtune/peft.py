@@ -5,7 +5,7 @@ A thin shell over `jaxtune.load` and `jaxtune.methods.table`, for code that is w
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtune.errors import UserError, nearest
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
+from jaxtune.methods import targets
 from jaxtune.methods.table import ia3, lora, prompt_tuning, tune
 from jaxtune.tree import count
 from jaxtune.weights.leaf import virtual_tokens
@@ -29,6 +30,8 @@ class PeftConfig:
     method: str
     function: Callable[..., Any]
 
+    table: Mapping[str, Any] = {}
+
     def __init__(self, task_type: str | None = None, **settings: Any):
         name = type(self).__name__
         own = set(inspect.signature(self.function).parameters) - {"params", "key", "module", "layouts"}
@@ -40,17 +43,41 @@ class PeftConfig:
             raise UserError(f"{name}: task_type={task_type!r} is not supported; supported: 'CAUSAL_LM'.")
         self.settings = settings
 
+    def settings_for(self, module: Any) -> dict[str, Any]:
+        """The settings on a model: where no targets are given, those that peft has for its family.
+
+        Raises:
+            UserError: it has none for it.
+        """
+        if not self.table or "target_modules" in self.settings:
+            return self.settings
+        family = module.spec.hf_config["model_type"]
+        if family not in self.table:
+            raise UserError(
+                f"{type(self).__name__}: peft has no default targets for {family!r}; give target_modules, names of "
+                "modules or 'all-linear'."
+            )
+        return self.settings | self.defaults(self.table[family])
+
+    @staticmethod
+    def defaults(entry: Any) -> dict[str, Any]:
+        return {"target_modules": entry}
+
 
 class LoraConfig(PeftConfig):
     """peft's LoraConfig: `jaxtune.lora`."""
 
-    method, function = "lora", staticmethod(lora)
+    method, function, table = "lora", staticmethod(lora), targets.LORA
 
 
 class IA3Config(PeftConfig):
     """peft's IA3Config: `jaxtune.ia3`."""
 
-    method, function = "ia3", staticmethod(ia3)
+    method, function, table = "ia3", staticmethod(ia3), targets.IA3
+
+    @staticmethod
+    def defaults(entry: Any) -> dict[str, Any]:
+        return dict(zip(("target_modules", "feedforward_modules"), entry, strict=True))
 
 
 class PromptTuningConfig(PeftConfig):
@@ -109,5 +136,6 @@ class PeftModel:
 
 def get_peft_model(model: Model, config: PeftConfig, seed: int = 0) -> PeftModel:
     """Put fresh adapters on a model, as peft's function of this name does."""
-    params, mask = tune(config.method, model.params, jax.random.key(seed), model.module, config.settings)
-    return PeftModel(model.module, params, mask, model.path, config.settings)
+    settings = config.settings_for(model.module)
+    params, mask = tune(config.method, model.params, jax.random.key(seed), model.module, settings)
+    return PeftModel(model.module, params, mask, model.path, settings)

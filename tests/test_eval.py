@@ -12,7 +12,7 @@ from jaxtune import cli
 from jaxtune.evaluate import held_out, kept, metrics
 from jaxtune.hf.card import model_card
 from jaxtune.infer.generation import generate_text
-from jaxtune.infer.target import load_target
+from jaxtune.infer.source import load_target
 
 
 def rows_of(folder):

@@ -19,11 +19,12 @@ from jaxtune import files
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.evaluate.systems import systems
-from jaxtune.hf.card import model_card, run_facts
+from jaxtune.hf.card import model_card
 from jaxtune.hf.stops import stop_ids
 from jaxtune.hf.tensors import index_dir
 from jaxtune.infer.source import find, open_source
 from jaxtune.methods.table import full, head
+from jaxtune.report.card import run_facts
 from jaxtune.weights.leaf import QuantWeight
 
 

@@ -13,8 +13,7 @@ from jaxtune import cli
 from jaxtune.errors import UserError
 from jaxtune.infer import generation as g
 from jaxtune.infer.generation import bucket, cut, filter_logits, generate, generate_text
-from jaxtune.infer.source import Source
-from jaxtune.infer.target import eos_ids, load_target
+from jaxtune.infer.source import Source, eos_ids, find, load_target
 from jaxtune.weights.leaf import QuantWeight
 
 LENGTHS = (9, 1, 14, 5, 3)
@@ -401,5 +400,9 @@ def test_a_run_with_its_adapter(tmp_path, assets, stories):
     start = ["Once upon a time"]
     want = generate_text(stories.module, tuned, stories.tokenizer, start, max_new_tokens=12)
     assert want != generate_text(*stories[:3], start, max_new_tokens=12)
-    for target in (load_target(run_dir), load_target(run_dir / "adapter"), load_target(base, run_dir / "adapter")):
+    for target in (
+        load_target(run_dir),
+        load_target(run_dir / "adapter"),
+        load_target(find(base, adapter=run_dir / "adapter")),
+    ):
         assert generate_text(*target[:3], start, max_new_tokens=12) == want

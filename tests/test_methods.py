@@ -291,12 +291,12 @@ def test_gaussian_factors():
     [
         ({"rank_pattern": {"qproj": 2}}, "rank_pattern: 'qproj' match(es) no adapted module"),
         ({"alpha_pattern": (("(", 2.0),)}, "alpha_pattern: '(' is not a valid regular expression"),
-        ({"rank_pattern": {"q_proj": 33}}, "r=33 exceeds the smaller side"),
+        ({"rank_pattern": {"q_proj": 65}}, "r=65 exceeds both sides"),
         ({"layers_to_transform": (1, 7)}, "no target in layer(s) 7"),
         ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "goes with names of modules"),
         ({"exclude_modules": ("gate",)}, "exclude_modules: 'gate' match(es) none of the targets"),
         ({"exclude_modules": ".*"}, "leave no module to adapt"),
-        ({"modules_to_save": ("q_proj",)}, "q_proj/kernel is claimed twice"),
+        ({"modules_to_save": ("q_proj",)}, "nothing is left to adapt"),
         ({"modules_to_save": ("scores",)}, "modules_to_save: 'scores' matches no module"),
         ({"modules_to_save": ("layers.1.mlp",)}, "some layers of segment_0/block_0/mlp"),
         ({"trainable_token_indices": (1,), "modules_to_save": ("embed_tokens",)}, "embedding is claimed twice"),
@@ -541,9 +541,9 @@ def test_a_malformed_regex():
     assert "not a valid regular expression" in refused(target_modules="(q_proj")
 
 
-def test_a_rank_above_the_smaller_side():
-    assert "r=40 exceeds the smaller side of segment_0/block_0/self_attn/q_proj/kernel (32 x 64)" in refused(
-        target_modules=["q_proj"], r=40
+def test_a_rank_above_both_sides():
+    assert "r=65 exceeds both sides of segment_0/block_0/self_attn/q_proj/kernel (32 x 64)" in refused(
+        target_modules=["q_proj"], r=65
     )
 
 

@@ -10,8 +10,9 @@ from report_runs import DATA, HOSTILE, OVERRIDES, SUMMARY, Page, make_run
 
 from jaxtune.cli import main
 from jaxtune.errors import UserError
-from jaxtune.hf.card import model_card, put_evaluation, run_facts
+from jaxtune.hf.card import model_card, put_evaluation
 from jaxtune.report import write_report
+from jaxtune.report.card import evaluation_block, run_facts
 from jaxtune.train import watch
 from jaxtune.train.log import read_metrics
 
@@ -138,11 +139,11 @@ def test_the_card_says_the_same_once(tmp_path):
     card = tmp_path / "README.md"
     plain = model_card(name="adapter", base="b", adapter=True, notes=["A note."])
     card.write_text(plain)
-    put_evaluation(card, EVALUATION)
+    put_evaluation(card, evaluation_block(EVALUATION))
     first = card.read_text()
     assert "| held-out loss | 3.5 [3, 4] | 1.25 [1, 1.5] | −2.25 [−3, −1.5] | better (p < 0.001) |" in first
     assert "| arc | acc | 0.5000 | 0.7500 |" in first
-    put_evaluation(card, EVALUATION)
+    put_evaluation(card, evaluation_block(EVALUATION))
     assert card.read_text() == first
     head, _, rest = first.partition("<!-- evaluation -->")
     assert head + rest.partition("<!-- end of evaluation -->\n\n")[2] == plain

@@ -632,7 +632,7 @@ def test_bad_input_to_find_lr(run, tmp_path, flags, said):
         (("--sweep.optim.momentum=0.1,0.2",), "optim.momentum has no effect: optim.name is adamw"),
         (("--sweep.optim.lr=1e-3,1e-2", "--sweep.optim.lr=1"), "given twice"),
         (("--sweep.train.seed=" + ",".join(map(str, range(65))),), "65 runs, more than 64; add --yes"),
-        (("--sweep.tune.lora.r=2,1000",), "exceeds the smaller side"),
+        (("--sweep.tune.lora.r=2,1000",), "exceeds both sides"),
         (("--sweep.tune.lora.target_modules=q_proj,qproj", "--sweep.train.batch_size=2,4"), "Did you mean 'q_proj'"),
         (("--sweep.optim.lr=1e-3,1e-2", "--halving=1"), "expected 2 or more"),
         (("--sweep.optim.lr=1e-3,1e-2", "--halving=2"), "nothing to cut among 2 points"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.cli import Flag, parse_options
+from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune eval TARGET [--data=FILE ...] [--metrics=a,b] [--group-by=COLUMN] [flags]
@@ -42,6 +42,7 @@ FLAGS = {
     "limit": Flag("documents of a task at most", int),
     "num-fewshot": Flag("examples in a task's prompt; default: the task's", int),
     "chat": Flag("render a task's prompts with the chat template", bool, False),
+    **OF_ADAPTERS,
     "out": Flag("directory for eval.json and answers; default: the run's", Path),
 }
 OF_TASKS = ("include-path", "limit", "num-fewshot", "chat")
@@ -53,10 +54,9 @@ def main(argv: list[str]) -> None:
     _check_flags(options)
     from jaxtune.files import exclusive
     from jaxtune.hf import tensors
-    from jaxtune.infer.source import find
-    from jaxtune.infer.target import check_continues
+    from jaxtune.infer.source import check_continues, find
 
-    source = find(options.target)
+    source = find(options.target, options.base, any_base=options.allow_other_base)
     tensors.index_dir(source.model)  # missing weights are named before anything is read
     out = options.out.expanduser() if options.out else source.run
     with ExitStack() as stack:
@@ -78,24 +78,15 @@ def main(argv: list[str]) -> None:
 
 
 def _has_labels(source: Any) -> bool:
-    """Whether what is evaluated has a label head rather than a language model's.
-
-    Raises:
-        UserError: an adapter of a label head without its run, which knows the labels' names.
-    """
+    """Whether what is evaluated has a label head rather than a language model's."""
     from jaxtune.hf.load import read_config
     from jaxtune.hf.peft import read_adapter_config
     from jaxtune.models.classifier import TASK_TYPES, read_labels
 
     if source.config is not None:
         return source.config.get("objective", {}).get("name", "causal_lm") != "causal_lm"
-    if source.adapter is not None:
-        kind = read_adapter_config(source.adapter).get("task_type")
-        if kind in TASK_TYPES.values():
-            raise UserError(
-                f"{source.adapter} is an adapter for {kind}, and its labels are named in its run: give that."
-            )
-        return False
+    if source.adapter is not None and (kind := read_adapter_config(source.adapter)["task_type"]) is not None:
+        return kind in TASK_TYPES.values()
     return read_labels(read_config(source.model)) is not None
 
 
@@ -120,7 +111,7 @@ def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from jaxtune.evaluate import held_out
     from jaxtune.evaluate.kept import Kept
     from jaxtune.evaluate.systems import systems
-    from jaxtune.infer.target import eos_ids, tokenizer_of
+    from jaxtune.infer.source import eos_ids, tokenizer_of
     from jaxtune.train.runtime import prepare_jax
 
     began = time.time()
@@ -195,7 +186,7 @@ def _labelled(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from jaxtune.evaluate import classifiers
     from jaxtune.evaluate.kept import Kept
     from jaxtune.evaluate.rows import data_names, group_values, tokenised
-    from jaxtune.infer.target import tokenizer_of
+    from jaxtune.infer.source import tokenizer_of
     from jaxtune.train.runtime import prepare_jax
 
     for name in ("format", "metrics", "schema", "scorer", "labels", "max-new-tokens"):
@@ -240,23 +231,22 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     """The models that have a head for the labels, the tuned one last; and how rows for it are read."""
     import jax
 
-    from jaxtune.config.recipe import compute_dtype, open_model
+    from jaxtune.config.recipe import compute_dtype
     from jaxtune.data import LabelForm
     from jaxtune.data.labels import JOINED
     from jaxtune.evaluate.kept import key_of
     from jaxtune.evaluate.systems import System, base_identity, identity
     from jaxtune.hf import load as hf
-    from jaxtune.hf.peft import load_adapter
+    from jaxtune.infer.source import open_source
     from jaxtune.models.classifier import PROBLEMS, TOKEN
 
     dtype = compute_dtype(cfg.model.dtype if cfg else "auto")
     if source.adapter is not None:
-        module, _ = open_model(cfg, source.model, dtype=dtype)
-        params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
+        module, tuned, _ = open_source(source, dtype=dtype)
         below = base_identity(source, dtype)
-        tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
         heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
         if not module.labels.drawn and not options.tuned_only:
+            params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
             heads.insert(0, System("base", module, params, below))
     else:
         module, params = hf.load(source.model, dtype=dtype)
@@ -436,8 +426,8 @@ def _write(source: Any, out: Path, part: str, report: dict[str, Any]) -> None:
 
 def _refresh(source: Any) -> None:
     """Write the page of the run and the card of its result again."""
-    from jaxtune.hf.card import carry_evaluation
     from jaxtune.report import write_report
+    from jaxtune.report.card import carry_evaluation
 
     carry_evaluation(source.run, source.adapter or source.model)
     if (source.run / "metrics.jsonl").is_file():
@@ -518,7 +508,7 @@ def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from jaxtune.config.recipe import compute_dtype
     from jaxtune.evaluate.harness import open_tasks, run_tasks
     from jaxtune.evaluate.systems import systems
-    from jaxtune.infer.target import eos_ids, tokenizer_of
+    from jaxtune.infer.source import eos_ids, tokenizer_of
     from jaxtune.train.runtime import prepare_jax
 
     began = time.time()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.cli import Flag, parse_options
+from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter [--bake]] [--dtype=bfloat16]
@@ -20,8 +20,7 @@ FLAGS = {
     "adapter": Flag("write the adapter alone", bool, False),
     "bake": Flag("with --adapter: multiply scales into B, one rank for all: for engines without patterns", bool, False),
     "dtype": Flag("of the weights; default: the base's", choices=("float32", "bfloat16", "float16")),
-    "base": Flag("directory or hub id of the adapter's base; default: the one that it names"),
-    "allow-other-base": Flag("also where the adapter was made for a base of another name", bool, False),
+    **OF_ADAPTERS,
 }
 
 
@@ -44,11 +43,11 @@ def main(argv: list[str]) -> None:
     from jaxtune.hf.stops import stop_ids
     from jaxtune.infer.source import find, open_source
 
-    source = find(options.source, options.base)
+    source = find(options.source, options.base, any_base=options.allow_other_base)
     if source.adapter is None and (options.merge or options.adapter):
         flag = "--merge" if options.merge else "--adapter"
         raise UserError(f"{flag}: {options.source} holds a whole model, not an adapter; leave the flag out.")
-    module, params, config = open_source(source, any_base=options.allow_other_base)
+    module, params, config = open_source(source)
     if source.quantization and not options.adapter:
         import jax
 
@@ -78,7 +77,7 @@ def main(argv: list[str]) -> None:
             module, params, options.out, base=source.model, tuned_from=source.base, dtype=options.dtype, **shared
         )
     if source.run:
-        from jaxtune.hf.card import carry_evaluation
+        from jaxtune.report.card import carry_evaluation
 
         carry_evaluation(source.run, options.out)
     for note in notes:
@@ -88,8 +87,8 @@ def main(argv: list[str]) -> None:
 
 def read_run_facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The facts of a run for the model card, from what it wrote."""
-    from jaxtune.hf.card import run_facts
     from jaxtune.hf.tensors import read_json
+    from jaxtune.report.card import run_facts
     from jaxtune.train.log import read_metrics
 
     metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.cli import Flag, parse_options
+from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError, nearest
 
 USAGE = """usage: jaxtune generate TARGET [--prompt=TEXT | --file=FILE] [flags]
@@ -20,6 +20,7 @@ FLAGS = {
     "file": Flag("prompts: FILE.txt, one a line, or FILE.jsonl with a column prompt", Path),
     "out": Flag("write JSON lines to this file, which must not exist, instead of printing", Path),
     "adapter": Flag("PEFT directory to put on TARGET", Path),
+    **OF_ADAPTERS,
     "max-new-tokens": Flag("tokens to add at most", int, 128),
     "temperature": Flag("0 takes the most probable token; higher draws more freely", float, 0.0),
     "top-p": Flag("draw from the fewest tokens whose probabilities reach this sum", float, 1.0),
@@ -44,9 +45,9 @@ def main(argv: list[str]) -> None:
         from jaxtune.files import refuse_existing
 
         refuse_existing(options.out)
-    from jaxtune.infer.target import load_target
+    from jaxtune.infer.source import find, load_target
 
-    target = load_target(options.target, options.adapter)
+    target = load_target(find(options.target, options.base, adapter=options.adapter, any_base=options.allow_other_base))
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

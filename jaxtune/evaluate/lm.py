@@ -48,7 +48,7 @@ class JaxtuneLM(TemplateLM):
     ):
         super().__init__()
         if target is not None:
-            from jaxtune.infer.target import load_target
+            from jaxtune.infer.source import load_target
 
             module, params, tokenizer, _, eos_ids = load_target(target)
         self.module, self.params, self.tokenizer = module, prepare(module, params), tokenizer

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.evaluate.kept import key_of
 from jaxtune.hf.load import load, resolve
-from jaxtune.hf.peft import load_adapter
+from jaxtune.hf.peft import grown_for, load_adapter
 from jaxtune.infer.generation import prepare
 from jaxtune.infer.source import Source
 
@@ -42,7 +42,8 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
         below = base_identity(source, dtype)
         if base:
             yield System("base", module, prepare(module, params), below)
-        tuned, _, _ = load_adapter(module, params, source.adapter, base=source.base)
+        module, params = grown_for(source.adapter, module, params)
+        tuned, _, _ = load_adapter(module, params, source.adapter, base=None if source.any_base else source.base)
         del params
         yield System("tuned", module, prepare(module, tuned), key_of(below, identity(source.adapter)))
         return

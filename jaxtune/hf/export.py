@@ -23,6 +23,7 @@ from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, settle,
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    "preprocessor_config.json",
 )
 
 
@@ -55,7 +56,7 @@ def export_model(
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
         tuned_from: what the model card names as base; default: `base`.
-        facts: label -> value for the model card; see `jaxtune.hf.card.run_facts`.
+        facts: label -> value for the model card; see `jaxtune.report.card.run_facts`.
         ends: tokens that end a trained turn; they are added to the generation config.
         shard_bytes: size above which the weights are split over several files.
 
@@ -84,6 +85,7 @@ def export_model(
             facts=facts,
             notes=notes,
             auto=models.auto_class(module),
+            tokenizer=has_tokenizer(folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
@@ -164,9 +166,13 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None)
         shutil.copytree(extra, folder / extra.name)
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    if not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
+    if not has_tokenizer(source):
         return [f"No tokenizer was copied: {source} has none."]
     return []
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
 
 
 def public_name(base: str | Path) -> str:

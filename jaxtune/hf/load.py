@@ -23,6 +23,11 @@ from jaxtune.weights.packed import packs
 Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
 
 
+# What is downloaded of a repository: not the second copies of the weights in other layouts than transformers'.
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+UNWANTED = ["original/*", "consolidated*", "*/*.safetensors", "onnx/*", "openvino/*", "*.gguf"]
+
+
 def resolve(path_or_id: str | Path) -> Path:
     """Return the directory of a model: a local path, or a hub id that is downloaded (or already cached).
 
@@ -42,19 +47,36 @@ def resolve(path_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except (HFValidationError, OSError) as e:  # OSError: every answer of the hub, and having no network
         raise UserError(f"{text!r} is neither a directory nor a model that the hub gives: {e}") from None
 
 
 def read_config(folder: Path) -> dict:
-    """Read config.json."""
+    """Read config.json; where it ties the output head and the weights hold another head, as untied.
+
+    That is transformers' rule: the file decides. Tools that train the head of a tied model leave such directories.
+    """
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{folder} is no model directory: it has no config.json.")
-    return tensors.read_json(file)
+    config = tensors.read_json(file)
+    return config | {"tie_word_embeddings": False} if _has_another_head(config, folder) else config
+
+
+def _has_another_head(config: dict, folder: Path) -> bool:
+    """Whether the weights hold an output head that is not the table of embeddings, though the config ties them."""
+    if config.get("tie_word_embeddings") is False or config.get("model_type") not in models.FAMILIES:
+        return False
+    top = {path: hf for hf, path in models.family(config).NAMES.top.items()}
+    head, table = top.get("lm_head/kernel"), top.get("embed_tokens/embedding")
+    if head is None or not tensors.has_weights(folder):
+        return False
+    entries = tensors.index_dir(folder)
+    body = models.family(config).NAMES.prefix
+    found = [entries.get(head), entries.get(table) or entries.get(table.removeprefix(body))]
+    return None not in found and not tensors.equal(*found)
 
 
 def load(
@@ -62,26 +84,37 @@ def load(
     dtype: Any = None,
     param_dtype: Any = None,
     quantization: str | None = None,
+    base: str | Path | None = None,
     **settings: Any,
 ) -> tuple[Any, Any]:
-    """Load a pretrained model.
+    """Load a pretrained model, or an adapter over its base.
 
     Args:
-        path_or_id: a directory with config.json and safetensors, or a hub id.
+        path_or_id: a directory with config.json and safetensors, a PEFT directory, or a hub id of either.
         dtype: of activations; default float32.
         param_dtype: of parameters; default: as stored in the checkpoint.
         quantization: "nf4", "int8" or "fp8": the body's matrices are quantised one by one as they are read.
+        base: of an adapter, directory or hub id of the model under it, whatever its name; None: the one it names.
         settings: `Decoder`'s other fields (attention, remat, unroll).
 
     Returns:
-        `(module, params)`: `module.apply({"params": params}, tokens)` gives logits f32[B, T, V].
+        `(module, params)`: `module.apply({"params": params}, tokens)` gives logits f32[B, T, V]. An adapter is not
+        merged; `jaxtune.merge` does that.
 
     Raises:
         UserError: the family or a setting is not supported, the weights are absent, pickled or cut short, or tensors
             are missing, extra or misshapen (all named at once).
     """
     folder = resolve(path_or_id)
-    module = models.build(read_config(folder), dtype=dtype or jnp.float32, **settings)
+    settings["dtype"] = dtype or jnp.float32
+    if (folder / "adapter_config.json").is_file():
+        from jaxtune.hf.peft import open_adapter  # which imports this module
+
+        kinds = {"param_dtype": param_dtype, "quantization": quantization}
+        return open_adapter(folder, base=base, any_base=base is not None, **kinds, **settings)[:2]
+    if base is not None:
+        raise UserError(f"{folder} is a whole model; a base belongs to an adapter only.")
+    module = models.build(read_config(folder), **settings)
     return module, read_params(module, folder, param_dtype, quantization=quantization)
 
 
@@ -114,6 +147,7 @@ def plan(
     entries = {table.modern(name): entry for name, entry in entries.items()}
     if not any(name.startswith(table.prefix) for name in entries):
         entries = {name if name in table.top else table.prefix + name: e for name, e in entries.items()}
+    tied = {hf for hf, path in table.top.items() if path == "lm_head/kernel" and module.spec.tied}
     problems, places, used = [], [], set()
     for tensor in table.tensors(module.spec, set(shapes)):
         shape = tensor.part(shapes[tensor.path])
@@ -121,6 +155,8 @@ def plan(
         used.add(tensor.hf)
         if tensor.path in drawn:
             continue
+        if tensor.hf not in entries and tensor.path == "embed_tokens/embedding" and tied & entries.keys():
+            entries[tensor.hf] = entries[min(tied & entries.keys())]  # one tensor under its other name
         if tensor.hf not in entries:
             problems.append(f"missing    {tensor.hf} {list(expected)}")
         elif entries[tensor.hf].shape != expected:
@@ -129,7 +165,6 @@ def plan(
             problems.append(f"quantised  {tensor.hf} {entries[tensor.hf].dtype}, expected floating point")
         else:
             places.append((tensor, entries[tensor.hf]))
-    tied = {hf for hf, path in table.top.items() if path == "lm_head/kernel" and module.spec.tied}
     extra = [n for n in entries if n not in used | tied and not table.is_ignored(n)]
     problems += [f"extra      {name} {list(entries[name].shape)}" for name in extra]
     if problems:

@@ -20,9 +20,10 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_dir
+from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
 from jaxtune.hf.card import model_card
-from jaxtune.hf.export import copy_tokenizer, public_name
+from jaxtune.hf.export import copy_tokenizer, has_tokenizer, public_name
 from jaxtune.hf.peft_config import (
     ATTACHED,
     DEFAULTS,
@@ -33,15 +34,18 @@ from jaxtune.hf.peft_config import (
     matching,
     read_adapter_config,
     scale_of,
+    token_ids,
     tree_factors,
     unsupported,
 )
 from jaxtune.hf.stops import stop_ids, write_generation_config
-from jaxtune.methods.adapters import attach, ia3, prompt_tuning
-from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places
-from jaxtune.methods.vocabulary import untie
+from jaxtune.methods.adapters import attach, ia3, prompt_tuning, untied_for
+from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places, renamed
+from jaxtune.methods.vocabulary import resize, untie
+from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
 from jaxtune.weights.leaf import (
+    Adapter,
     DoraWeight,
     Ia3Weight,
     LoraWeight,
@@ -82,8 +86,14 @@ class Spot(NamedTuple):
     turn: bool = True  # whether a matrix is the transpose of ours
 
 
+TABLES = ("embed_tokens/embedding", "lm_head/kernel")
+_TABLES = ("", ".base_layer", ".token_adapter.base_layer")  # where peft puts a table beside what adapts it
+
+
 def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool = False) -> dict[str, Spot]:
     """Every tensor that peft stores for a tree of `_attach`, by its key in the file.
+
+    Of a model whose table `resize` gave new rows, the tables too.
 
     `whole_head`: also what of a label head modules_to_save does not name.
     """
@@ -113,11 +123,16 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
     for t in models.names(module).tensors(module.spec, set(leaves)):
         shape = _hf_shape(t, leaves[t.path])
         if is_saved(t.module, saved) or (whole_head and in_label_head(t.path)):
-            spots[f"{_PREFIX}{t.hf}"] = Spot(t.path, t.index, "", shape, turn=t.transpose)
+            spots[f"{_PREFIX}{t.name}"] = Spot(t.path, t.index, "", shape, turn=t.transpose)
+        elif t.path in TABLES and getattr(module.spec, "new_tokens", 0):
+            leaf = leaves[t.path]
+            middle = _TABLES[2 if isinstance(leaf, TokensWeight) else isinstance(leaf, LoraWeight)]
+            field = "w" if isinstance(leaf, Adapter) else ""
+            spots[f"{_PREFIX}{t.module}{middle}.weight"] = Spot(t.path, t.index, field, shape, turn=t.transpose)
         elif t.path.endswith("/bias") and t.module in names and bias != "none":
             spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
         elif t.path.endswith("/bias") and bias == "all":
-            spots[f"{_PREFIX}{t.hf}"] = Spot(t.path, t.index, "", shape)
+            spots[f"{_PREFIX}{t.name}"] = Spot(t.path, t.index, "", shape)
     return spots
 
 
@@ -138,14 +153,20 @@ def _hf_shape(t: Any, leaf: Any) -> tuple[int, ...]:
 
 
 def load_adapter(
-    module: Any, params: Any, folder: str | Path, *, base: str | Path | None = None
+    module: Any,
+    params: Any,
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    drawn: Collection[str] | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Put a PEFT LoRA adapter on a zoo model.
+    """Put a PEFT adapter on a zoo model; `jaxtune.load(folder)` opens the adapter and its base at once.
 
     Args:
         module, params: the base.
         folder: holds adapter_config.json and adapter_model.safetensors.
         base: what `module` was loaded from, to be compared with the adapter's own base; None: names may differ.
+        drawn: the paths of a label head that the base has not, and the adapter must; None: of a new head, all.
 
     Returns:
         `(params, mask, config)`: as from `methods.lora`, ready to train on; `config` is adapter_config.json.
@@ -155,10 +176,11 @@ def load_adapter(
             supported, and a base of another name.
     """
     folder = Path(folder).expanduser()
-    config = read_adapter_config(folder)
-    entries = _index(folder)
+    config, entries = read_adapter_config(folder), _index(folder)
     problems = _other_base(config["base_model_name_or_path"], base)
-    refused = unsupported(config)
+    refused = unsupported(config) or _beyond(config, entries)
+    if not refused:
+        config = renamed(config, places(params, module))
     if not refused:
         try:
             params, mask = _attach(module, params, config)
@@ -167,17 +189,121 @@ def load_adapter(
     if refused:
         raise _misfit(folder, problems + refused)
     mask = _frozen_head(module, params, mask, config)
-    drawn = hasattr(module, "labels") and module.labels.drawn  # then the base has none to fall back on
-    spots = _spots(module, params, config, whole_head=drawn)
-    entries, other = _without_tables(module, params, _modern_keys(entries, spots), spots)
+    spots = _spots(module, params, config, whole_head=hasattr(module, "labels") and module.labels.drawn)
+    entries = _modern_keys(module, params, entries, spots)
+    if drawn is not None:
+        spots = {
+            key: spot
+            for key, spot in spots.items()
+            if key in entries or not in_label_head(spot.path) or spot.path in drawn
+        }
+    spots = {key: spot for key, spot in spots.items() if key in entries or spot.path not in TABLES or spot.field != "w"}
+    entries, other = _without_tables(module, params, entries, spots)
     problems += other + _compare(spots, entries)
     if problems:
         raise _misfit(folder, problems)
     return _fill(params, spots, entries), mask, config
 
 
+def open_adapter(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    any_base: bool = False,
+    quantization: str | None = None,
+    param_dtype: Any = None,
+    **settings: Any,
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Load an adapter and the base under it.
+
+    A label head that the base has not is drawn before the adapter fills it; a base that lacks the rows of tokens that
+    were added for the adapter gets them.
+
+    Args:
+        folder: a PEFT directory.
+        base: directory or hub id of its base; None: the one that it names.
+        any_base: also where that has another name than the adapter's own.
+        quantization, param_dtype, settings: as for `jaxtune.load`.
+
+    Returns:
+        `(module, params, mask, config)`: the module, and what `load_adapter` returns.
+
+    Raises:
+        UserError: the base is not found, or as `load` and `load_adapter`.
+    """
+    folder = Path(folder).expanduser()
+    config, entries = read_adapter_config(folder), _index(folder)
+    named, where = find_base(folder, base)
+    values = hf.read_config(where)
+    module, drawn = models.build(values, **settings), None
+    labels = _labels(folder, config, entries, module)
+    if labels is not None:
+        stored = read_labels(values)
+        same = stored is not None and dataclasses.replace(stored, pooling=labels.pooling) == labels
+        module = models.build({**values, "architectures": None}, **settings)
+        module = with_labels(module, dataclasses.replace(labels, drawn=not same))
+        drawn = module.drawn(tensors.index_dir(where), models.names(module), jax.random.key(0)).keys()
+    params = hf.read_params(module, where, param_dtype, key=jax.random.key(0), quantization=quantization)
+    module, params = grown_for(folder, module, params)
+    compared = None if any_base else named
+    params, mask, config = load_adapter(module, params, folder, base=compared, drawn=drawn)
+    return module, params, mask, config
+
+
+def find_base(folder: Path, base: str | Path | None = None) -> tuple[str, Path]:
+    """What the base of an adapter is called, and the directory that it lies in; `base` goes before its own word.
+
+    Raises:
+        UserError: it names none, or none that is there.
+    """
+    named = base or read_adapter_config(folder)["base_model_name_or_path"]
+    if not named or not isinstance(named, str | Path):
+        raise UserError(f"{folder}/adapter_config.json does not name its base; give it with --base=MODEL.")
+    try:
+        return str(named), hf.resolve(named)
+    except UserError as error:
+        hint = "" if base else " Give it with --base=MODEL."
+        raise UserError(f"The base of the adapter in {folder}: {error}{hint}") from None
+
+
+def _labels(folder: Path, config: Mapping[str, Any], entries: Mapping[str, tensors.Entry], body: Any) -> Labels | None:
+    """The labels of an adapter: as its directory names them, else as many as the last layer has; None: no label head.
+
+    Raises:
+        UserError: the adapter is for a label head, and holds none.
+    """
+    kind = next((k for k, task in TASK_TYPES.items() if task and task == config["task_type"]), None)
+    if (folder / "config.json").is_file():
+        labels = read_labels(tensors.read_json(folder / "config.json"))
+        if labels is not None:
+            return labels
+    if kind is None or (hasattr(body, "labels") and body.labels.kind == kind):
+        return body.labels if hasattr(body, "labels") else None
+    plain_body = body.body if hasattr(body, "labels") else body
+    table = with_labels(plain_body, Labels(kind, ("LABEL_0", "LABEL_1"))).layout.names
+    out = [f"{_PREFIX}{hf}" for hf, path in table.items() if path == "classifier/out/kernel"]
+    if out[0] not in entries:
+        raise UserError(f"{folder} is an adapter for {config['task_type']}, and neither it nor its base has the head.")
+    count = entries[out[0]].shape[0]
+    problem = PROBLEMS[2] if count == 1 and kind != TOKEN else PROBLEMS[0]
+    return Labels(kind, tuple(f"LABEL_{i}" for i in range(count)), problem)
+
+
+def grown_for(folder: Path, module: Any, params: Any) -> tuple[Any, Any]:
+    """A base with as many rows of tokens as an adapter's file has, which was made after some were added."""
+    entries = _index(folder)
+    named = [t.module for t in models.names(module).tensors(module.spec) if t.path == TABLES[0]]
+    keys = [f"{_PREFIX}{name}{middle}.weight" for name in named for middle in _TABLES]
+    rows = max((entries[key].shape[0] for key in keys if key in entries and entries[key].shape), default=0)
+    return resize(module, params, rows) if rows > module.spec.vocab else (module, params)
+
+
 def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The tree that a config describes, with fresh values: `(params, mask)`."""
+    if getattr(module.spec, "new_tokens", 0):  # the adapter has been trained; what it trained is its own matter
+        module = module.clone(spec=dataclasses.replace(module.spec, new_tokens=0))
+    if config["peft_type"] == "LORA":
+        params = untied_for(config["target_modules"], params, module)
     candidates = places(params, module)
     if config["peft_type"] == "PROMPT_TUNING":
         return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
@@ -194,6 +320,19 @@ def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, A
     saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
     settings = {k: config[k] for k in ATTACHED} | {"modules_to_save": saved}
     return attach(params, jax.random.key(0), chosen_by(config, candidates), module=module, **settings)
+
+
+def _beyond(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry]) -> list[str]:
+    """A line for each rank that no tensor of the file has: no room is made for it."""
+    largest = max((max(entry.shape, default=1) for entry in entries.values()), default=1)
+    ranks = {f"rank_pattern of {key!r}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
+    if not ranks:  # else nothing may have the common one
+        ranks = {name: config.get(name) or 1 for name in ("r", "num_virtual_tokens")}
+    return [
+        f"misshapen    {name}={rank}, and the longest side of a tensor in the file is {largest}"
+        for name, rank in ranks.items()
+        if rank > largest
+    ]
 
 
 def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
@@ -221,7 +360,10 @@ def _other_base(theirs: str | None, ours: str | Path | None) -> list[str]:
     names = [public_name(theirs), public_name(ours)]
     if Path(names[0]).resolve() == Path(names[1]).resolve() or Path(names[0]).name == Path(names[1]).name:
         return []
-    return [f"other base   the adapter was made for {theirs!r}, this is {str(ours)!r}"]
+    return [
+        f"other base   the adapter was made for {theirs!r}, this is {str(ours)!r}; where that is the same model under "
+        "another name, give --allow-other-base (in Python, base=None)"
+    ]
 
 
 def _misfit(folder: Path, problems: list[str]) -> UserError:
@@ -229,27 +371,57 @@ def _misfit(folder: Path, problems: list[str]) -> UserError:
     return UserError(f"The adapter in {folder} does not fit this model:\n  " + "\n  ".join(shown))
 
 
-def _modern_keys(entries: dict[str, tensors.Entry], spots: Mapping[str, Spot]) -> dict[str, tensors.Entry]:
-    """Old peft stored the bias of an adapted module without `base_layer`."""
-    old = {key.replace(".base_layer.bias", ".bias"): key for key, spot in spots.items() if not spot.field}
-    return {key if key in spots else old.get(key, key): entry for key, entry in entries.items()}
+def _modern_keys(
+    module: Any, params: Any, entries: dict[str, tensors.Entry], spots: Mapping[str, Spot]
+) -> dict[str, tensors.Entry]:
+    """Entries by the keys of today: modules had other names, and a bias beside an adapter lacked `base_layer`."""
+    named = {p.old.rpartition(".")[0]: p.name.rpartition(".")[0] for p in parameters(params, module) if p.old}
+    bias = {key.replace(".base_layer.bias", ".bias"): key for key, spot in spots.items() if not spot.field}
+
+    def modern(key: str) -> str:
+        if key in spots:
+            return key
+        stem = key.removeprefix(_PREFIX)
+        while stem and stem not in named:
+            stem = stem.rpartition(".")[0]
+        if stem:
+            key = key.replace(stem, named[stem], 1)
+        return bias.get(key, key)
+
+    return {modern(key): entry for key, entry in entries.items()}
 
 
 def _without_tables(
     module: Any, params: Any, entries: Mapping[str, tensors.Entry], spots: Mapping[str, Spot]
 ) -> tuple[dict[str, tensors.Entry], list[str]]:
-    """Leave out the base's own tables, which peft saves beside adapters of them; a line for each that is another's."""
+    """Leave out what peft saves beside adapters of tables and after `resize_token_embeddings`; a line for what differs.
+
+    These are the base's own table and head, by whatever name they have there, and second copies of what is trained.
+    """
     leaves, rest, problems = weights_by_path(params), dict(entries), []
-    for t in models.names(module).tensors(module.spec, set(leaves)):
-        key, leaf = f"{_PREFIX}{t.module}.base_layer.weight", leaves[t.path]
-        if key not in rest or key in spots or not isinstance(leaf, LoraWeight) or rest[key].shape != _hf_shape(t, leaf):
+    for t in models.names(module).tensors(module.spec):
+        if t.path not in TABLES:
             continue
-        found = np.empty(rest.pop(key).shape, np.float32)
-        tensors.read_all([(entries[key], found)])
-        base = np.asarray(merge_leaf(leaf.w), np.float32)
-        base = base if t.index is None else base[t.index]
-        if not np.array_equal(found.astype(plain(leaf).dtype).astype(np.float32), base.T if t.transpose else base):
-            problems.append(f"other base   {key} is not this model's own")
+        path = t.path if t.path in leaves else TABLES[0]  # a tied head is the other
+        stem, leaf = f"{_PREFIX}{t.module}", leaves.get(path)
+        if leaf is None:
+            continue
+        if t.path not in leaves and isinstance(leaf, TokensWeight):
+            rest.pop(f"{stem}.token_adapter.trainable_tokens_delta", None)
+        if f"{stem}.weight" in spots:
+            rest.pop(f"{stem}.modules_to_save.weight", None)
+            rest.pop(f"{stem}.original_module.weight", None)
+        base = getattr(leaf, "w", leaf)
+        shape = plain(base).shape if path == TABLES[0] else plain(base).shape[::-1]
+        for key in (f"{stem}{middle}.weight" for middle in _TABLES):
+            if key not in rest or key in spots or rest[key].shape != shape:
+                continue
+            array = np.asarray(merge_leaf(base), np.float32)
+            found = np.empty(shape, np.float32)
+            tensors.read_all([(rest.pop(key), found)])
+            found = found.astype(plain(base).dtype).astype(np.float32)
+            if not np.array_equal(found, array if path == TABLES[0] else array.T):
+                problems.append(f"other base   {key} is not this model's own")
     return rest, problems
 
 
@@ -274,9 +446,14 @@ def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
         host = arrays.setdefault(spot.path, {}).setdefault(spot.field, np.zeros(shape, np.float32))
         jobs.append((entries[key], _view(host, spot)))
     tensors.read_all(jobs)
+    for key, spot in spots.items():
+        if not np.isfinite(_view(arrays[spot.path][spot.field], spot)).all():
+            raise UserError(f"{entries[key].file}: the tensor {key!r} has numbers that are not finite; it is damaged.")
 
     def put(path, leaf):
         fields = {field: jnp.asarray(array) for field, array in arrays.get(path, {}).items()}
+        if "w" in fields:  # a table of the base, and no adapter
+            fields["w"] = fields["w"].astype(leaf.w.dtype)
         return fields[""] if "" in fields else dataclasses.replace(leaf, **fields) if fields else leaf
 
     return map_paths(put, params)
@@ -310,7 +487,7 @@ def export_adapter(
         config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left
             out is read off the tree.
         mask: as `methods.lora` returned it; says whether biases were trained, where `config` does not.
-        facts: label -> value for the model card; see `jaxtune.hf.card.run_facts`.
+        facts: label -> value for the model card; see `jaxtune.report.card.run_facts`.
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
         ends: tokens that end a trained turn; where the base does not stop at them, a generation_config.json does.
@@ -340,6 +517,10 @@ def export_adapter(
         tensors.write(folder, arrays, "adapter_model", shard_bytes=2**63)  # peft reads one file
         text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        labels = module.spec.hf_config if hasattr(module, "labels") else None
+        if labels:  # the names of the labels, which an adapter's own config has no place for
+            text = json.dumps(labels, indent=2, ensure_ascii=False) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
         notes += copy_tokenizer(Path(tokenizer or base).expanduser(), folder, chat_template)
         stops_of = Path(base_folder or base).expanduser()
         if not set(ends) <= stop_ids(stops_of):
@@ -351,6 +532,8 @@ def export_adapter(
             facts=facts,
             notes=notes,
             auto=models.auto_class(module),
+            config=labels,
+            tokenizer=has_tokenizer(folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
@@ -397,7 +580,7 @@ def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) 
         if config["use_dora"] != isinstance(held, DoraWeight):
             raise ValueError(f"{place.name}: the config's use_dora is {config['use_dora']}, the parameters differ.")
     ids = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
-    if ids != [config[k] for k in ("trainable_token_indices",) if config.get(k)]:
+    if ids != [list(given) for given in [token_ids(config)] if given]:
         raise ValueError(f"config and parameters differ in trainable_token_indices; the parameters' are {ids}.")
     carried = {spot.path for spot in _spots(module, params, config).values()}
     stray = [

@@ -12,7 +12,17 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.methods.places import Factors, Place, in_label_head, is_or_ends, is_saved, lora_places, parameters, places
+from jaxtune.methods.places import (
+    Factors,
+    Place,
+    in_label_head,
+    is_or_ends,
+    is_saved,
+    lora_places,
+    parameters,
+    places,
+    renamed,
+)
 from jaxtune.tree import TRAIN, flatten
 from jaxtune.weights.leaf import (
     DoraWeight,
@@ -135,7 +145,13 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder} is no adapter directory: it has no adapter_config.json.")
     config = tensors.read_json(file)
-    defaults = ALL_DEFAULTS.get(config.get("peft_type", "LORA"), DEFAULTS)
+    kind = config.get("peft_type", "LORA")
+    if not isinstance(kind, str):
+        raise UserError(f"{file}: peft_type={kind!r}, expected one of {', '.join(ALL_DEFAULTS)}.")
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str | None):
+        raise UserError(f"{file}: base_model_name_or_path={named!r}, expected a directory or a hub id.")
+    defaults = ALL_DEFAULTS.get(kind, DEFAULTS)
     return defaults | {k: v for k, v in config.items() if not (v is None and defaults.get(k) is not None)}
 
 
@@ -145,9 +161,10 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
     if config["peft_type"] not in ALL_DEFAULTS:
         lines.append(f"unsupported  peft_type={config['peft_type']!r}: only {', '.join(ALL_DEFAULTS)} are")
     for key, value in config.items():
-        if key not in _FOLLOWED | _INERT and value not in (None, False, [], {}):
+        if key not in _FOLLOWED | _INERT and value not in (None, False, 0, [], {}):
             lines.append(f"unsupported  {key}={value!r}")
-    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
+    if not any(config.get("init_lora_weights", True) == init for init in _HARMLESS_INITS):
+        init = config["init_lora_weights"]
         lines.append(
             f"unsupported  init_lora_weights={init!r} changes the base; save the adapter with peft's "
             "path_initial_model_for_weight_conversion"
@@ -156,18 +173,50 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"unsupported  modules_to_save={config['modules_to_save']!r} with peft_type={config['peft_type']!r}"
         )
-    names = ("a list of names or null", lambda v: v is None or isinstance(v, list))
+
+    def named(v):
+        return isinstance(v, list) and all(isinstance(name, str) for name in v)
+
+    def pattern(number):
+        return lambda v: isinstance(v, dict) and all(number(one) for one in v.values())
+
+    def rank(v):
+        return type(v) is int and 0 < v <= 2**20
+
+    def alpha(v):
+        return type(v) in (int, float) and math.isfinite(v)
+
+    def whole(v):
+        return type(v) is int and v >= 0
+
+    names = ("a list of names or null", lambda v: v is None or named(v))
+    choice = ("a list of names, a regex or null", lambda v: v is None or isinstance(v, str) or named(v))
     checks = {
-        "r": ("a whole number above 0", lambda v: type(v) is int and v > 0),
-        "lora_alpha": ("a number", lambda v: type(v) in (int, float)),
+        "r": ("a whole number from 1 to 1,048,576", rank),
+        "lora_alpha": ("a number", alpha),
         "lora_dropout": ("from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
+        "use_dora": ("true or false", lambda v: type(v) is bool),
+        "use_rslora": ("true or false", lambda v: type(v) is bool),
+        "exclude_modules": choice,
+        "feedforward_modules": choice,
+        "layers_pattern": choice,
+        "layers_to_transform": (
+            "a number of a layer, a list of them or null",
+            lambda v: v is None or whole(v) or (isinstance(v, list) and all(map(whole, v))),
+        ),
         "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-        "target_modules": ("a list of names or a regex", lambda v: isinstance(v, str | list) and len(v) > 0),
-        "rank_pattern": ("an object", lambda v: isinstance(v, dict)),
-        "alpha_pattern": ("an object", lambda v: isinstance(v, dict)),
+        "target_modules": ("a list of names or a regex", lambda v: (isinstance(v, str) or named(v)) and v),
+        "rank_pattern": ("an object with whole numbers above 0", pattern(rank)),
+        "alpha_pattern": ("an object with numbers", pattern(alpha)),
         "modules_to_save": names,
-        "trainable_token_indices": ("a list of token ids (of the input embedding) or null", names[1]),
-        "num_virtual_tokens": ("a whole number above 0", lambda v: type(v) is int and v > 0),
+        "trainable_token_indices": (
+            "a list of token ids, of the input embedding, or an object with such a list for it, or null",
+            lambda v: (
+                v is None
+                or all(isinstance(i, list) and all(map(whole, i)) for i in (v.values() if isinstance(v, dict) else [v]))
+            ),
+        ),
+        "num_virtual_tokens": ("a whole number from 1 to 1,048,576", rank),
     }
     lines += [
         f"wrong value  {k}={config[k]!r}, expected {words}"
@@ -188,6 +237,12 @@ def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place,
     return lora_places(candidates, **settings, strict=False)
 
 
+def token_ids(config: Mapping[str, Any]) -> list[int] | None:
+    """trainable_token_indices, which may be an object with one entry."""
+    ids = config.get("trainable_token_indices")
+    return next(iter(ids.values())) if isinstance(ids, Mapping) else ids
+
+
 def matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
     """The targets that this model has; all, where it has none, for the message."""
     if isinstance(targets, str):
@@ -200,7 +255,7 @@ def matching(targets: str | list[str], candidates: list[Place]) -> str | list[st
 
 def complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """adapter_config.json: what is given, over what the tree shows, over peft's defaults."""
-    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in renamed(given, places(params, module)).items()}
     if given.get("target_modules") == "all-linear":
         given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
     kinds = {LoraWeight: _lora_config, Ia3Weight: _ia3_config, PromptWeight: _prompt_config}

@@ -1,34 +1,38 @@
 """The tokens at which generation stops, and those that a tuned model was taught to end its turns with."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 
 FILE = "generation_config.json"
 
 
-def _ids(value: int | Iterable[int] | None) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
+def _ids(value: Any, where: str | Path) -> set[int]:
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise UserError(f"{where}: eos_token_id={wrong[0]!r}, expected a whole number or a list of them.")
+    return set(ids)
 
 
 def stop_ids(folder: Path) -> set[int]:
     """The tokens at which transformers and vLLM stop a model of this directory, as its files say."""
     for name in (FILE, "config.json"):
         if (folder / name).is_file():
-            return _ids(tensors.read_json(folder / name).get("eos_token_id"))
+            return _ids(tensors.read_json(folder / name).get("eos_token_id"), folder / name)
     return set()
 
 
 def named_ids(tokenizer: Any, *folders: Path | None) -> tuple[int, ...]:
     """All tokens that end a text by the tokenizer or by any file of the directories."""
-    found = _ids(tokenizer.eos_token_id)
+    found = _ids(tokenizer.eos_token_id, "the tokenizer")
     for folder in filter(None, folders):
         for name in (FILE, "config.json"):
             if (folder / name).is_file():
-                found |= _ids(tensors.read_json(folder / name).get("eos_token_id"))
+                found |= _ids(tensors.read_json(folder / name).get("eos_token_id"), folder / name)
     return tuple(sorted(found))
 
 

@@ -1,5 +1,6 @@
 """safetensors files (github.com/huggingface/safetensors#format): one or many, read in parallel, written atomically."""
 
+import itertools
 import json
 import math
 import os
@@ -7,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import UserError
+from jaxtune.reading import LIMIT, parse_json
+from jaxtune.reading import read_json as read_json
 
 DTYPES = {
     "F64": np.float64,
@@ -40,59 +43,78 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-def read_json(file: Path) -> dict:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        value = json.loads(file.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}:{e.lineno}: not JSON: {e.msg}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}, expected a JSON object.")
-    return value
-
-
 def index(file: Path) -> dict[str, Entry]:
     """Read the header of one safetensors file.
 
     Raises:
         UserError: the file is cut short, malformed or not safetensors.
     """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{file} is not a safetensors file, or is cut short ({size} bytes). Fetch it again.")
-        try:
-            header = json.loads(f.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise UserError(f"{file} is not a safetensors file: its header is no JSON ({e}).") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{file} is not a safetensors file: its header is no JSON object.")
-    header.pop("__metadata__", None)
-    entries = {}
+    header, begin, size = _header(file)
+    entries, spans = {}, []
     for name, item in header.items():
-        try:
-            kind, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{file}: the header's entry for tensor {name!r} is malformed: {item}.") from None
-        if kind not in DTYPES:
-            raise UserError(f"{file}: tensor {name!r} has dtype {kind}, which is not supported.")
-        dtype = np.dtype(DTYPES[kind])
-        if stop - start != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{file}: tensor {name!r} is {kind}{list(shape)} but takes {stop - start} bytes.")
-        if 8 + length + stop > size:
+        if name == "__metadata__":
+            continue
+        entry = _entry(file, name, item, begin)
+        if entry.offset + entry.nbytes > size:
             raise UserError(
-                f"{file} is cut short: tensor {name!r} ends at byte {8 + length + stop}, the file at {size}. "
+                f"{file} is cut short: tensor {name!r} ends at byte {entry.offset + entry.nbytes}, the file at {size}. "
                 "Fetch it again."
             )
-        entries[name] = Entry(file, dtype, shape, 8 + length + start, stop - start)
+        entries[name] = entry
+        spans.append((entry.offset, entry.offset + entry.nbytes, name))
+    spans = sorted(span for span in spans if span[0] < span[1])
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise UserError(f"{file}: tensors {one!r} and {other!r} overlap; the file is damaged. Fetch it again.")
     return entries
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file, where the tensors begin, and the file's size."""
+    if not file.is_file():
+        raise UserError(f"{file} is no regular file.")
+    try:
+        with file.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{file} is not a safetensors file, or is cut short ({size} bytes). Fetch it again.")
+            if length > LIMIT:
+                raise UserError(f"{file}: its header of {length / 1e6:,.0f} MB is no header of safetensors.")
+            text = f.read(length)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+    try:
+        header = parse_json(text, "its header", object_pairs_hook=_different)
+    except UserError as error:
+        raise UserError(f"{file} is not a safetensors file: its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{file} is not a safetensors file: its header is no JSON object.")
+    return header, 8 + length, size
+
+
+def _different(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice.")
+    return found
+
+
+def _entry(file: Path, name: str, item: Any, begin: int) -> Entry:
+    try:
+        kind, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        sound = all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)) and len(shape) <= 32
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound or start > stop:
+        raise UserError(f"{file}: the header's entry for tensor {name!r} is malformed: {str(item)[:200]}.")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise UserError(f"{file}: tensor {name!r} has dtype {str(kind)[:40]}, which is not supported.")
+    dtype = np.dtype(DTYPES[kind])
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"{file}: tensor {name!r} is {kind}{list(shape)} but takes {stop - start} bytes.")
+    return Entry(file, dtype, shape, begin + start, stop - start)
 
 
 def index_dir(folder: Path, stem: str = "model") -> dict[str, Entry]:
@@ -103,16 +125,10 @@ def index_dir(folder: Path, stem: str = "model") -> dict[str, Entry]:
     """
     listing = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
-    if listing.exists():
-        shards = sorted(set(read_json(listing).get("weight_map", {}).values()))
-        if not shards:
-            raise UserError(f"{listing} lists no shards: it has no 'weight_map'.")
-        absent = [s for s in shards if not (folder / s).exists()]
-        if absent:
-            raise UserError(f"{listing} lists {len(absent)} missing shard(s): {', '.join(absent)}.")
-        return {name: entry for shard in shards for name, entry in index(folder / shard).items()}
-    if single.exists():
+    if single.exists():  # before shards that lie beside it, as in transformers
         return index(single)
+    if listing.exists():
+        return _index_shards(folder, listing)
     pickles = sorted(p.name for ext in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{ext}"))
     if pickles:
         raise UserError(
@@ -121,6 +137,51 @@ def index_dir(folder: Path, stem: str = "model") -> dict[str, Entry]:
             f"A.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
     raise UserError(f"{folder} holds no weights: neither {single.name} nor {listing.name} is there.")
+
+
+def has_weights(folder: Path, stem: str = "model") -> bool:
+    """Whether there are files for `index_dir` to read."""
+    return any((folder / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json"))
+
+
+def equal(one: Entry, other: Entry, rows: int = 4096) -> bool:
+    """Whether two tensors of one shape hold the same numbers; read until they differ."""
+    if one.shape != other.shape:
+        return False
+    step = max(1, rows)
+    for start in range(0, one.shape[0] if one.shape else 1, step):
+        parts = [read(_rows(entry, start, step)) for entry in (one, other)]
+        if not np.array_equal(*(part.astype(np.float32) for part in parts), equal_nan=True):
+            return False
+    return True
+
+
+def _rows(entry: Entry, start: int, count: int) -> Entry:
+    """Some rows of a tensor."""
+    if not entry.shape:
+        return entry
+    row = entry.nbytes // max(entry.shape[0], 1)
+    count = min(count, entry.shape[0] - start)
+    return entry._replace(shape=(count, *entry.shape[1:]), offset=entry.offset + start * row, nbytes=count * row)
+
+
+def _index_shards(folder: Path, listing: Path) -> dict[str, Entry]:
+    weight_map = read_json(listing).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{listing} lists no shards: it has no 'weight_map'.")
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    for shard in shards:
+        if Path(shard).name != shard or shard in (".", ".."):
+            raise UserError(f"{listing}: the shard {shard!r} is no file name; shards lie beside their index.")
+    absent = [s for s in shards if not (folder / s).is_file()]
+    if absent:
+        raise UserError(f"{listing} lists {len(absent)} missing shard(s): {', '.join(absent[:5])}.")
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        for name, entry in index(folder / shard).items():
+            if weight_map.get(name, shard) == shard:
+                entries[name] = entry
+    return entries
 
 
 def read(entry: Entry, out: np.ndarray | None = None) -> np.ndarray:

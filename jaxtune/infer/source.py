@@ -1,12 +1,16 @@
-"""One way to open whatever holds tuned weights: a run, an adapter with its base, or a model directory."""
+"""One way to open whatever holds weights: a run, an adapter with its base, or a model, with its tokenizer."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 from jaxtune.hf.load import load, resolve
-from jaxtune.hf.peft import load_adapter, read_adapter_config
+from jaxtune.hf.peft import find_base, open_adapter
+from jaxtune.hf.stops import named_ids
 
 
 class Source(NamedTuple):
@@ -18,6 +22,7 @@ class Source(NamedTuple):
         adapter: directory of a PEFT adapter, or None.
         run: the run directory, or None.
         config: the run's config.json, or None.
+        any_base: the adapter may lie on a base of another name than its own.
     """
 
     model: Path
@@ -25,6 +30,7 @@ class Source(NamedTuple):
     adapter: Path | None = None
     run: Path | None = None
     config: dict[str, Any] | None = None
+    any_base: bool = False
 
     @property
     def tokenizer(self) -> Path:
@@ -39,28 +45,56 @@ class Source(NamedTuple):
         return None if self.adapter is None or told == "none" else told
 
 
-def find(path: str | Path, base: str | Path | None = None) -> Source:
+class Target(NamedTuple):
+    """A language model that is ready to be used.
+
+    Attributes:
+        module, params: as from `load`; params hold the adapter, unmerged.
+        tokenizer: a fast transformers tokenizer, with the run's own chat template if it was given one.
+        folder: the directory of the model itself (of an adapter's base).
+        eos_ids: the tokens that end a text.
+    """
+
+    module: Any
+    params: Any
+    tokenizer: Any
+    folder: Path
+    eos_ids: tuple[int, ...]
+
+
+def find(
+    path: str | Path, base: str | Path | None = None, *, adapter: str | Path | None = None, any_base: bool = False
+) -> Source:
     """Find out what `path` is: a run directory, a PEFT directory, or an HF directory or hub id.
 
     Args:
         base: the model that an adapter is put on; default: the one that it names.
+        adapter: a PEFT directory to put on `path`, a model or the run whose base it is put on.
+        any_base: an adapter may also lie on a base of another name than its own.
 
     Raises:
         UserError: it is none of these, or a run that has not written its result yet.
     """
     folder = resolve(path)
+    if adapter is not None:
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{path} is an adapter itself; give the model that {adapter} is put on.")
+        under = find(path, base if (folder / "adapter").is_dir() else None)
+        return find(adapter, under.base, any_base=any_base)._replace(config=under.config)
     if (folder / "adapter_config.json").is_file():
-        return _adapter(folder, base)
+        return _adapter(folder, base, any_base)
     config = tensors.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "tune" in config:
-        named = str(base or config["model"]["path"])
+        named = str(base or _path(config))
         if (folder / "adapter").is_dir():
-            return _adapter(folder / "adapter", named)._replace(run=folder, config=config)
+            return _adapter(folder / "adapter", named, any_base)._replace(run=folder, config=config)
         if (folder / "model").is_dir():
+            if base is not None:
+                raise UserError(f"The run in {folder} holds a whole model; a base belongs to an adapter only.")
             return Source(folder / "model", named, run=folder, config=config)
         raise UserError(f"The run in {folder} has no result yet (adapter/ or model/); start it again to go on.")
     if "model_type" in config:
-        if base is not None:
+        if base is not None or any_base:
             raise UserError(f"{folder} is a whole model; a base belongs to an adapter only.")
         return Source(folder, str(path))
     raise UserError(
@@ -68,28 +102,83 @@ def find(path: str | Path, base: str | Path | None = None) -> Source:
     )
 
 
-def _adapter(folder: Path, base: str | Path | None) -> Source:
-    named = base or read_adapter_config(folder)["base_model_name_or_path"]
-    if not named:
-        raise UserError(f"{folder}/adapter_config.json does not name its base; give it with --base.")
-    try:
-        return Source(resolve(named), str(named), adapter=folder)
-    except UserError as error:
-        raise UserError(f"The base of the adapter in {folder}: {error} Give it with --base.") from None
+def _path(config: dict[str, Any]) -> Any:
+    """The model.path of a run's config.json."""
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+        raise UserError("config.json of the run has no model.path; the file is damaged.")
+    return model["path"]
 
 
-def open_source(source: Source, *, any_base: bool = False, **settings: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+def _adapter(folder: Path, base: str | Path | None, any_base: bool) -> Source:
+    named, model = find_base(folder, base)
+    return Source(model, named, adapter=folder, any_base=any_base)
+
+
+def open_source(source: Source, **settings: Any) -> tuple[Any, Any, dict[str, Any] | None]:
     """Load a source as `(module, params, adapter config)`, the last None for a whole model.
 
     Args:
-        any_base: put the adapter also on a base of another name than its own.
         settings: as for `load`.
 
     Raises:
         UserError: as `load` and `load_adapter`.
     """
-    module, params = load(source.model, quantization=source.quantization, **settings)
     if source.adapter is None:
-        return module, params, None
-    params, _, config = load_adapter(module, params, source.adapter, base=None if any_base else source.base)
+        return *load(source.model, **settings), None
+    settings["dtype"] = settings.get("dtype") or jnp.float32
+    module, params, _, config = open_adapter(
+        source.adapter, base=source.base, any_base=source.any_base, quantization=source.quantization, **settings
+    )
     return module, params, config
+
+
+def load_target(source: Source | str | Path, dtype: Any = None, **settings: Any) -> Target:
+    """Load a language model: what `find` found, or a run directory, a PEFT directory, an HF directory or hub id.
+
+    Args:
+        dtype: of activations; default: bfloat16 on a GPU, float32 elsewhere.
+        settings: `Decoder`'s other fields.
+
+    Raises:
+        UserError: it is none of these, a run without result, or lacks weights or a tokenizer.
+    """
+    if not isinstance(source, Source):
+        source = find(source)
+    tokenizer = tokenizer_of(source)
+    check_continues(source)
+    tensors.index_dir(source.model)  # missing weights are named before anything is compiled
+    if dtype is None:
+        dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    module, params, _ = open_source(source, dtype=dtype, **settings)
+    return Target(module, params, tokenizer, source.model, eos_ids(tokenizer, source))
+
+
+def eos_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
+    """The tokens that end a text, as the tokenizer and the files of the model and the adapter name them together."""
+    return named_ids(tokenizer, source.model, source.adapter)
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer of a source, with what its run was told about it."""
+    from jaxtune.data.tokenize import load_tokenizer
+
+    told = (source.config or {}).get("model", {})
+    carried = source.tokenizer != source.model or not told.get("tokenizer")
+    template = told.get("chat_template")
+    return load_tokenizer(
+        str(source.tokenizer if carried else told["tokenizer"]),
+        template if template and Path(template).is_file() else None,
+    )
+
+
+def check_continues(source: Source) -> None:
+    """Raise UserError for a classifier or an encoder, which give no next token."""
+    from jaxtune.models import build
+    from jaxtune.models.decoder import Decoder
+
+    config = tensors.read_json(source.model / "config.json")
+    kind = ((source.config or {}).get("objective") or {}).get("name", "causal_lm")
+    if kind != "causal_lm" or not isinstance(build(config), Decoder):
+        what = ", ".join(config.get("architectures") or [config["model_type"]])
+        raise UserError(f"{source.model} ({what}) does not continue text; a model with a language model's head does.")

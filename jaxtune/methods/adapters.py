@@ -17,6 +17,7 @@ from jaxtune.methods.places import (
     Pattern,
     Place,
     check_names,
+    compiled,
     excluded,
     in_label_head,
     is_bias,
@@ -26,8 +27,10 @@ from jaxtune.methods.places import (
     owner,
     parameters,
     places,
+    renamed,
     resolve_targets,
 )
+from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, PyTree, filled
 from jaxtune.weights.foreign import Layout, matrices
@@ -97,20 +100,32 @@ def lora(
         UserError: a target matches nothing, the rank exceeds a matrix's smaller side, two options claim one leaf, or a
             row that `resize` added is not trained.
     """
+    params = untied_for(target_modules, params, module)
     candidates = places(params, module, layouts)
+    named = {
+        "target_modules": target_modules,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "exclude_modules": exclude_modules,
+        "modules_to_save": modules_to_save,
+    }
+    named = renamed(named, candidates)
     chosen = lora_places(
         candidates,
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=target_modules,
         use_rslora=use_rslora,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
-        exclude_modules=exclude_modules,
-        modules_to_save=modules_to_save,
+        **named,
     )
+    leaves = weights_by_path(params)
+    for place, factors in chosen.items():
+        k, n = plain(leaves[place.path]).shape[-2:] if not layouts else (math.inf, math.inf)
+        if factors.rank > max(k, n):
+            raise UserError(
+                f"r={factors.rank} exceeds both sides of {place.path} ({k} x {n}); choose r <= {min(k, n)}."
+            )
     tuned = attach(
         params,
         key,
@@ -119,12 +134,27 @@ def lora(
         bias=bias,
         use_dora=use_dora,
         init_lora_weights=init_lora_weights,
-        modules_to_save=modules_to_save,
+        modules_to_save=named["modules_to_save"],
         trainable_token_indices=trainable_token_indices,
         module=module,
         layouts=layouts,
     )
     return with_new_tokens(tuned, module)
+
+
+def untied_for(targets: str | Sequence[str], params: PyTree, module: Any) -> PyTree:
+    """The tree, with a head of its own where it is tied and a target names the head."""
+    if targets == "all-linear" or not hasattr(module, "head") or "lm_head" in params:
+        return params
+    from jaxtune import models
+
+    (head,) = models.names(module).tensors(module.spec, {"lm_head/kernel"})
+    names = [name.rpartition(".")[0] for name in (head.name, head.hf)]
+    if isinstance(targets, str):
+        named = any(re.fullmatch(compiled("target_modules", targets), name) for name in names)
+    else:
+        named = any(is_or_ends(name, t) for name in names for t in targets)
+    return untie(params) if named else params
 
 
 def attach(
@@ -152,9 +182,6 @@ def attach(
     params, saved = _to_save(params, modules_to_save, module)
     trainable_token_indices = _token_ids(trainable_token_indices, params, module)
     table = _token_table(params, trainable_token_indices, saved.keys() | rows.keys())
-    for path in rows:
-        if path in saved:
-            raise UserError(f"{path} is claimed twice: by target_modules and by modules_to_save; leave one out.")
     params, restore = matrices(params, {path: layouts[path] for path in rows} if layouts else {})
 
     def adapt(path, leaf):
@@ -264,8 +291,11 @@ def _lora_leaf(
     *axes, k, n = plain(leaf).shape
     ranks, scale = np.zeros(axes, int), np.zeros(axes, np.float32)
     for place, (rank, s) in factors.items():
-        if rank > min(k, n):
-            raise UserError(f"r={rank} exceeds the smaller side of {path} ({k} x {n}); choose r <= {min(k, n)}.")
+        if init == "pissa" and rank > min(k, n):
+            raise UserError(
+                f"r={rank} exceeds the smaller side of {path} ({k} x {n}), which has no more singular vectors; "
+                f"choose r <= {min(k, n)}, or leave it out of target_modules."
+            )
         at = ... if place.index is None else place.index
         ranks[at], scale[at] = rank, s
     is_table, most = not place.linear, int(ranks.max())
@@ -311,28 +341,32 @@ def _factors(
 # ------------------------------------------------------------------------------------------- vectors, a soft prompt
 
 
-IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # of Llama's family
-IA3_FEEDFORWARD = ("down_proj",)
-
-
 def ia3(
     params: PyTree,
-    target_modules: str | Sequence[str] = IA3_TARGETS,
-    feedforward_modules: str | Sequence[str] = IA3_FEEDFORWARD,
+    target_modules: str | Sequence[str] | None = None,
+    feedforward_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     module: Any = None,
 ) -> tuple[PyTree, PyTree]:
     """(IA)^3 (arXiv:2205.05638), with the names of peft's IA3Config: a vector scales what a module gives or takes.
 
     Args:
-        target_modules: as in `lora`; the default is that of Llama's family.
-        feedforward_modules: those of the targets whose input is scaled; of the others it is the output.
+        target_modules: as in `lora`; None: peft's for the model's family, and for one that peft has none for, Llama's.
+        feedforward_modules: those of the targets whose input is scaled; of the others it is the output. None: as above,
+            where target_modules is None, too, else those of Llama's that are among the targets.
 
     Raises:
         UserError: a target, an exclusion or a feed-forward module matches nothing, or a target is an embedding.
     """
     _no_label_head("ia3", params)
-    chosen = ia3_places(places(params, module), target_modules, exclude_modules, feedforward_modules)
+    candidates = places(params, module)
+    named = {
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "feedforward_modules": feedforward_modules,
+    }
+    named = renamed(ia3_settings(module, **named), candidates)
+    chosen, feedforward_modules = ia3_places(candidates, **named), named["feedforward_modules"]
     rows, leaves = _rows(chosen), weights_by_path(params)
     inputs = {p.path: set() for p in chosen}
     for p in chosen:
@@ -364,16 +398,34 @@ def ia3(
     return with_new_tokens(masters(new, map_paths(role, new)), module)
 
 
+def ia3_settings(
+    module: Any,
+    target_modules: str | Sequence[str] | None = None,
+    feedforward_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The settings of `ia3` on a model, with the defaults for its family."""
+    family = module.spec.hf_config["model_type"] if hasattr(module, "spec") else "llama"
+    targets, inputs = IA3.get(family, IA3["llama"])
+    if feedforward_modules is None:
+        feedforward_modules = inputs if target_modules is None else IA3["llama"][1]
+    return {
+        "target_modules": targets if target_modules is None else target_modules,
+        "feedforward_modules": feedforward_modules,
+        "exclude_modules": exclude_modules,
+    }
+
+
 def ia3_places(
     candidates: list[Place],
-    target_modules: str | Sequence[str] = IA3_TARGETS,
+    target_modules: str | Sequence[str],
+    feedforward_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
-    feedforward_modules: str | Sequence[str] = IA3_FEEDFORWARD,
 ) -> list[Place]:
     targets = resolve_targets(target_modules, candidates)
     check_names("exclude_modules", exclude_modules, targets)
     chosen = [p for p in targets if not excluded(p.name, exclude_modules)]
-    if tuple(feedforward_modules) != IA3_FEEDFORWARD:
+    if tuple(feedforward_modules) != IA3["llama"][1]:
         check_names("feedforward_modules", feedforward_modules, chosen)
     if not chosen:
         raise UserError("exclude_modules leaves no module to adapt.")
@@ -402,6 +454,8 @@ def prompt_tuning(
     size, width = plain(table).shape
     if init == "vocab":
         prompt = leaf_rows(table, jax.random.randint(key, (num_virtual_tokens,), 0, size))
+        if not getattr(getattr(module, "spec", None), "scales_prompt", True):
+            prompt *= module.spec.embed_scale  # the vectors take the place of what the table's module gives
     elif init == "random":
         prompt = jax.random.normal(key, (num_virtual_tokens, width))
     else:

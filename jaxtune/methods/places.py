@@ -21,12 +21,14 @@ class Place(NamedTuple):
         path: its matrix in our tree.
         index: row of the stacked leaf; None: the whole leaf.
         linear: it is multiplied, not looked up.
+        old: its HF name in files and older versions of transformers, where that is another.
     """
 
     name: str
     path: str
     index: int | None
     linear: bool = True
+    old: str | None = None
 
 
 class Factors(NamedTuple):
@@ -49,7 +51,10 @@ def places(params: PyTree, module: Any = None, layouts: Mapping[str, Layout] | N
         for p in parameters(params, module)
         if p.path.endswith(("/kernel", "/embedding")) and not in_label_head(p.path)
     ]
-    return [Place(p.name.rpartition(".")[0], p.path, p.index, p.path.endswith("kernel")) for p in found]
+    return [
+        Place(p.name.rpartition(".")[0], p.path, p.index, p.path.endswith("kernel"), p.old and p.old.rpartition(".")[0])
+        for p in found
+    ]
 
 
 def _dotted(path: str) -> str:
@@ -64,7 +69,37 @@ def parameters(params: PyTree, module: Any = None) -> list[Place]:
         return [Place(path.replace("/", "."), path, None) for path in paths]
     from jaxtune.models import names
 
-    return [Place(t.hf, t.path, t.index) for t in names(module).tensors(module.spec, set(paths))]
+    return [
+        Place(t.name, t.path, t.index, old=t.hf if t.hf != t.name else None)
+        for t in names(module).tensors(module.spec, set(paths))
+    ]
+
+
+def renamed(settings: Mapping[str, Any], modules: Sequence[Place]) -> dict[str, Any]:
+    """The settings of a method with the names that modules have today, where one has only their old names."""
+    settings = dict(settings)
+    if not any(p.old for p in modules):
+        return settings
+
+    def known(name: str, of: str) -> list[str]:
+        found = [p.name for p in modules if is_or_ends(getattr(p, of) or p.name, name)]
+        return list(dict.fromkeys(found))
+
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
+        value = settings.get(key)
+        if isinstance(value, list | tuple):
+            new = [[n] if known(n, "name") else known(n, "old") or [n] for n in value]
+            settings[key] = list(dict.fromkeys(n for names in new for n in names))
+        elif isinstance(value, str) and value != "all-linear":
+            pattern = compiled(key, value)
+            if not any(pattern.fullmatch(p.name) for p in modules):
+                settings[key] = [p.name for p in modules if pattern.fullmatch(p.old or p.name)] or value
+    for key in ("rank_pattern", "alpha_pattern"):
+        for regex, value in dict(settings.get(key) or ()).items():
+            if not any(_by_pattern({regex: True}, p.name, False) for p in modules):
+                hits = {re.escape(p.name): value for p in modules if _by_pattern({regex: True}, p.old or p.name, False)}
+                settings[key] = {k: v for k, v in dict(settings[key]).items() if not (hits and k == regex)} | hits
+    return settings
 
 
 def is_bias(path: str) -> bool:
@@ -106,7 +141,6 @@ def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]
     """
     names = sorted({p.name.rpartition(".")[2] for p in candidates})
     if target_modules == "all-linear":
-        # The head by its own name, or by its place: GPT-NeoX's is "embed_out".
         heads = [p for p in candidates if "lm_head" in (p.name.rpartition(".")[2], p.path.rpartition("/")[0])]
         chosen = [p for p in candidates if p.linear and p not in heads]
         if not chosen:
@@ -153,14 +187,15 @@ def lora_places(
     """Choose modules, ranks and scales as peft does from the LoraConfig fields of these names; others are passed over.
 
     Args:
-        strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name, and
-            a target that modules_to_save names, too, for `attach` to refuse; otherwise it is no target (as in peft).
+        modules_to_save: these are no targets, also where they are named as such.
+        strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name.
 
     Raises:
         UserError: no module matches, or something that is given has no effect.
     """
-    if modules_to_save and (target_modules == "all-linear" or not strict):
-        candidates = [p for p in candidates if not is_saved(p.name, modules_to_save)]
+    if modules_to_save:  # they win
+        every, candidates = candidates, [p for p in candidates if not is_saved(p.name, modules_to_save)]
+        target_modules = beside_saved(target_modules, candidates, every)
     chosen = resolve_targets(target_modules, candidates)
     ranks, alphas = dict(rank_pattern or ()), dict(alpha_pattern or ())
     for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
@@ -202,6 +237,21 @@ def lora_places(
             raise UserError(f"{place.name}: r={rank} and lora_alpha={alpha:g}; expected at least 1, and above 0.")
         factors[place] = Factors(rank, alpha / (math.sqrt(rank) if use_rslora else rank))
     return factors
+
+
+def beside_saved(targets: str | Sequence[str], left: list[Place], every: list[Place]) -> str | list[str]:
+    """Targets without those that name saved modules alone.
+
+    Raises:
+        UserError: no other is left.
+    """
+    if isinstance(targets, str):
+        return targets
+    lost = [t for t in targets if not any(is_or_ends(p.name, t) for p in left)]
+    saved = [t for t in lost if any(is_or_ends(p.name, t) for p in every)]
+    if len(saved) == len(targets):
+        raise UserError("modules_to_save names every module that target_modules does; nothing is left to adapt.")
+    return [t for t in targets if t not in saved]
 
 
 def compiled(label: str, pattern: str) -> re.Pattern:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.methods.adapters import attach, ia3, ia3_places, lora, prompt_tuning, virtual_ids
+from jaxtune.methods.adapters import attach, ia3, ia3_places, ia3_settings, lora, prompt_tuning, virtual_ids
 from jaxtune.methods.places import (
     Place,
     compiled,
@@ -21,6 +21,7 @@ from jaxtune.methods.places import (
     lora_places,
     parameters,
     places,
+    renamed,
     resolve_targets,
 )
 from jaxtune.methods.vocabulary import resize, untie, with_new_tokens
@@ -129,12 +130,12 @@ def _last_n(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]
     if not 0 < layers <= total:
         raise UserError(f"last_n: layers={layers}, expected from 1 to {total}, the layers of this model.")
     starts = tuple(prefix.format(i) for i in range(total - layers, total))
-    return lambda p: p.name.startswith(starts) or p.path.startswith("norm/")
+    return lambda p: (p.old or p.name).startswith(starts) or p.path.startswith("norm/")
 
 
 def _regex(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
     pattern = compiled("regex", settings["pattern"])
-    return lambda p: pattern.fullmatch(p.name) is not None
+    return lambda p: any(pattern.fullmatch(name) for name in (p.name, p.old) if name)
 
 
 # (module, settings) -> which parameters are trained.
@@ -173,7 +174,9 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
 
 
 def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
-    chosen = {(p.path, p.index) for p in lora_places(places(module.abstract_params(), module), **settings)}
+    candidates = places(module.abstract_params(), module)
+    settings = renamed(settings, candidates)
+    chosen = {(p.path, p.index) for p in lora_places(candidates, **settings)}
     every_bias, saved = settings.get("bias") == "all", settings.get("modules_to_save")
     return lambda p: (
         (p.path, p.index) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
@@ -181,7 +184,10 @@ def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], 
 
 
 def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
-    chosen = {(p.path, p.index) for p in ia3_places(places(module.abstract_params(), module), **settings)}
+    candidates = places(module.abstract_params(), module)
+    chosen = {
+        (p.path, p.index) for p in ia3_places(candidates, **renamed(ia3_settings(module, **settings), candidates))
+    }
     return lambda p: (p.path, p.index) in chosen
 
 

@@ -1,9 +1,12 @@
 """Model families: `model_type` in config.json -> the module that describes it."""
 
+import dataclasses
+import difflib
 import importlib
+import re
 from typing import Any
 
-from jaxtune.errors import UserError, nearest
+from jaxtune.errors import UserError
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Config
 
@@ -25,9 +28,19 @@ def family(config: dict) -> Any:
     if name not in FAMILIES:
         raise UserError(
             f"config.json: model_type={name!r} is not supported; supported: {', '.join(FAMILIES)}."
-            f"{nearest(str(name), FAMILIES)}"
+            f"{_nearest_architecture(str(name))}"
         )
     return importlib.import_module(FAMILIES[name])
+
+
+def _nearest_architecture(name: str) -> str:
+    """A sentence on the supported family that is of the same line as another; a mere likeness in spelling is none."""
+    parts, stem = set(re.split(r"[-_]", name)), re.match(r"[a-z]*", name)[0]
+    line = [f for f in FAMILIES if f in parts] or [f for f in FAMILIES if stem and re.match(r"[a-z]*", f)[0] == stem]
+    if line:
+        return f" The nearest supported architecture is {difflib.get_close_matches(name, line, n=1, cutoff=0)[0]!r}."
+    slip = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.85)
+    return f" Did you mean {slip[0]!r}?" if slip else ""
 
 
 def build(config: dict, **settings: Any) -> Any:
@@ -36,22 +49,43 @@ def build(config: dict, **settings: Any) -> Any:
     from jaxtune.models.decoder import Decoder
     from jaxtune.models.encoder import Encoder, EncoderSpec
 
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(
             f"config.json: the weights are quantised (quantization_config, {method!r}), which is not supported; "
             "give the model they were made from."
         )
 
     described = family(config)
+    read = Config(config)
     try:
-        spec = described.spec(Config(config))
-    except (TypeError, ValueError, ArithmeticError) as error:  # text for a number, a list for a text, a size of 0
-        raise UserError(f"config.json ({config['model_type']}): a value of a wrong type or size: {error}.") from error
+        spec = described.spec(read)
+        if not isinstance(spec, EncoderSpec):
+            read.get("is_encoder_decoder")
+            read.refuse_unread()
+        _check_heads(read, spec)
+        labels = read_labels(config)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # text for a list, ...
+        raise UserError(
+            f"config.json ({config['model_type']}): a value of a wrong type or size: {type(error).__name__}: {error}."
+        ) from error
     kind = getattr(described, "MODULE", Encoder if isinstance(spec, EncoderSpec) else Decoder)
     body = kind(spec, **settings)
-    labels = read_labels(config)
     return body if labels is None else with_labels(body, labels)
+
+
+def _check_heads(config: Config, spec: Any) -> None:
+    """Raise UserError if the heads do not divide what they share."""
+    for block in {block for segment in spec.segments for block in segment.pattern}:
+        if config.values.get("head_dim") is None and spec.width % block.heads:
+            raise UserError(
+                f"config.json ({config.model_type}): {block.heads} heads do not divide the width of {spec.width}."
+            )
+        if block.heads % block.kv_heads:
+            raise UserError(
+                f"config.json ({config.model_type}): {block.kv_heads} key and value heads do not divide "
+                f"{block.heads} heads."
+            )
 
 
 def auto_class(module: Any) -> str:
@@ -65,10 +99,14 @@ def task_type(module: Any) -> str:
     """What peft calls a module's task."""
     from jaxtune.models.classifier import TASK_TYPES
 
-    return TASK_TYPES[module.labels.kind] if hasattr(module, "labels") else "CAUSAL_LM"
+    if hasattr(module, "labels"):
+        return TASK_TYPES[module.labels.kind]
+    return "CAUSAL_LM" if hasattr(module, "head") else "FEATURE_EXTRACTION"
 
 
 def names(module: Any) -> NameTable:
     """The name table of a module's family, and of its label head where it has one."""
     table = family(module.spec.hf_config).NAMES
-    return module.names(table) if hasattr(module, "labels") else table
+    if hasattr(module, "labels"):
+        return module.names(table)
+    return table if hasattr(module, "head") else dataclasses.replace(table, bare=True)

@@ -87,7 +87,11 @@ class Decoder(Body):
 
     def _embedded(self, tokens: Array, positions: Array) -> Array:
         spec = self.spec
-        x = embed(tokens, self.table("embed_tokens", spec.vocab)).astype(self.dtype) * spec.embed_scale
+        table = self.table("embed_tokens", spec.vocab)
+        scale = spec.embed_scale
+        if not spec.scales_prompt:
+            scale = jnp.where(tokens < spec.vocab, scale, 1.0).astype(self.dtype)[..., None]
+        x = embed(tokens, table).astype(self.dtype) * scale
         if spec.learned_positions:
             x += embed(positions, self.table("embed_positions", spec.positions)).astype(self.dtype)
         return x

@@ -257,7 +257,7 @@ class Experts(nn.Module):
         h = grouped(h, "down_experts", d)[jnp.argsort(order)].reshape(*chosen.shape, d)
         out = (h * weights[..., None].astype(x.dtype)).sum(1).reshape(x.shape)
         if s.shared:
-            gate = checkpoint_name(x @ leaf(self, "shared_gate", init, (d, 1)).astype(x.dtype), "mlp")
+            gate = checkpoint_name(Linear(1, std=self.std, name="shared_gate")(x, keys), "mlp")
             shared = checkpoint_name(Mlp(s, self.std, s.shared, name="shared")(x, keys), "mlp")
             out += jax.nn.sigmoid(gate) * shared
         return out

@@ -21,17 +21,19 @@ class Tensor(NamedTuple):
         path: leaf in our tree, "segment_0/block_0/self_attn/q_proj/kernel".
         index: row of the stacked leaf, two where each layer's part is stacked too; None where nothing is.
         transpose: whether HF keeps the matrix as (out, in), torch's Linear; ours are (in, out).
+        name: what a model in memory calls it, where transformers renames what it reads; targets and adapters use it.
     """
 
     hf: str
     path: str
     index: int | tuple[int, int] | None
     transpose: bool
+    name: str
 
     @property
     def module(self) -> str:
-        """The HF module that owns the tensor."""
-        return self.hf.rpartition(".")[0]
+        """The HF module, in memory, that owns the tensor."""
+        return self.name.rpartition(".")[0]
 
     def part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of its place in a leaf of `shape`."""
@@ -51,6 +53,8 @@ class NameTable:
         conv1d: matrices are stored (in, out), as GPT-2's Conv1D does (peft's fan_in_fan_out).
         ignored: regex of tensors in checkpoints that are no parameters of ours: buffers, heads of pretraining.
         renamed: ends of names in old checkpoints -> what they are called now.
+        in_memory: (regex in a checkpoint's name, what transformers makes of it in memory), applied in turn.
+        bare: in memory the body stands alone, without the prefix.
     """
 
     top: dict[str, str]
@@ -60,6 +64,8 @@ class NameTable:
     conv1d: bool = False
     ignored: str = r".*rotary_emb\.inv_freq"
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+    in_memory: tuple[tuple[str, str], ...] = ()
+    bare: bool = False
 
     def tensors(self, spec: DecoderSpec, paths: set[str] | None = None) -> Iterator[Tensor]:
         """Yield every HF tensor of a model in the order of its layers; with `paths`, only those leaves that exist."""
@@ -67,9 +73,12 @@ class NameTable:
         def known(path):
             return paths is None or path in paths
 
+        def tensor(hf, *fields):
+            return Tensor(hf, *fields, self.loaded(hf))
+
         for hf, path in self.top.items():
             if known(path):
-                yield Tensor(hf, path, None, path.endswith("/kernel"))
+                yield tensor(hf, path, None, path.endswith("/kernel"))
         number = 0
         for i, segment in enumerate(spec.segments):
             for repeat in range(segment.repeats):
@@ -82,14 +91,20 @@ class NameTable:
                         name = self.layer.format(number) + hf
                         if counted := re.search(r"{(\w+)}", hf):
                             for k in range(getattr(segment.pattern[j], counted[1])):
-                                yield Tensor(name.replace(counted[0], str(k)), full, (repeat, k), turn)
+                                yield tensor(name.replace(counted[0], str(k)), full, (repeat, k), turn)
                         else:
-                            yield Tensor(name, full, repeat, turn)
+                            yield tensor(name, full, repeat, turn)
                     number += 1
 
     def modern(self, hf: str) -> str:
         """What a tensor of a checkpoint is called today."""
         return next((hf.removesuffix(old) + new for old, new in self.renamed.items() if hf.endswith(old)), hf)
+
+    def loaded(self, hf: str) -> str:
+        """What a tensor of a checkpoint is called in memory."""
+        for pattern, now in self.in_memory:
+            hf = re.sub(pattern, now, hf)
+        return hf.removeprefix(self.prefix) if self.bare else hf
 
     def is_ignored(self, hf: str) -> bool:
         return re.fullmatch(self.ignored, hf) is not None

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from typing import Literal
 
 from jaxtune.errors import UserError, nearest
@@ -68,6 +70,7 @@ class DecoderSpec:
         learned_positions: whether a table of position embeddings is added to the tokens'.
         config: the HF config.json, as text (so that the spec stays hashable).
         embed_scale: multiplies the tokens' embeddings.
+        scales_prompt: whether it multiplies a soft prompt's vectors too; not where the table's own module scales.
         logits_divisor: divides the logits.
         logits_softcap: logits become softcap * tanh(logits / softcap).
         new_tokens: how many of the table's last rows `resize` added; nothing has trained them yet.
@@ -84,6 +87,7 @@ class DecoderSpec:
     eps: float = 1e-6
     init_std: float = 0.02
     embed_scale: float = 1.0
+    scales_prompt: bool = True
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     new_tokens: int = 0
@@ -119,16 +123,106 @@ def by_layer(blocks: list[BlockSpec]) -> tuple[Segment, ...]:
     return (*segments, *runs)
 
 
+# What a key of config.json may hold, by its name: (regex over the name, words, test). The first that matches counts.
+_VALUES = [
+    (re.compile(pattern), words, test)
+    for pattern, words, test in (
+        (
+            r"(num_hidden_layers|n_layers?)",
+            "a whole number from 1 to 10,000",
+            lambda v: type(v) is int and 0 < v <= 10_000,
+        ),
+        (
+            r"(num_(local_)?experts|type_vocab_size|sliding_window|shared_expert_intermediate_size)",
+            "a whole number, 0 or more",
+            lambda v: type(v) is int and 0 <= v < 2**31,
+        ),
+        (
+            r"(vocab|hidden|(moe_)?intermediate)_size|num_(attention|key_value)_heads|num_experts_per_tok|num_channels"
+            r"|n_(embd|heads?|positions|inner)|dim|hidden_dim|head_dim|max_position_embeddings|local_attention"
+            r"|decoder_sparse_step|sliding_window_pattern|global_attn_every_n_layers|num_labels",
+            "a whole number above 0",
+            lambda v: type(v) is int and 0 < v < 2**31,
+        ),
+        (
+            r"\w+_(eps|epsilon|theta|factor|multiplier|range|softcapping|scalar|base|freq|pct)|logits_scaling",
+            "a finite number",
+            lambda v: type(v) in (int, float) and math.isfinite(v),
+        ),
+        (
+            r"(use|tie|is|scale_attn|norm_topk|add)_\w+|\w+_bias",
+            "true or false",
+            lambda v: type(v) is bool,
+        ),
+        (r"\w+_(act|activation)|activation\w*|model_type", "text", lambda v: isinstance(v, str)),
+        (r"rope_(scaling|parameters)|id2label", "an object", lambda v: isinstance(v, dict)),
+        (r"layer_types|architectures|mlp_only_layers|no_rope_layers", "a list", lambda v: isinstance(v, list)),
+    )
+]
+
+
+class _Read(dict):
+    """The values of a config.json: each is tested as it is asked for, and it is known which were.
+
+    Raises:
+        UserError: a value that its key cannot have.
+    """
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        value = super().get(key, default)
+        if value is not None and key in self:
+            for pattern, words, test in _VALUES:
+                if pattern.fullmatch(key):
+                    if not test(value):
+                        raise UserError(
+                            f"config.json ({super().get('model_type')}): {key}={value!r}, expected {words}."
+                        )
+                    break
+        return value
+
+    def __getitem__(self, key):
+        return self.get(key)
+
+
+# Settings that change a model wherever transformers reads them, often without a mention in the family's own config:
+# {key: the value that changes nothing}.
+_CHANGES = {
+    "is_causal": True,
+    "use_bidirectional_attention": False,
+    "attention_chunk_size": 0,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+}
+
+
 class Config:
     """Strict reading of an HF config.json: what a family does not understand is an error, never ignored."""
 
     def __init__(self, values: dict):
-        self.values = values
+        self.values = _Read(values)
         self.model_type = values.get("model_type")
 
     def get(self, key: str, default=None):
         value = self.values.get(key)
         return default if value is None else value
+
+    def refuse_unread(self) -> None:
+        """Raise UserError if a setting that makes another model of any family was not asked for by this one."""
+        left = {k: v for k, v in self.values.items() if v is not None and k not in self.values.asked}
+        found = [k for k, inert in _CHANGES.items() if k in left and left[k] != inert]
+        if "layer_types" in left and set(self.values["layer_types"]) != {"full_attention"}:
+            found.append("layer_types")
+        if "head_dim" in left and self.get("hidden_size") != left["head_dim"] * (self.get("num_attention_heads") or 0):
+            found.append("head_dim")
+        if found:
+            raise UserError(
+                f"config.json ({self.model_type}): {found[0]}={left[found[0]]!r} is not supported for this model_type."
+            )
 
     def need(self, key: str):
         if self.values.get(key) is None:
@@ -154,9 +248,11 @@ class Config:
                 f"num_hidden_layers is {layers}."
             )
         for kind in kinds:
-            Config({"model_type": self.model_type, "layer_types": kind}).choice(
-                "layer_types", None, ("full_attention", "sliding_attention")
-            )
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UserError(
+                    f"config.json ({self.model_type}): layer_types={kind!r} is not supported; supported: "
+                    "'full_attention', 'sliding_attention'."
+                )
         return kinds
 
     def rope(

@@ -12,7 +12,7 @@ from jaxtune.report import evaluation
 from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.data import data_view
 from jaxtune.report.render import render
-from jaxtune.report.run import Run
+from jaxtune.report.run import Run, read_object
 from jaxtune.report.samples import sample
 from jaxtune.report.sentences import LOSS, costs, findings, measured, summary
 from jaxtune.report.words import number, setting
@@ -148,7 +148,9 @@ def _use(run: Run) -> list[Snippet]:
     auto = run.summary.get("auto_class") or TASKS[run.settings["objective.name"]].auto_class  # older runs do not say it
     folder, base = shlex.quote(str(run.folder)), str(run.settings["model.path"])
     snippets = [Snippet("on the command line", f"jaxtune generate {folder} --prompt='...'")]
-    code = loading(base, str(result), adapter=result.name == "adapter", auto=auto)
+    kept = result / "config.json"  # of an adapter: names the labels of its head
+    labels = read_object(kept, "a run") if result.name == "adapter" and kept.is_file() else None
+    code = loading(base, str(result), adapter=result.name == "adapter", auto=auto, config=labels)
     snippets += [Snippet(f"with {name}", lines) for name, lines in code.items()]
     continues = run.summary.get("continues", auto == "AutoModelForCausalLM")
     return snippets if continues else snippets[1:]

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.files import atomic_write_text
-from jaxtune.hf.card import carry_evaluation, loading, run_facts
+from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve
 from jaxtune.models import auto_class
+from jaxtune.report.card import carry_evaluation, run_facts
 from jaxtune.run.training import as_stored, over_features_found
 from jaxtune.train.cost import chunks, dot_flops
 from jaxtune.train.log import read_metrics
@@ -95,7 +96,7 @@ def finish(member, place, job, params, run, clock, generated) -> None:
     atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = write_report(workdir)
     if not job.stacked:
-        _show(member, rows, clock, out, page, adapter, auto_class(job.module))
+        _show(member, rows, clock, out, page, adapter, job.module)
     for note in notes:
         print(note)
 
@@ -166,7 +167,7 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
     return (values[0], values[-1]) if values else (None, None)
 
 
-def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) -> None:
+def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any) -> None:
     from jaxtune.report import evaluation
     from jaxtune.report.run import read_run
     from jaxtune.report.sentences import measured
@@ -185,7 +186,10 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, auto: str) 
     console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")
-    for library, lines in loading(member.experiment.base.path, str(out), adapter=adapter, auto=auto).items():
+    auto = auto_class(module)
+    labels = module.spec.hf_config if hasattr(module, "labels") else None
+    code = loading(member.experiment.base.path, str(out), adapter=adapter, auto=auto, config=labels)
+    for library, lines in code.items():
         console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)
     if member.experiment.task.continues:
         console.print(f"try it:\n  jaxtune generate {out.parent} --prompt='...'", markup=False)

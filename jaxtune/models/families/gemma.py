@@ -19,7 +19,7 @@ def gemma_block(c: Config, **changes) -> BlockSpec:
 def gemma_decoder(c: Config, segments, **changes) -> DecoderSpec:
     """The model around them."""
     tied, scale = c.get("tie_word_embeddings", True), c.need("hidden_size") ** 0.5
-    return decoder(c, segments, norm="offset", tied=tied, embed_scale=scale, **changes)
+    return decoder(c, segments, norm="offset", tied=tied, embed_scale=scale, scales_prompt=False, **changes)
 
 
 def spec(c: Config) -> DecoderSpec:

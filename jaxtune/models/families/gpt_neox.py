@@ -21,6 +21,7 @@ NAMES = NameTable(
     ),
     layer="gpt_neox.layers.{}.",
     prefix="gpt_neox.",
+    in_memory=(("^embed_out", "lm_head"),),
     ignored=r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
 )
 label_layout = older_decoder_layout

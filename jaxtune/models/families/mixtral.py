@@ -15,6 +15,7 @@ NAMES = dataclasses.replace(
         "block_sparse_moe.experts.{experts}.w3.weight": "mlp/up_experts",
         "block_sparse_moe.experts.{experts}.w2.weight": "mlp/down_experts",
     },
+    in_memory=((r"block_sparse_moe", "mlp"),),
 )
 
 

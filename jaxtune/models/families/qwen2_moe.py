@@ -16,7 +16,7 @@ EXPERTS = {
 }
 _SHARED = {f"mlp.shared_expert.{name}": f"mlp/shared/{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 NAMES = dataclasses.replace(
-    LLAMA, block=LLAMA.block | EXPERTS | linears(_SHARED) | {"mlp.shared_expert_gate.weight": "mlp/shared_gate"}
+    LLAMA, block=LLAMA.block | EXPERTS | linears(_SHARED) | {"mlp.shared_expert_gate.weight": "mlp/shared_gate/kernel"}
 )
 
 

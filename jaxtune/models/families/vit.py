@@ -34,6 +34,13 @@ NAMES = NameTable(
     | linear("output.dense", "mlp/down_proj"),
     layer="vit.encoder.layer.{}.",
     prefix="vit.",
+    in_memory=(
+        (r"encoder\.layer\.", "layers."),
+        (r"attention\.attention\.([qkv])\w+", r"attention.\1_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"output\.dense", "mlp.fc2"),
+    ),
     # A layer that only some tasks use, and what only pretraining does.
     ignored=r"vit\.pooler\..*|vit\.embeddings\.mask_token|decoder\..*",
 )

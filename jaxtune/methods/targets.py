@@ -1,0 +1,22 @@
+"""The modules that peft adapts where a config names none, by family: peft 0.21's own tables."""
+
+LORA = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ("q_proj", "v_proj"),
+    ),
+    **dict.fromkeys(("bert", "roberta"), ("query", "value")),
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+}
+# (the targets, those of them whose input is scaled). Mixtral's "w2" in peft's table is no module since transformers 5.
+IA3 = {
+    **dict.fromkeys(("llama", "mistral"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), (("q_proj", "v_proj", "down_proj"), ("down_proj",))
+    ),
+    **dict.fromkeys(("bert", "roberta"), (("key", "value", "output.dense"), ("output.dense",))),
+    "mixtral": (("k_proj", "v_proj"), ()),
+    "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+}

@@ -1,0 +1,82 @@
+"""What users' files hold, read at one place: JSON of any shape, size or kind of file in, a value or one message out."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import UserError
+
+LIMIT = 100_000_000  # bytes of a JSON file, and of a safetensors header (as in safetensors itself)
+
+
+def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        UserError: there is none, it is a folder, a pipe or a device, is too large, or may not be read.
+    """
+    try:
+        # Opened first and looked at afterwards, without waiting for a pipe's other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    with os.fdopen(descriptor, "rb") as file:
+        told = os.fstat(file.fileno())
+        if not stat.S_ISREG(told.st_mode):
+            raise UserError(f"{path} is no regular file.")
+        if told.st_size > limit:
+            raise UserError(f"{path} has {told.st_size / 1e6:,.0f} MB, more than the {limit / 1e6:,.0f} that are read.")
+        try:
+            return file.read()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def read_text(path: str | Path, limit: int = LIMIT) -> str:
+    """As `read_bytes`, as UTF-8 text.
+
+    Raises:
+        UserError: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file: {error.reason} at byte {error.start}.") from None
+
+
+def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
+    """Parse JSON; `where` ("FILE", "FILE:LINE") names it in messages, `hooks` are those of `json.loads`.
+
+    Raises:
+        UserError: it is none, is nested too deep, has a number beyond range or half a character (a lone surrogate).
+    """
+    try:
+        value = json.loads(text, **hooks)
+        if "\\ud" in (text if isinstance(text, str) else text.decode()).lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if error.lineno > 1 or ":" not in Path(where).name else ""
+        raise UserError(f"{where}{line}: not JSON: {error.msg}.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a character (a lone surrogate, \\ud800 to \\udfff).") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not a text file.") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON is nested too deep to be read.") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{where}: a value is beyond range: {error}.") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: it does not.
+    """
+    value = parse_json(read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
+    return value

@@ -1,0 +1,119 @@
+"""What a model card tells of a run and of its evaluation."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jaxtune.hf.card import cell, put_evaluation
+from jaxtune.report.evaluation import difference, read_evaluation, value, verdict, who
+from jaxtune.report.run import as_run
+from jaxtune.report.sentences import costs, findings, measured
+from jaxtune.train.log import read_metrics
+
+
+def carry_evaluation(run: Path, out: Path) -> None:
+    """Put what `jaxtune eval` measured of a run's last step into the card of its result, which lies in `out`."""
+    steps = [m["step"] for m in read_metrics(run)] if (run / "metrics.jsonl").is_file() else []
+    evaluation = read_evaluation(run, max(steps, default=None))
+    if evaluation and (out / "README.md").is_file():
+        put_evaluation(out / "README.md", evaluation_block(evaluation))
+
+
+def evaluation_block(evaluation: Mapping[str, Any]) -> str:
+    """The results of eval.json in Markdown; empty where there are none."""
+    blocks = []
+    held_out = evaluation.get("held_out")
+    if held_out:
+        entries = held_out["metrics"]
+        names = who(entries)
+        both = len(names) == 2
+        heads = [f"{held_out['rows']:,} held-out rows", *names, *(["difference", "verdict"] if both else [])]
+        rows = [
+            [entry["label"], *(value(entry, n) for n in names), *([difference(entry), verdict(entry)] if both else [])]
+            for entry in entries.values()
+        ]
+        blocks.append("\n".join(_table([heads, *rows])))
+        blocks.append(
+            "Intervals hold 95% (bootstrap over rows; where no row differs, binomial); verdicts are those of a paired "
+            "randomisation test."
+        )
+    tasks = evaluation.get("tasks")
+    if tasks:
+        results = tasks["results"]
+        rows = [["task of lm-evaluation-harness", "metric", *results]]
+        for task, metrics in next(iter(results.values())).items():
+            for metric in metrics:
+                rows.append([task, metric, *(f"{results[who][task][metric]['value']:.4f}" for who in results)])
+        blocks.append("\n".join(_table(rows)))
+    return "\n\n".join(["## Evaluation", *blocks]) if blocks else ""
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
+
+
+def run_facts(
+    config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]] = (), summary: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Choose what a card tells about a run, which is what its page tells: label -> value.
+
+    Args:
+        config: the resolved config, a mapping of sections.
+        metrics: the records of metrics.jsonl, in order.
+        summary: that of summary.json.
+    """
+    run = as_run(config, metrics, summary)
+    settings = run.settings
+    facts: dict[str, Any] = {"method": settings["tune.method"]}
+    if settings["tune.method"] == "lora":
+        facts |= {label: settings[f"tune.lora.{label}"] for label in _LORA}
+    fraction, lr = settings["data.eval_fraction"], settings["optim.lr"]
+    facts |= {
+        "data": _public(settings["data.train"]),
+        "held-out data": _public(settings["data.eval"]) or (f"{fraction:g} of it" if fraction else "none"),
+        "optimizer": f"{settings['optim.name']}, learning rate {lr:g}, {settings['optim.schedule']} schedule",
+        "batch size": settings["train.batch_size"],
+        "seed": settings["train.seed"],
+    }
+    if run.metrics:
+        facts["steps"] = run.last_step()
+    losses = run.series("train/loss")
+    if losses:
+        first, last = losses[0], losses[-1]
+        facts["training loss"] = f"{first.value:.4f} (step {first.step}) to {last.value:.4f} (step {last.step})"
+    best, metrics = run.best(), measured(run)
+    if best:
+        facts["best held-out loss"] = f"{best.value:.4f} (step {best.step})"
+        metrics = metrics if "base" in metrics["loss"] else {k: entry for k, entry in metrics.items() if k != "loss"}
+    facts |= dict(_before_and_after(metrics))
+    facts |= {cost.label.lower(): f"{cost.figure} ({cost.note})" if cost.note else cost.figure for cost in costs(run)}
+    facts |= {f"found in the run, {f['check']}": f"{f['message']} {f['fix']}".strip() for f in findings(run)}
+    for entry in run.data.get("findings", ()):
+        if entry.get("severity") in ("error", "warning"):
+            facts[f"found in the data, {entry.get('check')}"] = entry.get("message")
+    return facts | {"versions": _versions(run.versions)}
+
+
+def _public(source: Any) -> Any:
+    """A source of data without the folders of this machine."""
+    if isinstance(source, list | tuple):
+        return [_public(one) for one in source]
+    return Path(source).name if isinstance(source, str) and source.startswith(("/", "~", ".")) else source
+
+
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules")
+
+
+def _before_and_after(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for entry in metrics.values():
+        told = [value(entry, who) for who in ("base", "tuned") if who in entry]
+        yield entry["label"], " before, ".join(told) + " after" if len(told) == 2 else told[0]
+
+
+def _versions(recorded: Mapping[str, str] | None) -> list[str]:
+    if not recorded:
+        recorded = {name: metadata.version(name) for name in ("jax", "flax", "optax", "transformers")}
+    # A run also records the fingerprint of its data there, and where its features end.
+    return [f"{name} {version}" for name, version in recorded.items() if name not in ("data", "features")]
