@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -18,9 +19,11 @@ from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
+from jaxtune.hf.peft import export_adapter, load_adapter
+from jaxtune.methods.table import lora
 from jaxtune.models.attention import attend_tokens
 from jaxtune.models.spec import Segment
-from jaxtune.tree import flatten
+from jaxtune.tree import TRAIN, flatten
 
 TOLERANCE = 1e-4  # of the largest hidden state; never to be relaxed
 T = 24
@@ -507,3 +510,45 @@ def test_a_real_encoder_equals_transformers():
         want = model(torch.tensor(ids), attention_mask=torch.tensor(there)).last_hidden_state.numpy()
     got = hidden(*load(folder), ids, there) * there[..., None]
     assert zoo.apart(got, want * there[..., None]) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["query", "dense"], ["q_proj", "fc1"]], ids=str)
+def test_adapters_of_an_image_classifier_both_ways(targets, tmp_path):
+    """transformers 5 has other names for ViT's modules than files and older adapters; either names a target."""
+    import peft
+    import torch
+
+    model, folder, module, params, pixels = vit("vit")
+    tuned, mask = lora(params, jax.random.key(0), module=module, target_modules=targets, r=2)
+    rng = np.random.default_rng(0)
+    tuned = jax.tree.map(
+        lambda x, role: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) if role is TRAIN else x, tuned, mask
+    )
+    settings = {"target_modules": targets, "r": 2}
+    export_adapter(module, tuned, tmp_path / "ours", base=folder, mask=mask, config=settings)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours")).eval()
+    assert zoo.apart(vit_logits(theirs, pixels), of_images(module, tuned, pixels)) < TOLERANCE
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "fc2"], modules_to_save=["classifier"], r=2)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded, _, _ = load_adapter(module, params, tmp_path / "theirs")
+    assert zoo.apart(of_images(module, loaded, pixels), vit_logits(theirs, pixels)) < TOLERANCE
+
+    # An adapter of transformers 4 has the old names in its keys, too.
+    old = {}
+    for key, value in load_file(tmp_path / "theirs/adapter_model.safetensors").items():
+        key = re.sub(r"vit\.layers\.(\d+)\.attention\.q_proj", r"vit.encoder.layer.\1.attention.attention.query", key)
+        old[re.sub(r"vit\.layers\.(\d+)\.mlp\.fc2", r"vit.encoder.layer.\1.output.dense", key)] = value
+    save_file(old, tmp_path / "theirs/adapter_model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "theirs/adapter_config.json"
+    named = {"target_modules": ["query", "output.dense"], "exclude_modules": ["attention.output.dense"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    again, _, _ = load_adapter(module, params, tmp_path / "theirs")
+    jax.tree.map(np.testing.assert_array_equal, again, loaded)

@@ -1,5 +1,6 @@
 """HF directories in: every layout that holds the same numbers gives the same tree; every other is refused by name."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -15,10 +16,12 @@ import pytest
 import zoo
 from safetensors.numpy import load_file, save_file
 
+from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf_load
 from jaxtune.hf import tensors
-from jaxtune.hf.load import load, resolve
+from jaxtune.hf.load import UNWANTED, WANTED, load, resolve
+from jaxtune.models.spec import Config
 from jaxtune.tree import flatten
 
 
@@ -360,3 +363,139 @@ def test_an_offline_hub_answers_at_once(monkeypatch, tmp_path):
 def test_a_name_that_the_hub_cannot_have(tmp_path):
     with pytest.raises(UserError, match="'my models/llama 3' is neither a directory nor a model"):
         resolve("my models/llama 3")
+
+
+# --------------------------------------------------------------------------------- what transformers makes of a folder
+
+
+def logits_of(folder):
+    module, params = load(folder)
+    return module.apply({"params": params}, zoo.tokens(2, 9))
+
+
+def theirs_of(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32").eval()
+    return zoo.torch_logits(model, zoo.tokens(2, 9))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ["another head", "the same head", "the head alone"])
+def test_a_tied_model_with_a_head_in_its_file(change, tmp_path):
+    """transformers' rule: another head is used, the same one is tied, and a head alone is the table."""
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.directory("qwen3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = table[::-1].copy() if change == "another head" else table.copy()
+    if change == "the head alone":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert zoo.apart(logits_of(folder), theirs_of(folder)) < 1e-4
+    assert load(folder)[0].spec.tied == (change != "another head")
+
+
+def test_one_file_goes_before_shards_beside_it(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.directory("llama"), folder)
+    other = {name: -array for name, array in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    shards = dict.fromkeys(other, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert zoo.apart(logits_of(folder), theirs_of(folder)) < 1e-4
+
+
+def test_a_mistral_with_layer_types_is_what_transformers_makes_of_it(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.directory("mistral"), folder)
+    rewrite_config(folder, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    assert zoo.apart(logits_of(folder), theirs_of(folder)) < 1e-4
+    assert zoo.apart(logits_of(folder), logits_of(zoo.directory("mistral"))) > 1e-3
+
+
+def rewrite_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"layer_types": ["sliding_attention"] * 3}, r"layer_types=.* is not supported for this model_type"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ({"vocab_size": "96"}, "vocab_size='96', expected a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5', expected a finite number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan, expected a finite number"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0, expected a whole number above 0"),
+        ({"num_attention_heads": 3, "head_dim": None}, "3 heads do not divide the width"),
+        ({"num_key_value_heads": 3}, "3 key and value heads do not divide 4 heads"),
+        ({"hidden_size": -32}, "hidden_size=-32, expected a whole number above 0"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, expected a whole number from 1 to 10,000"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no', expected true or false"),
+        ({"rope_scaling": ["x"]}, r"rope_scaling=\['x'\], expected an object"),
+        ({"quantization_config": ["x"]}, "the weights are quantised"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM', expected a list"),
+        ({"hidden_act": 3}, "hidden_act=3, expected text"),
+        ({"head_dim": 7}, "misshapen"),
+    ],
+    ids=str,
+)
+def test_what_a_config_cannot_hold_is_named(changes, message, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.directory("llama"), folder)
+    rewrite_config(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_every_setting_of_transformers_config_is_read_or_known_to_change_nothing(family):
+    """A field of the family's own config class that no code of ours asks for would be passed over."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    values = json.loads(json.dumps(AutoConfig.for_model(family).to_dict())) | {"model_type": family}
+    if family.endswith("_moe"):
+        values.setdefault("num_experts", 4)
+    config = Config(values)
+    models.family(values).spec(config)
+    common = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    inert = re.compile(
+        r"_name_or_path|_sliding_window_pattern|\w+_token_id|model_type|output_attentions|use_cache"
+        r"|\w*dropout\w*|\w+_pdrop|initializer_\w+|router_aux_loss_coef"  # of training
+        r"|reorder_and_upcast_attn|summary_\w+|encoder_stride|pooler_\w+|decoder_bias|deterministic_flash_attn"
+        r"|sparse_\w+|classifier_\w+|sinusoidal_pos_embds|is_decoder|add_cross_attention"  # of heads, or refused
+        r"|max_window_layers|sliding_window|original_max_position_embeddings|num_experts"
+        r"|tie_word_embeddings|max_position_embeddings"  # encoders have no head; theirs do not end
+    )
+    left = {key for key in values if key not in config.values.asked | common and not inert.fullmatch(key)}
+    assert not left
+
+
+# ------------------------------------------------------------------------------------------------------------ security
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
+def test_shards_lie_beside_their_index(name, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.directory("llama"), folder)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(UserError, match="shards lie beside their index"):
+        load(folder)
+
+
+def test_the_second_copies_of_weights_are_not_downloaded():
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [
+        *("config.json", "consolidated.safetensors", "model-00001-of-00003.safetensors", "consolidated.00.safetensors"),
+        *("model.safetensors.index.json", "original/x.safetensors", "original/params.json", "onnx/model.onnx"),
+        *("tokenizer.json", "adapter_model.safetensors", "pytorch_model.bin"),
+    ]
+    wanted = filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    assert set(wanted) == {
+        *("config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "adapter_model.safetensors"),
+    }

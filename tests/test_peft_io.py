@@ -230,10 +230,23 @@ IN = {
     "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "rank_pattern": {"q_proj": 2}}),
     "saved": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "input_layernorm"]}),
     "tokens": ("qwen3", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2, 40]}),
+    "tokens as an object": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2]}},
+    ),
+    "in both lists": (
+        "llama",
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "a rank above a side": ("llama", {"target_modules": ["k_proj"], "r": 40, "lora_alpha": 40}),
+    "head of a tied model": ("qwen3", {"target_modules": ["q_proj", "lm_head"]}),
+    "head of gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
+    "lora on gpt_neox's head": ("gpt_neox", {"target_modules": ["query_key_value", "lm_head"]}),
+    "gate of a shared expert": ("qwen2_moe", {"target_modules": ["shared_expert_gate", "q_proj"]}),
 }
 
 
-SLOW = {"saved", "tokens", "dora"}
+SLOW = {"saved", "tokens", "dora", "lora on gpt_neox's head", "gate of a shared expert", "head of a tied model"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in IN])
@@ -358,7 +371,10 @@ def again_and_back(name, folder, expected):
     assert read[0] == read[1]
 
 
-@pytest.mark.parametrize("name", ["qwen3", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3", "gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "gemma2", "gemma3", "granite"))],
+)
 def test_prompt_tuning_both_ways(name, tmp_path):
     module, base = zoo.ours(name)
     params, mask = METHODS["prompt_tuning"](base, jax.random.key(0), module, {"num_virtual_tokens": 3})
@@ -389,6 +405,46 @@ def test_prompt_tuning_both_ways(name, tmp_path):
         jaxtune.export_model(module, params, tmp_path / "whole", base=zoo.directory(name))
     expected = peft_adapter(name, tmp_path / "theirs", kind="PromptTuningConfig", num_virtual_tokens=2)
     again_and_back(name, tmp_path, expected)
+
+
+def resized_adapter(name, folder, **settings):
+    """As `peft_adapter`, after `resize_token_embeddings`: (logits, the resized base as transformers saves it)."""
+    import peft
+    import torch
+
+    torch.manual_seed(1)
+    model = copy.deepcopy(zoo.model(name))
+    model.resize_token_embeddings(zoo.VOCAB + 2)
+    model.save_pretrained(folder / "resized")
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **settings))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.2 * torch.randn_like(p)
+    model.peft_config["default"].base_model_name_or_path = str(zoo.directory(name))
+    model.save_pretrained(folder / "theirs")
+    ids = np.concatenate([TOKENS, np.tile([zoo.VOCAB, zoo.VOCAB + 1], (2, 1))], axis=1).astype(np.int32)
+    return zoo.torch_logits(model.eval(), ids), ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"trainable_token_indices": [zoo.VOCAB, zoo.VOCAB + 1]}, marks=pytest.mark.slow),
+        pytest.param({"modules_to_save": ["embed_tokens"]}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_an_adapter_of_a_resized_model(name, settings, tmp_path):
+    """On the resized base, and on the base as it was, which gets the rows that the adapter's file holds."""
+    expected, ids = resized_adapter(name, tmp_path, **settings)
+    module, params = jaxtune.load(tmp_path / "resized")
+    params, _, _ = jaxtune.load_adapter(module, params, tmp_path / "theirs")
+    assert zoo.apart(jax.jit(lambda p: module.apply({"params": p}, ids))(params), expected) < 1e-4
+    module, params = jaxtune.load(tmp_path / "theirs")
+    assert zoo.apart(jax.jit(lambda p: module.apply({"params": p}, ids))(params), expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -621,6 +677,34 @@ def test_front_door(kind, settings, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     with pytest.raises(UserError, match="'target_module' is not supported"):
         getattr(peft, kind)(target_module=["q_proj"])
+
+
+def test_default_targets_are_pefts():
+    from peft.utils import constants
+
+    from jaxtune.methods import targets
+    from jaxtune.models import FAMILIES
+
+    theirs = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert {f: list(t) for f, t in targets.LORA.items()} == {f: theirs[f] for f in FAMILIES if f in theirs}
+    theirs = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    inputs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    for family in [f for f in FAMILIES if f in theirs and f in inputs]:
+        known = [[t for t in names if t != "w2"] for names in (theirs[family], inputs[family])]
+        assert [list(t) for t in targets.IA3[family]] == known
+    from jaxtune.peft import LoraConfig
+
+    module, _ = zoo.ours("llama")
+    assert LoraConfig().settings_for(module) == {"target_modules": ("q_proj", "v_proj")}
+    with pytest.raises(UserError, match="no default targets for 'granite'"):
+        LoraConfig().settings_for(zoo.ours("granite")[0])
+
+
+def test_older_names_of_modules_are_understood():
+    """GPT-NeoX's head was "embed_out", as it is in files."""
+    module, base = zoo.ours("gpt_neox")
+    params, _ = lora(base, jax.random.key(0), module=module, target_modules=["embed_out"], r=2)
+    assert isinstance(params["lm_head"]["kernel"], LoraWeight)
 
 
 def test_card(adapter):
