@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtune import torchless
 from jaxtune.config import KINDS, REQUIRED, SECTIONS, SETTINGS, find_setting, load_file, namesakes, resolve
-from jaxtune.errors import Interrupted, RunFailed, UserError, disk_full, nearest
+from jaxtune.errors import Interrupted, RunFailed, UserError, disk_full, nearest, printable
 
 if TYPE_CHECKING:
     from ml_collections import FrozenConfigDict
@@ -75,10 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     except UserError as error:
-        print(f"jaxtune: error: {error}", file=sys.stderr)
+        print(f"jaxtune: error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except SystemExit as error:  # of a config or scorer file: what the command is for was not done
+        print(f"jaxtune: error: a file of yours called sys.exit({error.code!r}); nothing was done.", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"jaxtune: error: {error}", file=sys.stderr)
+        print(f"jaxtune: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except Interrupted as error:
         print(f"jaxtune: {error}", file=sys.stderr)

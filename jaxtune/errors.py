@@ -34,3 +34,11 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def printable(text: str) -> str:
+    """Text from data as a terminal may be given it: control characters and half characters are spelled out."""
+    keep = "\n\t"
+    return "".join(
+        c if c in keep or (c.isprintable() and not "\ud800" <= c <= "\udfff") else repr(c)[1:-1] for c in text
+    )

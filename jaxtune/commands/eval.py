@@ -445,7 +445,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, markup=False, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Bar(*columns, console=self.console, transient=True) if self.console.is_terminal else None
 
@@ -481,7 +481,7 @@ def _show(report: dict[str, Any]) -> None:
 
     from jaxtune.report.evaluation import difference, value, verdict, who
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     entries = report["metrics"]
     names = who(entries)
     table = Table(f"{report['rows']:,} held-out rows", *names, *(["difference", ""] if len(names) == 2 else []))
@@ -535,7 +535,7 @@ def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     table = Table("task", "metric", *results)
     first = next(iter(results.values()))
     for task, values in first.items():

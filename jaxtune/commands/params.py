@@ -20,5 +20,5 @@ def main(argv: list[str]) -> None:
         column.justify = "right"
     for name, (trainable, total) in counts.groups.items():
         table.add_row(name, f"{trainable:,}", f"{total:,}", f"{100 * trainable / total:.2f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     print(counts)

@@ -1,12 +1,12 @@
 """eval.json as tables: its numbers in words for terminals, cards and pages, and where a page draws them."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.errors import UserError
+from jaxtune.reading import read_json
 from jaxtune.report.words import number
 
 MODELS = ("base", "tuned", "model")
@@ -29,7 +29,7 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        whole = read_json(file)
         held_out, tasks = whole.get("held_out"), whole.get("tasks")
         if held_out is not None:
             for entries in (held_out["metrics"], *held_out.get("groups", {}).get("metrics", {}).values()):

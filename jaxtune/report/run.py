@@ -1,6 +1,6 @@
 """What a run directory says: its settings, its metrics by step, and the facts of its summary."""
 
-import json
+import contextlib
 import math
 import os
 import statistics
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import BY_PATH, DERIVED, load_file
 from jaxtune.errors import UserError
+from jaxtune.reading import parse_json, read_text
 from jaxtune.report.evaluation import check_metrics, read_evaluation
 from jaxtune.train.log import read_metrics
 
@@ -182,12 +183,11 @@ def read_run(folder: str | os.PathLike) -> Run:
 def _sampled(file: Path) -> list[dict[str, Any]]:
     """The texts of the last evaluation beside those of step 0."""
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            entry = json.loads(line)
-            by_step.setdefault(entry["step"], {})[entry["prompt"]] = entry
-        except (ValueError, KeyError, TypeError):  # torn by a kill
-            continue
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(UserError):  # torn by a kill
+            entry = parse_json(line, str(file))
+            if isinstance(entry, dict) and _is_step(entry.get("step")) and isinstance(entry.get("prompt"), str):
+                by_step.setdefault(entry["step"], {})[entry["prompt"]] = entry
     last, first = by_step.get(max(by_step, default=0), {}), by_step.get(0, {})
     return [
         {"prompt": prompt, "expected": entry.get("expected"), "after": entry.get("text")}
@@ -222,10 +222,7 @@ def _is_step(value: Any) -> bool:
 
 def read_object(path: Path, whose: str) -> dict[str, Any]:
     """Read a JSON object that `whose` wrote; raises UserError if it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected an object, as {whose} writes it; found {type(value).__name__}")
     return value

@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
+from jaxtune.reading import read_json
 from jaxtune.train.log import read_metrics
 
 FACTS = ("status", "eval_loss", "step", "train_loss", "run")
@@ -40,13 +41,26 @@ def _runs(outdir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The runs and what each has of the swept settings."""
     plan = outdir / "sweep.json"
     if plan.is_file():
-        points = json.loads(plan.read_text())["points"]
+        points = _plan(plan)
         labels = short_names({path for values in points.values() for path in values})
         return [(outdir / name, {labels[p]: v for p, v in values.items()}) for name, values in points.items()]
     runs = sorted((rate, run) for run in outdir.glob("lr=*") if (rate := _rate(run)) is not None)
     if not runs:
         raise UserError(f"{outdir} holds no runs of a sweep (sweep.json, or folders lr=...).")
     return [(run, {"lr": run.name.removeprefix("lr=")}) for _, run in runs]
+
+
+def _plan(file: Path) -> dict[str, dict[str, Any]]:
+    """The points of a sweep.json: {name of a run: {setting: value}}.
+
+    Raises:
+        UserError: it is not what `jaxtune sweep` writes.
+    """
+    points = read_json(file).get("points")
+    whole = isinstance(points, dict) and all(isinstance(values, dict) for values in points.values())
+    if not whole or any(Path(name).name != name or name in ("", ".", "..") for name in points):
+        raise UserError(f"{file} is not what jaxtune sweep writes: 'points' names no runs.")
+    return points
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
@@ -59,7 +73,7 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 def status(run: Path) -> str:
     """Tell how a run stands, from its results and what `jaxtune sweep` or sweep_lr.sh left beside them."""
     if (run / "member.json").is_file():
-        return json.loads((run / "member.json").read_text())["status"]
+        return str(read_json(run / "member.json").get("status"))
     if (run / "summary.json").is_file() and any((run / result).is_dir() for result in ("adapter", "model")):
         return "finished"
     try:
@@ -74,7 +88,7 @@ def status(run: Path) -> str:
 def differing_settings(runs: list[Path]) -> list[str]:
     """Return the settings besides optim.lr in which the runs differ, as section.key."""
     files = [run / "config.json" for run in runs]
-    configs = [_settings(json.loads(file.read_text())) for file in files if file.is_file()]
+    configs = [_settings(read_json(file)) for file in files if file.is_file()]
     names = {name for config in configs for name in config} - {"optim.lr"}
     return sorted(name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1)
 
@@ -166,7 +180,7 @@ def _cells(row: dict[str, Any], swept: list[str]) -> tuple[str, ...]:
 def _why(run: Path) -> str:
     """What is known of a failure."""
     if (run / "member.json").is_file():
-        return json.loads((run / "member.json").read_text()).get("why", "no reason given")
+        return read_json(run / "member.json").get("why", "no reason given")
     return _last_line(run / "jaxtune.log")
 
 

@@ -172,7 +172,7 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
     from jaxtune.report.run import read_run
     from jaxtune.report.sentences import measured
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     metrics = measured(read_run(out.parent))
     if evaluation.who(metrics) == ["base", "tuned"]:
         table = Table("on held-out rows", "before", "after")

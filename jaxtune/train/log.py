@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
+from jaxtune.reading import parse_json
 from jaxtune.train.watch import Finding, Watch
 
 FINDINGS = "findings.jsonl"
@@ -136,12 +137,16 @@ def _wandb_run(folder: Path, config: Any) -> Any:
 
 
 def _lines(path: Path) -> list[tuple[str, dict]]:
-    """The whole lines of a .jsonl file; a torn last line is left out."""
+    """The records of metrics.jsonl with their lines; a line that was torn by a kill, or is none, is left out."""
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file.")
     pairs = []
-    with path.open(encoding="utf-8", newline="\n") as lines:  # texts may hold other separators
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                pairs.append((line, json.loads(line)))
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:  # texts may hold other separators
+        for number, line in enumerate(lines, 1):
+            with contextlib.suppress(UserError):
+                values = parse_json(line, f"{path}:{number}")
+                if isinstance(values, dict) and type(values.get("step")) is int and values["step"] >= 0:
+                    pairs.append((line, values))
     return pairs
 
 
@@ -163,7 +168,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, markup=False, highlight=False)
         self.steps, self.several, self.live = steps, several, None
         self.curves: dict[str, list[tuple[float, float]]] = {}
         if bar and self.console.is_terminal:
