@@ -296,7 +296,7 @@ def test_gaussian_factors():
         ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "goes with names of modules"),
         ({"exclude_modules": ("gate",)}, "exclude_modules: 'gate' match(es) none of the targets"),
         ({"exclude_modules": ".*"}, "leave no module to adapt"),
-        ({"modules_to_save": ("q_proj",)}, "nothing is left to adapt"),
+        ({"modules_to_save": ("q_proj", "k_proj")}, "nothing is left to adapt"),
         ({"modules_to_save": ("scores",)}, "modules_to_save: 'scores' matches no module"),
         ({"modules_to_save": ("layers.1.mlp",)}, "some layers of segment_0/block_0/mlp"),
         ({"trainable_token_indices": (1,), "modules_to_save": ("embed_tokens",)}, "embedding is claimed twice"),

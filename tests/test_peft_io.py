@@ -591,7 +591,12 @@ def test_base_of_another_name(adapter):
         {"modules_to_save": "lm_head"},
         {"init_lora_weights": "pissa"},
         {"peft_type": "LOHA"},
-        {"trainable_token_indices": {"embed_tokens": [1]}},
+        {"trainable_token_indices": {"embed_tokens": ["1"]}},
+        {"rank_pattern": {"q_proj": "4"}},
+        {"lora_alpha": float("nan")},
+        {"layers_to_transform": ["0"]},
+        {"target_modules": [1]},
+        {"rank_pattern": {"q_proj": 10**6}},
         {"peft_type": "IA3", "modules_to_save": ["lm_head"]},
         {"something_newer": 3},
         {"r": "8"},
@@ -709,4 +714,6 @@ def test_older_names_of_modules_are_understood():
 
 def test_card(adapter):
     text = (adapter / "README.md").read_text()
-    assert text.startswith("---\nbase_model: ") and "library_name: peft" in text and "PeftModel.from_pretrained" in text
+    assert (
+        str(zoo.directory("llama")) not in text and "library_name: peft" in text and "PeftModel.from_pretrained" in text
+    )

@@ -23,8 +23,10 @@ from typing import NamedTuple
 from jaxtune.data.formats import Conversation
 from jaxtune.data.messages import Notes
 from jaxtune.errors import UserError
+from jaxtune.limits import time_limit
 
 # Used where a tokenizer has no chat template, and exported with the tuned model. Plain text, for any vocabulary.
+TEMPLATE_SECONDS = 10  # for one conversation; a template is a program, and one that never ends is stopped
 DEFAULT_TEMPLATE = """\
 {{- bos_token if bos_token else '' -}}
 {%- if tools -%}
@@ -145,13 +147,14 @@ class ChatRenderer:
 
     def _render(self, where: str, messages: list[dict], tools: list[dict] | None, prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=None if self.own else DEFAULT_TEMPLATE,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
+            with time_limit(TEMPLATE_SECONDS, "it"):
+                return self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=None if self.own else DEFAULT_TEMPLATE,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                )
         except Exception as error:  # a template may raise anything: jinja2's errors, TypeError from its expressions
             roles = ", ".join(m["role"] for m in messages)
             hint = ""

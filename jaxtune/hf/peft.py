@@ -262,8 +262,7 @@ def find_base(folder: Path, base: str | Path | None = None) -> tuple[str, Path]:
     try:
         return str(named), hf.resolve(named)
     except UserError as error:
-        hint = "" if base else " Give it with --base=MODEL."
-        raise UserError(f"The base of the adapter in {folder}: {error}{hint}") from None
+        raise UserError(f"The base of the adapter in {folder}: {error} Give it with --base=MODEL.") from None
 
 
 def _labels(folder: Path, config: Mapping[str, Any], entries: Mapping[str, tensors.Entry], body: Any) -> Labels | None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import UserError
+from jaxtune.limits import time_limit
 from jaxtune.weights.leaf import LoraWeight, is_weight, row_keys, virtual_tokens
 
 Array = jax.Array
@@ -327,14 +328,15 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 
 
 def _render(tokenizer: Any, number: int, prompt: Prompt) -> str:
-    from jaxtune.data.chat import DEFAULT_TEMPLATE
+    from jaxtune.data.chat import DEFAULT_TEMPLATE, TEMPLATE_SECONDS
 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        with time_limit(TEMPLATE_SECONDS, "it"):
+            return tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
     except Exception as error:  # a template may raise anything: jinja2's errors, TypeError from its expressions
         raise UserError(f"Prompt {number}: the chat template refuses this conversation: {error}") from None
 

@@ -1,0 +1,43 @@
+"""A limit of time on code of others that may never end, such as a chat template."""
+
+import contextlib
+import ctypes
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class TooLong(Exception):
+    """The time is up."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise TooLong within the block, which is Python's, once it has taken so many seconds of real time.
+
+    A timer's signal does it in the main thread, an exception set from another thread elsewhere.
+    """
+    message = f"{what} took more than {seconds:g} s"
+
+    def ring(*_: object) -> None:
+        raise TooLong(message)
+
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGALRM, ring)
+        rest, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, rest)
+            signal.signal(signal.SIGALRM, before)
+        return
+    thread, set_error = threading.get_ident(), ctypes.pythonapi.PyThreadState_SetAsyncExc
+    timer = threading.Timer(seconds, lambda: set_error(ctypes.c_ulong(thread), ctypes.py_object(TooLong)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except TooLong:
+        raise TooLong(message) from None
+    finally:
+        timer.cancel()
