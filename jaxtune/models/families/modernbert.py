@@ -2,7 +2,6 @@
 
 import json
 
-from jaxtune.errors import UserError
 from jaxtune.models.classifier import SEQUENCE, Layout
 from jaxtune.models.encoder import EncoderBlockSpec, EncoderSpec
 from jaxtune.models.families.bert import linear, norm
@@ -71,14 +70,7 @@ def spec(c: Config) -> EncoderSpec:
 def _kinds(c: Config) -> list[str]:
     """What each layer sees; before `layer_types` existed, every n-th layer saw all."""
     layers, every = c.need("num_hidden_layers"), c.get("global_attn_every_n_layers", 3)
-    kinds = c.get("layer_types", ["sliding_attention" if i % every else "full_attention" for i in range(layers)])
-    if len(kinds) != layers:
-        raise UserError(
-            f"config.json ({c.model_type}): layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}."
-        )
-    for kind in kinds:
-        Config({"model_type": c.model_type, "layer_types": kind}).choice("layer_types", None, tuple(THETA))
-    return kinds
+    return c.layer_types(["sliding_attention" if i % every else "full_attention" for i in range(layers)])
 
 
 def _rope(c: Config, kind: str, dim: int) -> Rope:
