@@ -14,11 +14,14 @@ from test_export import write_tokenizer
 from test_peft_io import shake
 
 import jaxtune
-from jaxtune import models
+from jaxtune import config, models
+from jaxtune.config.recipe import experiment
+from jaxtune.errors import UserError
 from jaxtune.hf import card
 from jaxtune.hf import load as hf
 from jaxtune.methods.table import tune
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, with_labels
+from jaxtune.tree import partition
 
 TOKENS = np.random.default_rng(0).integers(4, 90, (2, 9), dtype=np.int32)
 NAMES = ("ham", "spam's", 'a "third"')
@@ -57,10 +60,10 @@ def made(kind, tmp_path):
     base, out = tmp_path / "the-base", tmp_path / "result"
     shutil.copytree(directory, base)
     write_tokenizer(base)
-    config = hf.read_config(base)
-    module = models.build(config | {"architectures": None})
+    values = hf.read_config(base) | {"architectures": None}
+    module = models.build(values)
     if labels is not None:
-        module = with_labels(models.build(config | {"architectures": None, "pad_token_id": 0}), labels)
+        module = with_labels(models.build(values | {"pad_token_id": 0}), labels)
     params = hf.read_params(module, base, key=jax.random.key(3))
     if method is None:
         jaxtune.export_model(module, params, out, base=base)
@@ -109,3 +112,33 @@ def test_the_lines_of_a_run_name_the_base_and_the_labels():
     lines = card.loading("org/base", "runs/a/adapter", adapter=True, auto=auto, config=config)["peft"]
     assert "labels = ['a', 'b']" in lines and 'from_pretrained("org/base", num_labels=len(labels)' in lines
     assert "problem_type='multi_label_classification'" in lines and "pad_token_id=3" in lines
+
+
+# ------------------------------------------------------------------------------------------- an adapter as model.path
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt", "sequence"])
+def test_an_adapter_as_model_path_is_trained_further(kind, tmp_path):
+    """Base, method, settings, labels and values are the adapter's; the run starts where it was left."""
+    out, module, params = made(kind, tmp_path)
+    _, method, settings, labels = RESULTS[kind]
+    cfg = config.resolve({"model": {"path": str(out)}, "data": {"train": "rows.jsonl"}})
+    assert cfg.model.path == str(tmp_path / "the-base") and cfg.model.adapter == cfg.model.tokenizer == str(out)
+    assert cfg.tune.method == method
+    assert all(dict(cfg.tune[method])[name] for name in settings)
+    if labels is not None:
+        assert (cfg.objective.name, cfg.objective.labels) == ("sequence_classification", labels.names)
+    run = experiment(cfg)
+    start = run.recipe.start(run.base.load(run.recipe))
+    part = partition(params, jax.tree.map(lambda role: role, start.mask))
+    jax.tree.map(np.testing.assert_array_equal, start.state.trainable, part.trainable)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), run.recipe.abstract.state.trainable)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), start.state.trainable)
+
+
+def test_another_word_on_what_an_adapter_says_is_refused(tmp_path):
+    out, _, _ = made("lora", tmp_path)
+    with pytest.raises(UserError, match=r"tune.lora.r=4, and the adapter in model.path, which is trained on, has 2"):
+        config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}, "tune": {"lora": {"r": 4}}})
+    with pytest.raises(UserError, match="tune.method='full', and the adapter"):
+        config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}}, {"tune.method": "full"})

@@ -20,6 +20,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxtune.config.adapter import is_adapter, settings_of
 from jaxtune.config.kinds import KINDS, Explained, is_mapping
 from jaxtune.config.schema import (
     BY_PATH,
@@ -87,6 +88,7 @@ def resolve(
     file = dict(_read_overrides(overrides or {}, source, problems))
     given = file | dict(_read_flags(flags or {}, problems))
     given, file = ({path: g for path, g in some.items() if g.value is not None} for some in (given, file))
+    given |= _of_adapter(given, problems)
     values = _values(given)
     if not problems:
         lost = _overruled(given, file)
@@ -95,6 +97,24 @@ def resolve(
         problems = [*_missing(values, required), *_conflicts(values), *_idle(values, given)]
     _refuse(problems)
     return FrozenConfigDict(_nested(_derive(values)))
+
+
+def _of_adapter(given: Mapping[str, Given], problems: list[str]) -> dict[str, Given]:
+    """What model.path means where it is an adapter: its base, method and settings; another word on one is a problem."""
+    if "model.path" not in given or not is_adapter(given["model.path"].value):
+        return {}
+    adapter, found = given["model.path"].value, {}
+    for path, value in settings_of(adapter).items():
+        found[path] = Given(read_value(path, value, adapter), adapter)
+        own = given.get(path)
+        if own is not None and own.value != found[path].value and path not in ("model.path", "model.tokenizer"):
+            problems.append(
+                f"{own.origin}: {path}={own.value!r}, and the adapter in model.path, which is trained on, has "
+                f"{found[path].value!r}; leave it out"
+            )
+    if "model.tokenizer" in given:
+        found.pop("model.tokenizer", None)
+    return found
 
 
 def _values(given: Mapping[str, Given]) -> dict[str, Any]:

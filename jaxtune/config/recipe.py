@@ -6,6 +6,7 @@ Below it nothing knows a ConfigDict.
 from collections import namedtuple
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from jaxtune.config import ADAPTERS, DEFAULT_LR, to_json
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
+from jaxtune.hf.peft import load_adapter
 from jaxtune.methods.table import cut, tune, virtual_ids
+from jaxtune.models import names
 from jaxtune.objectives.task import BatchShape, Task, open_task
 from jaxtune.run.experiment import Base, Experiment
 from jaxtune.train import optim
@@ -50,7 +53,9 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
     recipe = Recipe(
         module=module,
         task=task,
-        method=partial(tune, cfg.tune.method, settings=settings),
+        method=partial(tune, cfg.tune.method, settings=settings)
+        if cfg.model.adapter is None
+        else partial(_adapted, Path(cfg.model.adapter).expanduser(), folder),
         optimizer=partial(
             optim.optimizer,
             o.name,
@@ -132,6 +137,15 @@ def max_length(cfg: Any, module: Any) -> int:
     if asked > known:
         raise UserError(f"data.max_length={asked} exceeds the {known} positions that the model knows; lower it.")
     return asked
+
+
+def _adapted(adapter: Path, folder: Path, params: Any, key: jax.Array, module: Any) -> tuple[Any, Any]:
+    """The method of a run that goes on training an adapter; of a label head, what the base lacks is in the adapter."""
+    drawn = None
+    if hasattr(module, "labels"):
+        drawn = module.drawn(tensors.index_dir(folder), names(module), jax.random.key(0)).keys()
+    params, mask, _ = load_adapter(module, params, adapter, drawn=drawn)
+    return params, mask
 
 
 def method_settings(cfg: Any) -> Mapping[str, Any]:

@@ -88,6 +88,7 @@ FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text
 SETTINGS = (
     Setting("model.path", Path, None, "Hugging Face directory or hub id (required)"),
     Setting("model.init", str, "pretrained", "random: only config and tokenizer are read", ("pretrained", "random")),
+    Setting("model.adapter", Path, None, "PEFT directory to train on from; model.path=ADAPTER sets it, and the rest"),
     Setting("model.tokenizer", Path, None, "directory or hub id of the tokenizer; default: model.path"),
     Setting("model.chat_template", Path, None, "a Jinja file; default: the tokenizer's own"),
     Setting("model.dtype", str, "auto", "auto: bfloat16 on GPU, float32 on CPU", ("auto", "float32", "bfloat16")),
