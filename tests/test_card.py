@@ -120,7 +120,7 @@ def test_the_lines_of_a_run_name_the_base_and_the_labels():
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt", "sequence"])
 def test_an_adapter_as_model_path_is_trained_further(kind, tmp_path):
     """Base, method, settings, labels and values are the adapter's; the run starts where it was left."""
-    out, module, params = made(kind, tmp_path)
+    out, _, params = made(kind, tmp_path)
     _, method, settings, labels = RESULTS[kind]
     cfg = config.resolve({"model": {"path": str(out)}, "data": {"train": "rows.jsonl"}})
     assert cfg.model.path == str(tmp_path / "the-base") and cfg.model.adapter == cfg.model.tokenizer == str(out)
@@ -130,7 +130,7 @@ def test_an_adapter_as_model_path_is_trained_further(kind, tmp_path):
         assert (cfg.objective.name, cfg.objective.labels) == ("sequence_classification", labels.names)
     run = experiment(cfg)
     start = run.recipe.start(run.base.load(run.recipe))
-    part = partition(params, jax.tree.map(lambda role: role, start.mask))
+    part = partition(params, start.mask)
     jax.tree.map(np.testing.assert_array_equal, start.state.trainable, part.trainable)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), run.recipe.abstract.state.trainable)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), start.state.trainable)
@@ -140,5 +140,5 @@ def test_another_word_on_what_an_adapter_says_is_refused(tmp_path):
     out, _, _ = made("lora", tmp_path)
     with pytest.raises(UserError, match=r"tune.lora.r=4, and the adapter in model.path, which is trained on, has 2"):
         config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}, "tune": {"lora": {"r": 4}}})
-    with pytest.raises(UserError, match="tune.method='full', and the adapter"):
+    with pytest.raises(UserError, match=r"tune.method='full', and the adapter"):
         config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}}, {"tune.method": "full"})

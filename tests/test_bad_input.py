@@ -1,0 +1,308 @@
+"""Files of users with anything wrong in them: every reader succeeds or says so in one message, in time.
+
+Files are mutated as text, as bytes and as JSON, by hypothesis; a traceback of another type than UserError fails.
+"""
+
+import functools
+import json
+import os
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import report_runs
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxtune
+from jaxtune import cli, config
+from jaxtune.commands.generate import read_prompts
+from jaxtune.errors import UserError, printable
+from jaxtune.hf import tensors
+from jaxtune.hf.peft import load_adapter
+from jaxtune.hf.stops import named_ids
+from jaxtune.methods.table import lora
+from jaxtune.report import write_report, write_sweep
+
+SECONDS = 20
+DEEP = "[" * 20_000 + "]" * 20_000
+NASTY = [
+    *(None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.0, float("nan"), float("inf")),
+    *("", "x", "512", "1e-5", "\ud800", "\x1b[31m", "[bold]", "../..", "/etc/passwd", "a" * 5000, "\x00"),
+    *([], [None], ["x"], [[]], [-1], {}, {"x": None}, {"": {}}, {"0": "a"}),
+]
+
+
+# --------------------------------------------------------------------------------------------------------- mutations
+
+
+def of_bytes(data: bytes, rng: random.Random) -> bytes:
+    """One change of bytes."""
+    at, kind = rng.randrange(len(data) + 1), rng.randrange(7)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+    if kind == 2:
+        return data[:at] + rng.choice([b"{", b"]", b'"', b"\xff", b"\x00", b",", b"\xed\xa0\x80"]) + data[at:]
+    if kind == 3:
+        end = min(len(data), at + rng.randrange(1, 40))
+        return data[:at] + data[at:end] * 2 + data[end:]
+    if kind == 4:
+        return data[:at] + data[at + rng.randrange(1, 40) :]
+    if kind == 5:
+        return b"\xef\xbb\xbf" + data
+    return rng.choice([b"", b"null", b"[]", b"{}", b"1" * 5000, DEEP.encode(), b"\x80\x02}q\x00.", b"NaN"])
+
+
+def of_json(data: bytes, rng: random.Random) -> bytes:
+    """One value of a JSON text replaced, taken out, named otherwise or given twice; of lines, in one of them."""
+    lines = data.decode().splitlines() if b"\n{" in data.rstrip() else [data.decode()]
+    number = rng.randrange(len(lines))
+    try:
+        tree = json.loads(lines[number])
+    except ValueError:
+        return of_bytes(data, rng)
+    spots: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            spots.append((node, key))
+            if isinstance(value, dict | list):
+                walk(value)
+
+    walk(tree)
+    if not spots:
+        return of_bytes(data, rng)
+    node, key = rng.choice(spots)
+    kind = rng.randrange(5)
+    if kind <= 2:
+        node[key] = rng.choice(NASTY)
+    elif kind == 3:
+        del node[key]
+    elif isinstance(node, dict):
+        node[rng.choice(["x", "", "\ud800", "__metadata__", "step", "r"])] = node.pop(key)
+    lines[number] = json.dumps(tree)
+    if kind == 4 and isinstance(node, list):
+        lines[number] = lines[number].replace(json.dumps(node), DEEP, 1)
+    return "\n".join(lines).encode()
+
+
+def of_header(data: bytes, rng: random.Random) -> bytes:
+    """As `of_json`, in the header of a safetensors file."""
+    length = int.from_bytes(data[:8], "little")
+    header = of_json(data[8 : 8 + length], rng)
+    told = len(header) if rng.randrange(4) else rng.choice([0, 1, len(header) + 1, 2**40, 2**63])
+    return told.to_bytes(8, "little") + header + data[8 + length :]
+
+
+# ----------------------------------------------------------------------------------------------------------- readers
+
+
+@functools.cache
+def model() -> Path:
+    return zoo.directory("llama")
+
+
+@functools.cache
+def sharded() -> Path:
+    folder = zoo.scratch() / "sharded"
+    zoo.model("llama").save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+@functools.cache
+def adapter() -> Path:
+    module, params = zoo.ours("llama")
+    params, mask = lora(params, jax.random.key(0), module=module, r=2, target_modules=["q_proj", "v_proj"])
+    out = zoo.scratch() / "adapter"
+    jaxtune.export_adapter(module, params, out, base=model(), mask=mask)
+    return out
+
+
+@functools.cache
+def run() -> Path:
+    folder = zoo.scratch() / "run"
+    report_runs.make_run(folder)
+    samples = [{"step": s, "prompt": "a", "expected": "b", "text": str(s)} for s in (0, 20)]
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)) + "\n")
+    entry = {"label": "loss", "share": False, "rows": 9, "base": {"value": 2.0, "low": 1.0, "high": 3.0}}
+    evaluation = {"held_out": {"rows": 9, "metrics": {"loss": entry}}}
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@functools.cache
+def sweep() -> Path:
+    folder = zoo.scratch() / "sweep"
+    for rate in ("1e-3", "2e-3"):
+        shutil.copytree(run(), folder / f"lr={rate}")
+        (folder / f"lr={rate}/member.json").write_text(json.dumps({"status": "finished"}))
+    points = {f"lr={rate}": {"optim.lr": float(rate)} for rate in ("1e-3", "2e-3")}
+    (folder / "sweep.json").write_text(json.dumps({"points": points}))
+    return folder
+
+
+def read_adapter(folder: Path) -> None:
+    load_adapter(*zoo.ours("llama"), folder, base=model())
+
+
+@functools.cache
+def texts() -> Path:
+    folder = zoo.scratch() / "texts"
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two")))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "bos_token_id": 0}')
+    return folder
+
+
+class Eos:
+    eos_token_id = 2
+
+
+# name: (the folder to copy, the file in it to spoil, how, what reads it)
+READERS: dict[str, tuple[Callable[[], Path], str, Callable, Callable[[Path], Any]]] = {
+    "config.json": (model, "config.json", of_json, jaxtune.load),
+    "weights": (model, "model.safetensors", of_header, jaxtune.load),
+    "weights' index": (sharded, "model.safetensors.index.json", of_json, jaxtune.load),
+    "adapter_config.json": (adapter, "adapter_config.json", of_json, read_adapter),
+    "adapter": (adapter, "adapter_model.safetensors", of_header, read_adapter),
+    "generation_config.json": (texts, "generation_config.json", of_json, lambda d: named_ids(Eos, d)),
+    "prompts": (texts, "prompts.jsonl", of_json, lambda d: read_prompts(d / "prompts.jsonl", True)),
+    "run's config": (run, "config.json", of_json, write_report),
+    "metrics.jsonl": (run, "metrics.jsonl", of_json, write_report),
+    "summary.json": (run, "summary.json", of_json, write_report),
+    "samples.jsonl": (run, "samples.jsonl", of_json, write_report),
+    "eval.json": (run, "eval.json", of_json, write_report),
+    "sweep.json": (sweep, "sweep.json", of_json, write_sweep),
+    "member.json": (sweep, "lr=1e-3/member.json", of_json, write_sweep),
+    "resumed config": (run, "config.json", of_json, lambda d: config.from_json((d / "config.json").read_text("utf8"))),
+}
+
+
+def read_mutated(reader: str, seed: int, folder: Path) -> str | None:
+    """Read a mutated file; the message, where there is one."""
+    source, name, mutate, read = READERS[reader]
+    rng = random.Random(f"{reader} {seed}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source(), folder)
+    data = (folder / name).read_bytes()
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        data = (mutate if rng.randrange(3) else of_bytes)(data, rng)
+    (folder / name).write_bytes(data)
+    began, said = time.monotonic(), None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            read(folder)
+        except UserError as error:
+            said = str(error)
+    assert time.monotonic() - began < SECONDS
+    assert said is None or (said.strip() and len(said) < 6000 and printable(said).encode())
+    return said
+
+
+def check(reader: str, examples: int, folder: Path) -> None:
+    seen = set()
+
+    @settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.integers(0, 2**32))
+    def every(seed):
+        seen.add(read_mutated(reader, seed, folder))
+
+    every()
+    assert len(seen) > 1  # some were refused
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_mutated_file_is_read_or_refused(reader, tmp_path):
+    check(reader, 12, tmp_path / "copy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_many_mutated_files_are_read_or_refused(reader, tmp_path):
+    check(reader, 400, tmp_path / "copy")
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of a file
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "no permission", "a loop of links"])
+@pytest.mark.parametrize("reader", ["config.json", "weights", "adapter_config.json", "summary.json"])
+def test_what_is_no_regular_file(reader, kind, tmp_path):
+    source, name, _, read = READERS[reader]
+    folder = tmp_path / "copy"
+    shutil.copytree(source(), folder)
+    file = folder / name
+    if kind == "no permission":
+        if os.geteuid() == 0:
+            pytest.skip("root may read everything")
+        file.chmod(0)
+    else:
+        file.unlink()
+        {"pipe": os.mkfifo, "folder": os.mkdir, "a loop of links": lambda f: os.symlink(f, f)}[kind](file)
+    began = time.monotonic()
+    try:
+        read(folder)
+    except UserError as error:
+        assert str(folder) in str(error)
+    else:
+        assert reader == "summary.json"  # a run need not have one
+    assert time.monotonic() - began < SECONDS
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000 + "b", "\x00", "a\x00b", "\ud800", "", " ", "~nobody/x"])
+@pytest.mark.parametrize("command", [("generate", "--prompt=x"), ("export", "out"), ("eval",), ("report",)])
+def test_names_that_cannot_be(command, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main([command[0], name, *command[1:]]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("jaxtune: error: ") and "Traceback" not in said
+
+
+def test_a_config_that_ends_the_program_is_no_success(tmp_path, capsys):
+    (tmp_path / "c.py").write_text("import sys\ndef get_config():\n    sys.exit(0)\n")
+    assert cli.main(["train", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"]) == 2
+    assert "sys.exit" in capsys.readouterr().err
+
+
+def test_messages_hold_no_escapes_for_a_terminal(tmp_path, capsys):
+    assert cli.main(["generate", str(tmp_path / "\x1b[31mred"), "--prompt=x"]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\\x1b[31mred" in said
+
+
+def test_a_header_beyond_all_bounds(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write((200_000_000).to_bytes(8, "little"))
+        file.truncate(300_000_000)  # sparse
+    with pytest.raises(UserError, match="200 MB is no header of safetensors"):
+        tensors.index_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ('{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": {"dtype": "U8", "shape": [2], '
+         '"data_offsets": [1, 3]}}', "tensors 'a' and 'b' overlap"),
+        ('{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "a": {"dtype": "U8", "shape": [2], '
+         '"data_offsets": [0, 2]}}', "'a' is there twice"),
+        ('{"a": {"dtype": "U8", "shape": [-2], "data_offsets": [2, 0]}}', "is malformed"),
+        ('{"a": {"dtype": ["U8"], "shape": [2], "data_offsets": [0, 2]}}', "has dtype"),
+        ('{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1' + "0" * 5000 + "]}}", "beyond range"),
+    ],
+    ids=["overlap", "twice", "negative", "dtype", "digits"],
+)  # fmt: skip
+def test_headers_of_safetensors(header, message, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(UserError, match=message):
+        tensors.index_dir(tmp_path)
