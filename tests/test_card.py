@@ -63,7 +63,7 @@ def made(kind, tmp_path):
     values = hf.read_config(base) | {"architectures": None}
     module = models.build(values)
     if labels is not None:
-        module = with_labels(models.build(values | {"pad_token_id": 0}), labels)
+        module = with_labels(models.build({"pad_token_id": 0} | values), labels)
     params = hf.read_params(module, base, key=jax.random.key(3))
     if method is None:
         jaxtune.export_model(module, params, out, base=base)

@@ -7,11 +7,6 @@ from typing import Any
 
 from jaxtune.files import atomic_write_text
 
-AUTO = {  # objective.name -> the class of transformers that loads the result
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 _IMAGES = "AutoModelForImageClassification"
 
 
@@ -25,7 +20,7 @@ def loading(
     here: str,
     *,
     adapter: bool,
-    auto: str = AUTO["causal_lm"],
+    auto: str = "AutoModelForCausalLM",
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
 ) -> dict[str, str]:

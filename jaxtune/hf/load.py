@@ -67,7 +67,7 @@ def read_config(folder: Path) -> dict:
 
 def _has_another_head(config: dict, folder: Path) -> bool:
     """Whether the weights hold an output head that is not the table of embeddings, though the config ties them."""
-    if config.get("tie_word_embeddings") is False or config.get("model_type") not in models.FAMILIES:
+    if config.get("tie_word_embeddings") not in (None, True) or str(config.get("model_type")) not in models.FAMILIES:
         return False
     top = {path: hf for hf, path in models.family(config).NAMES.top.items()}
     head, table = top.get("lm_head/kernel"), top.get("embed_tokens/embedding")

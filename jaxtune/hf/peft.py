@@ -405,8 +405,12 @@ def _without_tables(
         stem, leaf = f"{_PREFIX}{t.module}", leaves.get(path)
         if leaf is None:
             continue
-        if t.path not in leaves and isinstance(leaf, TokensWeight):
-            rest.pop(f"{stem}.token_adapter.trainable_tokens_delta", None)
+        if t.path not in leaves:
+            if isinstance(leaf, TokensWeight):
+                rest.pop(f"{stem}.token_adapter.trainable_tokens_delta", None)
+            if getattr(module.spec, "new_tokens", 0):  # the table itself is read from the file
+                for middle in _TABLES:
+                    rest.pop(f"{stem}{middle}.weight", None)
         if f"{stem}.weight" in spots:
             rest.pop(f"{stem}.modules_to_save.weight", None)
             rest.pop(f"{stem}.original_module.weight", None)

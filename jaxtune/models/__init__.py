@@ -25,7 +25,7 @@ def family(config: dict) -> Any:
         UserError: the family is not supported.
     """
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"config.json: model_type={name!r} is not supported; supported: {', '.join(FAMILIES)}."
             f"{_nearest_architecture(str(name))}"

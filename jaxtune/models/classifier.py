@@ -95,10 +95,10 @@ def read_labels(config: Mapping[str, Any]) -> Labels | None:
     Raises:
         UserError: id2label is malformed, or a setting is not supported.
     """
-    kind = next((k for a in config.get("architectures") or () for k in TASK_TYPES if a.endswith(f"For{k}")), None)
+    c = Config(dict(config))
+    kind = next((k for a in c.get("architectures", ()) for k in TASK_TYPES if str(a).endswith(f"For{k}")), None)
     if kind is None:
         return None
-    c = Config(dict(config))
     count = c.get("num_labels", 2)
     table = c.get("id2label", {str(i): f"LABEL_{i}" for i in range(count)})
     try:
