@@ -109,6 +109,8 @@ def uniform(block: BlockSpec, layers: int) -> tuple[Segment, ...]:
 def by_layer(blocks: list[BlockSpec]) -> tuple[Segment, ...]:
     """Group a list of blocks, one a layer: a pattern that recurs from the first layer on, then runs of equal ones."""
     layers = len(blocks)
+    if not layers:
+        return ()
     period = next(p for p in range(1, layers + 1) if blocks[p:] == blocks[:-p])
     segments: list[Segment] = []
     if layers // period > 1:
