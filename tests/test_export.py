@@ -443,3 +443,37 @@ def test_facts_of_a_full_run_without_held_out_data():
     assert facts["held-out data"] == "none" and "r" not in facts
     assert facts["trained"] == "50% (1,000 of 2,000 parameters)"
     assert any(v.startswith("jax ") for v in facts["versions"])
+
+
+# ------------------------------------------------------------------------------------------------------------ security
+
+
+def test_links_out_of_a_model_are_not_followed(base, tmp_path):
+    (tmp_path / "secret").write_text("key")
+    (base / "vocab.json").symlink_to(tmp_path / "secret")
+    (base / "merges.txt").symlink_to(base / "config.json")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/x.jinja").symlink_to(tmp_path / "secret")
+    module, params = zoo.ours("llama")
+    notes = jaxtune.export_model(module, params, tmp_path / "out", base=base)
+    assert len([note for note in notes if "is a link to a file outside" in note]) == 2
+    assert not any(f.read_text() == "key" for f in (tmp_path / "out").rglob("*.j*") if f.is_file())
+    assert (tmp_path / "out/merges.txt").is_file() and (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_links_of_the_hubs_cache_are(base, tmp_path):
+    blobs, snapshot = tmp_path / "models--o--n/blobs", tmp_path / "models--o--n/snapshots/abc"
+    shutil.copytree(base, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    module, params = zoo.ours("llama")
+    assert jaxtune.export_model(module, params, tmp_path / "out", base=snapshot) == []
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_a_link_to_an_empty_folder_is_written_into(base, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert main(["export", str(base), str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/model.safetensors").is_file()

@@ -158,17 +158,31 @@ def _config(base: Mapping[str, Any], tied: bool | None, dtypes: Mapping[str, np.
 
 
 def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None) -> list[str]:
-    """Copy tokenizer and chat templates; return a sentence if there is none."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (extra := source / "additional_chat_templates").is_dir():
-        shutil.copytree(extra, folder / extra.name)
+    """Copy tokenizer and chat templates; return sentences on a tokenizer that is not there, and links not followed."""
+    notes = []
+    for file in (*map(source.joinpath, TOKENIZER_FILES), *sorted(source.glob("additional_chat_templates/*"))):
+        if not file.is_file():
+            continue
+        if not is_inside(file, source):
+            notes.append(f"{file} is a link to a file outside of the model's directory, and was not copied.")
+            continue
+        there = folder / file.relative_to(source)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, there)
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     if not has_tokenizer(source):
-        return [f"No tokenizer was copied: {source} has none."]
-    return []
+        notes.append(f"No tokenizer was copied: {source} has none.")
+    return notes
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether what a file is, links followed, lies in its folder, or in the hub's cache that the folder is part of."""
+    real = file.resolve()
+    if real.is_relative_to(folder.resolve()):
+        return True
+    cache = re.match(r"(.*/models--[^/]+)/snapshots/", f"{folder.absolute()}/")
+    return cache is not None and real.is_relative_to(Path(cache[1]).resolve() / "blobs")
 
 
 def has_tokenizer(folder: Path) -> bool:
