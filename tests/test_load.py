@@ -501,3 +501,23 @@ def test_the_second_copies_of_weights_are_not_downloaded():
         *("config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"),
         *("tokenizer.json", "adapter_model.safetensors"),
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 3e4, None])
+def test_weights_that_are_not_finite_are_said(dtype, value, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.directory("llama"), folder)
+
+    def spoil(arrays):
+        arrays = {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
+        if value is not None:
+            arrays["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        return arrays
+
+    rewrite(folder, spoil)
+    if value is None or np.isfinite(value):
+        load(folder)
+    else:
+        with pytest.warns(UserWarning, match="up_proj/kernel have numbers that are not finite"):
+            load(folder)

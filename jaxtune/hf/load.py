@@ -4,8 +4,10 @@ import contextlib
 import functools
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,14 @@ def _in_place(sources: Sources, shapes, dtypes, done: Callable[[int], None]) -> 
         return part.T if tensor.transpose else part
 
     tensors.read_all([(entry, place(t)) for pairs in sources.values() for t, entry in pairs], done=done)
+    with ThreadPoolExecutor(4) as pool:
+        for (path, pairs), sound in zip(sources.items(), pool.map(tensors.finite, hosts.values()), strict=True):
+            if not sound:
+                warnings.warn(
+                    f"{pairs[0][1].file}: the weights {path} have numbers that are not finite (NaN or infinity); what "
+                    "the model gives may be as well.",
+                    stacklevel=2,
+                )
     return {path: jax.device_put(host) for path, host in hosts.items()}
 
 

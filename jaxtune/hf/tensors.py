@@ -246,6 +246,18 @@ def read_all(
             pass
 
 
+_EXPONENTS = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}}
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether a contiguous array of floats has neither NaN nor infinity, by its exponents; of other types, True."""
+    ones = _EXPONENTS.get(array.dtype.itemsize, {}).get(array.dtype.name)
+    if ones is None:
+        return True
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+    return not any(((bits[i : i + 2**18] & ones) == ones).any() for i in range(0, bits.size, 2**18))
+
+
 def read_ahead(entries: Sequence[Entry], limit: int, threads: int = 4) -> Iterator[np.ndarray]:
     """Yield tensors in order, the next of them read in threads: as many as `limit` bytes hold, at least one."""
     with ThreadPoolExecutor(threads) as pool:
