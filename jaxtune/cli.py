@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtune import torchless
 from jaxtune.config import KINDS, REQUIRED, SECTIONS, SETTINGS, find_setting, load_file, namesakes, resolve
-from jaxtune.errors import Interrupted, RunFailed, UserError, disk_full, nearest, printable
+from jaxtune.errors import Interrupted, RunFailed, UserError, disk_trouble, nearest, printable
 
 if TYPE_CHECKING:
     from ml_collections import FrozenConfigDict
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if not disk_full(error):
+        if (said := disk_trouble(error)) is None:
             traceback.print_exc()
             return 1
-        print("jaxtune: error: No room is left on the disk. Free some; the same command goes on.", file=sys.stderr)
-        return 1
+        print(f"jaxtune: error: {printable(said)}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 
 
@@ -26,14 +27,54 @@ class RunFailed(Exception):
     """The run itself failed: a non-finite loss, no device memory. The message alone is printed; status 1."""
 
 
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that the disk is full; libraries in C++ say so in words only."""
+class DiskError(UserError):
+    """Something cannot be written. Within a run that is under way it becomes a `RunFailed`.
+
+    `number`: the errno, where there was one.
+    """
+
+    def __init__(self, message: str, number: int | None = None):
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def refused(self) -> bool:
+        """Whether the place is somebody else's, or read-only."""
+        return self.number in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+_REFUSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOLCK}
+_IN_WORDS = {
+    os.strerror(number).lower(): number for number in (*_FULL, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
+}
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What the disk refused, in one sentence, where an error, or one that led to it, says so; else None.
+
+    Libraries in C++ (tensorstore) say it in words only.
+    """
     while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        if isinstance(error, DiskError):
+            return str(error)
+        number, where = None, ""
+        if isinstance(error, OSError):
+            number, where = error.errno, error.filename2 or error.filename or ""
+        else:
+            found = next((words for words in _IN_WORDS if words in str(error).lower()), None)
+            number = found and _IN_WORDS[found]
+        if number in _FULL:
+            return f"No room is left on the disk{f' for {_text(where)}' if where else ''}; free some."
+        if number in _REFUSED:
+            return f"{_text(where) or 'A file of this run'} cannot be read or written: {os.strerror(number)}."
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _text(path: object) -> str:
+    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
 
 
 def printable(text: str) -> str:

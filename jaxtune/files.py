@@ -1,17 +1,29 @@
-"""Atomic writes: a temporary sibling, fsync, rename. A reader finds the old, or the new, never half of it."""
+"""Atomic writes: a temporary sibling, fsync, rename. A reader finds the old, or the new, never half of it.
+
+A temporary is locked while its process lives. One that nobody holds was left by a process that was killed: the next
+writer of the same name removes it, and whoever takes the directory (`exclusive`) removes them all.
+"""
 
 import contextlib
 import ctypes
 import errno
+import fcntl
+import functools
 import os
+import re
 import shutil
+import stat
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from jaxtune.errors import UserError
+import xxhash
 
+from jaxtune.errors import DiskError, UserError
+
+_CHUNK = 2**24  # bytes read at a time
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -21,11 +33,10 @@ def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: the target. Its parents are made; an empty folder may stand there already.
-        overwrite: replace the folder there, in one step where the file system can. For a writer that owns `out`: what
-            an earlier one left when it was killed is swept away.
+        overwrite: replace the folder there, in one step where the file system can.
 
     Raises:
-        UserError: `out` exists and `overwrite` is False, or there is no room on the disk.
+        UserError: `out` exists and `overwrite` is False, or there is no room on the disk, or nothing can be written.
     """
     out = Path(out).expanduser().absolute()
     if out.is_symlink() and out.is_dir():
@@ -34,11 +45,8 @@ def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         refuse_existing(out)
     with _plain_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for left in out.parent.glob(f".{out.name}.*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.mkdir()
+        sweep(out.parent, out.name)
+        temporary, lock = _temporary(out, os.mkdir)
         try:
             yield temporary
             mode = temporary.stat().st_mode & 0o666
@@ -52,6 +60,7 @@ def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             _put_in_place(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
         _fsync(out.parent)
 
 
@@ -84,16 +93,68 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: there is no room on the disk, or nothing can be written there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with _plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, path.name)
+        temporary, lock = _temporary(path, Path.touch)
         try:
             yield temporary
             _fsync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(lock)
         _fsync(path.parent)
+
+
+def _temporary(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A temporary sibling of `path`, and the lock on it: the descriptor is to be closed when it is gone."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        make(temporary)
+        with contextlib.suppress(FileNotFoundError):  # a sweep came between
+            lock = _lock(temporary)
+            if lock is not None:
+                return temporary, lock
+
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+(\.old)?\.tmp")
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the temporaries of processes that were killed: those of writes to `name`, or all in `folder`."""
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        found = _LEFT.fullmatch(entry.name)
+        if not found or name not in (None, found["name"]):
+            continue
+        with contextlib.suppress(OSError):
+            lock = _lock(Path(entry.path))
+            if lock is not None:
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+                os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder that is there, until the descriptor is closed; None: another process has, or it is gone."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_still(fd, path):
+            return fd
+    except BlockingIOError:
+        pass
+    os.close(fd)
+    return None
+
+
+def is_still(fd: int, path: Path) -> bool:
+    """Whether the file that is open as `fd` is the one at `path`: it may have been removed, and made again."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def refuse_existing(out: Path) -> None:
@@ -108,7 +169,7 @@ def require_space(folder: Path, nbytes: int) -> None:
     """Raise UserError if the disk that holds `folder` has no room for `nbytes`."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        raise UserError(f"No room in {folder}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free.")
+        raise DiskError(f"No room in {folder}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free.")
 
 
 def _put_in_place(new: Path, out: Path) -> None:
@@ -149,32 +210,122 @@ def _plain_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"No room on the disk for {out}; nothing was written there.") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{out} cannot be written: {error.strerror}.") from None
+            raise DiskError(f"No room is left on the disk for {out}; nothing was written there.", error.errno) from None
+        if error.errno in _REFUSED:
+            raise DiskError(f"{out} cannot be written: {error.strerror}.", error.errno) from None
         raise
 
 
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO, errno.EFBIG)
+_REFUSED += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOLCK)
+
+
+def hash_of(path: Path) -> str:
+    """A hash of the bytes of a file, hex."""
+    found, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            found.update(buffer[:n])
+    return found.hexdigest()
+
+
 def cache_root() -> Path:
-    """Where tokens and compiled programs are kept: $JAXTUNE_CACHE or ~/.cache/jaxtune."""
-    return Path(os.environ.get("JAXTUNE_CACHE") or "~/.cache/jaxtune").expanduser()
+    """Where tokens, features and compiled programs are kept: $JAXTUNE_CACHE, or ~/.cache/jaxtune.
+
+    Where there is no home, or nothing can be written in it (a container), a folder of the user's own for temporary
+    files.
+    """
+    if told := os.environ.get("JAXTUNE_CACHE"):
+        return Path(told).expanduser() if told.startswith("~") else Path(told)
+    with contextlib.suppress(RuntimeError):
+        folder = Path("~/.cache/jaxtune").expanduser()
+        if is_ours(folder):
+            return folder
+    return _private_folder()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder, which is made if it is not there, can be written in."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+    return False
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """A folder for temporary files that nobody else can have put anything into."""
+    folder = Path(tempfile.gettempdir()) / f"jaxtune-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="jaxtune-"))
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, which is made if it is not there and may be another user's; never what a link points to.
+
+    Raises:
+        UserError: something else stands there, or none can be made.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with _plain_errors(path):
+        try:
+            fd = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            fd = os.open(path, flags | os.O_RDONLY)  # a lock needs no right to write
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise UserError(f"{path} is not a file, as a lock is; remove it.")
+        return fd
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Make `folder` and hold it against other processes; the lock goes with the process, however that ends.
 
-    Raises:
-        UserError: another process holds it.
-    """
-    import fcntl
+    What killed processes left half written in it, and in the folders in it, is removed. Where nothing is written, the
+    folder is not left behind.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    Raises:
+        UserError: another process holds it, or nothing can be written there.
+    """
+    folder = folder.absolute()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = folder / ".lock"
+    if lock.is_symlink():
+        raise UserError(f"{lock} is a link, and a lock is none; remove it.")
+    fresh, fd = not lock.exists(), _hold(folder)
+    try:
+        sweep(folder)
+        for inside in [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]:
+            sweep(inside)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if fresh and [p.name for p in folder.iterdir()] == [".lock"]:
+                lock.unlink()
+                for path in made:
+                    path.rmdir()
+        os.close(fd)
+
+
+def _hold(folder: Path) -> int:
+    while True:
+        with _plain_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        fd = open_lock(folder / ".lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(fd)
             raise UserError(
                 f"Another process is running in {folder}; wait for it, or give another directory."
             ) from None
-        yield
+        if is_still(fd, folder / ".lock"):
+            return fd
+        os.close(fd)  # its last holder has removed it

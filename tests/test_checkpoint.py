@@ -268,6 +268,15 @@ def test_checkpoints_written_before_there_were_checksums_are_read_and_it_is_said
     assert said == ["The checkpoints here were written without checksums; what they hold is not verified."]
 
 
+def test_of_a_checkpoint_without_checksums_numbers_that_are_not_finite_are_damage(checkpoints, said):
+    for step in (3, 6):
+        checkpoints.save(step, state(step if step == 3 else float("nan")), counters())
+        checkpoints.wait()
+        shutil.rmtree(checkpoints.folder / str(step) / "checksums")
+    assert_equal(checkpoints.restore(lambda _: state())[0], state(3))
+    assert "holds numbers that are not finite" in said[1]
+
+
 def test_a_whole_checkpoint_of_another_run_is_not_taken_for_a_damaged_one(checkpoints):
     checkpoints.save(3, state(3), counters())
     checkpoints.wait()

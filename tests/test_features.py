@@ -263,6 +263,81 @@ def test_a_full_disk_is_said_before_anything_is_computed(tmp_path, monkeypatch):
         Store(GIB, tmp_path).open("k", LAYOUT, fill)
 
 
+def damage(file, at=-1):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit": lambda folder: damage(folder / "features.bin"),
+    "cut short": lambda folder: os.truncate(folder / "features.bin", 7),
+    "checksums": lambda folder: damage(folder / "checksums.json", 4),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "no features": lambda folder: (folder / "features.bin").unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_features_are_made_again_and_it_is_said_once(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 48)
+    store, said = Store(GIB, tmp_path), []
+    store.open("k", LAYOUT, fill, say=said.append)
+    whole = {p.name: p.read_bytes() for p in store.path("k").iterdir()}
+    assert len(json.loads(whole["checksums.json"])) == 4
+    features._verified.clear()  # as in another process
+    DAMAGES[kind](store.path("k"))
+    found = store.open("k", LAYOUT, fill, say=said.append)
+    assert [len(found[i]) for i in range(3)] == [2, 5, 3] and found[0].tolist() == [[1] * 4] * 2
+    assert {p.name: p.read_bytes() for p in store.path("k").iterdir()} == whole
+    assert len(said) == 1 and "were damaged" in said[0]
+    del found
+    store.open("k", LAYOUT, None, say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("kind", ["features", "progress"])
+def test_a_build_that_was_damaged_while_it_rested_is_begun_anew(kind, tmp_path):
+    store, said, passes = Store(GIB, tmp_path), [], []
+    with pytest.raises(OSError, match="killed"):
+        store.open("k", LAYOUT, lambda *a: fill(*a, broken=lambda place: place == 2))
+    damage(store.partial("k") / ("features.bin" if kind == "features" else "progress.json"), 3)
+    found = store.open("k", LAYOUT, lambda *a: fill(*a, passes=passes), say=said.append)
+    assert passes == [0, 1, 2] and found[1].tolist() == [[2] * 4] * 5
+    assert len(said) == 1 and "begun anew" in said[0]
+
+
+def test_damaged_features_that_another_run_uses_are_said(tmp_path):
+    store = Store(GIB, tmp_path)
+    used = store.open("k", LAYOUT, fill)
+    features._verified.clear()
+    damage(store.path("k") / "features.bin")
+    with pytest.raises(UserError, match="are damaged, and another run uses them"):
+        Store(GIB, tmp_path).open("k", LAYOUT, fill)
+    assert used is not None
+
+
+def test_a_store_of_another_user_is_read_and_not_written(tmp_path, monkeypatch):
+    """What is there is used, also where neither the folder nor the lock can be written."""
+    store = Store(GIB, tmp_path)
+    store.open("k", LAYOUT, fill)
+    features._verified.clear()
+    real = os.open
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    def read_only(path, flags, *more, **kwargs):
+        return refuse() if flags & os.O_RDWR else real(path, flags, *more, **kwargs)
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "access", lambda path, how: not how & os.W_OK)
+    assert store.why_not({"k": LAYOUT.nbytes}) is None
+    assert store.open("k", LAYOUT, None)[1].shape == (5, 4)
+    assert "cannot be written; set JAXTUNE_CACHE" in store.why_not({"other": 10})
+
+
 # --- whole runs
 
 

@@ -315,6 +315,29 @@ def test_a_loss_that_is_not_finite(run, home, tmp_path):  # noqa: F811
     assert not (workdir / "adapter").exists()
 
 
+def test_a_base_that_is_not_finite_is_blamed_and_not_the_rate(run, home, tmp_path):  # noqa: F811
+    """Where it shows at once, and where it shows with the row that has the one token."""
+    folder = shutil.copytree(home / "model", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    status, _, err = run(tmp_path / "nan", model__path=folder)
+    assert status == 1
+    assert f"The base {folder} itself is damaged: " in err and "mlp/up_proj/kernel holds 1 number that is not" in err
+    assert "optim.lr" not in err
+
+
+def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_last(run, tmp_path, monkeypatch):
+    best_at(monkeypatch, 4)
+    assert run(tmp_path / "one", train__keep=1)[0] == 0
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "4" / "state")
+    status, out, _ = run(tmp_path / "one", train__keep=1)
+    assert status == 0
+    assert "cannot be read" in out and "the weights of the last step are the result" in out
+    assert exported(tmp_path / "one") == saved(tmp_path / "one", STEPS)
+    assert json.loads((tmp_path / "one" / "summary.json").read_text())["best"] is None
+
+
 def test_out_of_device_memory(run, tmp_path, monkeypatch):
     def make(*args, **kwargs):
         def step(*args):

@@ -237,7 +237,7 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
     from jaxtune.evaluate.kept import key_of
     from jaxtune.evaluate.systems import System, base_identity, identity
     from jaxtune.hf import load as hf
-    from jaxtune.infer.source import open_source
+    from jaxtune.infer.source import open_source, same_base
     from jaxtune.models.classifier import PROBLEMS, TOKEN
 
     dtype = compute_dtype(cfg.model.dtype if cfg else "auto")
@@ -246,7 +246,8 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
         below = base_identity(source, dtype)
         heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
         if not module.labels.drawn and not options.tuned_only:
-            params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
+            with same_base(source):
+                params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
             heads.insert(0, System("base", module, params, below))
     else:
         module, params = hf.load(source.model, dtype=dtype)

@@ -49,27 +49,34 @@ def main(argv: list[str]) -> None:
         halving=options.halving,
         limit=None if options.yes else pts.LIMIT,
     )
-    if options.find_lr:
-        from jaxtune.run.find_lr import find_lr
+    from jaxtune.run.workdir import explained_disk, held
 
-        find_lr(sweep, options)
-        return
+    with held(None if options.dry_run else sweep.folder, "sweep.json"):
+        if options.find_lr:
+            from jaxtune.run.find_lr import find_lr
+
+            find_lr(sweep, options)
+            return
+        new = _check(sweep, options)
+        if options.dry_run:
+            sweep.show(new)
+            return
+        with explained_disk(sweep.folder):
+            sweep.add(new)
+            sweep.run()
+            sweep.tell()
+
+
+def _check(sweep: Any, options: Any) -> list[pts.Point]:
+    """The points that are asked for and are not planned yet, after every check."""
     asked = pts.read_grid(options.sweep)
     if options.points:
         asked = pts.cross(asked, pts.read_points(options.points))
     if not options.sweep and not options.points:
         raise UserError("nothing is swept: give --sweep.section.key=v1,v2,... or --points=FILE")
     new = sweep.check(asked)
-    clock("data")
-    if options.dry_run:
-        sweep.show(new)
-        return
-    from jaxtune.files import exclusive
-
-    with exclusive(sweep.folder):
-        sweep.add(new)
-        sweep.run()
-        sweep.tell()
+    sweep.clock("data")
+    return new
 
 
 def _check_flags(options: Any) -> None:

@@ -23,16 +23,22 @@ def main(argv: list[str]) -> None:
     cfg, options = parse(argv, FLAGS, usage=USAGE)
     if options.workdir is None and not options.dry_run:
         raise UserError("--workdir=DIR is missing: the directory of the run.")
+    from jaxtune.run.workdir import held
+
+    workdir = None if options.workdir is None else Path(options.workdir).expanduser()
+    with held(None if options.dry_run else workdir):
+        _train(cfg, options, workdir, argv, clock)
+
+
+def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") -> None:
     from jaxtune import config
     from jaxtune.config.recipe import experiment
-    from jaxtune.files import exclusive
     from jaxtune.run import fit, running, sampling
     from jaxtune.run.experiment import data_lines, open_data
     from jaxtune.run.training import build
-    from jaxtune.run.workdir import as_begun, check_room, check_workdir
+    from jaxtune.run.workdir import as_begun, check_room, check_workdir, explained_disk
     from jaxtune.train.runtime import prepare_jax
 
-    workdir = None if options.workdir is None else Path(options.workdir).expanduser()
     cfg = as_begun(cfg, workdir)
     if workdir is not None:
         check_workdir(workdir, cfg)
@@ -41,7 +47,7 @@ def main(argv: list[str]) -> None:
     run = experiment(cfg)
     rows = open_data(run)
     if workdir is not None:
-        check_workdir(workdir, cfg, rows.report.fingerprint)
+        check_workdir(workdir, cfg, rows.report.fingerprint, run.base.files)
     clock("data")
     print(*data_lines(run, rows), *config.notes(cfg), sep="\n")
     if run.train.micro_batch == "auto":
@@ -58,7 +64,7 @@ def main(argv: list[str]) -> None:
         _show_rows(rows, run.task.form)
         print(f"{job.steps} steps of {run.train.batch_size} rows; every check passed, nothing was compiled.")
         return
-    with fit.explained_memory(run), exclusive(workdir):
+    with fit.explained_memory(run), explained_disk(workdir):
         running.alone(job, workdir, ["jaxtune", "train", *argv], clock)
 
 

@@ -4,12 +4,10 @@ What is cached is every row of a source, whole: `fit` then drops, truncates or s
 copy. So another `max_length` or evaluation split needs no new tokenisation.
 """
 
+import functools
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data import cache as token_cache
 from jaxtune.data.chat import ChatRenderer, special_tokens
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
 from jaxtune.data.messages import Notes
 from jaxtune.data.sources import Source, place_of
-from jaxtune.errors import UserError
+from jaxtune.errors import DiskError, UserError
 from jaxtune.files import cache_root
 
 FORMAT_VERSION = 2  # raise it when the same input would give other tokens
@@ -126,6 +125,7 @@ class SourceReport:
     tokens: int = 0  # in the rows kept
     trained: int = 0
     cached: bool = False
+    on_cache: str | None = None  # what is to be said of the cache
     lost: int = 0  # labelled words that gave no token
     notes: Notes = field(default_factory=Notes)  # what was not used, or left out by the chat template
     chat: bool = False  # whether a chat template made its text
@@ -163,6 +163,7 @@ class Report:
         )
         evaluation = [f"evaluation: {report.line()}" for report in self.eval_sources]
         notes = [f"{r.name}: {line}" for r in self.sources + self.eval_sources for line in r.notes.lines()]
+        notes += [r.on_cache for r in self.sources + self.eval_sources if r.on_cache]
         if endless := self.ends[NO_END]:
             notes.append(
                 f"{endless:,} of {self.ends.total():,} trained turns do not end with a special token of the tokenizer: "
@@ -352,26 +353,32 @@ def tokenise(
 ) -> tuple[Rows, SourceReport]:
     """Return all rows of a source, whole, and what there is to say of them, with whether they came from the cache.
 
-    `key` (hex) stands for everything that decides the tokens; rows are cached in `cache_dir/key` under a temporary name
-    until they are complete and on the disk.
+    `key` (hex) stands for everything that decides the tokens; rows are cached in `cache_dir/key`. A set that is damaged
+    is made again; where it is somebody else's and cannot be read or written, there is no cache.
     """
-    folder = Path(cache_dir or cache_root() / "tokens") / key
-    if not cache:
-        tokens, mask = io.BytesIO(), io.BytesIO()
-        rows = _write(source, reader, encoder, tokens, mask)
-        flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), encoder.MARK)
-        return _rows(source, *flat, rows), _report(source, reader, _said(source, reader, encoder), False)
-    if not (folder / "rows.npy").is_file():
-        _build(folder, source, reader, encoder)
-        cached = False
-    else:
-        cached = True
-    rows = np.load(folder / "rows.npy")
-    flat = (
-        np.memmap(folder / name, dtype, mode="r") for name, dtype in (("tokens.bin", "<i4"), ("mask.bin", encoder.MARK))
-    )
-    said = json.loads((folder / "said.json").read_text(encoding="utf-8"))
-    return _rows(source, *flat, rows), _report(source, reader, said, cached)
+    note = None
+    if cache:
+        folder = Path(cache_dir or cache_root() / "tokens") / key
+        try:
+            wrong = token_cache.damage(folder)
+            if wrong is not None:
+                write = functools.partial(_write, source, reader, encoder)
+                token_cache.build(folder, write, lambda: _said(source, reader, encoder))
+            if wrong not in (None, "absent"):
+                note = f"The cached tokens of {source.name} were damaged ({folder / wrong}); they are made again."
+            *arrays, said = token_cache.read(folder, encoder.MARK)
+            return _rows(source, *arrays), _report(source, reader, said, wrong is None, note)
+        except (PermissionError, DiskError) as error:
+            if isinstance(error, DiskError) and not error.refused:
+                raise
+        note = (
+            f"The token cache in {folder.parent} is not ours to use, so {source.name} is tokenised each time; set "
+            "JAXTUNE_CACHE to a folder of your own."
+        )
+    tokens, mask = io.BytesIO(), io.BytesIO()
+    rows = _write(source, reader, encoder, tokens, mask)
+    flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), encoder.MARK)
+    return _rows(source, *flat, rows), _report(source, reader, _said(source, reader, encoder), False, note)
 
 
 def _said(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
@@ -382,11 +389,12 @@ def _said(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
     return {"source": source.name, "notes": notes.as_json(), "ends": list(ends.items()), "chat": bool(chat)}
 
 
-def _report(source: Source, reader: Reader, said: dict[str, Any], cached: bool) -> SourceReport:
+def _report(source: Source, reader: Reader, said: dict[str, Any], cached: bool, note: str | None) -> SourceReport:
     moved = said["source"], source.name  # the same content may have been read from elsewhere
     notes = Notes([(what, detail, n, place.replace(*moved, 1)) for what, detail, n, place in said["notes"]])
     ends = {token: n for token, n in said["ends"] if n}
-    return SourceReport(source.name, reader.format, cached=cached, notes=notes, ends=ends, chat=said["chat"])
+    told = {"notes": notes, "ends": ends, "chat": said["chat"], "on_cache": note}
+    return SourceReport(source.name, reader.format, cached=cached, **told)
 
 
 def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> Rows:
@@ -399,42 +407,6 @@ def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray
         lost=int(rows["lost"].sum()) if "lost" in rows.dtype.names else 0,
         **{name: np.ascontiguousarray(rows[name]) for name in ("start", "length", "origin", "digest")},
     )
-
-
-def _build(folder: Path, source: Source, reader: Reader, encoder: Encoder) -> None:
-    """Tokenise into a temporary folder beside `folder`, then rename it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: cannot write the token cache ({error.strerror}). Set JAXTUNE_CACHE or data.cache=False."
-        ) from None
-    try:
-        with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "mask.bin", "wb") as mask:
-            rows = _write(source, reader, encoder, tokens, mask)
-            _sync(tokens, mask)
-        (temporary / "said.json").write_text(json.dumps(_said(source, reader, encoder)), encoding="utf-8")
-        with open(temporary / "rows.npy", "wb") as file:
-            np.save(file, rows)
-            _sync(file)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / "rows.npy").is_file():  # else another process was first, with the same content
-                raise
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: cannot write the token cache ({error.strerror}). Set JAXTUNE_CACHE or data.cache=False."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(*files) -> None:
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_file) -> np.ndarray:

@@ -1,15 +1,16 @@
 """The models that an evaluation compares: what a path holds tuned, and the base it was tuned from."""
 
-import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.evaluate.kept import key_of
+from jaxtune.files import hash_of
 from jaxtune.hf.load import load, resolve
 from jaxtune.hf.peft import grown_for, load_adapter
 from jaxtune.infer.generation import prepare
-from jaxtune.infer.source import Source
+from jaxtune.infer.source import Source, same_base
 
 
 class System(NamedTuple):
@@ -38,7 +39,8 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
         dtype: of activations.
     """
     if source.adapter is not None:
-        module, params = load(source.model, dtype=dtype, quantization=source.quantization)
+        with same_base(source):
+            module, params = load(source.model, dtype=dtype, quantization=source.quantization)
         below = base_identity(source, dtype)
         if base:
             yield System("base", module, prepare(module, params), below)
@@ -52,7 +54,8 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
     if source.run and base:
         named, folders = ["base", "tuned"], [resolve(source.base), source.model]
     for name, folder in zip(named, folders, strict=True):
-        module, params = load(folder, dtype=dtype)
+        with same_base(source) if name == "base" else nullcontext():
+            module, params = load(folder, dtype=dtype)
         yield System(name, module, prepare(module, params), identity(folder, str(dtype)))
 
 
@@ -62,12 +65,6 @@ def base_identity(source: Source, dtype: Any) -> str:
 
 
 def identity(folder: Path, *more: Any) -> str:
-    """A hash of configs and weights: their bytes up to 64 MiB a file, beyond that sizes and times of change."""
-    found = []
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        stat = file.stat()
-        if stat.st_size <= 2**26:
-            found.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
-        else:
-            found.append([file.name, stat.st_size, stat.st_mtime_ns])
-    return key_of(found, *more)
+    """A hash of the bytes of configs and weights."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    return key_of([[file.name, hash_of(file)] for file in files], *more)

@@ -1,5 +1,6 @@
 """One way to open whatever holds weights: a run, an adapter with its base, or a model, with its tokenizer."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
+from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.load import load, resolve
 from jaxtune.hf.peft import find_base, open_adapter
 from jaxtune.hf.stops import named_ids
@@ -60,6 +62,20 @@ class Target(NamedTuple):
     tokenizer: Any
     folder: Path
     eos_ids: tuple[int, ...]
+
+
+def same_base(source: Source) -> AbstractContextManager[None]:
+    """Load the base of a source within, which is checked to be the one that its run began on.
+
+    Raises:
+        UserError: it is another, and `source.any_base` does not allow that.
+    """
+    run = source.run or (source.adapter and source.adapter.parent)
+    folder = source.model if source.adapter else resolve(source.base)
+    told = (source.config or {}).get("model") or {}
+    other = told.get("tokenizer") not in (None, told.get("path")) and Path(told["tokenizer"]).expanduser()
+    files = BaseFiles(folder, other if other and other.is_dir() else None)
+    return files.same(None if source.any_base else run)
 
 
 def find(
@@ -127,9 +143,10 @@ def open_source(source: Source, **settings: Any) -> tuple[Any, Any, dict[str, An
     if source.adapter is None:
         return *load(source.model, **settings), None
     settings["dtype"] = settings.get("dtype") or jnp.float32
-    module, params, _, config = open_adapter(
-        source.adapter, base=source.base, any_base=source.any_base, quantization=source.quantization, **settings
-    )
+    with same_base(source):
+        module, params, _, config = open_adapter(
+            source.adapter, base=source.base, any_base=source.any_base, quantization=source.quantization, **settings
+        )
     return module, params, config
 
 

@@ -12,6 +12,7 @@ from jaxtune import data
 from jaxtune.curate import NOTE, DataReport, glance
 from jaxtune.data.batches import GRAIN
 from jaxtune.hf import load as hf
+from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.stops import added_line
 from jaxtune.train import watch
 from jaxtune.train.recipe import Recipe
@@ -35,11 +36,17 @@ class Base:
     tokenizer: str
     chat_template: str | None
 
+    @cached_property
+    def files(self) -> BaseFiles:
+        """Its files by their hashes."""
+        return BaseFiles(self.folder, hf.resolve(self.tokenizer), weights=self.init == "pretrained")
+
     def load(self, recipe: Recipe) -> Any:
         """Read the recipe's base parameters, or draw them."""
         key = jax.random.key(recipe.seed)
         if self.init == "random":
             return recipe.quantized(jax.jit(recipe.module.init_params)(key))
+        self.files.begin()
         kind = None if recipe.quantization == "none" else recipe.quantization
         return hf.read_params(recipe.module, self.folder, key=key, quantization=kind)
 

@@ -25,8 +25,9 @@ def find_lr(sweep: Any, options: Any) -> None:
         UserError: there is nothing to evaluate on, or the file to write is there already.
         RunFailed: no rate was found.
     """
-    from jaxtune.files import atomic_write_text, exclusive, refuse_existing
+    from jaxtune.files import atomic_write_text, refuse_existing
     from jaxtune.report.sweep_table import sweep_rows
+    from jaxtune.run.workdir import explained_disk
 
     cfg = options.resolve({})
     if not cfg.data.eval and not cfg.data.eval_fraction:
@@ -44,7 +45,7 @@ def find_lr(sweep: Any, options: Any) -> None:
     if options.dry_run:
         sweep.show(sweep.check([{"optim.lr": rate} for rate in rates]))
         return
-    with exclusive(sweep.folder):
+    with explained_disk(sweep.folder):
         for number in range(MOST_ROUNDS):
             print(f"round {number + 1}, {steps} steps: {', '.join(f'{rate:g}' for rate in rates)}")
             sweep.add(sweep.check([{"optim.lr": rate} for rate in rates]))

@@ -25,8 +25,9 @@ from jaxtune.run import fit, running
 from jaxtune.run import points as pts
 from jaxtune.run.experiment import Data, Experiment, data_lines, make_batches, one_order, open_data
 from jaxtune.run.training import Job, build
-from jaxtune.run.workdir import check_is_folder, check_room, check_workdir
+from jaxtune.run.workdir import check_is_ours, check_room, check_workdir
 from jaxtune.train import loop
+from jaxtune.train.checkpoint import Damaged
 from jaxtune.train.cost import measure
 from jaxtune.train.recipe import compiled_bytes
 from jaxtune.train.runtime import free_bytes
@@ -89,17 +90,9 @@ class Sweep:
         return new
 
     def _read(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not check_is_ours(self.folder, "sweep.json"):
             return
-        check_is_folder(self.folder)
-        file = self.folder / "sweep.json"
-        if not file.exists():
-            if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
-                raise UserError(
-                    f"--workdir={self.folder} is not empty and holds no sweep (no sweep.json); nothing was changed."
-                )
-            return
-        self.plan = json.loads(file.read_text())
+        self.plan = json.loads((self.folder / "sweep.json").read_text())
         if self.plan["halving"] != self.halving:
             before, now = (f"--halving={h}" if h else "no --halving" for h in (self.plan["halving"], self.halving))
             raise UserError(f"the sweep in {self.folder} has {before}, and this command {now}; nothing was changed")
@@ -123,7 +116,8 @@ class Sweep:
             jax.eval_shape(lambda params: found.recipe.tuned(params)[0], found.recipe.abstract_base())
             self._tuned.add(method)
         if self.folder is not None:
-            check_workdir(self.folder / point.name, point.cfg, rows.report.fingerprint, member=True)
+            folder = self.folder / point.name
+            check_workdir(folder, point.cfg, rows.report.fingerprint, found.base.files, member=True)
 
     def _check_halving(self, points: Sequence[pts.Point]) -> None:
         if any(p.cfg.data.eval is None and not p.cfg.data.eval_fraction for p in points):
@@ -246,7 +240,7 @@ class Sweep:
             if before:
                 folders = self._folders(number - 1, names)
                 begins = [
-                    (running.saved_state(job, i, name, None, folders[name]), copy.deepcopy(before["ended"][name]))
+                    (self._cut_state(job, i, name, number - 1, folders[name]), copy.deepcopy(before["ended"][name]))
                     for i, name in enumerate(names)
                 ]
             for name in names:
@@ -258,6 +252,26 @@ class Sweep:
                 self._mark(name, "failed", why=run.ended)
             rung["ended"][name] = run.record
         self._write()
+
+    def _cut_state(self, job: Job, i: int, name: str, number: int, folders: Sequence[Path]) -> Any:
+        """The state that a point ended a rung with; where its checkpoint is damaged, the rung is done again for it.
+
+        Raises:
+            Damaged: it is; the next start goes on from the checkpoint before.
+        """
+        rung = self.plan["rungs"][number]
+        try:
+            state = running.saved_state(job, i, name, None, folders)
+            if int(state.step) == rung["until"]:
+                return state
+            why = f"The checkpoint of {name} at step {rung['until']} is gone."
+        except Damaged as error:
+            why = str(error)
+        group = next(names for names in rung["groups"] if name in names)
+        for other in group:
+            rung["ended"].pop(other, None)
+        self._write()
+        raise Damaged(f"{why} Start again: {', '.join(group)} will be trained again up to there.")
 
     def _build(self, names: list[str]) -> tuple[Job, list[Any]]:
         """The job of these points, and what scores their answers; the last ones are kept."""
@@ -286,8 +300,7 @@ class Sweep:
             place = self._place(name)
             if rung["until"] is not None and not run.ended:
                 place.facts["cut_at"] = rung["until"]
-            best = run.best and int(run.best["step"])
-            state = running.saved_state(job, i, name, best, folders[name])
+            state = running.best_state(job, i, run, folders[name])
             running.finish(job, i, place, run, state, self.clock.branch(), generated[i])
             self._mark(name, "finished")
 

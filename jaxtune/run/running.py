@@ -12,10 +12,11 @@ import jax
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.run import results, sampling
+from jaxtune.run.blame import cause_of
 from jaxtune.run.experiment import Experiment
 from jaxtune.run.training import Job, Member, with_features
 from jaxtune.train import loop
-from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.checkpoint import Checkpoints, Damaged
 from jaxtune.train.log import Metrics, Progress, read_metrics
 from jaxtune.train.parallel import replicate, shard_batch
 from jaxtune.train.stacked import stack, take
@@ -64,13 +65,15 @@ def run(job: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generat
     """Train the members of `job` together, or go on with them, and say how they ended.
 
     Raises:
-        UserError: more steps are done than the config asks for.
+        UserError: more steps are done than the config asks for, or they were done over another base.
         RunFailed: no loss is finite any more.
         Interrupted: stopped by a signal, with a checkpoint.
     """
     last = stretch.until or job.steps
     for member, place in zip(job.members, places, strict=True):
         place.folder.mkdir(parents=True, exist_ok=True)
+        job.experiment.base.files.check(place.folder, whole=True)
+        job.experiment.base.files.record(place.folder)
         if not (place.folder / "config.json").exists():  # before all else, so that what follows is known as a run
             _write_config(job, member, place)
     first = 0
@@ -133,6 +136,7 @@ def run(job: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generat
             evaluate=_evaluation(job),
             sample=samples,
             take=take if job.stacked else None,
+            cause=cause_of(job),
         )
         training.run()
     clock("train")
@@ -154,8 +158,9 @@ def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
     ended = run(job, [place], Stretch(checkpoints), clock, [generated])
     [done], state = ended.runs, ended.state
     if done.best and done.best["step"] != ended.step:
-        print(f"The best evaluation was at step {done.best['step']:.0f}; its weights are the result.")
-        state = saved_state(job, 0, place.name, done.best["step"], [checkpoints])
+        state = best_state(job, 0, done, [checkpoints])
+        if done.best:
+            print(f"The best evaluation was at step {done.best['step']:.0f}; its weights are the result.")
     finish(job, 0, place, done, state, clock, generated)
 
 
@@ -180,11 +185,31 @@ def _without_change(job: Job, place: Place) -> Job:
     return job
 
 
+def best_state(job: Job, i: int, run: loop.Run, folders: Sequence[Path]) -> TrainState:
+    """Read the state that is the result of member `i`: that of its best evaluation, else its last.
+
+    Where the best one's checkpoint is damaged, it is the last, and `run.best` is None.
+
+    Args:
+        folders: as for `saved_state`.
+    """
+    if run.best:
+        try:
+            return saved_state(job, i, run.name, int(run.best["step"]), folders)
+        except Damaged as error:
+            print(f"{error} It was of the best evaluation; the weights of the last step are the result.")
+            run.record["best"] = None
+    return saved_state(job, i, run.name, None, folders)
+
+
 def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence[Path]) -> TrainState:
     """Read the state of member `i`, called `name`, from its checkpoint of `step`; None: its last.
 
     Args:
         folders: where its stretches kept their checkpoints, the last one first.
+
+    Raises:
+        Damaged: it cannot be read, and has been set aside, or is gone.
     """
     abstract = _abstract(job.state)
     for folder in folders:
@@ -197,7 +222,8 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
                 return job.alone(state, lane, job.members[i])
         finally:
             checkpoints.manager.close()
-    raise FileNotFoundError(f"no checkpoint of {name} at step {step} in {', '.join(map(str, folders))}")
+    which = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise Damaged(f"There is no {which} of {name} in {', '.join(map(str, folders))}.")
 
 
 def finish(job: Job, i: int, place: Place, run: loop.Run, state: TrainState, clock: Any, generated: Any) -> None:

@@ -150,7 +150,7 @@ def with_features(job: Job, say: Callable[[str], None], stop: Callable[[], bool]
     def progress(done, total):
         say(f"features: {done:,} of {total:,} tokens, {done / (time.monotonic() - began):,.0f} tokens/s")
 
-    train, *rest = (job.features.open(rows, stop, progress) for rows in job.rows.sets)
+    train, *rest = (job.features.open(rows, stop, progress, say) for rows in job.rows.sets)
     say(f"features: ready after {time.monotonic() - began:.1f} s")
     streams = {id(m.batches): data.with_features(m.batches, train) for m in job.members}
     members = [replace(m, batches=streams[id(m.batches)]) for m in job.members]

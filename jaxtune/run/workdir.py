@@ -1,41 +1,86 @@
-"""A run's directory: whether it holds a run to go on with, and whether its disk has room."""
+"""A run's directory: held against others, whether it holds a run to go on with, and whether its disk has room."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxtune import config
-from jaxtune.errors import UserError
-from jaxtune.train.checkpoint import check_disk, state_bytes
+from jaxtune.errors import DiskError, Interrupted, RunFailed, UserError, disk_trouble
+from jaxtune.files import exclusive
+
+
+@contextlib.contextmanager
+def held(workdir: Path | None, record: str = "config.json") -> Iterator[None]:
+    """Hold the directory of a run, or of a sweep, before anything is decided from what is in it; None: nothing.
+
+    Args:
+        record: the file that says that it is one.
+
+    Raises:
+        UserError: another process holds it, it holds something else, or nothing can be written there.
+    """
+    if workdir is None:
+        yield
+        return
+    check_is_ours(workdir, record)  # before a lock is put into somebody's folder
+    with exclusive(workdir):
+        yield
+
+
+@contextlib.contextmanager
+def explained_disk(workdir: Path) -> Iterator[None]:
+    """Within a run that is under way, what the disk refuses is one sentence that names the last good checkpoint."""
+    try:
+        yield
+    except (RunFailed, Interrupted):
+        raise
+    except Exception as error:
+        said = disk_trouble(error)
+        if said is None or (isinstance(error, UserError) and not isinstance(error, DiskError)):
+            raise
+        steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
+        kept = f"The last good checkpoint is of step {max(steps)}." if steps else "No checkpoint was saved."
+        if (workdir / "sweep.json").exists():
+            kept = "What is finished is kept."
+        raise RunFailed(f"{said} {kept} The same command goes on.") from None
 
 
 def _left_behind(name: str) -> bool:
-    """Whether a file may be there before config.json: log, lock, report on the data, or a config.json half written."""
-    return name in ("jaxtune.log", ".lock", "data_report.json") or (
-        name.startswith(".config.json.") and name.endswith(".tmp")
+    """Whether a file may be there before the record: a lock, logs, a report on the data, what was half written."""
+    return name in ("jaxtune.log", ".lock", "data_report.json", "base.json") or (
+        name.startswith(".") and name.endswith(".tmp")
     )
 
 
-def check_is_folder(workdir: Path) -> None:
-    """Raise UserError if something stands at `workdir`, or at a folder above it, that is no folder."""
+def check_is_ours(workdir: Path, record: str = "config.json") -> bool:
+    """Return whether `record` is in the directory.
+
+    Raises:
+        UserError: it is no directory, or it holds something without that.
+    """
     if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
         raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
+    if (workdir / record).exists():
+        return True
+    if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
+        what = "run" if record == "config.json" else "sweep"
+        raise UserError(f"--workdir={workdir} is not empty and holds no {what} (no {record}); nothing was changed.")
+    return False
 
 
-def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, member: bool = False) -> bool:
+def check_workdir(
+    workdir: Path, cfg: Any, fingerprint: str | None = None, base: Any = None, *, member: bool = False
+) -> bool:
     """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
 
     Raises:
-        UserError: it holds something else, or a run with another config or other data.
+        UserError: it holds something else, or a run with another config, other data or another base.
     """
-    check_is_folder(workdir)
-    file = workdir / "config.json"
-    if not file.exists():
-        if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
-            raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); nothing was changed.")
+    if not check_is_ours(workdir):
         return False
+    file = workdir / "config.json"
     text = file.read_text()
     config.check_resume(config.from_json(text, str(file)), cfg)
     before = json.loads(text).get("versions", {}).get("data")
@@ -49,11 +94,17 @@ def check_workdir(workdir: Path, cfg: Any, fingerprint: str | None = None, *, me
             f"The data of the run in {workdir} has changed since it started (fingerprint {before[:12]} -> "
             f"{fingerprint[:12]}); nothing was changed. Restore the files or give another --workdir."
         )
+    if base is not None:
+        base.check(workdir)
     return True
 
 
 def check_room(workdir: Path, job: Any) -> None:
     """Raise UserError unless the disk has room for the checkpoints (kept, best ones, being written) and the results."""
+    import jax
+
+    from jaxtune.train.checkpoint import check_disk, state_bytes
+
     result = sum(leaf.size * 4 for leaf in jax.tree.leaves(job.state.trainable))
     check_disk(workdir, (job.experiment.train.keep + 1 + len(job.members)) * state_bytes(job.state) + result)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -112,7 +113,7 @@ class Checkpoints:
                 aside = self._set_aside(candidate)
                 said = f"The checkpoint of step {candidate} cannot be read ({why}) and is set aside as {aside.name}"
                 if step is not None:
-                    raise Damaged(f"{said}. The same command goes on without it.") from None
+                    raise Damaged(f"{said}.") from None
                 self.say(f"{said}; {'using the one before' if self.steps() else 'there is none before it'}.")
                 continue
             if step is None:
@@ -209,6 +210,8 @@ def _read_arrays(
             raise ValueError(f"{name}: expected {like.dtype}{like.shape}, found {array.dtype}{array.shape}")
         if checksums is not None and checksum(array) != checksums[name]:
             raise ValueError(f"{name} is not what was written")
+        if checksums is None and jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")  # no run saves such
         return jax.device_put(array, like.sharding)
 
     with ThreadPoolExecutor() as pool:

@@ -28,20 +28,23 @@ from typing import Any
 
 import jax
 import numpy as np
+import xxhash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.data import Rows
 from jaxtune.data.labels import has_types, token_types
 from jaxtune.errors import Interrupted, UserError
-from jaxtune.files import atomic_write_text, cache_root
+from jaxtune.files import atomic_write_text, cache_root, open_lock, sweep
 from jaxtune.models.encoder import Encoder
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import FROZEN, PyTree, flatten
 
-VERSION = 1  # raise it when the same input would give other features
+VERSION = 2  # raise it when the same input would give other features
 TOKENS = 4096  # in one forward pass
 SAVE_SECONDS = 10.0
 HASHED = 2**26  # bytes of a weight at a time
+BLOCK = 2**22  # bytes of a file under one checksum
+FILE, CHECKSUMS, PROGRESS = "features.bin", "checksums.json", "progress.json"
 GIB = 2**30
 ROOM = GIB // 4  # of the disk, left to others
 
@@ -162,6 +165,10 @@ class Layout:
     def nbytes(self) -> int:
         return self.entries * self.width * self.dtype.itemsize
 
+    def bytes_before(self, place: int) -> int:
+        """Bytes of the features of all rows before a place."""
+        return int(self.length[self.order[:place]].sum()) * self.width * self.dtype.itemsize
+
     def batches(self, devices: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (first place, end, rows, T) of forward passes of about TOKENS tokens, in at most eight shapes."""
         unit = max(8, -(-int(self.tokens.max()) // 8 // 8) * 8)
@@ -209,8 +216,9 @@ class Features:
 class Store:
     """A folder of features, each set in one of its own, together no larger than `limit` bytes.
 
-    A set is built under another name and renamed when it is whole; a build that was killed goes on. Sets that are in
-    use are locked; of the others the one that was used the longest time ago goes first.
+    A set is built under another name and renamed when it is whole; a build that was killed goes on. Both are verified
+    by the checksums of their blocks before they are used, and made again where they are damaged. Sets that are in use
+    are locked; of the others the one that was used the longest time ago goes first. The folder may be shared by users.
     """
 
     def __init__(self, limit: int, folder: Path | None = None):
@@ -223,18 +231,22 @@ class Store:
         return self.folder / f".{key}.partial"
 
     def has(self, key: str, nbytes: int) -> bool:
-        file = self.path(key) / "features.bin"
-        return file.is_file() and file.stat().st_size == nbytes
+        return _size(self.path(key)) == nbytes
 
     def why_not(self, sizes: Mapping[str, int]) -> str | None:
         """Why these sets (key -> bytes) cannot all be kept; None: they can."""
         total = sum(sizes.values())
         if total > self.limit:
             return f"they take {_gib(total)}, and train.cache_gib is {self.limit / GIB:.3g}"
+        if all(self.has(key, n) for key, n in sizes.items()):
+            return None
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder, os.W_OK):
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
+        for path in (path for key in sizes for path in (self.path(key), self.partial(key))):
+            if path.exists() and not os.access(path, os.R_OK | os.X_OK):
+                return f"{path} is another user's and cannot be read; set JAXTUNE_CACHE"
         new = sum(n for key, n in sizes.items() if not self.has(key, n))
         others = {key: _size(self.folder / key) for key in self._others(sizes)}
         used = sum(n for key, n in others.items() if self._in_use(key))
@@ -255,58 +267,80 @@ class Store:
         layout: Layout,
         fill: Callable[[Any, int, Callable[[int], None]], None],
         stop: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = print,
     ) -> Features:
-        """The features of `key`; what is not there is computed.
+        """The features of `key`; what is not there, or damaged, is computed.
 
         Args:
             fill: (file, first place, done) writes the features from a place of the layout's order on; it calls
                 done(place) where all before that place is written.
             stop: asked while another process computes them; True ends the waiting.
+            say: told that something was damaged.
 
         Raises:
-            UserError: there is no room.
+            UserError: there is no room, or what is damaged is in use.
             Interrupted: `stop` said so.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _Lock(self.folder / f"{key}.lock")
         while True:
             lock.wait(fcntl.LOCK_SH, stop)
-            if self.has(key, layout.nbytes):
-                os.utime(self.path(key))
-                return Features(self.path(key) / "features.bin", layout, lock)
+            damaged = self.has(key, layout.nbytes) and not _is_whole(self.path(key))
+            if self.has(key, layout.nbytes) and not damaged:
+                with contextlib.suppress(PermissionError):  # another user's
+                    os.utime(self.path(key))
+                return Features(self.path(key) / FILE, layout, lock)
             lock.release()
-            lock.wait(fcntl.LOCK_EX, stop)
-            if not self.has(key, layout.nbytes):
-                self._build(key, layout, fill)
+            if damaged:
+                if not lock.take(fcntl.LOCK_EX):
+                    raise UserError(
+                        f"The features in {self.path(key)} are damaged, and another run uses them: stop that one, or "
+                        "set train.cache_features=off."
+                    )
+            else:
+                lock.wait(fcntl.LOCK_EX, stop)
+            if damaged or not self.has(key, layout.nbytes):
+                if self.path(key).exists():
+                    say(f"The features in {self.path(key)} were damaged; they are made again.")
+                    shutil.rmtree(self.path(key))
+                self._build(key, layout, fill, say)
 
-    def _build(self, key: str, layout: Layout, fill: Callable[..., None]) -> None:
+    def _build(self, key: str, layout: Layout, fill: Callable[..., None], say: Callable[[str], None]) -> None:
         folder = self.partial(key)
         folder.mkdir(exist_ok=True)
-        progress = folder / "progress.json"
-        done = json.loads(progress.read_text())["places"] if progress.exists() else 0
+        sweep(folder)
+        begun = _begun(folder, layout)
+        if begun is None and (folder / PROGRESS).exists():
+            say(f"The features begun in {folder} were damaged; they are begun anew.")
+        done = begun["places"] if begun else 0
         self._make_room(key, layout.nbytes)
-        with (folder / "features.bin").open("r+b" if progress.exists() else "w+b") as file:
+        with (folder / FILE).open("r+b" if begun else "w+b") as file:
             os.posix_fallocate(file.fileno(), 0, layout.nbytes)  # no surprise later
-            file.seek(int(layout.length[layout.order[:done]].sum()) * layout.width * layout.dtype.itemsize)
+            file.seek(layout.bytes_before(done))
+            saved, checksums = file.tell(), begun["blocks"] if begun else []
 
             def save(places: int) -> None:
+                nonlocal saved, checksums
                 file.flush()
                 os.fsync(file.fileno())
-                atomic_write_text(progress, json.dumps({"places": places}))
+                whole = checksums[: saved // BLOCK]  # the last one is of less than a block
+                saved = layout.bytes_before(places)
+                checksums = _checksums(folder / FILE, saved, whole)
+                atomic_write_text(folder / PROGRESS, json.dumps({"places": places, "blocks": checksums}))
 
-            if not progress.exists():
+            if not begun:
                 save(0)
             fill(file, done, save)
             save(len(layout.order))
-        shutil.rmtree(self.path(key), ignore_errors=True)  # of another size: nothing that we wrote
+        atomic_write_text(folder / CHECKSUMS, json.dumps(checksums))
         os.rename(folder, self.path(key))
 
     def _make_room(self, key: str, nbytes: int) -> None:
         """Remove other sets until one of `nbytes` fits."""
         new = nbytes - _size(self.partial(key))
-        others = sorted(self._others([key]), key=lambda k: (self.folder / k).stat().st_mtime)
+        others, foreign = sorted(self._others([key]), key=lambda k: (self.folder / k).stat().st_mtime), 0
         while True:
-            kept = sum(_size(self.folder / k) for k in others)
+            kept = sum(_size(self.folder / k) for k in others) + foreign
             short = shutil.disk_usage(self.folder).free - ROOM < new
             if kept + nbytes <= self.limit and not short:
                 return
@@ -319,7 +353,10 @@ class Store:
                     "train.cache_features=off."
                 )
             others.remove(oldest)
-            shutil.rmtree(self.folder / oldest)
+            with contextlib.suppress(PermissionError):  # another user's stays, and counts
+                shutil.rmtree(self.folder / oldest)
+                continue
+            foreign += _size(self.folder / oldest)
 
     def _others(self, keys: Any) -> list[str]:
         """Folders of other sets, finished and begun."""
@@ -337,7 +374,7 @@ class _Lock:
     """A lock on a file, against other processes and other locks of this one; it is let go with the object."""
 
     def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.fd = open_lock(path)
 
     def __del__(self):
         os.close(self.fd)
@@ -365,8 +402,48 @@ def _gib(nbytes: float) -> str:
 
 
 def _size(folder: Path) -> int:
-    file = folder / "features.bin"
-    return file.stat().st_size if file.is_file() else 0
+    """Bytes of a set; 0 where there is none that can be read."""
+    try:
+        return (folder / FILE).stat().st_size
+    except OSError:
+        return 0
+
+
+def _checksums(file: Path, end: int, known: Sequence[str] = ()) -> list[str]:
+    """Hashes of the blocks of a file up to `end`, the last of them cut there; `known`: of the first whole blocks."""
+    if not end:
+        return []
+    data = np.memmap(file, np.uint8, "r", shape=(end,))
+    starts = range(len(known) * BLOCK, end, BLOCK)
+    with ThreadPoolExecutor(4) as pool:
+        return [*known, *pool.map(lambda at: xxhash.xxh3_128_hexdigest(data[at : at + BLOCK]), starts)]
+
+
+_verified: set[tuple[str, int, int, int]] = set()  # sets that this process has gone through
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a set is what was written."""
+    try:
+        found = (folder / FILE).stat()
+        known = (str(folder), found.st_ino, found.st_size, found.st_mtime_ns)
+        if known not in _verified and _checksums(folder / FILE, found.st_size) == json.loads(
+            (folder / CHECKSUMS).read_bytes()
+        ):
+            _verified.add(known)
+        return known in _verified
+    except (OSError, ValueError):
+        return False
+
+
+def _begun(folder: Path, layout: Layout) -> dict[str, Any] | None:
+    """How far a build came, {"places", "blocks"}; None: it has not begun, or what is there is not what was written."""
+    try:
+        found = json.loads((folder / PROGRESS).read_bytes())
+        end = layout.bytes_before(found["places"])
+        return found if _checksums(folder / FILE, end) == found["blocks"] else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 # -------------------------------------------------------------------------------------------------- computing them
@@ -448,12 +525,14 @@ class Extractor:
         sources: Sequence[Rows],
         stop: Callable[[], bool] = lambda: False,
         say: Callable[[int, int], None] = lambda done, total: None,
+        tell: Callable[[str], None] = print,
     ) -> Features:
         """The features of the rows of all sources.
 
         Args:
             stop: asked between forward passes.
             say: called now and then with how many tokens of all are done.
+            tell: called with a sentence where something was damaged.
 
         Raises:
             UserError: there is no room for them.
@@ -481,7 +560,7 @@ class Extractor:
             if before is not None:
                 self._write(file, layout, *before)
 
-        return self.store.open(self.key(sources), layout, fill, stop)
+        return self.store.open(self.key(sources), layout, fill, stop, tell)
 
     def _pass(self, rows: Rows, chosen: np.ndarray, n: int, t: int) -> jax.Array:
         tokens, positions, segments, types = (np.zeros((n, t), np.int32) for _ in range(4))

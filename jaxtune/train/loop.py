@@ -108,6 +108,7 @@ class Loop:
         evaluate: state -> metrics of each run, of which "eval/loss" decides what is best.
         sample: called with (step, state, its runs) after each evaluation.
         dropped: runs that were taken out of the step, also in an earlier part of a run that goes on.
+        cause: step whose loss is not finite -> why, where it is not the learning rate.
         take: state with the given of its runs; after an evaluation, what has ended leaves the step, which never holds
             less than two because the numbers of a single member differ in the last bits. None: a run alone.
     """
@@ -125,6 +126,7 @@ class Loop:
     sample: Callable[[int, TrainState, Sequence[Run]], None] | None = None
     dropped: list[Run] = field(default_factory=list)
     take: Callable[[TrainState, list[int]], TrainState] | None = None
+    cause: Callable[[int], str | None] | None = None
     clock: float = field(default_factory=time.monotonic)  # of the last logged line
     unread: tuple[int, dict] | None = None  # a step whose metrics are still on the device
 
@@ -203,7 +205,7 @@ class Loop:
                 continue
             values = {k: float(v[i]) for k, v in arrays.items()}
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                self._fail(run, _not_finite(run, number, values))
+                self._fail(run, number, _not_finite(run, number, values))
                 continue
             window = run.record["window"]
             window["loss"] += values["loss"] * values["weight"]
@@ -223,15 +225,17 @@ class Loop:
     def _say(self, run: Run, text: str) -> None:
         self.progress.say(text if self.take is None else f"{run.name}: {text}")
 
-    def _fail(self, run: Run, why: str) -> None:
-        run.record["ended"] = why
+    def _fail(self, run: Run, number: int, why: str) -> None:
+        cause = None if self.cause is None else self.cause(number)
         if self.take is not None:
-            self._say(run, why)
+            run.record["ended"] = f"{why} {cause}" if cause else why
+            self._say(run, run.record["ended"])
             return
+        run.record["ended"] = why
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
         kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "No checkpoint was saved."
-        raise RunFailed(f"{why} {kept} {REMEDY}")
+        raise RunFailed(f"{why} {kept} {cause or REMEDY}")
 
     def _assess(self, number: int) -> None:
         """Evaluate every run. What they all start as is a base to compare with, not a result that could be the best."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxtune.files import cache_root
+from jaxtune.errors import disk_trouble
+from jaxtune.files import cache_root, is_ours
 
 
 def prepare_jax() -> None:
@@ -18,7 +19,7 @@ def prepare_jax() -> None:
     step, page by page: a tenth of a small model's step. It stays mapped if it comes from the main thread's heap. What
     the compiler used would stay as well, two or three times as much, so what is free goes back around each compile.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir and is_ours(cache_root()):
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # so that it is the main thread that asks for memory
@@ -56,4 +57,6 @@ def free_bytes() -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a JAX error says that the device has no memory left."""
+    if disk_trouble(error) is not None:  # which tensorstore calls RESOURCE_EXHAUSTED as well
+        return False
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

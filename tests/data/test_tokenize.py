@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from data_zoo import CHATML, byte_tokenizer, space_tokenizer, trained_runs, write_jsonl
 
+from jaxtune import files
 from jaxtune.data import Batches, load_tokenizer, prepare, render_plain, render_rows
-from jaxtune.data import tokenize as tokenize_module
+from jaxtune.data import cache as cache_module
 from jaxtune.data.formats import Document
 from jaxtune.data.tokenize import Encoder, tokenizer_digest
 from jaxtune.errors import UserError
@@ -314,10 +317,60 @@ def test_a_full_disk_is_told_in_one_message(tmp_path, cache, monkeypatch):
     def full(*files):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenize_module, "_sync", full)
-    with pytest.raises(UserError, match=r"cannot write the token cache \(No space left on device\). Set JAXTUNE_CACHE"):
+    monkeypatch.setattr(files, "_fsync", full)
+    with pytest.raises(UserError, match=r"token cache: No room is left on the disk.*Set JAXTUNE_CACHE"):
         one(tmp_path, PAIRS)
     assert list(cache.iterdir()) == []
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "rows.npy", "said.json", "checksums.json"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_damaged_tokens_are_made_again_and_it_is_said_once(name, damage, tmp_path, cache):
+    first, _, _ = one(tmp_path, PAIRS)
+    whole = {p.name: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    first = np.array(first.tokens)
+    damage(next(cache.iterdir()) / name)
+    rows, _, report = one(tmp_path, PAIRS)
+    said = [line for line in report.lines() if "were damaged" in line]
+    assert len(said) == ((name, damage) != ("checksums.json", Path.unlink))  # then it is a cache of before
+    assert np.array_equal(rows.tokens, first)
+    assert whole == {p.name: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    again = one(tmp_path, PAIRS)[2]
+    assert again.sources[0].cached and not any("were damaged" in line for line in again.lines())
+
+
+@pytest.mark.parametrize("closed", ["read", "write"])
+def test_a_cache_of_another_user_is_done_without(closed, tmp_path, cache, monkeypatch):
+    first, _, report = one(tmp_path, PAIRS)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(cache))
+
+    if closed == "read":
+        monkeypatch.setattr(cache_module, "hash_of", refuse)
+    else:
+        shutil.rmtree(next(cache.iterdir()))
+        monkeypatch.setattr(files.os, "mkdir", refuse)
+    rows, _, again = one(tmp_path, PAIRS)
+    assert np.array_equal(first.tokens, rows.tokens) and again.fingerprint == report.fingerprint
+    assert [line for line in again.lines() if "is not ours to use" in line and "JAXTUNE_CACHE" in line]
+
+
+def test_other_users_can_read_what_is_cached(tmp_path, cache):
+    mask = os.umask(0o022)
+    one(tmp_path, PAIRS)
+    os.umask(mask)
+    assert {oct(p.stat().st_mode & 0o777) for p in cache.rglob("*")} == {"0o755", "0o644"}
 
 
 def test_tokenizers_that_differ_have_other_digests():

@@ -1,0 +1,404 @@
+"""What is left of a run when something goes wrong: kills, flipped bits, and disks that refuse.
+
+    python benchmarks/faults.py bits --n=200      flipped bits in arrays: each is found, or changes no number
+    python benchmarks/faults.py kills --n=40      SIGKILL at any moment: the bytes of a run left alone
+    python benchmarks/faults.py disk              full, read-only, forbidden (as root, on Linux): one sentence each
+
+Nothing here measures time; it may run beside other work. The exit status is 0 if everything held.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common import ROOT, jaxtune, machine, versions
+
+STEPS = 30
+NOBODY = 65534
+
+
+def command(folder: Path, workdir: Path, *more: str, name: str = "train") -> list[str]:
+    """A LoRA run of a few seconds on the packaged base."""
+    settings = {
+        "model.path": ROOT / "jaxtune" / "assets" / "tiny" / "base",
+        "data.train": folder / "train.jsonl",
+        "data.eval": folder / "eval.jsonl",
+        "data.max_length": 64,
+        "tune.lora.r": 4,
+        "tune.lora.lora_dropout": 0.1,
+        "optim.lr": 0.01,
+        "train.steps": STEPS,
+        "train.batch_size": 4,
+        "train.eval_every": 10,
+        "train.save_every": 3,
+        "log.every": 1,
+        "log.progress": "false",
+    }
+    words = [f"--config.{key}={value}" for key, value in settings.items()]
+    return jaxtune(name, *words, f"--workdir={workdir}", *more)
+
+
+def prepare(folder: Path) -> None:
+    """Sixty rows of the packaged data, and eight to evaluate on."""
+    tiny = ROOT / "jaxtune" / "assets" / "tiny"
+    for name, rows in (("train", 60), ("eval", 8)):
+        lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)[:rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAXTUNE_CACHE": str(folder / "cache"), **quick, **more}
+
+
+def run(argv: list[str], env: dict[str, str], **options: object) -> tuple[int, str]:
+    done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return done.returncode, done.stdout
+
+
+def result(workdir: Path) -> tuple[bytes, list[dict]]:
+    """The weights, and the metrics without what the clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k != "train/tokens_per_second"} for line in lines]
+    return (workdir / "adapter" / "adapter_model.safetensors").read_bytes(), kept
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+def kills(folder: Path, n: int, draw: random.Random) -> list[str]:
+    """Kill a run at a random moment, and its successors too, until one ends; compare with one left alone."""
+    env = environment(folder)
+    began = time.monotonic()
+    status, said = run(command(folder, folder / "alone"), env)
+    if status:
+        raise SystemExit(said)
+    began = time.monotonic()
+    run(command(folder, folder / "again"), env)  # the time with programs in the cache
+    seconds, wrong, killed = time.monotonic() - began, [], 0
+    while killed < n:
+        workdir = folder / f"killed-{killed}"
+        for _ in range(draw.choice((1, 1, 2, 3))):
+            process = subprocess.Popen(
+                command(folder, workdir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                process.wait(draw.uniform(0.1, 1.0) * seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                killed += 1
+        status, said = run(command(folder, workdir), env)
+        left = [p.name for p in workdir.rglob("*.tmp*")]
+        if status or result(workdir) != result(folder / "alone") or left:
+            wrong.append(f"{workdir.name}: exit {status}, left {left}: {said[-500:]}")
+        shutil.rmtree(workdir)
+        print(f"{killed} kills, {len(wrong)} wrong", flush=True)
+    print(f"kills: {killed - len(wrong)} of {killed} ended with the bytes of a run left alone")
+    return wrong
+
+
+# ----------------------------------------------------------------------------------------------------------------- bits
+
+
+def bits(folder: Path, n: int, draw: random.Random) -> list[str]:
+    """Flip one bit at a time in what holds arrays: checkpoints, token and feature caches, and a base."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxtune.train.checkpoint import Checkpoints
+    from jaxtune.train.optim import optimizer
+    from jaxtune.train.step import init_state
+
+    def state(seed: int):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        shapes = {"small": ((5,), jnp.float32), "a": ((300, 40), jnp.float32), "b": ((64, 128), jnp.bfloat16)}
+        weights = {k: jax.random.normal(key, *shape) for key, (k, shape) in zip(keys, shapes.items(), strict=True)}
+        return init_state(weights, {}, optimizer("adamw", lr=0.1), jax.random.key(seed))
+
+    def same(x, y):
+        return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(x.trainable), jax.tree.leaves(y.trainable)))
+
+    said: list[str] = []
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2, say=said.append)
+    for step in (3, 6):
+        checkpoints.save(step, state(step), {"runs": [{"best": None}]})
+    checkpoints.wait()
+    kept, whole = checkpoints.folder / "6", folder / "whole"
+    shutil.copytree(kept, whole)
+    files = [p for p in whole.rglob("*") if p.is_file() and "state" in p.parts and p.parent.name == "d"]
+    sizes = [p.stat().st_size for p in files]
+    found, harmless, wrong = 0, 0, []
+    while found + len(wrong) < n:
+        [file] = draw.choices(files, sizes)
+        at, bit = draw.randrange(file.stat().st_size), draw.randrange(8)
+        _flip(kept / file.relative_to(whole), at, bit)
+        got, _ = checkpoints.restore(lambda _: state(0))
+        if same(got, state(3)):
+            found += 1
+        elif same(got, state(6)):
+            harmless += 1  # a copy that orbax keeps and nobody reads
+        else:
+            wrong.append(f"{file.relative_to(whole)} byte {at} bit {bit}: other numbers came back")
+        shutil.rmtree(checkpoints.folder / "damaged-6", ignore_errors=True)
+        shutil.copytree(whole, kept, dirs_exist_ok=True)
+        checkpoints.manager.reload()
+    checkpoints.close()
+    print(
+        f"checkpoints: {found} of {found + len(wrong)} flipped bits that change a number were found "
+        f"({harmless} more changed none)"
+    )
+    return wrong + _bits_of_caches(folder, n, draw) + _bits_of_a_base(folder, n, draw)
+
+
+def _bits_of_caches(folder: Path, n: int, draw: random.Random) -> list[str]:
+    import numpy as np
+
+    from jaxtune.data import cache
+    from jaxtune.train import features
+
+    def tokens(a, b):
+        a.write(np.arange(5000, dtype="<i4").tobytes())
+        b.write(bytes(5000))
+        return np.zeros(10, "i4")
+
+    def fill(file, first, done):
+        file.write(np.arange(40_000, dtype=np.float32).tobytes())
+
+    wrong = []
+    cache.build(folder / "tokens", tokens, dict)
+    layout = features.Layout.of(np.full(100, 10), 40, np.float32, True)
+    store = features.Store(features.GIB, folder / "features")
+    store.open("k", layout, fill)
+    for name, place, damaged in (
+        ("token cache", folder / "tokens", lambda: cache.damage(folder / "tokens") is not None),
+        (
+            "feature cache",
+            store.path("k"),
+            lambda: features._verified.clear() or not features._is_whole(store.path("k")),
+        ),
+    ):
+        files, found = sorted(place.iterdir()), 0
+        for _ in range(n):
+            file = draw.choice(files)
+            at, bit = draw.randrange(file.stat().st_size), draw.randrange(8)
+            _flip(file, at, bit)
+            found += bool(damaged())
+            _flip(file, at, bit)
+        assert not damaged()
+        print(f"{name}: {found} of {n} flipped bits were found")
+        wrong += [f"{name}: {n - found} bits were not found"] * (found < n)
+    return wrong
+
+
+def _bits_of_a_base(folder: Path, n: int, draw: random.Random) -> list[str]:
+    from jaxtune.errors import UserError
+    from jaxtune.hf.digest import BaseFiles
+
+    base = shutil.copytree(ROOT / "jaxtune" / "assets" / "tiny" / "base", folder / "base")
+    (folder / "run").mkdir()
+    BaseFiles(base).record(folder / "run")
+    files = [p for p in base.iterdir() if p.suffix == ".safetensors" or p.name == "tokenizer.json"]
+    found = 0
+    for _ in range(n):
+        file = draw.choice(files)
+        at, bit = draw.randrange(file.stat().st_size), draw.randrange(8)
+        _flip(file, at, bit)
+        try:
+            BaseFiles(base).check(folder / "run")
+            BaseFiles(base).check(folder / "run", whole=True)
+        except UserError as error:
+            found += file.name in str(error)
+        _flip(file, at, bit)
+    print(f"base: {found} of {n} flipped bits were found, and the file named")
+    return [f"base: {n - found} bits were not found"] * (found < n)
+
+
+def _flip(file: Path, at: int, bit: int) -> None:
+    with file.open("r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0] ^ (1 << bit)
+        f.seek(at)
+        f.write(bytes([byte]))
+
+
+# ----------------------------------------------------------------------------------------------------------------- disk
+
+
+@contextlib.contextmanager
+def mounted(where: Path, mib: float) -> Iterator[Path]:
+    """A file system of its own, of so many MiB."""
+    where.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(mib * 2**20)}", "none", where], check=True)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
+
+
+def read_only(where: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", where], check=True)
+
+
+def disk(folder: Path, only: str | None) -> list[str]:
+    """Every command on a disk that is full, read-only or somebody else's: one sentence, status 2, or 1 in a run."""
+    env, done = environment(folder), folder / "done"
+    status, said = run(command(folder, done), env)
+    if status:
+        raise SystemExit(said)
+    wrong, count = [], 0
+
+    def case(name: str, argv: list[str], expected: set[int], *words: str, **options: object) -> None:
+        nonlocal count
+        if only and only not in name:
+            return
+        status, said = run(argv, {**env, **options.pop("env", {})}, **options)
+        last = [line for line in said.splitlines() if line.startswith("jaxtune: ")]
+        clear = "Traceback" not in said and "Exception ignored" not in said
+        held = status in expected and clear and (status == 0 or len(last) == 1) and all(w in said for w in words)
+        held = held and "not enough memory" not in said
+        count += 1
+        told = (last or said.splitlines()[-1:] or [""])[-1][:200]
+        print(f"{'ok   ' if held else 'WRONG'} {name}: exit {status}: {told}", flush=True)
+        if not held:
+            wrong.append(f"{name}: exit {status}\n{said[-3000:]}")
+
+    for mib in (0.0, 0.05, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0):
+        with mounted(folder / "full", 20) as place:
+            (place / "ballast").write_bytes(bytes(int((20 - mib) * 2**20)))
+            name = f"train with {mib} MiB left"
+            case(name, command(folder, place / "run"), {1, 2} if mib < 2 else {0, 1, 2})
+    for at in ("checkpoints", "adapter", "tensorboard"):
+        with mounted(folder / "full", 60) as place:
+            case(
+                f"train whose disk fills up at {at}",
+                _filling(command(folder, place / "run"), place, at),
+                {1},
+                "No room",
+            )
+    with mounted(folder / "full", 60) as place:
+        argv = command(folder, place / "sweep", "--sweep.optim.lr=0.01,0.02", name="sweep")
+        case("sweep whose disk fills up", _filling(argv, place, "checkpoints"), {1}, "No room")
+    with mounted(folder / "ro", 30) as place:
+        shutil.copytree(done, place / "run")
+        (place / "empty").mkdir()
+        read_only(place)
+        case("train, read-only", command(folder, place / "new"), {2}, "Read-only")
+        case("train goes on, read-only", command(folder, place / "run"), {2}, "Read-only")
+        case(
+            "sweep, read-only",
+            command(folder, place / "s", "--sweep.optim.lr=0.01,0.02", name="sweep"),
+            {2},
+            "Read-only",
+        )
+        case("export, read-only", jaxtune("export", done, place / "out"), {2}, "Read-only")
+        case("export gguf, read-only", jaxtune("export", done, place / "out.gguf"), {2}, "Read-only")
+        case("eval, read-only", jaxtune("eval", place / "run", "--rows=2"), {2}, "Read-only")
+        case("report, read-only", jaxtune("report", place / "run"), {2}, "Read-only")
+        case("generate to a file, read-only", _generate(done, place), {2}, "Read-only")
+        case("init, read-only", jaxtune("init", folder / "train.jsonl", f"--out={place / 'c.py'}"), {2}, "Read-only")
+        case(
+            "generate from a read-only run", jaxtune("generate", place / "run", "--prompt=a", "--max-new-tokens=2"), {0}
+        )
+        case("cache, read-only", command(folder, folder / "ro-cache"), {0}, env={"JAXTUNE_CACHE": str(place)})
+        case(
+            "feature cache, read-only",
+            _features(folder, folder / "ro-features"),
+            {0},
+            env={"JAXTUNE_CACHE": str(place)},
+        )
+    with mounted(folder / "full", 1) as place:
+        (place / "ballast").write_bytes(bytes(2**20 - 2**15))
+        case("export, full", jaxtune("export", done, place / "out"), {2}, "No room")
+        case("report, full", jaxtune("report", done, f"--out={place / 'r.html'}"), {0, 2})
+        case("cache, full", command(folder, folder / "f-cache"), {0, 2}, env={"JAXTUNE_CACHE": str(place)})
+        case("feature cache, full", _features(folder, folder / "f-features"), {0, 2}, env={"JAXTUNE_CACHE": str(place)})
+        case("standard output, full", ["bash", "-c", f"{sys.executable} -m jaxtune train --help > /dev/full"], {1, 2})
+    _forbidden(folder, done, case)
+    print(f"disk: {count - len(wrong)} of {count} cases ended in one sentence")
+    return wrong
+
+
+def _generate(done: Path, place: Path) -> list[str]:
+    (place.parent / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    return jaxtune("generate", done, f"--prompts={place.parent / 'prompts.jsonl'}", f"--out={place / 'a.jsonl'}")
+
+
+def _features(folder: Path, workdir: Path) -> list[str]:
+    argv = [word for word in command(folder, workdir) if "tune.lora" not in word]
+    return [*argv, "--config.tune.method=head", "--config.train.steps=60"]
+
+
+def _filling(argv: list[str], place: Path, at: str) -> list[str]:
+    """The command, on a disk that is filled up by another as soon as a name appears in the run."""
+    script = f"""
+{" ".join(map(str, argv))} & pid=$!
+while kill -0 $pid 2>/dev/null; do
+  if find {place} -name '{at}*' | grep -q .; then dd if=/dev/zero of={place}/ballast bs=4k status=none 2>/dev/null; fi
+  sleep 0.02
+done
+wait $pid"""
+    return ["bash", "-c", script]
+
+
+def _forbidden(folder: Path, done: Path, case: Callable[..., None]) -> None:
+    """As another user, who owns nothing."""
+    folder.chmod(0o755)
+    mine = folder / "nobody"
+    mine.mkdir()
+    os.chown(mine, NOBODY, NOBODY)
+    shut = folder / "shut"
+    shutil.copytree(done, shut / "run")
+    shut.chmod(0o755)
+    home = {"HOME": str(mine), "JAXTUNE_CACHE": str(mine / "cache")}
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": [], "cwd": mine}
+    case("train, forbidden", command(folder, shut / "new"), {2}, "Permission denied", env=home, **user)
+    case("train goes on, forbidden", command(folder, shut / "run"), {2}, "Permission denied", env=home, **user)
+    case("export, forbidden", jaxtune("export", done, shut / "out"), {2}, "Permission denied", env=home, **user)
+    case("eval, forbidden", jaxtune("eval", shut / "run", "--rows=2"), {2}, "Permission denied", env=home, **user)
+    cache = {"HOME": str(mine), "JAXTUNE_CACHE": str(folder / "cache")}
+    case("cache of another user", command(folder, mine / "a"), {0}, env=cache, **user)
+    case("features of another user", _features(folder, mine / "b"), {0}, env=cache, **user)
+    for path in (folder / "cache").rglob("*"):
+        if path.is_dir():
+            path.chmod(0o700)
+    case("closed cache of another user", command(folder, mine / "c"), {0}, env=cache, **user)
+    case("closed features of another user", _features(folder, mine / "d"), {0}, env=cache, **user)
+    nowhere = {k: v for k, v in environment(folder).items() if k not in ("HOME", "JAXTUNE_CACHE", "HF_HOME")}
+    unset = ["env", "-u", "HOME", "-u", "JAXTUNE_CACHE", "-u", "HF_HOME", "-u", "JAX_COMPILATION_CACHE_DIR"]
+    case("no home, no such user", [*unset, *command(folder, mine / "e")], {0}, env=nowhere, **user | {"user": 54321})
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("kills", "bits", "disk"))
+    p.add_argument("--n", type=int, default=40, help="kills, or bits of each kind")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--only", help="of the cases of disk: those whose name holds this")
+    options = p.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, draw = Path(name).resolve(), random.Random(options.seed)
+        prepare(folder)
+        if options.what == "disk":
+            wrong = disk(folder, options.only)
+        else:
+            wrong = {"kills": kills, "bits": bits}[options.what](folder, options.n, draw)
+    print(f"{machine()['processor']}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    for text in wrong:
+        print(f"\n{text}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
