@@ -3,6 +3,8 @@
 import collections
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,6 +253,20 @@ def test_text_is_streamed_as_it_grows(stories):
 )
 def test_cut(text, stop, want):
     assert cut(text, stop) == want
+
+
+@hypothesis.given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_what_is_shown_while_a_text_grows_stays_in_the_result(text, stop):
+    end, _ = cut(text, stop)
+    for n in range(len(text) + 1):
+        part, stopped = cut(text[:n], stop)
+        shown = part if stopped else part[: len(part) - g._begun(part, stop)]
+        assert end.startswith(shown)
+
+
+def test_an_empty_stop_string_is_refused(stories):
+    with pytest.raises(UserError, match="An empty stop string"):
+        generate_text(*stories[:3], ["x"], max_new_tokens=4, stop=("a", ""))
 
 
 def test_prompts_are_tokenised_as_in_training(assets, stories):

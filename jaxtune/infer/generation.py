@@ -283,15 +283,18 @@ def generate_text(
         stop: strings, or special tokens, at which a text ends; they are cut off.
         chat: render prompts with the tokenizer's chat template, or `jaxtune.data.chat.DEFAULT_TEMPLATE`.
         eos_ids: default: the tokenizer's.
-        on_text: called with (index of the prompt, its text so far) every few tokens.
+        on_text: called with (index of the prompt, its text so far) every few tokens, and with the whole at the end. What
+            may be the start of a stop string is held back until it is known not to be.
         settings: as for `generate`.
 
     Returns:
         What follows each prompt, without special tokens.
 
     Raises:
-        UserError: as `generate`, and a conversation that the template refuses.
+        UserError: as `generate`, a conversation that the template refuses, or an empty stop string.
     """
+    if "" in stop:
+        raise UserError("An empty stop string would end every text where it begins; leave it out.")
     if eos_ids is None:
         eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     added = tokenizer.get_added_vocab()  # special tokens among them are in no decoded text
@@ -301,13 +304,16 @@ def generate_text(
     def watch(i: int, new: list[int]) -> bool:
         text, stopped = cut(decode_new(tokenizer, ids[i], new), stop)
         if on_text:
-            on_text(i, text)
+            on_text(i, text if stopped else text[: len(text) - _begun(text, stop)])
         return stopped
 
     if on_text or stop:
         settings |= {"watch": watch, "watch_every": 4 if on_text else 16}
     results = generate(module, params, ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids, **settings)
-    return [cut(decode_new(tokenizer, p, new), stop)[0] for p, new in zip(ids, results, strict=True)]
+    texts = [cut(decode_new(tokenizer, p, new), stop)[0] for p, new in zip(ids, results, strict=True)]
+    for i, text in enumerate(texts if on_text else ()):
+        on_text(i, text)
+    return texts
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: bool = False) -> list[list[int]]:
@@ -325,6 +331,11 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """Cut `text` before the first stop string in it; also return whether there was one."""
     found = [at for at in map(text.find, stop) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """The characters at the end of a text that may be the start of a stop string."""
+    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def _render(tokenizer: Any, number: int, prompt: Prompt) -> str:
