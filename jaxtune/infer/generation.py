@@ -283,8 +283,8 @@ def generate_text(
         stop: strings, or special tokens, at which a text ends; they are cut off.
         chat: render prompts with the tokenizer's chat template, or `jaxtune.data.chat.DEFAULT_TEMPLATE`.
         eos_ids: default: the tokenizer's.
-        on_text: called with (index of the prompt, its text so far) every few tokens, and with the whole at the end. What
-            may be the start of a stop string is held back until it is known not to be.
+        on_text: called with (index of the prompt, its text so far) every few tokens, and at the end with the whole.
+            What may be the start of a stop string is held back until it is known not to be.
         settings: as for `generate`.
 
     Returns:
