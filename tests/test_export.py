@@ -477,3 +477,20 @@ def test_a_link_to_an_empty_folder_is_written_into(base, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert main(["export", str(base), str(tmp_path / "link")]) == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real/model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_new_tokens_get_rows(base, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    names = [f"<new{i}>" for i in range(6)]  # the tokenizer has 92, the table 96
+    assert main(["export", str(base), str(tmp_path / "out"), f"--new-tokens={','.join(names)}"]) == 0
+    assert "trainable_token_indices=92,93,94,95,96,97" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("w1 <new5>").input_ids == [1, 97]
+    tokens = zoo.tokens(2, 7)
+    want = zoo.torch_logits(live(base), tokens)
+    got = zoo.torch_logits(live(tmp_path / "out"), tokens)
+    assert got.shape[-1] == 98 and zoo.apart(got[..., :96], want) < 1e-5
+    assert main(["export", str(base), str(tmp_path / "again"), "--new-tokens=w1"]) == 2
+    assert "'w1' is a token already" in capsys.readouterr().err

@@ -20,6 +20,7 @@ FLAGS = {
     "adapter": Flag("write the adapter alone", bool, False),
     "bake": Flag("with --adapter: multiply scales into B, one rank for all: for engines without patterns", bool, False),
     "dtype": Flag("of the weights; default: the base's", choices=("float32", "bfloat16", "float16")),
+    "new-tokens": Flag("names of tokens, separated by commas, to add to the tokenizer, with rows in the table"),
     **OF_ADAPTERS,
 }
 
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
     if options.bake and not options.adapter:
         raise UserError("--bake has no effect without --adapter: a merged model has no scales.")
     as_gguf = options.out.suffix == ".gguf"
+    if options.new_tokens and (options.adapter or as_gguf):
+        raise UserError("--new-tokens writes a whole model directory; leave out --adapter, and .gguf.")
     if as_gguf and options.adapter:
         raise UserError("--adapter writes a PEFT directory; a GGUF file holds the merged model. Leave one out.")
     from jaxtune.files import refuse_existing
@@ -67,7 +70,10 @@ def main(argv: list[str]) -> None:
             print(note)
         print(f"written: {options.out}")
         return
-    shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": source.tokenizer}
+    tokenizer = source.tokenizer
+    if options.new_tokens:
+        tokenizer, module, params = add_tokens(options.new_tokens.split(","), source, module, params)
+    shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": tokenizer}
     shared["ends"] = stop_ids(source.adapter) if source.adapter else ()
     if options.adapter:
         where = {"base": source.base, "base_folder": source.model, "config": config, "bake": options.bake}
@@ -83,6 +89,42 @@ def main(argv: list[str]) -> None:
     for note in notes:
         print(note)
     print(f"written: {options.out}")
+
+
+def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple[Path, Any, Any]:
+    """Add tokens to a tokenizer, and rows for them to the model's table where it has none to spare.
+
+    Returns:
+        A folder with the tokenizer, which lives as long as the process; module and parameters.
+
+    Raises:
+        UserError: a name is empty, or a token already.
+    """
+    import atexit
+    import shutil
+    import tempfile
+
+    from jaxtune.infer.source import tokenizer_of
+    from jaxtune.methods.vocabulary import resize
+
+    tokenizer = tokenizer_of(source)
+    known = tokenizer.get_vocab()
+    for name in names:
+        if not name.strip() or name in known or names.count(name) > 1:
+            what = "a token already" if name in known else "empty or there twice"
+            raise UserError(f"--new-tokens: {name!r} is {what}.")
+    tokenizer.add_tokens(names)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    if max(ids) >= module.spec.vocab:
+        module, params = resize(module, params, max(ids) + 1)
+    folder = Path(tempfile.mkdtemp(prefix="jaxtune-"))
+    atexit.register(shutil.rmtree, folder, True)
+    tokenizer.save_pretrained(folder)
+    print(
+        f"new tokens: {', '.join(f'{name} ({i})' for name, i in zip(names, ids, strict=True))}. New rows are the mean of "
+        f"the others; train them, with --config.tune.lora.trainable_token_indices={','.join(map(str, ids))} for example."
+    )
+    return folder, module, params
 
 
 def read_run_facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
