@@ -120,9 +120,10 @@ def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple
     folder = Path(tempfile.mkdtemp(prefix="jaxtune-"))
     atexit.register(shutil.rmtree, folder, True)
     tokenizer.save_pretrained(folder)
+    told = ", ".join(f"{name} ({i})" for name, i in zip(names, ids, strict=True))
     print(
-        f"new tokens: {', '.join(f'{name} ({i})' for name, i in zip(names, ids, strict=True))}. New rows are the mean of "
-        f"the others; train them, with --config.tune.lora.trainable_token_indices={','.join(map(str, ids))} for example."
+        f"new tokens: {told}. New rows are the mean of the others; to train them alone set "
+        f"--config.tune.lora.trainable_token_indices={','.join(map(str, ids))}."
     )
     return folder, module, params
 
