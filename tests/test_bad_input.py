@@ -306,3 +306,17 @@ def test_headers_of_safetensors(header, message, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with pytest.raises(UserError, match=message):
         tensors.index_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"train.batch_size": "1000000000"}, "from 1 to 1,000,000"),
+        ({"data.max_length": "1000000000000"}, "from 2 to 10,000,000"),
+        ({"optim.warmup": "50", "train.steps": "10"}, "optim.warmup=50 steps are more than train.steps=10"),
+    ],
+    ids=str,
+)
+def test_ranges_that_make_no_sense(flags, message):
+    with pytest.raises(UserError, match=message):
+        config.resolve({"model": {"path": "m"}, "data": {"train": "d"}}, flags)

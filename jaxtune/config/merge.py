@@ -255,6 +255,9 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"train.batch_size={values['train.batch_size']} rows cannot be split into parts of "
             f"train.micro_batch={values['train.micro_batch']}; choose a divisor of the batch size"
         )
+    warmup, steps = values["optim.warmup"], values["train.steps"]
+    if steps is not None and warmup >= 1 and warmup > steps:
+        yield f"optim.warmup={warmup:g} steps are more than train.steps={steps}; the rate would never be reached"
     labels = values["objective.labels"] or ()
     if twice := next((name for name in labels if labels.count(name) > 1), None):
         yield f"objective.labels has {twice!r} twice; each label has one name"

@@ -22,7 +22,8 @@ class Range(NamedTuple):
 POSITIVE = Range("above 0", lambda v: v > 0)
 NOT_NEGATIVE = Range("0 or more", lambda v: v >= 0)
 AT_LEAST_1 = Range("1 or more", lambda v: v >= 1)
-AT_LEAST_2 = Range("2 or more", lambda v: v >= 2)
+ROWS = Range("from 1 to 1,000,000", lambda v: 1 <= v <= 10**6)
+TOKENS = Range("from 2 to 10,000,000", lambda v: 2 <= v <= 10**7)
 BELOW_1 = Range("0 or more and below 1", lambda v: 0 <= v < 1)
 UP_TO_1 = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE_OR_STEPS = Range("a share below 1 or a whole number of steps", lambda v: v >= 0 and (v < 1 or v % 1 == 0))
@@ -115,7 +116,7 @@ SETTINGS = (
     Setting("tune.ia3.target_modules", Targets, None, "module names or a regex; default: PEFT's for the family"),
     Setting("tune.ia3.feedforward_modules", Targets, None, "targets whose input is scaled, not the output"),
     Setting("tune.ia3.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
-    Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=AT_LEAST_1),
+    Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=ROWS),
     Setting("tune.prompt_tuning.init", str, "vocab", "rows of the embedding, or N(0, 1)", ("vocab", "random")),
     Setting("tune.last_n.layers", int, 2, "blocks from the top, trained with the final norm", range=AT_LEAST_1),
     Setting("tune.regex.pattern", str, ".*", "over whole HF names: model.layers.0.mlp.up_proj.weight"),
@@ -138,7 +139,7 @@ SETTINGS = (
     Setting(
         "data.allow_left_out", Names, None, "what the template may drop of trained turns: thoughts, answers, calls"
     ),
-    Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=AT_LEAST_2),
+    Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=TOKENS),
     Setting("data.overlength", str, "drop", "what happens to longer rows", ("drop", "truncate", "split")),
     Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
     Setting("data.group_by_length", bool, False, "batches of rows of like length: less padding, a little less random"),
@@ -169,7 +170,7 @@ SETTINGS = (
     #
     Setting("train.steps", int, None, "optimizer steps; this or epochs", range=AT_LEAST_1),
     Setting("train.epochs", float, None, "passes over data.train; default: 1", range=POSITIVE),
-    Setting("train.batch_size", int, 8, "rows in an optimizer step, over all devices", range=AT_LEAST_1),
+    Setting("train.batch_size", int, 8, "rows in an optimizer step, over all devices", range=ROWS),
     Setting(
         "train.grad_accum", int, None, "parts a batch is computed in, to save memory; default: 1", range=AT_LEAST_1
     ),
