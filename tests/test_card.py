@@ -15,6 +15,7 @@ from test_peft_io import shake
 
 import jaxtune
 from jaxtune import config, models
+from jaxtune.cli import main
 from jaxtune.config.recipe import experiment
 from jaxtune.errors import UserError
 from jaxtune.hf import card
@@ -112,6 +113,19 @@ def test_the_lines_of_a_run_name_the_base_and_the_labels():
     lines = card.loading("org/base", "runs/a/adapter", adapter=True, auto=auto, config=config)["peft"]
     assert "labels = ['a', 'b']" in lines and 'from_pretrained("org/base", num_labels=len(labels)' in lines
     assert "problem_type='multi_label_classification'" in lines and "pad_token_id=3" in lines
+
+
+@pytest.mark.parametrize("kind", ["sequence", pytest.param("decoder", marks=pytest.mark.slow)])
+def test_the_adapter_of_a_label_head_is_exported_without_its_run(kind, tmp_path, capsys):
+    out, module, params = made(kind, tmp_path)
+    expected = logits(module, params)
+    assert main(["export", str(out), str(tmp_path / "merged")]) == 0
+    assert main(["export", str(out), str(tmp_path / "again"), "--adapter"]) == 0
+    for folder in ("merged", "again"):
+        got, weights = jaxtune.load(tmp_path / folder)
+        assert got.labels.names == NAMES and zoo.apart(logits(got, weights), expected) < 1e-5
+    assert main(["generate", str(out), "--prompt=w1"]) == 2
+    assert "is for SEQ_CLS and does not continue text" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- an adapter as model.path

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 from jaxtune.hf.digest import BaseFiles
-from jaxtune.hf.load import load, resolve
-from jaxtune.hf.peft import find_base, open_adapter
+from jaxtune.hf.load import load, read_config, resolve
+from jaxtune.hf.peft import find_base, open_adapter, read_adapter_config
 from jaxtune.hf.stops import named_ids
 
 
@@ -194,8 +194,11 @@ def check_continues(source: Source) -> None:
     from jaxtune.models import build
     from jaxtune.models.decoder import Decoder
 
-    config = tensors.read_json(source.model / "config.json")
+    config = read_config(source.model)
     kind = ((source.config or {}).get("objective") or {}).get("name", "causal_lm")
-    if kind != "causal_lm" or not isinstance(build(config), Decoder):
+    task = None if source.adapter is None else read_adapter_config(source.adapter)["task_type"]
+    if kind != "causal_lm" or task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{source.adapter or source.model} is for {task or kind} and does not continue text.")
+    if not isinstance(build(config), Decoder):
         what = ", ".join(config.get("architectures") or [config["model_type"]])
         raise UserError(f"{source.model} ({what}) does not continue text; a model with a language model's head does.")
