@@ -46,15 +46,18 @@ def read_text(path: str | Path, limit: int = LIMIT) -> str:
         raise UserError(f"{path} is not a text file: {error.reason} at byte {error.start}.") from None
 
 
-def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
+def parse_json(text: str | bytes, where: str, *, halves: bool = False, **hooks: Any) -> Any:
     """Parse JSON; `where` ("FILE", "FILE:LINE") names it in messages, `hooks` are those of `json.loads`.
 
+    Args:
+        halves: let half a character (a lone surrogate) pass, as in texts that a model gave.
+
     Raises:
-        UserError: it is none, is nested too deep, has a number beyond range or half a character (a lone surrogate).
+        UserError: it is none, is nested too deep, has a number beyond range or half a character.
     """
     try:
         value = json.loads(text, **hooks)
-        if "\\ud" in (text if isinstance(text, str) else text.decode()).lower():
+        if not halves and "\\ud" in (text if isinstance(text, str) else text.decode()).lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
@@ -70,13 +73,13 @@ def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
         raise UserError(f"{where}: a value is beyond range: {error}.") from None
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def read_json(path: str | Path, *, halves: bool = False) -> dict[str, Any]:
+    """Read a file that holds one JSON object; `halves` as for `parse_json`.
 
     Raises:
         UserError: it does not.
     """
-    value = parse_json(read_text(path), str(path))
+    value = parse_json(read_text(path), str(path), halves=halves)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
     return value

@@ -344,7 +344,7 @@ def test_what_is_refused(run, tmp_path, capsys):
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": "\\'])
 def test_a_broken_summary_is_named(run, text):
     (run / "summary.json").write_text(text)
-    with pytest.raises(UserError, match=r"summary\.json: "):
+    with pytest.raises(UserError, match=r"summary\.json:"):
         write_report(run)
 
 

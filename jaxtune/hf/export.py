@@ -164,7 +164,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None)
         if not file.is_file():
             continue
         if not is_inside(file, source):
-            notes.append(f"{file} is a link to a file outside of the model's directory, and was not copied.")
+            notes.append(f"{file.name} is a link to a file outside of the model's directory, and was not copied.")
             continue
         there = folder / file.relative_to(source)
         there.parent.mkdir(exist_ok=True)
@@ -172,7 +172,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None)
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     if not has_tokenizer(source):
-        notes.append(f"No tokenizer was copied: {source} has none.")
+        notes.append(f"No tokenizer was copied: {Path(public_name(source)).name} has none.")
     return notes
 
 

@@ -324,12 +324,12 @@ def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, A
 def _beyond(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry]) -> list[str]:
     """A line for each rank that no tensor of the file has: no room is made for it."""
     largest = max((max(entry.shape, default=1) for entry in entries.values()), default=1)
-    ranks = {f"rank_pattern of {key!r}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
+    ranks = {f"rank_pattern={{{key!r}: {rank}}}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
     if not ranks:  # else nothing may have the common one
-        ranks = {name: config.get(name) or 1 for name in ("r", "num_virtual_tokens")}
+        ranks = {f"{name}={config[name]}": config[name] for name in ("r", "num_virtual_tokens") if config.get(name)}
     return [
-        f"misshapen    {name}={rank}, and the longest side of a tensor in the file is {largest}"
-        for name, rank in ranks.items()
+        f"misshapen    {told}, and the longest side of a tensor in the file is {largest}"
+        for told, rank in ranks.items()
         if rank > largest
     ]
 

@@ -284,6 +284,8 @@ class Config:
             raise UserError(f"config.json ({self.model_type}): partial_rotary_factor={part} is not supported here.")
         kind = rule.pop("type", "default")
         kind = rule.pop("rope_type", kind)
+        if not isinstance(kind, str):
+            raise UserError(f"config.json ({self.model_type}): rope_type={kind!r}, expected text.")
         if kind in ("llama3", "yarn", "longrope"):  # a key beside the rule goes before the one in it
             rule |= {k: self.values[k] for k in ("original_max_position_embeddings",) if self.get(k) is not None}
         if kind in ("dynamic", "longrope"):

@@ -29,7 +29,7 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        whole = read_json(file)
+        whole = read_json(file, halves=True)
         held_out, tasks = whole.get("held_out"), whole.get("tasks")
         if held_out is not None:
             for entries in (held_out["metrics"], *held_out.get("groups", {}).get("metrics", {}).values()):

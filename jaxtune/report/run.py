@@ -185,7 +185,7 @@ def _sampled(file: Path) -> list[dict[str, Any]]:
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         with contextlib.suppress(UserError):  # torn by a kill
-            entry = parse_json(line, str(file))
+            entry = parse_json(line, str(file), halves=True)
             if isinstance(entry, dict) and _is_step(entry.get("step")) and isinstance(entry.get("prompt"), str):
                 by_step.setdefault(entry["step"], {})[entry["prompt"]] = entry
     last, first = by_step.get(max(by_step, default=0), {}), by_step.get(0, {})
@@ -222,7 +222,7 @@ def _is_step(value: Any) -> bool:
 
 def read_object(path: Path, whose: str) -> dict[str, Any]:
     """Read a JSON object that `whose` wrote; raises UserError if it is none."""
-    value = parse_json(read_text(path), str(path))
+    value = parse_json(read_text(path), str(path), halves=True)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected an object, as {whose} writes it; found {type(value).__name__}")
     return value

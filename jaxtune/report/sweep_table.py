@@ -56,7 +56,7 @@ def _plan(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: it is not what `jaxtune sweep` writes.
     """
-    points = read_json(file).get("points")
+    points = read_json(file, halves=True).get("points")
     whole = isinstance(points, dict) and all(isinstance(values, dict) for values in points.values())
     if not whole or any(Path(name).name != name or name in ("", ".", "..") for name in points):
         raise UserError(f"{file} is not what jaxtune sweep writes: 'points' names no runs.")
@@ -73,7 +73,7 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 def status(run: Path) -> str:
     """Tell how a run stands, from its results and what `jaxtune sweep` or sweep_lr.sh left beside them."""
     if (run / "member.json").is_file():
-        return str(read_json(run / "member.json").get("status"))
+        return str(read_json(run / "member.json", halves=True).get("status"))
     if (run / "summary.json").is_file() and any((run / result).is_dir() for result in ("adapter", "model")):
         return "finished"
     try:
@@ -88,7 +88,7 @@ def status(run: Path) -> str:
 def differing_settings(runs: list[Path]) -> list[str]:
     """Return the settings besides optim.lr in which the runs differ, as section.key."""
     files = [run / "config.json" for run in runs]
-    configs = [_settings(read_json(file)) for file in files if file.is_file()]
+    configs = [_settings(read_json(file, halves=True)) for file in files if file.is_file()]
     names = {name for config in configs for name in config} - {"optim.lr"}
     return sorted(name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1)
 
@@ -180,7 +180,7 @@ def _cells(row: dict[str, Any], swept: list[str]) -> tuple[str, ...]:
 def _why(run: Path) -> str:
     """What is known of a failure."""
     if (run / "member.json").is_file():
-        return read_json(run / "member.json").get("why", "no reason given")
+        return read_json(run / "member.json", halves=True).get("why", "no reason given")
     return _last_line(run / "jaxtune.log")
 
 

@@ -144,7 +144,7 @@ def _lines(path: Path) -> list[tuple[str, dict]]:
     with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:  # texts may hold other separators
         for number, line in enumerate(lines, 1):
             with contextlib.suppress(UserError):
-                values = parse_json(line, f"{path}:{number}")
+                values = parse_json(line, f"{path}:{number}", halves=True)
                 if isinstance(values, dict) and type(values.get("step")) is int and values["step"] >= 0:
                     pairs.append((line, values))
     return pairs
