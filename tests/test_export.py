@@ -52,7 +52,7 @@ def has_head(folder):
 def test_merged_adapter(name, tmp_path):
     module, params, _ = tuned(name, r=4)
     assert jaxtune.export_model(module, params, tmp_path / "out", base=zoo.directory(name)) == [
-        f"No tokenizer was copied: {zoo.directory(name)} has none."
+        f"No tokenizer was copied: {name} has none."
     ]
     check(module, params, tmp_path / "out")
     before, after = (json.loads((d / "config.json").read_text()) for d in (zoo.directory(name), tmp_path / "out"))
