@@ -36,11 +36,16 @@ def resolve(path_or_id: str | Path) -> Path:
     Raises:
         UserError: neither exists.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
     text = str(path_or_id)
-    if path.exists():
+    try:
+        path = Path(path_or_id).expanduser()
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, no right to look, no such user
+        shown = text if len(text) < 200 else f"{text[:200]}..."
+        raise UserError(f"{shown!r} is no model: {getattr(error, 'strerror', None) or error}.") from None
+    if there:
         raise UserError(f"model.path={text!r} is a file; give the directory that holds config.json.")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise UserError(
