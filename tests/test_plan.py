@@ -311,7 +311,7 @@ def test_a_quantised_base_plans_smaller(folder, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_real_configs_plan(assets, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "POLICIES", ("none",))
+    monkeypatch.setattr(plan, "POLICIES", ("none", "full"))
     largest = {}  # of each family: its other sizes take the same way
     for path in (assets / "hf-configs").iterdir():
         hf = json.loads((path / "config.json").read_text())
