@@ -170,14 +170,14 @@ def show(rows, tokenizer, form, findings: list[str], last: str) -> None:
     """Print what was found and two rows: on a terminal the trained tokens are green, elsewhere between ⟦ and ⟧."""
     from rich.console import Console
 
-    from jaxtune.data import render_labelled, render_plain, render_rows
+    from jaxtune.data import render_plain, render_rows
 
     console = Console(soft_wrap=True, markup=False, highlight=False)
     for line in findings:
         console.print(line)
     console.print()
     if form is not None:
-        console.print(render_labelled(rows, tokenizer, form))
+        console.print(form.render(rows, tokenizer))
     else:
         console.print(render_rows(rows, tokenizer) if console.is_terminal else render_plain(rows, tokenizer))
     console.print(last)

@@ -90,11 +90,11 @@ def _show_rows(data, form) -> None:
     """Two rows as the model sees them, with the trained tokens marked, or with their labels."""
     from rich.console import Console
 
-    from jaxtune.data import render_labelled, render_plain, render_rows
+    from jaxtune.data import render_plain, render_rows
 
     console = Console(soft_wrap=True)
     if form is not None:
-        console.print(render_labelled(data.train[0], data.tokenizer, form), markup=False, highlight=False)
+        console.print(form.render(data.train[0], data.tokenizer), markup=False, highlight=False)
         return
     render = render_rows if console.is_terminal else render_plain
     console.print(render(data.train[0], data.tokenizer), markup=False, highlight=False)

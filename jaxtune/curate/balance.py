@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtune.curate.finding import NOTE, WARNING, Finding
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
-from jaxtune.data.labels import LabelForm
+from jaxtune.data.row_form import RowForm
 
 MOST = 200  # values from which a column is no longer a group
 LONGEST = 64  # characters in a value
@@ -108,7 +108,7 @@ class Balance:
             )
 
 
-def label_notes(form: LabelForm) -> Iterator[Finding]:
+def label_notes(form: RowForm) -> Iterator[Finding]:
     """How the labels were read, where one would want to know."""
     for note in form.notes:
         alike = "differ in case" in note

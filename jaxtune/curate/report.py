@@ -21,12 +21,10 @@ from jaxtune.curate.stream import (
     Opened,
     chunks,
     label_form,
-    label_names,
-    label_sides,
     text_form,
 )
 from jaxtune.curate.tokens import EmptyMasks, Lengths, NotUsed, Packing, TokenQuality
-from jaxtune.data import LabelForm, held_out, reader_settings, source_names
+from jaxtune.data import RowForm, held_out, reader_settings, source_names
 from jaxtune.data.preview import runs
 from jaxtune.data.sources import read
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 90, 95, 99, 100)
 BINS = 12
-OUTSIDE = "O"  # the tag of words that belong to nothing
 COLOURS = {ERROR: "bold red", WARNING: "yellow", NOTE: "dim"}
 
 
@@ -58,7 +55,7 @@ class NothingLeft(SetCheck):
 class Samples:
     """A few rows with what is trained, drawn by their hashes: the same ones whatever their order."""
 
-    def __init__(self, tokenizer: Any, n: int, labels: LabelForm | None = None):
+    def __init__(self, tokenizer: Any, n: int, labels: RowForm | None = None):
         self.tokenizer, self.n, self.labels = tokenizer, n, labels
         self._heap: list[tuple[int, int, str, Any]] = []
 
@@ -81,13 +78,7 @@ class Samples:
     def _pieces(self, row: Any) -> list[tuple[str, bool]]:
         if self.labels is None:
             return runs(self.tokenizer, *row)
-        if not self.labels.per_token:
-            text, label = label_sides(row, self.labels)
-            return [(f"{text}\n", False), (label, True)]
-        pieces = []
-        for word, tag in zip(row[0], label_names(row[1], self.labels)):
-            pieces += [(f"{word} ", False)] + ([(f"{tag} ", True)] if tag not in ("", OUTSIDE) else [])
-        return pieces
+        return self.labels.pieces(row)
 
 
 @dataclass
@@ -158,7 +149,7 @@ def examine(
     *,
     eval: str | Sequence[str] | None = None,
     eval_fraction: float = 0.0,
-    labels: LabelForm | None = None,
+    labels: RowForm | None = None,
     allow_left_out: Sequence[str] = (),
     max_length: int,
     overlength: str = "drop",
@@ -195,7 +186,7 @@ def examine(
         sources += [Opened(source, form.reader(source), split) for source in map(read, names)]
     ledger = Ledger(sources, max_length)
     several = labels is not None and (labels.per_token or labels.several)
-    balance = Balance((lambda example: classes(example, labels)) if several else None)
+    balance = Balance(labels.classes_of if several else None)
     packed = Packing(overlength, packing or labels is not None, rows_a_batch, group_by_length)
     quality, drawn = (
         TokenQuality(tokenizer, vocab_size, labelled=labels is not None),
@@ -226,11 +217,6 @@ def examine(
     findings += label_notes(labels) if labels is not None else ()
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     return DataReport(findings, _summary(ledger, overlength, quality, balance, packed), drawn.drawn(), ledger)
-
-
-def classes(example: Any, labels: LabelForm) -> list[str]:
-    """The classes of a row that has any number of them: labels, or tags but O."""
-    return [name for name in label_names(example[1], labels) if not (labels.per_token and name in ("", OUTSIDE))]
 
 
 def kept(ledger: Ledger, overlength: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from jaxtune.curate.finding import ERROR, SHOWN, WARNING, Finding, graded, share
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
 from jaxtune.data.chat import special_tokens
 from jaxtune.data.formats import Conversation
-from jaxtune.data.labels import LabelForm
+from jaxtune.data.row_form import RowForm
 
 # Replacement and private-use characters, controls but tab and line ends, marks that have no width or turn the direction
 # (joiners belong to Persian, Indic scripts and emoji), and UTF-8 that was once read as Latin-1 or Windows-1252.
@@ -240,7 +240,7 @@ def lost_words(chunk: Chunk) -> Iterator[tuple[int, str]]:
             yield k, f"{lost} of {len(labels)} words"
 
 
-def label_row_checks(tokenizer: Any, labels: LabelForm) -> list[Check]:
+def label_row_checks(tokenizer: Any, labels: RowForm) -> list[Check]:
     """Return the checks of single labelled rows, fresh."""
     lost = RowCheck(
         "lost_words",

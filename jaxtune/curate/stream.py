@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxtune.data.batches import Prefetch
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Example, Reader, make_reader
-from jaxtune.data.labels import LabelEncoder, LabelForm
+from jaxtune.data.labels import LabelEncoder
+from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source
 from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
@@ -178,9 +179,9 @@ def text_form(tokenizer: Any, settings: Mapping[str, Any], allow_left_out: Seque
     return Form(lambda source: make_reader(source, **settings), Encoder(tokenizer, allow_left_out), sides)
 
 
-def label_form(tokenizer: Any, labels: LabelForm) -> Form:
+def label_form(tokenizer: Any, labels: RowForm) -> Form:
     """Texts, or words, with labels."""
-    return Form(labels.reader, labels.encoder(tokenizer), lambda example: label_sides(example, labels))
+    return Form(labels.reader, labels.encoder(tokenizer), labels.sides)
 
 
 def chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
@@ -269,24 +270,6 @@ def sides(example: Example) -> tuple[str, str]:
                 given += text
         return given, answer
     return _turns(example)
-
-
-def label_sides(example: tuple[Any, list], labels: LabelForm) -> tuple[str, str]:
-    """Return a text and its labels, or words and their tags, as plain text."""
-    given, found = example
-    given = "\n".join(given) if isinstance(given, tuple) else given
-    if labels.value:
-        return given, f"{found[0]:g}"
-    names = label_names(found, labels)
-    return (" ".join(given), " ".join(names)) if labels.per_token else (given, ", ".join(names))
-
-
-def label_names(found: list, labels: LabelForm) -> list[str]:
-    """The names of a row's labels, of tagged words one for each, "" for those that are ignored."""
-    if labels.per_token:
-        return ["" if i is None else labels.names[i] for i in found]
-    ids = [i for i, yes in enumerate(found) if yes] if labels.several else map(int, found)
-    return [labels.names[i] for i in ids]
 
 
 def _turns(conversation: Conversation) -> tuple[str, str]:

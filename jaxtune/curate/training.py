@@ -8,12 +8,11 @@ import numpy as np
 
 from jaxtune.curate.balance import MOST, ROWS_A_VALUE, class_balance, label_notes
 from jaxtune.curate.finding import SEVERITIES, WARNING, Finding, graded, share
-from jaxtune.curate.report import OUTSIDE, DataReport, length_summary
+from jaxtune.curate.report import DataReport, length_summary
 from jaxtune.curate.sets import set_checks
 from jaxtune.curate.stream import EVAL, TRAIN, Ledger, Opened
-from jaxtune.data import LabelForm, Report, Rows, Source, SourceReport
+from jaxtune.data import Report, RowForm, Rows, Source, SourceReport
 from jaxtune.data.formats import Reader
-from jaxtune.data.labels import label_counts
 from jaxtune.data.preview import runs
 from jaxtune.data.tokenize import trained_counts
 
@@ -25,7 +24,7 @@ def glance(
     train: Sequence[Rows],
     held_out: Rows | None,
     report: Report,
-    form: LabelForm | None = None,
+    form: RowForm | None = None,
     *,
     samples: int = 2,
 ) -> DataReport:
@@ -44,7 +43,7 @@ def glance(
     if held_out is not None:
         _add(ledger, _whole(held_out), EVAL, form, plain)
     ledger.close()
-    classes = _labels(train, form) if form else None if plain else _answers(tokenizer, train, ledger)
+    classes = form.classes(train) if form else None if plain else _answers(tokenizer, train, ledger)
     findings = [
         *(finding for source in report.sources for finding in _left_out(source)),
         *(finding for check in set_checks(labelled=form is not None) for finding in check.findings(ledger)),
@@ -62,7 +61,7 @@ def _whole(rows: Rows) -> Rows:
     return rows.select(np.sort(np.unique(places, axis=1, return_index=True)[1]))
 
 
-def _add(ledger: Ledger, rows: Rows, split: int, form: LabelForm | None, plain: bool) -> None:
+def _add(ledger: Ledger, rows: Rows, split: int, form: RowForm | None, plain: bool) -> None:
     base = len(ledger.sources)
     for label in rows.labels:
         named = Source(label, label, lambda: iter(()), lambda: "")
@@ -70,8 +69,7 @@ def _add(ledger: Ledger, rows: Rows, split: int, form: LabelForm | None, plain: 
     if form is None:
         given, answer = token_hashes(rows, 0), token_hashes(rows, 1)
     else:  # all of a text is given, and what is predicted is no token
-        marks = (rows[i][1] for i in range(len(rows))) if form.per_token else rows.target
-        given, answer = token_hashes(rows, None), np.array([hash(mark.tobytes()) for mark in marks], np.int64)
+        given, answer = token_hashes(rows, None), form.answers(rows)
     trained = trained_counts(rows, first=1 if form is None else 0)
     numbers = {"source": base + rows.source, "number": rows.origin, "length": rows.length, "digest": rows.digest}
     texts = {"prompt": 0 * given if plain else given, "answer": answer}
@@ -142,14 +140,6 @@ def _left_out(source: SourceReport) -> Iterator[Finding]:
             "a conversation needs an assistant's turn, a pair a completion",
             count=source.untrained,
         )
-
-
-def _labels(train: Sequence[Rows], form: LabelForm) -> Counter | None:
-    """How often each label occurs in what is trained, of tags but O, which is no class; None for values."""
-    if form.value:
-        return None
-    counts = dict(zip(form.names, label_counts(train, form).tolist(), strict=True))
-    return Counter({name: n for name, n in counts.items() if not (form.per_token and name == OUTSIDE)})
 
 
 def _answers(tokenizer: Any, train: Sequence[Rows], ledger: Ledger) -> Counter | None:

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side, with_features
 from jaxtune.data.chat import DEFAULT_TEMPLATE
 from jaxtune.data.formats import make_reader
-from jaxtune.data.labels import LabelForm, check_classes, render_labelled
+from jaxtune.data.labels import LabelForm
 from jaxtune.data.preview import render_plain, render_rows
+from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source, read
 from jaxtune.data.tokenize import (
     FORMAT_VERSION,
@@ -36,6 +37,7 @@ __all__ = [
     "LabelForm",
     "Prefetch",
     "Report",
+    "RowForm",
     "Rows",
     "Source",
     "SourceReport",
@@ -45,7 +47,6 @@ __all__ = [
     "read",
     "reader_settings",
     "reading",
-    "render_labelled",
     "render_plain",
     "render_rows",
     "side_by_side",
@@ -60,7 +61,7 @@ def prepare(
     *,
     eval: str | Sequence[str] | None = None,
     eval_fraction: float = 0.0,
-    labels: LabelForm | None = None,
+    labels: RowForm | None = None,
     allow_left_out: Sequence[str] = (),
     max_length: int,
     overlength: str = "drop",
@@ -130,7 +131,7 @@ def prepare(
     elif eval_fraction:
         train_rows, eval_rows = _hold_out(train_rows, eval_fraction)
     if labels is not None:
-        check_classes(train_rows, labels)
+        labels.check(train_rows)
     report.train_rows = sum(map(len, train_rows))
     report.eval_rows = len(eval_rows) if eval_rows is not None else 0
     report.fingerprint = _hash([keys, len(train_rows), max_length, overlength, eval_fraction])

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtune.data.batches import Assembler, Plan
 from jaxtune.data.files import header_hint
 from jaxtune.data.formats import Reader, own_columns
+from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source, kind
 from jaxtune.data.tokenize import ROW, Rows, check_unicode
 from jaxtune.errors import UserError, nearest
@@ -37,10 +38,11 @@ JOINED = "\n"  # between the two texts of a pair, for a decoder
 IGNORED = -100  # the label of words that are not trained, in transformers' data
 PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls labels without names
 NUMBER = re.compile(r"-?[0-9]+")
+OUTSIDE = "O"  # the tag of words that belong to nothing
 
 
 @dataclass
-class LabelForm:
+class LabelForm(RowForm):
     """How labelled rows are read and tokenised: what `prepare` does instead for them.
 
     Attributes:
@@ -198,6 +200,73 @@ class LabelForm:
             f"{where}: {column} {name!r} is not one of the {len(self.names)} labels of {self.origin} "
             f"({_shown(self.names)}).{nearest(name, self.names)} Mend the row, or list all labels in objective.labels."
         )
+
+    def check(self, rows: Sequence[Rows]) -> None:
+        """Raise UserError if all that is trained has the same label (or value), from which nothing can be learnt."""
+        if self.per_token:
+            marks = np.unique(np.concatenate([np.unique(r[i][1]) for r in rows for i in range(len(r))]))
+            seen = [self.names[int(mark) - 1] for mark in marks if mark]
+        else:
+            seen = np.unique(np.concatenate([r.target for r in rows]), axis=0).tolist()
+        if len(seen) < 2:
+            plain = self.per_token or self.value or self.several
+            found = seen[0] if plain else self.names[int(seen[0][0])]
+            raise UserError(
+                f"data.train: every row has the same label, {found!r}; at least two are needed to learn from."
+            )
+
+    def classes(self, rows: Sequence[Rows]) -> Counter | None:
+        """How often each label occurs in what is trained, of tags but O, which is no class; None for values."""
+        if self.value:
+            return None
+        counts = dict(zip(self.names, label_counts(rows, self).tolist(), strict=True))
+        return Counter({name: n for name, n in counts.items() if not (self.per_token and name == OUTSIDE)})
+
+    def answers(self, rows: Rows) -> np.ndarray:
+        marks = (rows[i][1] for i in range(len(rows))) if self.per_token else rows.target
+        return np.array([hash(mark.tobytes()) for mark in marks], np.int64)
+
+    def sides(self, example: tuple[Any, list]) -> tuple[str, str]:
+        given, found = example
+        given = "\n".join(given) if isinstance(given, tuple) else given
+        if self.value:
+            return given, f"{found[0]:g}"
+        names = self.names_of(found)
+        return (" ".join(given), " ".join(names)) if self.per_token else (given, ", ".join(names))
+
+    def names_of(self, found: list) -> list[str]:
+        """The names of a row's labels, of tagged words one for each, "" for those that are ignored."""
+        if self.per_token:
+            return ["" if i is None else self.names[i] for i in found]
+        ids = [i for i, yes in enumerate(found) if yes] if self.several else map(int, found)
+        return [self.names[i] for i in ids]
+
+    def classes_of(self, example: tuple[Any, list]) -> list[str]:
+        """Labels, or tags but O."""
+        return [name for name in self.names_of(example[1]) if not (self.per_token and name in ("", OUTSIDE))]
+
+    def pieces(self, example: tuple[Any, list]) -> list[tuple[str, bool]]:
+        if not self.per_token:
+            return super().pieces(example)
+        pieces = []
+        for word, tag in zip(example[0], self.names_of(example[1])):
+            pieces += [(f"{word} ", False)] + ([(f"{tag} ", True)] if tag not in ("", OUTSIDE) else [])
+        return pieces
+
+    def render(self, rows: Rows, tokenizer: Any, n: int = 2) -> str:
+        """The first n rows: the text as the model sees it, and its label; or each tagged token with its tag."""
+        lines = []
+        for i in range(min(n, len(rows))):
+            ids, marks = rows[i]
+            if self.per_token:
+                pieces = zip(tokenizer.convert_ids_to_tokens(ids.tolist()), marks)
+                lines.append(" ".join(f"{piece}⟦{self.names[mark - 1]}⟧" if mark else piece for piece, mark in pieces))
+            else:
+                target = rows.target[i].tolist()
+                chosen = target if self.value else self.names_of(target)
+                lines.append(f"{tokenizer.decode(ids.tolist())} ⟦{', '.join(map(str, chosen))}⟧")
+            lines[-1] = f"{rows.where(i)}: {len(ids)} tokens\n{lines[-1]}\n"
+        return "\n".join(lines)
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -549,18 +618,6 @@ def longest_first(marks: np.ndarray, max_length: int) -> np.ndarray:
     return (text == 0) | ((text == 1) & (nth <= keep_a)) | ((text == 2) & (nth <= keep_b))
 
 
-def check_classes(rows: Sequence[Rows], form: LabelForm) -> None:
-    """Raise UserError if all that is trained has the same label (or value), from which nothing can be learnt."""
-    if form.per_token:
-        seen = np.unique(np.concatenate([np.unique(r[i][1]) for r in rows for i in range(len(r))]))
-        seen = [form.names[int(mark) - 1] for mark in seen if mark]
-    else:
-        seen = np.unique(np.concatenate([r.target for r in rows]), axis=0).tolist()
-    if len(seen) < 2:
-        found = seen[0] if form.per_token or form.value or form.several else form.names[int(seen[0][0])]
-        raise UserError(f"data.train: every row has the same label, {found!r}; at least two are needed to learn from.")
-
-
 def label_counts(rows: Sequence[Rows], form: LabelForm) -> np.ndarray:
     """How often each label occurs in what is trained, i64[C]."""
     counts = np.zeros(len(form.names), np.int64)
@@ -605,23 +662,3 @@ class LabelAssembler(Assembler):
         batch |= {"label": label} if size else {"targets": targets}
         batch |= {"types": types} if self.typed else {}
         return self._finished(batch, plan, t)
-
-
-def render_labelled(rows: Rows, tokenizer: Any, form: LabelForm, n: int = 2) -> str:
-    """The first n rows: the text as the model sees it, and its label; or each tagged token with its tag."""
-    lines = []
-    for i in range(min(n, len(rows))):
-        ids, marks = rows[i]
-        if form.per_token:
-            pieces = zip(tokenizer.convert_ids_to_tokens(ids.tolist()), marks)
-            lines.append(" ".join(f"{piece}⟦{form.names[mark - 1]}⟧" if mark else piece for piece, mark in pieces))
-        else:
-            target = rows.target[i].tolist()
-            chosen = target if form.value else [form.names[j] for j in _chosen(target, form)]
-            lines.append(f"{tokenizer.decode(ids.tolist())} ⟦{', '.join(map(str, chosen))}⟧")
-        lines[-1] = f"{rows.where(i)}: {len(ids)} tokens\n{lines[-1]}\n"
-    return "\n".join(lines)
-
-
-def _chosen(target: list[float], form: LabelForm) -> list[int]:
-    return [j for j, yes in enumerate(target) if yes] if form.several else [int(target[0])]

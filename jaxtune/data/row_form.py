@@ -1,0 +1,77 @@
+"""What a task may say of its rows, where they are not text to be continued: how they are read, tokenised and shown."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtune.data.formats import Reader
+from jaxtune.data.sources import Source
+from jaxtune.data.tokenize import Rows
+
+
+class RowForm:
+    """The form of a task's rows. A subclass gives `settings`, `reader`, `encoder`, `sides` and `answers`.
+
+    Attributes:
+        notes: what a reader would want to know of how the rows were read.
+        per_token: marks name a label for each word.
+        several: a row has any number of classes.
+    """
+
+    notes: Sequence[str] = ()
+    per_token: bool = False
+    several: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the tokens, marks and targets of a row, as JSON: tokens are cached by it."""
+        raise NotImplementedError
+
+    def reader(self, source: Source) -> Reader:
+        """Return what reads an example from each row of a source.
+
+        Raises:
+            UserError: the columns do not fit.
+        """
+        raise NotImplementedError
+
+    def encoder(self, tokenizer: Any) -> Any:
+        """Return what makes (ids, marks, target) of an example, as `jaxtune.data.labels.LabelEncoder` does.
+
+        It has `encode(places, examples)`, `closed(rows, max_length, whole)`, the dtypes `ROW` and `MARK`, and `FIRST`:
+        the first token of a row that can be trained.
+        """
+        raise NotImplementedError
+
+    def sides(self, example: Any) -> tuple[str, str]:
+        """Return what is given and what is to be answered, as text."""
+        raise NotImplementedError
+
+    def answers(self, rows: Rows) -> np.ndarray:
+        """Return a hash of what is to be answered, i64[R]: rows of one text and two answers contradict each other."""
+        raise NotImplementedError
+
+    def check(self, rows: Sequence[Rows]) -> None:
+        """Raise UserError if nothing can be learnt from the training rows of all sources."""
+
+    def classes(self, rows: Sequence[Rows]) -> Counter | None:
+        """Return how often each class occurs in what is trained; None: there are no classes."""
+        return None
+
+    def classes_of(self, example: Any) -> list[str]:
+        """Return the classes of a row that has any number of them."""
+        return []
+
+    def pieces(self, example: Any) -> list[tuple[str, bool]]:
+        """Return a row as [(text, whether it is predicted), ...], to be shown."""
+        given, answer = self.sides(example)
+        return [(f"{given}\n", False), (answer, True)]
+
+    def render(self, rows: Rows, tokenizer: Any, n: int = 2) -> str:
+        """Return the first n rows as the model sees them."""
+        return "\n".join(
+            f"{rows.where(i)}: {len(rows[i][0])} tokens\n{tokenizer.decode(rows[i][0].tolist())}\n"
+            for i in range(min(n, len(rows)))
+        )
