@@ -185,7 +185,7 @@ def test_it_resumes_to_the_same_bytes(argv, trained, tmp_path):
 
 
 def test_it_is_checked_before_the_run(argv, capsys):
-    assert main([*argv(None)[:-1], "--dry-run"]) == 0
+    assert main([*argv(None), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "0 and moreless than 0" in out and "nothing was compiled" in out
 
