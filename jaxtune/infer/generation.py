@@ -328,9 +328,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: bool = False
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Cut `text` before the first stop string in it; also return whether there was one."""
-    found = [at for at in map(text.find, stop) if at >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+    """Cut `text` before the stop string in it that ends first; also return whether there was one.
+
+    So it is the same however many tokens a look at the text is apart.
+    """
+    found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    return (text[: min(found)[1]], True) if found else (text, False)
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:

@@ -95,7 +95,9 @@ def find(
     if adapter is not None:
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{path} is an adapter itself; give the model that {adapter} is put on.")
-        under = find(path, base if (folder / "adapter").is_dir() else None)
+        if base is not None:
+            raise UserError(f"--base={base} has no effect: {adapter} is put on {path}.")
+        under = find(path)
         return find(adapter, under.base, any_base=any_base)._replace(config=under.config)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, base, any_base)
