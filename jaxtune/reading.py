@@ -22,10 +22,11 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    told = os.fstat(descriptor)
+    if not stat.S_ISREG(told.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is no regular file.")
     with os.fdopen(descriptor, "rb") as file:
-        told = os.fstat(file.fileno())
-        if not stat.S_ISREG(told.st_mode):
-            raise UserError(f"{path} is no regular file.")
         if told.st_size > limit:
             raise UserError(f"{path} has {told.st_size / 1e6:,.0f} MB, more than the {limit / 1e6:,.0f} that are read.")
         try:

@@ -64,11 +64,12 @@ def of_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def of_json(data: bytes, rng: random.Random) -> bytes:
     """One value of a JSON text replaced, taken out, named otherwise or given twice; of lines, in one of them."""
-    lines = data.decode().splitlines() if b"\n{" in data.rstrip() else [data.decode()]
-    number = rng.randrange(len(lines))
     try:
+        lines = data.decode().splitlines() if b"\n{" in data.rstrip() else [data.decode()]
+        number = rng.randrange(len(lines))
         tree = json.loads(lines[number])
-    except ValueError:
+        assert isinstance(tree, dict | list)
+    except (ValueError, RecursionError, AssertionError):  # an earlier mutation
         return of_bytes(data, rng)
     spots: list[tuple[Any, Any]] = []
 
@@ -89,7 +90,10 @@ def of_json(data: bytes, rng: random.Random) -> bytes:
         del node[key]
     elif isinstance(node, dict):
         node[rng.choice(["x", "", "\ud800", "__metadata__", "step", "r"])] = node.pop(key)
-    lines[number] = json.dumps(tree)
+    try:
+        lines[number] = json.dumps(tree)
+    except (ValueError, RecursionError):
+        return of_bytes(data, rng)
     if kind == 4 and isinstance(node, list):
         lines[number] = lines[number].replace(json.dumps(node), DEEP, 1)
     return "\n".join(lines).encode()

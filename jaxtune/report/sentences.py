@@ -196,6 +196,7 @@ def findings(run: Run) -> list[dict[str, Any]]:
     """
     if "findings" not in run.summary:
         lines = ({name: value for name, value in line.items() if is_number(value)} for line in run.metrics)
+        lines = (line for line in lines if "train/loss" in line or not any(name.startswith("train/") for name in line))
         return [finding.as_json() for finding in watch.findings(lines)]
     return [
         {
