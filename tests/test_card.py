@@ -156,3 +156,16 @@ def test_another_word_on_what_an_adapter_says_is_refused(tmp_path):
         config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}, "tune": {"lora": {"r": 4}}})
     with pytest.raises(UserError, match=r"tune.method='full', and the adapter"):
         config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}}, {"tune.method": "full"})
+
+
+def test_an_adapter_beside_a_base_that_lies_elsewhere(tmp_path):
+    out, _, params = made("lora", tmp_path)
+    (tmp_path / "the-base").rename(tmp_path / "moved")
+    given = {"model": {"path": str(tmp_path / "moved"), "adapter": str(out)}, "data": {"train": "d"}}
+    cfg = config.resolve(given)
+    assert cfg.model.path == str(tmp_path / "moved") and cfg.tune.lora.r == 2
+    run = experiment(cfg)
+    start = run.recipe.start(run.base.load(run.recipe))
+    jax.tree.map(np.testing.assert_array_equal, start.state.trainable, partition(params, start.mask).trainable)
+    with pytest.raises(UserError, match="is no PEFT directory"):
+        config.resolve({"model": {"path": "m", "adapter": str(tmp_path)}, "data": {"train": "d"}})

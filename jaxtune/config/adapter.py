@@ -16,8 +16,11 @@ def is_adapter(path: Any) -> bool:
     return isinstance(path, str) and (Path(path).expanduser() / "adapter_config.json").is_file()
 
 
-def settings_of(path: str) -> dict[str, Any]:
+def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
     """The settings that go on with an adapter, by their paths, as a config file would give them.
+
+    Args:
+        own_base: the base is given, and the adapter's word on it is not asked for.
 
     Raises:
         UserError: its directory names no base, or it is of a type or has a setting that no method of ours trains.
@@ -25,14 +28,14 @@ def settings_of(path: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     config = read_json(folder / "adapter_config.json")
     where, base, kind = f"model.path={path}", config.get("base_model_name_or_path"), config.get("peft_type")
-    if not isinstance(base, str) or not base:
+    if not own_base and (not isinstance(base, str) or not base):
         raise UserError(f"{where}: the adapter does not name its base; set model.path to the base and model.adapter.")
     if kind not in _METHODS:
         raise UserError(f"{where}: an adapter of type {kind!r} is not trained; expected one of {', '.join(_METHODS)}.")
     if config.get("layers_pattern"):
         raise UserError(f"{where}: layers_pattern={config['layers_pattern']!r} is not trained further.")
     method = _METHODS[kind]
-    found = {"model.path": base, "model.adapter": path, "tune.method": method}
+    found = {"model.adapter": path, "tune.method": method} | ({} if own_base else {"model.path": base})
     if (folder / "tokenizer_config.json").is_file():
         found["model.tokenizer"] = path
     for setting in (s for s in BY_PATH if s.startswith(f"tune.{method}.")):

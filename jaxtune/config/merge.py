@@ -100,11 +100,19 @@ def resolve(
 
 
 def _of_adapter(given: Mapping[str, Given], problems: list[str]) -> dict[str, Given]:
-    """What model.path means where it is an adapter: its base, method and settings; another word on one is a problem."""
-    if "model.path" not in given or not is_adapter(given["model.path"].value):
+    """What model.path means where it is an adapter: its base, method and settings; another word on one is a problem.
+
+    model.adapter beside a model.path that is the base, wherever that lies, means the same.
+    """
+    named = next((p for p in ("model.path", "model.adapter") if p in given and is_adapter(given[p].value)), None)
+    if named is None:
+        if "model.adapter" in given:
+            problems.append(
+                f"{given['model.adapter'].origin}: model.adapter={given['model.adapter'].value} is no PEFT directory"
+            )
         return {}
-    adapter, found = given["model.path"].value, {}
-    for path, value in settings_of(adapter).items():
+    adapter, found = given[named].value, {}
+    for path, value in settings_of(adapter, own_base=named == "model.adapter").items():
         found[path] = Given(read_value(path, value, adapter), adapter)
         own = given.get(path)
         if own is not None and own.value != found[path].value and path not in ("model.path", "model.tokenizer"):
