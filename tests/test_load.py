@@ -266,7 +266,7 @@ def test_a_well_formed_header_is_read(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"a": 1,\n "b" 2}', r"config\.json:2: not JSON"),
+        ('{"a": 1,\n "b" 2}', r"config\.json:2: not valid JSON"),
         ("[1, 2]", r"config\.json holds a list, expected a JSON object"),
         (b"\xff\xfe\x00", r"config\.json is not a text file"),
     ],
@@ -277,7 +277,7 @@ def test_a_malformed_config_is_named_with_its_line(folder, text, message):
         load(folder)
 
 
-@pytest.mark.parametrize("text, message", [("{", "not JSON"), ("{}", "has no 'weight_map'")])
+@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("{}", "has no 'weight_map'")])
 def test_a_malformed_index_is_named(folder, text, message):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)

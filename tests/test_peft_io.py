@@ -620,7 +620,7 @@ def test_dora_lacks_its_magnitudes(tmp_path):
 def test_directories_that_hold_no_adapter(adapter, tmp_path):
     assert "adapter_config.json" in refused(tmp_path)
     (adapter / "adapter_config.json").write_text("{")
-    assert "not JSON" in refused(adapter)
+    assert "not valid JSON" in refused(adapter)
     rewrite_config = DEFAULTS | {"target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(rewrite_config))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")

@@ -422,7 +422,7 @@ def test_a_run_with_a_folder_that_looks_like_a_rate_is_a_run(tmp_path, capsys):
     ("plan", "said"),
     [
         ("{", r"sweep\.json: not valid JSON"),
-        (b"\xff", r"sweep\.json: not valid JSON"),
+        (b"\xff", r"sweep\.json is not a text file"),
         ("[1]", r"sweep\.json: expected an object, .* found list"),
         ("{}", r"sweep\.json: expected the points of a sweep under 'points'"),
         ('{"points": {}}', "expected the points"),

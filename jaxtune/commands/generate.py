@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError, nearest
+from jaxtune.reading import parse_json
 
 USAGE = """usage: jaxtune generate TARGET [--prompt=TEXT | --file=FILE] [flags]
 
@@ -145,10 +146,7 @@ def read_prompts(file: Path, chat: bool) -> list[str | list[dict]]:
 
 
 def _prompt(where: str, line: str, chat: bool) -> str | list[dict]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg}.") from None
+    row = parse_json(line, where)
     if not isinstance(row, dict) or "prompt" not in row:
         columns = list(row) if isinstance(row, dict) else []
         found = f"columns {', '.join(columns)}" if columns else type(row).__name__

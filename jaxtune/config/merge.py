@@ -38,6 +38,7 @@ from jaxtune.config.schema import (
     no_eval_data,
 )
 from jaxtune.errors import UserError, nearest
+from jaxtune.reading import parse_json
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict, FrozenConfigDict
@@ -365,10 +366,7 @@ def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
 
     A derived value (the learning rate of its method, say) is dropped too: it follows the settings it was derived from.
     """
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
+    tree = parse_json(text, source)
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected an object of sections, as a run writes it; found {type(tree).__name__}")
     tree.pop("versions", None)
