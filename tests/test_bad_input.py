@@ -315,8 +315,8 @@ def test_headers_of_safetensors(header, message, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"train.batch_size": "1000000000"}, "from 1 to 1,000,000"),
-        ({"data.max_length": "1000000000000"}, "from 2 to 10,000,000"),
+        ({"train.batch_size": "1000000000"}, "at most 1,000,000"),
+        ({"data.max_length": "1000000000000"}, "at most 10,000,000"),
         ({"optim.warmup": "50", "train.steps": "10"}, "optim.warmup=50 steps are more than train.steps=10"),
     ],
     ids=str,
