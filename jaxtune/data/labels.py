@@ -85,6 +85,10 @@ class LabelForm(RowForm):
         """Raises UserError for missing columns, and for numbers and vectors that could mean several things."""
         columns = self.theirs(source)
         *first, second = columns.values()
+        if unused := [name for name in next(iter(source))[1] if name not in columns.values()]:
+            self.note(f"columns of {source.name} that are not used: {', '.join(unused)}")
+        if len(first) == 2 and self.joined is not None:
+            self.note(f"{first[0]} and {first[1]} are one text for a decoder, with {self.joined!r} between them")
         alone = not self.per_token and len(first) == 1 and "text" not in (self.columns or {})
         vectors = self.several and self._vectors(source, second)
         ids = {} if vectors else self._ids_of(source, second)

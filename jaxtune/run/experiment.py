@@ -169,7 +169,11 @@ def data_lines(experiment: Experiment, rows: Data) -> list[str]:
         known = experiment.module.spec.positions
         lines.append(f"data.max_length is {rows.length} by default (the model knows {known}).")
     lines += added_line(rows.tokenizer, experiment.base.folder, rows.ends)
-    lines += [f"{f.severity}: {f.message}: {f.fix}." for f in rows.glance.findings if f.severity != NOTE]
+    lines += [
+        f"{f.severity}: {f.message}: {f.fix}."
+        for f in rows.glance.findings
+        if f.severity != NOTE or f.check == "labels"
+    ]
     return lines
 
 
