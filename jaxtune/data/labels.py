@@ -521,6 +521,7 @@ class LabelEncoder:
         self.ROW = np.dtype([*ROW.descr, ("label", "<f4", (size,)), *lost])
         self.spaced = form.per_token and self._glues()
         x = self.backend.encode("x")
+        self.wraps = any(x.special_tokens_mask)
         behind = len(x.ids) - max((i for i, special in enumerate(x.special_tokens_mask) if not special), default=0) - 1
         self.suffix = x.ids[len(x.ids) - behind :]
 
@@ -550,6 +551,11 @@ class LabelEncoder:
                 yield encoding.ids, [1] * len(encoding.ids), labels
             else:
                 of = encoding.sequence_ids
+                if self.wraps and not any(encoding.special_tokens_mask):
+                    raise UserError(
+                        "the tokenizer begins and ends a text but not a pair (no pair in the post_processor of its "
+                        "tokenizer.json), so nothing would divide two texts. Add it, or take a tokenizer that has it."
+                    )
                 types = encoding.type_ids if self.typed else [0] * len(of)
                 yield encoding.ids, [1 + t + 2 * (0 if s is None else s + 1) for s, t in zip(of, types)], labels
 

@@ -221,7 +221,7 @@ def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Layout |
             return None
         counts = counted.labels
         plain = not (columns or per_token or form.several or "text_pair" in ours)
-        if plain and not 2 <= len(counts) <= min(MOST_LABELS, counted.rows / 2):
+        if plain and not 2 <= len(counts) <= min(MOST_LABELS, max(2, counted.rows / 2)):
             return None
         if len(counts) < 2:
             raise UserError(

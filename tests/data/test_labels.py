@@ -256,6 +256,18 @@ def single_texts(tmp_path):
     return rows
 
 
+def test_a_tokenizer_that_cannot_divide_two_texts_is_refused(tmp_path):
+    from tokenizers import processors
+
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "text_pair": "b", "label": i} for i in (0, 1)])
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    with pytest.raises(UserError, match="nothing would divide two texts"):
+        prepare(tokenizer, [path], labels=LabelForm(False, ("0", "1")), max_length=9, cache=False)
+
+
 def test_of_a_pair_that_is_too_long_the_longer_text_is_cut_first(tmp_path):
     from itertools import product
 
