@@ -431,6 +431,13 @@ def test_the_rank_is_no_wider_than_a_matrix_of_the_layers(encoder):
     assert narrowest == min(min(s) for name, s in shapes.items() if "layer." in name and len(s) == 2) > 2
 
 
+def test_what_looks_like_an_emoji_is_shown_as_it_stands(model, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text(json.dumps({"train": [{"prompt": "a :smile:", "completion": "b"}] * 3}))
+    assert init(model, "rows.json:train") == 0
+    shown = capsys.readouterr().out
+    assert "rows.json:train: prompt_completion" in shown and "a :smile:" in shown
+
+
 def test_evaluation_files_of_a_folder(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", pairs(1))

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         targets(options.write_clean, len(cfg.data.train))
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     report = examine(cfg, near=options.near, samples=options.rows)
     report.print(console)
     if options.workdir:

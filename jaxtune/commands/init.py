@@ -172,7 +172,7 @@ def show(rows, tokenizer, form, findings: list[str], last: str) -> None:
 
     from jaxtune.data import render_plain, render_rows
 
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     for line in findings:
         console.print(line)
     console.print()

@@ -92,7 +92,7 @@ def _show_rows(data, form) -> None:
 
     from jaxtune.data import render_plain, render_rows
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, emoji=False)
     if form is not None:
         console.print(form.render(data.train[0], data.tokenizer), markup=False, highlight=False)
         return

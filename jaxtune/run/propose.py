@@ -170,7 +170,7 @@ def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Layou
         )
     reader = Layout(format, columns).reader(source)
     marker = _marker(source, reader.columns[0]) if format == "text" else None
-    notes = [*_label_notes(source, columns), *_unused(row, reader.columns)]
+    notes = _label_notes(source, columns)
     if marker:
         notes.append(f"{marker.strip()!r} stands once in every text: what follows it is trained")
     return Layout(format, columns, marker, notes=tuple(notes))

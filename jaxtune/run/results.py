@@ -172,7 +172,11 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
     from jaxtune.report.run import read_run
     from jaxtune.report.sentences import measured
 
+<<<<<<< HEAD
     console = Console(soft_wrap=True, markup=False, highlight=False)
+=======
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
+>>>>>>> 0545f95 (Names with colons are no emoji)
     metrics = measured(read_run(out.parent))
     if evaluation.who(metrics) == ["base", "tuned"]:
         table = Table("on held-out rows", "before", "after")
