@@ -28,11 +28,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.report.run import read_run
 
     runs = [read_run(folder) for folder in options.RUN]
-<<<<<<< HEAD
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-=======
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
->>>>>>> 0545f95 (Names with colons are no emoji)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     for heads, rows in (result_rows(runs), evaluation_rows(runs)):
         if rows:
             lines = [heads, *([str(cell[1] if isinstance(cell, tuple) else cell) for cell in row] for row in rows)]

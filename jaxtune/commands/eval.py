@@ -446,11 +446,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-<<<<<<< HEAD
-        self.console = Console(soft_wrap=True, markup=False, highlight=False)
-=======
-        self.console = Console(soft_wrap=True, highlight=False, emoji=False)
->>>>>>> 0545f95 (Names with colons are no emoji)
+        self.console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Bar(*columns, console=self.console, transient=True) if self.console.is_terminal else None
 
@@ -486,11 +482,7 @@ def _show(report: dict[str, Any]) -> None:
 
     from jaxtune.report.evaluation import difference, value, verdict, who
 
-<<<<<<< HEAD
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-=======
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
->>>>>>> 0545f95 (Names with colons are no emoji)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     entries = report["metrics"]
     names = who(entries)
     table = Table(f"{report['rows']:,} held-out rows", *names, *(["difference", ""] if len(names) == 2 else []))
@@ -544,11 +536,7 @@ def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-<<<<<<< HEAD
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-=======
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
->>>>>>> 0545f95 (Names with colons are no emoji)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     table = Table("task", "metric", *results)
     first = next(iter(results.values()))
     for task, values in first.items():

@@ -172,11 +172,7 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
     from jaxtune.report.run import read_run
     from jaxtune.report.sentences import measured
 
-<<<<<<< HEAD
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-=======
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
->>>>>>> 0545f95 (Names with colons are no emoji)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     metrics = measured(read_run(out.parent))
     if evaluation.who(metrics) == ["base", "tuned"]:
         table = Table("on held-out rows", "before", "after")

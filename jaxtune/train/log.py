@@ -168,7 +168,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.console = Console(soft_wrap=True, markup=False, highlight=False)
+        self.console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
         self.steps, self.several, self.live = steps, several, None
         self.curves: dict[str, list[tuple[float, float]]] = {}
         if bar and self.console.is_terminal:
