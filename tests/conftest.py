@@ -35,15 +35,19 @@ def browser(tmp_path_factory):
         yield browser
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def memory():
-    """Give back what the programs of a module took, where it is much; what is needed again lies in the cache."""
+    """Give back what compiled programs took, where it became much; what is needed again lies in the cache."""
     yield
-    if "jax" in sys.modules and _resident() > 2**30:
+    if "jax" in sys.modules and _resident() > max(1280 * 2**20, _left[0] + 256 * 2**20):
         sys.modules["jax"].clear_caches()
         gc.collect()
         if platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)
+        _left[0] = _resident()
+
+
+_left = [0]  # bytes after the last time: some of them stay, such as torch's models
 
 
 def _resident():
