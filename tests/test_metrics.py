@@ -158,7 +158,7 @@ def test_schema(tmp_path):
     [
         ('{"type": "objekt"}', "$.type"),
         ('{"properties": {"a": {"minimum": "x"}}}', "$.properties.a.minimum"),
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "not a JSON schema"),
         (None, "no such file"),
     ],

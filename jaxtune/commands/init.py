@@ -1,6 +1,5 @@
 """`jaxtune init`: look at a data file and a model, and write a config file for them."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from jaxtune.cli import Flag, parse_options
 from jaxtune.config import Columns
 from jaxtune.errors import UserError
+from jaxtune.reading import read_json
 
 USAGE = """usage: jaxtune init --model=DIR_OR_ID --data=FILE [--out=config.py]
 
@@ -103,13 +103,7 @@ def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None, in
         narrowest = min(sides, default=RANK)
     else:
         file = _fetch_config(path)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: expected an object with the settings of a model.")
-    return config, shapes, narrowest
+    return read_json(file), shapes, narrowest
 
 
 def check_generates(path: Path, config: dict, spec) -> None:

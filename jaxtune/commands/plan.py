@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError, nearest
+from jaxtune.reading import read_json
 
 if TYPE_CHECKING:
     from jaxtune.train.cost import Card
@@ -124,8 +125,8 @@ def _micro(options: Any) -> dict[str, str]:
 
 def _is_hf_config(path: Path) -> bool:
     try:
-        return "model_type" in json.loads(path.read_text())
-    except (OSError, ValueError):
+        return "model_type" in read_json(path)
+    except UserError:
         return False
 
 

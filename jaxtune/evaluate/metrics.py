@@ -7,7 +7,6 @@ None says that the metric does not apply to this row: its reference is of anothe
 import functools
 import importlib.util
 import inspect
-import json
 import math
 import re
 import string
@@ -17,7 +16,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import torchless
+from jaxtune import reading, torchless
 from jaxtune.errors import UserError, nearest
 from jaxtune.evaluate.json_fields import NULL, parse_json, same_json
 
@@ -158,10 +157,7 @@ def schema_metric(file: Path) -> Metric:
 
     if not file.is_file():
         raise UserError(f"--schema={file}: no such file.")
-    try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--schema={file}: not JSON: {error}.") from None
+    schema = reading.parse_json(reading.read_text(file), f"--schema={file}")
     kind = validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)

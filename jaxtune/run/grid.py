@@ -21,6 +21,7 @@ from jaxtune import config
 from jaxtune.config.recipe import experiment
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.files import atomic_write_text
+from jaxtune.reading import read_json
 from jaxtune.run import fit, running
 from jaxtune.run import points as pts
 from jaxtune.run.experiment import Data, Experiment, data_lines, make_batches, one_order, open_data
@@ -92,7 +93,15 @@ class Sweep:
     def _read(self) -> None:
         if self.folder is None or not check_is_ours(self.folder, "sweep.json"):
             return
-        self.plan = json.loads((self.folder / "sweep.json").read_text())
+        file = self.folder / "sweep.json"
+        self.plan = read_json(file)
+        points = self.plan.get("points")
+        if (
+            "halving" not in self.plan
+            or not isinstance(points, dict)
+            or not all(isinstance(values, dict) for values in points.values())
+        ):
+            raise UserError(f"{file} is not what jaxtune sweep writes; give another --workdir, or remove it")
         if self.plan["halving"] != self.halving:
             before, now = (f"--halving={h}" if h else "no --halving" for h in (self.plan["halving"], self.halving))
             raise UserError(f"the sweep in {self.folder} has {before}, and this command {now}; nothing was changed")
@@ -358,7 +367,7 @@ def _sections(cfg: Any, *names: str) -> str:
 def status(folder: Path) -> str:
     """How a member stands: "running" covers all that is not known to have ended."""
     file = folder / "member.json"
-    return json.loads(file.read_text())["status"] if file.exists() else "not started"
+    return str(read_json(file).get("status")) if file.exists() else "not started"
 
 
 def _failed(record: dict[str, Any]) -> bool:

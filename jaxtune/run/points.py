@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.errors import UserError
+from jaxtune.reading import parse_json
 from jaxtune.report import sweep_table
 from jaxtune.train import optim
 
@@ -123,10 +124,7 @@ def read_points(file: Path) -> list[dict[str, Any]]:
 
 
 def _json_line(file: Path, n: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{n}: not valid JSON: {error.msg}") from None
+    row = parse_json(line, f"{file}:{n}")
     if not isinstance(row, dict):
         raise UserError(f"{file}:{n}: expected an object of settings, found {type(row).__name__}")
     return row

@@ -27,6 +27,7 @@ from jaxtune.data.formats import FORMATS, MESSAGES, Reader, make_reader
 from jaxtune.data.labels import PAIR_COLUMNS, PAIRS, LabelForm, count_ids, count_labels
 from jaxtune.data.sources import Source, kind, read, splits
 from jaxtune.errors import UserError
+from jaxtune.reading import read_json
 
 # What people call the two sides of a pair, the surest names first.
 PROMPTS = (
@@ -419,7 +420,7 @@ def siblings(data: str) -> list[str]:
     """Return the evaluation files beside a training file (the splits of a saved data set), validation before test."""
     path = Path(data).expanduser()
     if (path / "dataset_dict.json").is_file():
-        known = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        known = read_json(path / "dataset_dict.json").get("splits", ())
         return [f"{data}:{word}" for word in EVAL_WORDS if word in known and "train" in known]
     if path.is_dir() and not (path / "state.json").is_file():
         found = splits(path)
