@@ -366,7 +366,7 @@ def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
 
     A derived value (the learning rate of its method, say) is dropped too: it follows the settings it was derived from.
     """
-    tree = parse_json(text, source)
+    tree = parse_json(text, source, halves=True)
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected an object of sections, as a run writes it; found {type(tree).__name__}")
     tree.pop("versions", None)
