@@ -135,8 +135,9 @@ def _fetch_config(path: Path) -> Path:
 
 def tokenizer_path(model: Path, tokenizer: Path | None) -> str:
     """Return where the tokenizer is, or raise UserError for a model directory without one."""
-    files = ("tokenizer.json", "tokenizer_config.json")
-    if tokenizer is None and model.is_dir() and not any((model / file).is_file() for file in files):
+    from jaxtune.data.tokenize import has_tokenizer
+
+    if tokenizer is None and model.is_dir() and not has_tokenizer(model):
         raise UserError(f"{model}: no tokenizer here (tokenizer.json). Add it, or name one with --tokenizer=DIR_OR_ID.")
     return str(tokenizer or model)
 

@@ -36,7 +36,7 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     from jaxtune.run import fit, running, sampling
     from jaxtune.run.experiment import data_lines, open_data
     from jaxtune.run.training import build
-    from jaxtune.run.workdir import as_begun, check_room, check_workdir, explained_disk
+    from jaxtune.run.workdir import as_begun, check_room, check_workdir, dated, explained_disk
     from jaxtune.train.runtime import prepare_jax
 
     cfg = as_begun(cfg, workdir)
@@ -49,6 +49,8 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     if workdir is not None:
         check_workdir(workdir, cfg, rows.report.fingerprint, run.base.files)
     clock("data")
+    if (settled := dated(cfg, rows)) is not cfg:
+        cfg, run = settled, experiment(settled)
     print(*data_lines(run, rows), *config.notes(cfg), sep="\n")
     if run.train.micro_batch == "auto":
         values, said = fit.settle(run, rows)

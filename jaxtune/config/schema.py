@@ -134,6 +134,7 @@ SETTINGS = (
     ),
     Setting("data.system", str, None, "a system prompt for conversations that have none"),
     Setting("data.system_as_user", bool, False, "system messages go to the start of the user's first message"),
+    Setting("data.date", str, None, "that chat templates write, YYYY-MM-DD; default: the day on which the run began"),
     Setting("data.roles", Columns, {}, "other names of roles, and ours: customer=user,agent=assistant"),
     Setting("data.ignore", Names, None, "columns, and fields of messages, that are left out knowingly"),
     Setting(
@@ -266,7 +267,7 @@ class Idle(NamedTuple):
         return self.paths if isinstance(self.paths, tuple) else self.paths(values)
 
 
-CONVERSATIONS = ("data.system", "data.system_as_user", "data.roles", "data.allow_left_out")
+CONVERSATIONS = ("data.system", "data.date", "data.system_as_user", "data.roles", "data.allow_left_out")
 
 OFF = (0, False, "auto", "none", {})
 

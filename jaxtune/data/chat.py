@@ -15,6 +15,7 @@ special token: its own, or that of the next role where the template writes no ot
 The text is then held against the messages: what the template left out is counted, or refused if it was to be trained.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -382,6 +383,31 @@ class ChatRenderer:
             "be trained. Give a template that keeps them as model.chat_template, or allow it with "
             f"data.allow_left_out={part}."
         )
+
+
+_DATED = "{{ 'the date is fixed'[:0] }}"  # not a comment: that would take a line break with it
+# strftime's directives; those of a clock are those of midnight.
+_DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZC"
+
+
+def uses_date(template: object) -> bool:
+    """Whether a chat template, or one of several by name, writes the day on which it is rendered."""
+    templates = template.values() if isinstance(template, Mapping) else [template]
+    return any("strftime_now" in text for text in templates if isinstance(text, str))
+
+
+def with_date(template: str, date: datetime.date) -> str:
+    """A chat template that writes this date, whatever the day."""
+    midnight = datetime.datetime.combine(date, datetime.time())
+    said = {f"%{flag}{d}": midnight.strftime(f"%{flag}{d}") for flag in ("", "-") for d in _DIRECTIVES}
+    steps = "".join(f" | replace({key!r}, {value!r})" for key, value in said.items() if value != key)
+    macro = f"{{%- macro strftime_now(form) -%}}{{{{ form{steps} | replace('%%', '%') }}}}{{%- endmacro -%}}"
+    return f"{macro}{_DATED}{template}"
+
+
+def without_date(template: str) -> str:
+    """The template that `with_date` was given."""
+    return template.partition(_DATED)[2] if _DATED in template else template
 
 
 def special_tokens(tokenizer) -> list[str]:

@@ -4,8 +4,10 @@ What is cached is every row of a source, whole: `fit` then drops, truncates or s
 copy. So another `max_length` or evaluation split needs no new tokenisation.
 """
 
+import datetime
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 from collections import Counter
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from jaxtune.data import cache as token_cache
-from jaxtune.data.chat import ChatRenderer, special_tokens
+from jaxtune.data.chat import ChatRenderer, special_tokens, uses_date, with_date
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
 from jaxtune.data.messages import Notes
 from jaxtune.data.sources import Source, place_of
@@ -177,27 +180,106 @@ class Report:
         return sum((Counter(source.ends) for source in self.sources), Counter())
 
 
-def load_tokenizer(path: str, chat_template: str | None = None):
-    """Load the tokenizer of a directory or hub id; `chat_template` is a file that replaces its own.
+# What a directory holds one of, alone or with the others, if it has a tokenizer.
+TOKENIZER_FILES = (
+    *(("tokenizer.json",), ("tokenizer_config.json",), ("vocab.txt",), ("vocab.json", "merges.txt")),
+    *(("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",), ("tekken.json",)),
+)
+# Spaces, code, another script, an emoji, mathematics.
+ROUND_TRIP = ("How are you doing today?", "def f(n):\n    return n\n", "你好,世界", "so 😀", "∑ x² ≤ ℕ")
 
-    Raises UserError if there is none, if it is not a fast one (those have no character offsets) or the file is missing.
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory has the files of a tokenizer."""
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
+
+
+def load_tokenizer(path: str, chat_template: str | None = None, date: str | None = None):
+    """Load the tokenizer of a directory or hub id.
+
+    Args:
+        chat_template: a file that replaces its own.
+        date: that chat templates write, YYYY-MM-DD; default: today. It stays the same from then on.
+
+    Raises:
+        UserError: there is none; transformers cannot read or convert it, or loses text with it; it is not a fast one
+            (those have no character offsets); the file of the template is missing.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
-    if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+    folder = Path(path)
+    if folder.is_dir() and not has_tokenizer(folder):
         raise UserError(f"{path}: no tokenizer here (tokenizer.json). Name one with model.tokenizer.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot load a tokenizer: {first}") from None
+        raise UserError(f"{path}: cannot load a tokenizer: {first}{_conversion(folder)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; a tokenizer.json is needed.")
+    check_round_trip(tokenizer, folder)
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise UserError(f"model.chat_template: no such file: {chat_template}")
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    if uses_date(tokenizer.chat_template):
+        try:
+            day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        except ValueError:
+            raise UserError(f"data.date: {date!r} is no date; expected YYYY-MM-DD.") from None
+        template = tokenizer.chat_template
+        named = {name: with_date(text, day) for name, text in template.items()} if isinstance(template, dict) else None
+        tokenizer.chat_template = named or with_date(template, day)
     return tokenizer
+
+
+def _conversion(folder: Path) -> str:
+    """How to make a tokenizer.json of older files, where there are any."""
+    found = [name for names in TOKENIZER_FILES[2:] for name in names if (folder / name).is_file()]
+    if not found or (folder / "tokenizer.json").is_file():
+        return ""
+    code = (
+        f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('OUT')"
+    )
+    kind = {"vocab.txt": "bert", "vocab.json": "gpt2", "merges.txt": "gpt2"}.get(found[0], "llama")
+    why = (
+        ""
+        if (folder / "config.json").is_file()
+        else f' and a config.json such as {{"model_type": "{kind}"}} beside them'
+    )
+    return (
+        f" It has {', '.join(found)} and no tokenizer.json. With the packages that transformers converts them by "
+        f'(pip install sentencepiece protobuf tiktoken){why}, this makes one: python -c "{code}"'
+    )
+
+
+def check_round_trip(tokenizer, folder: Path) -> None:
+    """Raise UserError for a tokenizer that loses text which it does not count as unknown.
+
+    What its own tokenizer.json does to a text (lower case, no spaces) is its way; what transformers does beyond is not.
+    """
+    file = folder / "tokenizer.json"
+    own = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+    backend = tokenizer.backend_tokenizer
+    for text in ROUND_TRIP:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            continue
+        back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if back.strip() == text.strip():
+            continue
+        if own is not None:
+            lossless = own.decode(own.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+            lost = lossless.strip() == text.strip()
+        else:
+            lost = False
+        normal = backend.normalizer.normalize_str(text).replace("▁", " ") if backend.normalizer else text
+        if lost or "".join(back.split()).casefold() not in {"".join(t.split()).casefold() for t in (text, normal)}:
+            raise UserError(
+                f"{folder}: this tokenizer loses text as transformers {importlib.metadata.version('transformers')} "
+                f"reads it: {text!r} comes back as {back!r}. Try another version of transformers, or correct "
+                "tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast takes tokenizer.json as it is)."
+            )
 
 
 def tokenizer_digest(tokenizer) -> str:

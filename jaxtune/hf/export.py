@@ -22,7 +22,8 @@ from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, settle,
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     "preprocessor_config.json",
 )
 
@@ -186,7 +187,7 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return any((folder / name).is_file() for name in TOKENIZER_FILES[:-2])
 
 
 def public_name(base: str | Path) -> str:

@@ -248,6 +248,7 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return {}
+    from jaxtune.data.chat import without_date
     from jaxtune.data.tokenize import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
@@ -287,6 +288,8 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
     found["add_bos_token"] = tokenizer.bos_token_id is not None and around[0] == tokenizer.bos_token_id
     found["add_eos_token"] = tokenizer.eos_token_id is not None and around[-1] == tokenizer.eos_token_id
     template = chat_template or tokenizer.chat_template
+    if isinstance(template, str):
+        template = without_date(template)
     if isinstance(template, Mapping):
         template = [{"name": name, "template": text} for name, text in template.items()]
     return found | ({"chat_template": template} if template else {})

@@ -188,6 +188,7 @@ def tokenizer_of(source: Source) -> Any:
     return load_tokenizer(
         str(source.tokenizer if carried else told["tokenizer"]),
         template if template and Path(template).is_file() else None,
+        ((source.config or {}).get("data") or {}).get("date"),
     )
 
 

@@ -146,7 +146,7 @@ class Data:
 def open_data(experiment: Experiment) -> Data:
     """Read and tokenise the rows that the config names."""
     d, length, prefix = experiment.data, experiment.recipe.batch.length, experiment.prefix
-    tokenizer = data.load_tokenizer(experiment.base.tokenizer, experiment.base.chat_template)
+    tokenizer = data.load_tokenizer(experiment.base.tokenizer, experiment.base.chat_template, d.date)
     train, held_out, report = data.prepare(
         tokenizer,
         d.train,

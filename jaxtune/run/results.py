@@ -103,10 +103,10 @@ def finish(member, place, job, params, run, clock, generated) -> None:
 
 def _chat_template(experiment, job) -> str | None:
     """The template to write beside the weights, where it is not the tokenizer's own."""
-    from jaxtune.data import DEFAULT_TEMPLATE
+    from jaxtune.data.chat import DEFAULT_TEMPLATE, without_date
 
     if experiment.base.chat_template:
-        return job.rows.tokenizer.chat_template
+        return without_date(job.rows.tokenizer.chat_template)
     chat = any(source.chat for source in job.rows.report.sources)
     return DEFAULT_TEMPLATE if chat and not job.rows.tokenizer.chat_template else None
 

@@ -1,12 +1,14 @@
 """A run's directory: held against others, whether it holds a run to go on with, and whether its disk has room."""
 
 import contextlib
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxtune import config
+from jaxtune.data.chat import uses_date
 from jaxtune.errors import DiskError, Interrupted, RunFailed, UserError, disk_trouble
 from jaxtune.files import exclusive
 
@@ -99,6 +101,14 @@ def check_workdir(
     return True
 
 
+def dated(cfg: Any, rows: Any) -> Any:
+    """The config with the date that the chat template of `rows` writes, so that the run goes on with it another day."""
+    chat = any(source.chat for source in rows.report.sources)
+    if cfg.data.date or not chat or not uses_date(rows.tokenizer.chat_template):
+        return cfg
+    return config.replaced(cfg, {"data.date": datetime.date.today().isoformat()})
+
+
 def check_room(workdir: Path, job: Any) -> None:
     """Raise UserError unless the disk has room for the checkpoints (kept, best ones, being written) and the results."""
     import jax
@@ -110,10 +120,14 @@ def check_room(workdir: Path, job: Any) -> None:
 
 
 def as_begun(cfg: Any, workdir: Path | None) -> Any:
-    """The config with train.micro_batch=auto as the run in `workdir` has settled it, if there is one."""
+    """The config with the date and train.micro_batch=auto as the run in `workdir` has settled them, if there is one."""
     file = None if workdir is None else workdir / "config.json"
-    if cfg.train.micro_batch != "auto" or file is None or not file.exists():
+    if file is None or not file.exists():
         return cfg
     before = config.from_json(file.read_text(), str(file))
+    if not cfg.data.date and before.data.date:
+        cfg = config.replaced(cfg, {"data.date": before.data.date})
+    if cfg.train.micro_batch != "auto":
+        return cfg
     values = {"train.micro_batch": before.train.micro_batch, "train.grad_accum": before.train.grad_accum}
     return config.replaced(cfg, values | ({"model.remat": before.model.remat} if cfg.model.remat == "none" else {}))
