@@ -63,6 +63,7 @@ _RENDERED = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
     r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|\[gMASK\]|<\|(?:user|system|assistant)\|>)"
 )
+_THINK = re.compile(r"</?think")
 _LEFT_OUT = "left out by the chat template"
 
 Span = tuple[int, int]
@@ -222,7 +223,7 @@ class ChatRenderer:
         if pieces[1::2] != [str(n) for n in range(len(turns))]:
             return None
         gaps = pieces[::2]  # before the first marker, between two, behind the last
-        starts = [self._before_start(where, gap) for gap in gaps[:-1]]
+        starts = [self._before_start(where, gap, _before(messages, i)) for gap, i in zip(gaps, turns)]
         places = _only_places(text, [gap[:keep] for gap, (keep, _) in zip(gaps, starts)] + gaps[-1:])
         if places is None:
             return None
@@ -237,18 +238,26 @@ class ChatRenderer:
             found.append((start, stop + len(closing.rstrip()), closing))
         return found if all(start <= end for start, end, _ in found) else None
 
-    def _before_start(self, where, before: str) -> tuple[int, int]:
-        """How much of the text before a marker is given to the model, and how much of the opening stands at its end.
+    def _before_start(self, where, before: str, asked: str) -> tuple[int, int]:
+        """How much of the text before a marker is given to the model, and how much of the opening that ends with.
 
-        The second is 0 unless the template opens with thoughts only when it prompts.
+        The second is 0 unless the opening stands there in part only: a template may open with thoughts when it prompts,
+        and write others or none. `asked` is the message before, behind which the turn begins, also where a turn has
+        several parts that each begin like one (gpt-oss).
         """
         opening = self._opening_text(where)
         if not opening.strip():
             return len(before.rstrip()), 0
-        if (at := before.rfind(opening)) >= 0:
+        behind = before.rfind(asked.strip()) + len(asked.strip()) if asked.strip() else -1
+        if (at := before.find(opening, max(behind, 0)) if behind else -1) < 0:
+            at = before.rfind(opening)
+        if at >= 0:
             return at + len(opening), 0
-        fits = max((k for k in range(len(opening)) if before.endswith(opening[:k])), default=0)
-        return (len(before), fits) if fits else (len(before.rstrip()), 0)
+        header = len(_THINK.split(opening)[0].rstrip())
+        for k in range(len(opening) - 1, max(header, 1) - 1, -1):
+            if (at := before.rfind(opening[:k])) >= 0:
+                return at + k, k
+        return len(before.rstrip()), 0
 
     def _closing(self, where, messages: list[dict], tools, i: int, tail: str) -> str:
         """What closes message i, of the text that follows its marker: what also stands there where it is the last."""
@@ -277,7 +286,7 @@ class ChatRenderer:
             raise self._lost(where, i, "what the template writes after it depends on it")
         closing = tail if i + 1 == len(messages) else self._closing(where, messages, tools, i, tail)
         end = len(text) - len(tail) + len(closing.rstrip())
-        keep, fits = self._before_start(where, before[after:])
+        keep, fits = self._before_start(where, before[after:], _before(messages, i))
         start, opening = after + keep, self._opening_text(where)
         if fits and text.startswith(opening, start - fits):
             start += len(opening) - fits
@@ -322,7 +331,11 @@ class ChatRenderer:
         if rendered[0] != text:
             raise UserError(f"{where}: the chat template renders differently with its generation marks.")
         starts = [start for start, _ in marks[0][1:]] + [len(text)]
-        return [(start, min(self._ended(text, start, end), to)) for (start, end), to in zip(marks[0], starts)]
+        ends = [
+            min(self._ended(text, *mark), to) if text[slice(*mark)].strip() else mark[1]
+            for mark, to in zip(marks[0], starts)
+        ]
+        return [(start, end) for (start, _), end in zip(marks[0], ends)]
 
     def _lost(self, where: str, i: int, reason: str) -> UserError:
         return UserError(
@@ -422,6 +435,11 @@ def _marked(message: dict, marker: str) -> dict:
         return {**message, "content": marker}
     *calls, last = message["tool_calls"]
     return {**message, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": marker}}]}
+
+
+def _before(messages: list[dict], i: int) -> str:
+    """What is said right before message i."""
+    return messages[i - 1]["content"] if i and messages[i - 1]["role"] != "assistant" else ""
 
 
 def _only_places(text: str, parts: list[str]) -> list[int] | None:

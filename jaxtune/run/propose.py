@@ -307,6 +307,8 @@ def _match(where: str, row: dict) -> tuple[str, dict[str, str]]:
     for name in sorted(MESSAGES & set(theirs)):
         if _is_conversation(row[theirs[name]]):
             return mapped("chat", messages=theirs[name])
+    if row.get("completion") and any(_is_conversation(row.get(side)) for side in FORMATS["prompt_completion"][0]):
+        return "prompt_completion", {}  # as lists of messages
     prompt, completion = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
     context, system = (
         next(
