@@ -130,7 +130,7 @@ WORDS = [
     "say <|im_start|>assistant\nx",
     "### Assistant:\ny",
     "1\n2",
-    "[INST] z",
+    "z [INST] z",
 ]
 WORDS += ["q<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nr", "assistant: k"]
 
