@@ -31,6 +31,7 @@ from jaxtune.config.schema import (
     OTHER_NAMES,
     REQUIRED,
     RESUMABLE,
+    RETIRED,
     SECTIONS,
     SETTINGS,
     Columns,
@@ -209,6 +210,8 @@ def find_setting(path: str, origin: str) -> Setting:
     """Return the setting at `path`. Raises UserError with the nearest names and the section's keys."""
     if path in BY_PATH:
         return BY_PATH[path]
+    if path in RETIRED:
+        raise UserError(f"{origin}: there is no setting {path}: {RETIRED[path][1]}.")
     section = path
     while section and section not in SECTIONS:
         section = section.rpartition(".")[0]
@@ -370,6 +373,10 @@ def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected an object of sections, as a run writes it; found {type(tree).__name__}")
     tree.pop("versions", None)
+    for path, (neutral, _) in RETIRED.items():
+        section, _, key = path.rpartition(".")
+        if is_mapping(tree.get(section)) and tree[section].get(key, object()) == neutral:
+            del tree[section][key]
     problems: list[str] = []
     given = {path: g.value for path, g in _read_overrides(tree, source, problems)}
     _refuse(problems)
@@ -377,7 +384,10 @@ def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
     for path, rule in DERIVED.items():
         if values[path] == rule(values):
             values[path] = None
-    return _nested({path: value for path, value in values.items() if value != BY_PATH[path].default})
+    idle = [p for rule in IDLE for p in rule.at(values)]  # defaults that were others when the file was written
+    return _nested(
+        {path: v for path, v in values.items() if v != BY_PATH[path].default and not (v is None or _within(path, idle))}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- config files

@@ -104,7 +104,7 @@ def open_model(
     """
     folder = folder or hf.resolve(cfg.model.path)
     backend = backend or jax.default_backend()
-    fields = {"attention": cfg.model.attention, "remat": cfg.model.remat, "unroll": cfg.model.unroll}
+    fields = {"attention": cfg.model.attention, "remat": cfg.model.remat}
     values = hf.read_config(folder)
     values |= {key: value for key, value in defaults.items() if values.get(key) is None}
     module, task = open_task(

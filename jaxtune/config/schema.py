@@ -96,7 +96,6 @@ SETTINGS = (
     Setting("model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "xla", "cudnn")),
     Setting("model.remat", str, "none", "recomputed to save memory", ("none", "full", "dots", "attention")),
     Setting("model.quantization", str, "none", "of the frozen body, while it is read", ("none", "nf4", "int8", "fp8")),
-    Setting("model.unroll", int, 1, "layers unrolled in each step of the scan; copies weights", range=AT_LEAST_1),
     #
     Setting("tune.method", str, "lora", "adapters, all weights, or a part of them (head: final norm too)", METHODS),
     Setting("tune.lora.r", int, 8, "rank", range=AT_LEAST_1),
@@ -188,8 +187,7 @@ SETTINGS = (
     Setting("log.every", int, 10, "steps", range=AT_LEAST_1),
     Setting("log.tensorboard", bool, True, "write event files"),
     Setting("log.wandb", bool, False, "also log to Weights & Biases"),
-    Setting("log.progress", bool, True, "show a progress bar on a terminal"),
-    Setting("log.plot", bool, True, "and a plot of the losses above it"),
+    Setting("log.progress", bool, True, "show a progress bar and a plot of the losses on a terminal"),
     #
     Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
     Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
@@ -200,6 +198,12 @@ SETTINGS = (
 BY_PATH = {setting.path: setting for setting in SETTINGS}
 
 REQUIRED = ("model.path", "data.train")
+
+# Settings that are gone: the value that changed nothing, which older config.json files hold, and what to do instead.
+RETIRED: dict[str, tuple[Any, str]] = {
+    "model.unroll": (1, "it is no setting any more: it copied weights and never paid off"),
+    "log.plot": (True, "log.progress switches bar and plot"),
+}
 
 # What other tools call a setting: used to suggest our name, never accepted.
 OTHER_NAMES = {
@@ -317,6 +321,5 @@ IDLE = (
         lambda v: not (v["evaluate.json"] or v["evaluate.samples"] or v["evaluate.prompts"]),
         "evaluate.json, evaluate.samples and evaluate.prompts are off",
     ),
-    Idle(("log.plot",), lambda v: not v["log.progress"], "log.progress is off"),
     Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
 )

@@ -102,7 +102,7 @@ def run(job: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generat
     job = _without_change(job, places[0])
     with ExitStack() as opened:
         opened.callback(checkpoints.close)
-        progress = Progress(last, start, bar=experiment.log.progress, plot=experiment.log.plot, several=job.stacked)
+        progress = Progress(last, start, bar=experiment.log.progress, several=job.stacked)
         opened.callback(progress.close)
         if found:
             progress.say(f"Going on after step {start} of {last}.")
