@@ -116,4 +116,4 @@ def _versions(recorded: Mapping[str, str] | None) -> list[str]:
     if not recorded:
         recorded = {name: metadata.version(name) for name in ("jax", "flax", "optax", "transformers")}
     # A run also records the fingerprint of its data there, and where its features end.
-    return [f"{name} {version}" for name, version in recorded.items() if name not in ("data", "features")]
+    return [f"{name} {version}" for name, version in recorded.items() if name not in ("rows", "data", "features")]

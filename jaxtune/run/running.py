@@ -255,7 +255,7 @@ def json_evaluations(job: Job) -> list[Any]:
 
 
 def _write_config(job: Job, member: Member, place: Place) -> None:
-    facts = {"data": job.rows.report.fingerprint, "features": str(job.features.cut) if job.features else "none"}
+    facts = {"rows": job.rows.report.fingerprint, "features": str(job.features.cut) if job.features else "none"}
     text = json.loads(member.experiment.text) | {"versions": results.versions() | facts}
     atomic_write_text(place.folder / "config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
 

@@ -85,7 +85,10 @@ def check_workdir(
     file = workdir / "config.json"
     text = file.read_text()
     config.check_resume(config.from_json(text, str(file)), cfg)
-    before = json.loads(text).get("versions", {}).get("data")
+    versions = json.loads(text).get("versions", {})
+    before = versions.get("rows")
+    if fingerprint and before is None and "data" in versions:  # which the readers of version 0.1.0 entered into
+        print(f"The run in {workdir} was begun by an older version: whether its data is still the same is not known.")
     if (workdir / "member.json").exists() and not member:
         raise UserError(
             f"The run in {workdir} is a member of a sweep; nothing was changed. Go on with `jaxtune sweep`, or give "
