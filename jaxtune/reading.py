@@ -62,7 +62,7 @@ def parse_json(text: str | bytes, where: str, *, halves: bool = False, **hooks: 
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        line = f":{error.lineno}" if error.lineno > 1 else ""
+        line = f":{error.lineno}" if error.lineno > 1 or "\n" in error.doc.strip() else ""
         raise UserError(f"{where}{line}: not valid JSON: {error.msg}.") from None
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half a character (a lone surrogate, \\ud800 to \\udfff).") from None
