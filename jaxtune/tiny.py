@@ -1,6 +1,6 @@
-"""The tiny world: a generator of shop texts, from which the packaged base model and its tuning data are made.
+"""The packaged tiny model and its data: messages to a shop, answered with JSON.
 
-`python examples/tiny/build.py --out=DIR` writes all of it; `configs/pretrain_tiny.py` has the commands that follow.
+`python examples/tiny/build.py --out=DIR` generates the texts; `configs/pretrain_tiny.py` has the commands that follow.
 """
 
 from pathlib import Path

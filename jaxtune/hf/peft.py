@@ -492,7 +492,7 @@ def export_adapter(
         base: directory or hub id of the model that was tuned; a directory also gives the tokenizer.
         config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left
             out is read off the tree.
-        mask: as `methods.lora` returned it; says whether biases were trained, where `config` does not.
+        mask: as `jaxtune.lora` returned it; says whether biases were trained, where `config` does not.
         facts: label -> value for the model card; see `jaxtune.report.card.run_facts`.
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
