@@ -1,12 +1,13 @@
 """Parameter trees: paths, rules over paths, the three-valued mask, partition and combine.
 
 A tuning method returns `(params, mask)`: two trees of one structure, the second with a `Role` at each leaf.
-Nothing below knows which method made them.
+Nothing below knows which method made them. Where an array stood there may be a `Node`, whose class declares its fields.
 """
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -27,6 +28,75 @@ class Role(Enum):
 
 
 TRAIN, MEMBER, FROZEN = Role.TRAIN, Role.MEMBER, Role.FROZEN
+
+
+class Stored(NamedTuple):
+    """Where a field lies in a PEFT file.
+
+    Attributes:
+        key: of the tensor; "{}" stands for the module's full name: "{}.lora_A.weight".
+        axes: those of the tensor, by the letters of `Field.axes` (1: an axis of size 1): "r K".
+        table: the key in an adapter of an embedding; None: the same.
+    """
+
+    key: str
+    axes: str
+    table: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What the class of a `Node` declares of one of its fields: all that masks, counts, optimizers and files know.
+
+    Attributes:
+        role: what happens to it in training.
+        axes: its own, behind the layer axes, by letters: "K r" is a matrix, "N" a vector, "" a number for each layer.
+        parameters: that an entry stands for: 2 in a byte of 4-bit codes, 0 in what is no parameter.
+        stored: where it lies in a PEFT file; None: nowhere.
+        group: what metrics call it, where they tell it from the rest of its module: "lora_A".
+        faster: whether LoRA+ gives it the higher rate, as it does to every vector.
+    """
+
+    role: Role
+    axes: str
+    parameters: int = 1
+    stored: Stored | None = None
+    group: str = ""
+    faster: bool = False
+
+    @property
+    def ndim(self) -> int:
+        """The number of its own axes."""
+        return len(self.axes.split())
+
+
+class Node:
+    """A pytree node that stands where an array stood: a dataclass whose fields are declared (`weights.leaf`)."""
+
+    @classmethod
+    def fields(cls) -> dict[str, Field]:
+        """The fields that hold arrays, or another `Node`; None in a tree where a leaf has none of it."""
+        return {f.name: f.metadata["field"] for f in dataclasses.fields(cls) if "field" in f.metadata}
+
+    def layers_adapted(self) -> Any:
+        """An array [*L], 0 for a layer on which this node has no effect; None: it has one on all."""
+        return None
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, Node)
+
+
+def map_fields(fn: Callable[[str, Any, Field | None], Any], tree: PyTree) -> PyTree:
+    """Map `fn("a/b/c", array, field)` over the arrays of a tree; `field` is what the array is to its node, or None."""
+
+    def inside(path, leaf, field=None):
+        if not is_node(leaf):
+            return jax.tree.map(lambda x: fn(path, x, field), leaf)
+        own = {name: inside(f"{path}/{name}", getattr(leaf, name), f) for name, f in leaf.fields().items()}
+        return dataclasses.replace(leaf, **own)
+
+    return jax.tree_util.tree_map_with_path(lambda path, x: inside(path_str(path), x), tree, is_leaf=is_node)
 
 
 class Partition(NamedTuple):
@@ -128,33 +198,40 @@ class Counts(NamedTuple):
         return f"trainable params: {self.trainable:,d} || all params: {self.all:,d} || trainable%: {share:.4f}"
 
 
-_LEAF_FIELDS = {
-    *("kernel", "bias", "scale", "embedding", "w", "a", "b", "dropout"),
-    *("a0", "b0", "magnitude", "rows", "prompt"),
-    *("q", "codes", "absmax", "offset"),
-}
-
-
 def _group(path: str) -> str:
-    """A leaf's module without its depth: "segment_0/block_0/mlp/up_proj/kernel/a" -> "mlp/up_proj"."""
+    """A leaf's module without its depth: "segment_0/block_0/mlp/up_proj/kernel" -> "mlp/up_proj"."""
     parts = [p for p in path.split("/") if not re.fullmatch(r"(segment|block)_\d+", p)]
-    while len(parts) > 1 and parts[-1] in _LEAF_FIELDS:
+    while len(parts) > 1 and parts[-1] in ("kernel", "bias", "scale", "embedding", "w", "b"):
         parts.pop()
     return "/".join(parts)
 
 
-def _per_entry(path: str, leaves: dict[str, Any]) -> int:
-    """Parameters in an entry: 2 in a byte of 4-bit codes, 0 in what says how to read the codes."""
-    owner, _, field = path.rpartition("/")
-    if f"{owner}/codes" in leaves:
-        return 2 if field == "codes" else 0
-    return 0 if field == "scale" and f"{owner}/q" in leaves else 1
+class _Part(NamedTuple):
+    """An array of a tree: its path, how many parameters an entry is, and the layers that its node adapts."""
+
+    path: str
+    array: Any
+    parameters: int
+    adapted: Any
 
 
-def _adapted(scale: Any) -> float:
-    """The share of layers whose scale is not 0."""
-    known = not isinstance(scale, jax.core.Tracer | jax.ShapeDtypeStruct)
-    return float(np.mean(np.asarray(scale) != 0)) if known else 1.0
+def _parts(path: str, leaf: Any) -> Iterator[_Part]:
+    if not is_node(leaf):
+        yield _Part(path, leaf, 1, None)
+        return
+    for name, field in leaf.fields().items():
+        inner = getattr(leaf, name)
+        if is_node(inner):
+            yield from _parts(f"{path}/{name}", inner)
+        elif inner is not None:
+            yield _Part(f"{path}/{name}", inner, field.parameters, leaf.layers_adapted())
+
+
+def _share(adapted: Any) -> float:
+    """The share of layers that are adapted, as far as it is known."""
+    if adapted is None or isinstance(adapted, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return 1.0
+    return float(np.mean(np.asarray(adapted) != 0))
 
 
 def count(params: PyTree, mask: PyTree) -> Counts:
@@ -164,14 +241,16 @@ def count(params: PyTree, mask: PyTree) -> Counts:
     as long as the scales are known. A quantised matrix counts as what it stands for.
     """
     trainable, total = Counter(), Counter()
-    leaves, roles = flatten(params), flatten(mask)
-    for path, leaf in leaves.items():
-        if roles[path] is not MEMBER:
-            group, scale = _group(path), path.rpartition("/")[0] + "/scale"
-            size = leaf.size * _per_entry(path, leaves)
-            if roles[path] is TRAIN and roles.get(scale) is MEMBER:
-                size = round(size * _adapted(leaves[scale]))
-            total[group] += size
-            trainable[group] += size * (roles[path] is TRAIN)
+    roles = flatten(mask)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)[0]:
+        group = _group(path_str(path))
+        for part in _parts(path_str(path), leaf):
+            role = roles[part.path]
+            if role is not MEMBER:
+                size = part.array.size * part.parameters
+                if role is TRAIN:
+                    size = round(size * _share(part.adapted))
+                total[group] += size
+                trainable[group] += size * (role is TRAIN)
     groups = {name: (trainable[name], n) for name, n in total.items()}
     return Counts(sum(trainable.values()), sum(total.values()), groups)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 import small
 
@@ -148,7 +149,7 @@ def test_rate_and_decay_are_arrays_of_the_state():
 
 
 def test_unknown_optimizer():
-    with pytest.raises(UserError, match=r"'adam' is not supported; supported: adamw, sgd, lion"):
+    with pytest.raises(UserError, match=r"'adam' is not supported; supported: adamw, sgd, lion, muon, adafactor"):
         optimizer("adam", lr=1.0)
 
 
@@ -205,3 +206,68 @@ def test_vectors_are_not_decayed():
     mask = decay_mask({"q": {"kernel": weight}, "k": {"kernel": Ia3Weight(None, None, out=jnp.ones((2, 3)))}})
     assert jax.tree.leaves(mask["q"]) == [True, True, False]
     assert jax.tree.leaves(mask["k"]) == [False]
+
+
+# --- by matrix
+
+
+def stacked_params(rng):
+    """Two layers: a matrix, its LoRA factors, norms; and a table of its own."""
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    return {
+        "segment_0": {
+            "up": {"kernel": draw(2, 6, 4)},
+            "down": {"kernel": LoraWeight(None, draw(2, 4, 3), draw(2, 3, 6), None)},
+            "norm": {"scale": draw(2, 6)},
+        },
+        "embed_tokens": {"embedding": draw(7, 6)},
+    }
+
+
+def two_steps(tx, params, grads):
+    state = tx.init(params)
+    for grad in grads:
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_an_optimizer_by_matrix_sees_each_layer_alone(name):
+    """A stack is updated as its layers would be, each in a tree of its own: no layer axis is taken for a matrix's."""
+    rng = np.random.default_rng(3)
+    params, grads = stacked_params(rng), [stacked_params(rng) for _ in range(2)]
+    tx = optimizer(name, lr=0.1, weight_decay=0.1)
+    got = jax.jit(lambda p, g: two_steps(tx, p, g))(params, grads)["segment_0"]
+    for layer in (0, 1):
+        alone = jax.tree.map(lambda x, layer=layer: x[layer], (params["segment_0"], [g["segment_0"] for g in grads]))
+        want = jax.jit(lambda p, g: two_steps(tx, p, g))(*alone)
+        assert small.apart(jax.tree.map(lambda x, layer=layer: x[layer], got), want) < 1e-5
+
+
+def test_muon_is_that_of_optax():
+    """Of one matrix and one vector, whose updates optax scales and gives Adam's."""
+    rng = np.random.default_rng(4)
+    params, *grads = [
+        {"kernel": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32), "bias": jnp.asarray(rng.standard_normal(4))}
+        for _ in range(3)
+    ]
+    ours = two_steps(optimizer("muon", lr=0.1), params, grads)
+    theirs = two_steps(optax.contrib.muon(0.1, consistent_rms=0.2, nesterov=True, adam_b2=0.999), params, grads)
+    assert small.apart(ours["kernel"], theirs["kernel"]) < 1e-5
+    adam = two_steps(optax.adam(0.1), params, grads)
+    assert small.apart(ours["bias"], adam["bias"]) < 1e-5
+
+
+def test_adafactor_is_that_of_optax():
+    rng = np.random.default_rng(5)
+    params, *grads = [{"kernel": jnp.asarray(rng.standard_normal((130, 129)), jnp.float32)} for _ in range(3)]
+    theirs = two_steps(optax.adafactor(0.1, multiply_by_parameter_scale=False), params, grads)
+    assert small.apart(two_steps(optimizer("adafactor", lr=0.1), params, grads), theirs) < 1e-5
+    held = jax.tree.leaves(optimizer("adafactor", lr=0.1).init(params))
+    assert sum(x.size for x in held) < 2000  # rows and columns, not 16,770 entries
+
+
+def test_a_setting_of_no_optimizer_is_refused():
+    with pytest.raises(UserError, match=r"'beta1' is a setting of no optimizer.* Known: b1, b2, eps, momentum"):
+        optimizer("adamw", lr=1.0, beta1=0.9)

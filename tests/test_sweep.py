@@ -692,13 +692,10 @@ def test_a_directory_that_is_no_sweep_is_left_alone(run, tmp_path):
     assert "holds no sweep" in err
 
 
-def test_optimizers_that_mix_entries_keep_ranks_apart(home, monkeypatch):  # noqa: F811
-    from jaxtune.train import optim
-
-    cfgs = [config(home, {"tune.lora.r": r}) for r in (2, 4)]
-    assert points.signature(cfgs[0]) == points.signature(cfgs[1])
-    monkeypatch.setattr(optim, "ELEMENTWISE", frozenset())
-    assert points.signature(cfgs[0]) != points.signature(cfgs[1])
+@pytest.mark.parametrize(("name", "together"), [("adamw", True), ("muon", False), ("adafactor", False)])
+def test_optimizers_that_mix_entries_keep_ranks_apart(home, name, together):  # noqa: F811
+    cfgs = [config(home, {"tune.lora.r": r, "optim.name": name}) for r in (2, 4)]
+    assert (points.signature(cfgs[0]) == points.signature(cfgs[1])) == together
 
 
 def test_points_have_names_that_a_file_system_takes():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 import small
@@ -204,7 +205,8 @@ def test_every_trainable_leaf_has_a_group():
         "head": {"head", "norms"},
     }.items():
         part, _ = small.tuned(method)
-        assert {watch.group(path) for path in tree.flatten(part.trainable)} == want
+        found = tree.map_fields(lambda path, array, field: watch.group(path, field), part.trainable)
+        assert set(jax.tree.leaves(found)) == want
 
 
 def test_findings_survive_a_kill_and_are_said_once(tmp_path):

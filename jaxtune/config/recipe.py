@@ -22,6 +22,7 @@ from jaxtune.models import names
 from jaxtune.objectives.task import BatchShape, Task, open_task
 from jaxtune.run.experiment import Base, Experiment
 from jaxtune.train import optim
+from jaxtune.train.optimizers import SETTINGS
 from jaxtune.train.recipe import Recipe
 
 DEFAULT_LENGTH = 1024  # of data.max_length, where the model's own limit is higher
@@ -62,11 +63,8 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
             lr=o.lr,
             weight_decay=o.weight_decay,
             grad_clip=o.grad_clip,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            momentum=o.momentum,
             loraplus_lr_ratio=o.loraplus_lr_ratio,
+            **{name: o[name] for name in SETTINGS},
         ),
         schedule=partial(optim.schedule, o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio),
         batch=BatchShape(t.batch_size // t.grad_accum, length, t.grad_accum, cfg.data.packing),

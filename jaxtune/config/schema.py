@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.objectives.task import TASKS, unread
+from jaxtune.train import optimizers
 
 
 class Range(NamedTuple):
@@ -86,6 +87,14 @@ METHODS = (*ADAPTERS, "full", "head", "bitfit", "norms", "embeddings", "last_n",
 AUTO = ("auto", "on", "off")
 FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text")
 
+
+def _of(setting: str, words: str) -> str:
+    """What a setting of some optimizers is, and of which."""
+    found = optimizers.defaults(setting)
+    shown = [name if len(set(found.values())) == 1 else f"{name} {default:g}" for name, default in found.items()]
+    return f"{words} ({', '.join(shown)})"
+
+
 SETTINGS = (
     Setting("model.path", Path, None, "Hugging Face directory or hub id (required)"),
     Setting("model.init", str, "pretrained", "random: only config and tokenizer are read", ("pretrained", "random")),
@@ -153,7 +162,7 @@ SETTINGS = (
     Setting("objective.pooling", str, "auto", "from tokens to a text; auto: the family's", POOLINGS),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
     #
-    Setting("optim.name", str, "adamw", "the optimizer", ("adamw", "sgd", "lion")),
+    Setting("optim.name", str, "adamw", "the optimizer", tuple(optimizers.OPTIMIZERS)),
     Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
     Setting(
         "optim.loraplus_lr_ratio", float, 1.0, "LoRA+: the rate of B and of vectors is this times lr", range=POSITIVE
@@ -163,10 +172,10 @@ SETTINGS = (
     Setting("optim.min_lr_ratio", float, 0.0, "where the schedule ends, as a share of lr", range=UP_TO_1),
     Setting("optim.weight_decay", float, 0.0, "decoupled, on matrices only", range=NOT_NEGATIVE),
     Setting("optim.grad_clip", float, 1.0, "largest global norm of the gradient; 0: off", range=NOT_NEGATIVE),
-    Setting("optim.b1", float, 0.9, "decay of the first moment (adamw, lion)", range=BELOW_1),
-    Setting("optim.b2", float, 0.999, "decay of the second moment (adamw, lion)", range=BELOW_1),
-    Setting("optim.eps", float, 1e-8, "added to the root of the second moment (adamw)", range=POSITIVE),
-    Setting("optim.momentum", float, 0.9, "decay of the velocity (sgd)", range=BELOW_1),
+    Setting("optim.b1", float, 0.9, _of("b1", "decay of the first moment"), range=BELOW_1),
+    Setting("optim.b2", float, 0.999, _of("b2", "decay of the second moment"), range=BELOW_1),
+    Setting("optim.eps", float, 1e-8, _of("eps", "added before a division"), range=POSITIVE),
+    Setting("optim.momentum", float, None, _of("momentum", "decay of the velocity"), range=BELOW_1),
     #
     Setting("train.steps", int, None, "optimizer steps; this or epochs", range=AT_LEAST_1),
     Setting("train.epochs", float, None, "passes over data.train; default: 1", range=POSITIVE),
@@ -240,6 +249,7 @@ DEFAULT_LR = {
 DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "model.tokenizer": lambda values: values["model.path"],
     "optim.lr": lambda values: DEFAULT_LR[values["tune.method"]],
+    "optim.momentum": lambda values: optimizers.defaults("momentum").get(values["optim.name"], 0.9),
     "train.epochs": lambda values: 1.0 if values["train.steps"] is None else None,
     "train.micro_batch": lambda values: values["train.batch_size"] // (values["train.grad_accum"] or 1),
     "train.grad_accum": lambda values: (
@@ -287,9 +297,12 @@ IDLE = (
         for name in ("lora", "ia3", "prompt_tuning", "last_n", "regex")
     ),
     Idle(("optim.loraplus_lr_ratio",), lambda v: v["tune.method"] != "lora", "tune.method is {tune.method}"),
-    Idle(("optim.b1", "optim.b2"), lambda v: v["optim.name"] == "sgd", "optim.name is sgd"),
-    Idle(("optim.eps",), lambda v: v["optim.name"] != "adamw", "optim.name is {optim.name}"),
-    Idle(("optim.momentum",), lambda v: v["optim.name"] != "sgd", "optim.name is {optim.name}, not sgd"),
+    *(
+        Idle(
+            (f"optim.{s}",), lambda v, s=s: v["optim.name"] not in optimizers.defaults(s), "optim.name is {optim.name}"
+        )
+        for s in optimizers.SETTINGS
+    ),
     Idle(("optim.min_lr_ratio",), lambda v: v["optim.schedule"] == "constant", "optim.schedule is constant"),
     Idle(("data.group_by_length",), lambda v: v["data.packing"], "data.packing leaves nothing to pad"),
     Idle(("data.eval_fraction",), lambda v: v["data.eval"], "data.eval names the held-out data"),

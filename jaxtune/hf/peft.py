@@ -25,31 +25,27 @@ from jaxtune.hf import tensors
 from jaxtune.hf.card import model_card
 from jaxtune.hf.export import copy_tokenizer, has_tokenizer, public_name
 from jaxtune.hf.peft_config import (
-    ATTACHED,
     DEFAULTS,
     IA3_DEFAULTS,
+    KINDS,
     PROMPT_DEFAULTS,
     chosen_by,
     complete,
-    matching,
+    is_adapted,
     read_adapter_config,
-    scale_of,
     token_ids,
     tree_factors,
     unsupported,
 )
 from jaxtune.hf.stops import stop_ids, write_generation_config
-from jaxtune.methods.adapters import attach, ia3, prompt_tuning, untied_for
 from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places, renamed
-from jaxtune.methods.vocabulary import resize, untie
+from jaxtune.methods.vocabulary import resize
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
 from jaxtune.weights.leaf import (
     Adapter,
     DoraWeight,
-    Ia3Weight,
     LoraWeight,
-    PromptWeight,
     TokensWeight,
     map_paths,
     map_weights,
@@ -69,8 +65,6 @@ __all__ = [
 ]
 
 _PREFIX = "base_model.model."
-_LORA = (("a", "lora_A.weight"), ("b", "lora_B.weight"), ("magnitude", "lora_magnitude_vector"))
-_LORA_TABLE = (("a", "lora_embedding_A"), ("b", "lora_embedding_B"), ("magnitude", "lora_magnitude_vector"))
 
 
 # ---------------------------------------------------------------------------------------------------- where tensors lie
@@ -91,7 +85,7 @@ _TABLES = ("", ".base_layer", ".token_adapter.base_layer")  # where peft puts a 
 
 
 def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool = False) -> dict[str, Spot]:
-    """Every tensor that peft stores for a tree of `_attach`, by its key in the file.
+    """Every tensor that peft stores for a tree with adapters, by its key in the file.
 
     Of a model whose table `resize` gave new rows, the tables too.
 
@@ -102,23 +96,9 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
     chosen = chosen_by(config, places(params, module))
     spots = {}
     for place in places(params, module):
-        leaf, stem = leaves[place.path], f"{_PREFIX}{place.name}"
-        k, n = plain(leaf).shape[-2:]
-        if isinstance(leaf, PromptWeight):
-            spots["prompt_embeddings"] = Spot(place.path, None, "prompt", leaf.prompt.shape, turn=False)
-        elif isinstance(leaf, TokensWeight):
-            key = f"{stem}.token_adapter.trainable_tokens_delta"
-            spots[key] = Spot(place.path, None, "rows", leaf.rows.shape, turn=False)
-        elif isinstance(leaf, Ia3Weight) and scale_of(leaf, place):
-            field, shape = ("inp", (1, k)) if leaf.out is None else ("out", (n, 1))
-            spots[f"{stem}.ia3_l"] = Spot(place.path, place.index, field, shape)
-        elif place in chosen:
-            rank = chosen[place].rank
-            shapes = {"a": (rank, k), "b": (n, rank), "magnitude": (n,)}
-            for field, name in _LORA_TABLE if place.path.endswith("embedding") else _LORA:
-                if field != "magnitude" or isinstance(leaf, DoraWeight):
-                    spots[f"{stem}.{name}"] = Spot(place.path, place.index, field, shapes[field])
-    bias, saved = config.get("bias", "none"), config["modules_to_save"]
+        if isinstance(leaves[place.path], Adapter) and is_adapted(leaves[place.path], place):
+            spots |= _adapter_spots(leaves[place.path], place, chosen[place].rank if place in chosen else None)
+    bias, saved = config.get("bias", "none"), config.get("modules_to_save")
     names = {place.name for place in chosen}
     for t in models.names(module).tensors(module.spec, set(leaves)):
         shape = _hf_shape(t, leaves[t.path])
@@ -133,6 +113,23 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
             spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
         elif t.path.endswith("/bias") and bias == "all":
             spots[f"{_PREFIX}{t.name}"] = Spot(t.path, t.index, "", shape)
+    return spots
+
+
+def _adapter_spots(leaf: Adapter, place: Place, rank: int | None) -> dict[str, Spot]:
+    """The tensors of one module's adapter, as its class declares them; `rank` cuts off what fills up a stack."""
+    k, n = plain(leaf).shape[-2:]
+    spots = {}
+    for name, field in leaf.fields().items():
+        array, stored = getattr(leaf, name), field.stored
+        if stored is None or array is None:
+            continue
+        own, axes = field.axes.split(), stored.axes.split()
+        sizes = dict(zip(own, array.shape[array.ndim - len(own) :])) | {"K": k, "N": n, "1": 1}
+        sizes |= {} if rank is None else {"r": rank}
+        key = stored.key if place.linear or stored.table is None else stored.table
+        shape, turn = tuple(sizes[axis] for axis in axes), len(own) == 2 and axes == own[::-1]
+        spots[key.format(f"{_PREFIX}{place.name}")] = Spot(place.path, place.index, name, shape, turn)
     return spots
 
 
@@ -183,7 +180,7 @@ def load_adapter(
         config = renamed(config, places(params, module))
     if not refused:
         try:
-            params, mask = _attach(module, params, config)
+            params, mask = KINDS[config["peft_type"]].attach(_as_loaded(module), params, config)
         except UserError as error:
             refused.append(f"wrong base   {error}")
     if refused:
@@ -297,28 +294,11 @@ def grown_for(folder: Path, module: Any, params: Any) -> tuple[Any, Any]:
     return resize(module, params, rows) if rows > module.spec.vocab else (module, params)
 
 
-def _attach(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The tree that a config describes, with fresh values: `(params, mask)`."""
-    if getattr(module.spec, "new_tokens", 0):  # the adapter has been trained; what it trained is its own matter
-        module = module.clone(spec=dataclasses.replace(module.spec, new_tokens=0))
-    if config["peft_type"] == "LORA":
-        params = untied_for(config["target_modules"], params, module)
-    candidates = places(params, module)
-    if config["peft_type"] == "PROMPT_TUNING":
-        return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
-    if config["peft_type"] == "IA3":
-        return ia3(
-            params,
-            matching(config["target_modules"], candidates),
-            config["feedforward_modules"] or (),
-            config["exclude_modules"],
-            module=module,
-        )
-    whole = untie(params) if hasattr(module, "head") else params
-    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
-    saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
-    settings = {k: config[k] for k in ATTACHED} | {"modules_to_save": saved}
-    return attach(params, jax.random.key(0), chosen_by(config, candidates), module=module, **settings)
+def _as_loaded(module: Any) -> Any:
+    """The module, whose new tokens were the matter of whoever trained the adapter."""
+    if not getattr(module.spec, "new_tokens", 0):
+        return module
+    return module.clone(spec=dataclasses.replace(module.spec, new_tokens=0))
 
 
 def _beyond(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry]) -> list[str]:

@@ -3,15 +3,17 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
+from jaxtune.methods.adapters import attach, ia3, prompt_tuning, untied_for
 from jaxtune.methods.places import (
     Factors,
     Place,
@@ -23,8 +25,10 @@ from jaxtune.methods.places import (
     places,
     renamed,
 )
+from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import TRAIN, flatten
 from jaxtune.weights.leaf import (
+    Adapter,
     DoraWeight,
     Ia3Weight,
     LoraWeight,
@@ -112,7 +116,6 @@ PROMPT_DEFAULTS: dict[str, Any] = {
     "tokenizer_kwargs": None,
     "tokenizer_name_or_path": None,
 }
-ALL_DEFAULTS = {"LORA": DEFAULTS, "IA3": IA3_DEFAULTS, "PROMPT_TUNING": PROMPT_DEFAULTS}
 
 # Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
 ATTACHED = ("lora_dropout", "bias", "use_dora", "modules_to_save", "trainable_token_indices")
@@ -147,21 +150,23 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     config = tensors.read_json(file)
     kind = config.get("peft_type", "LORA")
     if not isinstance(kind, str):
-        raise UserError(f"{file}: peft_type={kind!r}, expected one of {', '.join(ALL_DEFAULTS)}.")
+        raise UserError(f"{file}: peft_type={kind!r}, expected one of {', '.join(KINDS)}.")
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str | None):
         raise UserError(f"{file}: base_model_name_or_path={named!r}, expected a directory or a hub id.")
-    defaults = ALL_DEFAULTS.get(kind, DEFAULTS)
+    defaults = KINDS[kind].defaults if kind in KINDS else DEFAULTS
     return defaults | {k: v for k, v in config.items() if not (v is None and defaults.get(k) is not None)}
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
     """One line for each setting that would make another model than we compute."""
-    lines = []
-    if config["peft_type"] not in ALL_DEFAULTS:
-        lines.append(f"unsupported  peft_type={config['peft_type']!r}: only {', '.join(ALL_DEFAULTS)} are")
+    lines, followed = [], _FOLLOWED
+    if config["peft_type"] in KINDS:
+        followed = _FOLLOWED | KINDS[config["peft_type"]].followed
+    else:
+        lines.append(f"unsupported  peft_type={config['peft_type']!r}: only {', '.join(KINDS)} are")
     for key, value in config.items():
-        if key not in _FOLLOWED | _INERT and value not in (None, False, 0, [], {}):
+        if key not in followed | _INERT and value not in (None, False, 0, [], {}):
             lines.append(f"unsupported  {key}={value!r}")
     if not any(config.get("init_lora_weights", True) == init for init in _HARMLESS_INITS):
         init = config["init_lora_weights"]
@@ -169,7 +174,7 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
             f"unsupported  init_lora_weights={init!r} changes the base; save the adapter with peft's "
             "path_initial_model_for_weight_conversion"
         )
-    if config["peft_type"] != "LORA" and config["modules_to_save"]:
+    if config["peft_type"] != "LORA" and config.get("modules_to_save"):
         lines.append(
             f"unsupported  modules_to_save={config['modules_to_save']!r} with peft_type={config['peft_type']!r}"
         )
@@ -258,11 +263,11 @@ def complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> d
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in renamed(given, places(params, module)).items()}
     if given.get("target_modules") == "all-linear":
         given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
-    kinds = {LoraWeight: _lora_config, Ia3Weight: _ia3_config, PromptWeight: _prompt_config}
     leaves = weights_by_path(params).values()
-    for kind, config in kinds.items():
-        if any(isinstance(leaf, kind) for leaf in leaves):
-            return config(module, params, mask, given)
+    for name, kind in KINDS.items():
+        if any(isinstance(leaf, kind.leaf) for leaf in leaves):
+            own = {"peft_type": name, "inference_mode": True}
+            return kind.defaults | kind.describe(module, params, mask, given) | own
     raise ValueError("The parameters hold no adapters; write them with export_model.")
 
 
@@ -275,7 +280,7 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
     alpha, alpha_pattern = _majority(alphas)
     saved = _trained_modules(module, params, mask)
     tokens = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
-    config = DEFAULTS | {
+    config = {
         "r": r,
         "rank_pattern": rank_pattern,
         "lora_alpha": alpha,
@@ -299,24 +304,24 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
         given["modules_to_save"] = [*head, *saved]
     if given.get("init_lora_weights") == "default":
         given["init_lora_weights"] = True
-    return config | given | {"peft_type": "LORA", "inference_mode": True}
+    return config | given
 
 
 def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
     leaves, every = weights_by_path(params), places(params, module)
-    found = [p for p in every if isinstance(leaf := leaves[p.path], Ia3Weight) and scale_of(leaf, p)]
+    found = [p for p in every if isinstance(leaf := leaves[p.path], Ia3Weight) and is_adapted(leaf, p)]
     inputs = [p for p in found if leaves[p.path].inp is not None]
-    config = IA3_DEFAULTS | {
+    config = {
         "target_modules": _shortest([p.name for p in found], [p.name for p in every]),
         "feedforward_modules": _shortest([p.name for p in inputs], [p.name for p in every]),
         "fan_in_fan_out": models.names(module).conv1d,
     }
-    return config | given | {"peft_type": "IA3", "inference_mode": True}
+    return config | given
 
 
 def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
     count, width = next(w for w in weights_by_path(params).values() if isinstance(w, PromptWeight)).prompt.shape
-    config = PROMPT_DEFAULTS | {
+    config = {
         "num_virtual_tokens": count,
         "token_dim": width,
         "num_transformer_submodules": 1,
@@ -324,7 +329,7 @@ def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -
         "num_layers": module.spec.layers,
     }
     given.pop("init", None)  # how the prompt began
-    return config | given | {"peft_type": "PROMPT_TUNING", "inference_mode": True}
+    return config | given
 
 
 def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
@@ -343,6 +348,12 @@ def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
 def scale_of(leaf: Any, place: Place) -> float:
     """The scale of one module in its leaf; 0 where it is not adapted."""
     return float(np.asarray(leaf.scale)[() if place.index is None else place.index])
+
+
+def is_adapted(leaf: Adapter, place: Place) -> bool:
+    """Whether an adapter has an effect on one module of its stack."""
+    layers = leaf.layers_adapted()
+    return layers is None or bool(np.asarray(layers)[() if place.index is None else place.index])
 
 
 def trained_head(module: Any, params: Any, mask: Any) -> list[str]:
@@ -419,3 +430,50 @@ def _round(x: float) -> float | int:
     """Undo float32: 15.9999996 -> 16."""
     x = float(f"{x:.6g}")
     return int(x) if x.is_integer() else x
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    params = untied_for(config["target_modules"], params, module)
+    whole = untie(params) if hasattr(module, "head") else params
+    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
+    saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
+    settings = {k: config[k] for k in ATTACHED} | {"modules_to_save": saved}
+    chosen = chosen_by(config, places(params, module))
+    return attach(params, jax.random.key(0), chosen, module=module, **settings)
+
+
+def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    targets = matching(config["target_modules"], places(params, module))
+    return ia3(params, targets, config["feedforward_modules"] or (), config["exclude_modules"], module=module)
+
+
+def _attach_prompt(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
+
+
+class Kind(NamedTuple):
+    """A row: one `peft_type`. What of its leaf lies where in the file is declared by the leaf's class.
+
+    Attributes:
+        leaf: the class.
+        defaults: of adapter_config.json.
+        describe: (module, params, mask, settings given) -> the config of a tree, as far as it is not the defaults.
+        attach: (module, params, config) -> (params, mask), with fresh values.
+        followed: settings beside those of all types that are followed; the others must be off.
+    """
+
+    leaf: type[Adapter]
+    defaults: Mapping[str, Any]
+    describe: Callable[[Any, Any, Any, dict[str, Any]], dict[str, Any]]
+    attach: Callable[[Any, Any, Mapping[str, Any]], tuple[Any, Any]]
+    followed: frozenset[str] = frozenset()
+
+
+KINDS: dict[str, Kind] = {
+    "LORA": Kind(LoraWeight, DEFAULTS, _lora_config, _attach_lora),
+    "IA3": Kind(Ia3Weight, IA3_DEFAULTS, _ia3_config, _attach_ia3),
+    "PROMPT_TUNING": Kind(PromptWeight, PROMPT_DEFAULTS, _prompt_config, _attach_prompt),
+}

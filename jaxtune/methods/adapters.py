@@ -32,9 +32,10 @@ from jaxtune.methods.places import (
 )
 from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
-from jaxtune.tree import FROZEN, MEMBER, TRAIN, PyTree, filled
+from jaxtune.tree import FROZEN, TRAIN, PyTree, filled
 from jaxtune.weights.foreign import Layout, matrices
 from jaxtune.weights.leaf import (
+    Adapter,
     DoraWeight,
     Ia3Weight,
     LoraWeight,
@@ -42,6 +43,7 @@ from jaxtune.weights.leaf import (
     TokensWeight,
     column_norm,
     map_paths,
+    map_weights,
     masters,
     merge_leaf,
     plain,
@@ -193,12 +195,8 @@ def attach(
         return _lora_leaf(key, path, leaf, factors, lora_dropout, use_dora, init_lora_weights)
 
     def role(path, leaf):
-        if path == table:
-            return TokensWeight(filled(leaf, FROZEN), TRAIN, tuple(trainable_token_indices))
-        if path in rows:
-            start = MEMBER if init_lora_weights == "pissa" else None
-            fields = (filled(leaf, FROZEN), TRAIN, TRAIN, MEMBER, MEMBER if lora_dropout else None, start, start)
-            return DoraWeight(*fields, TRAIN) if use_dora else LoraWeight(*fields)
+        if path == table or path in rows:
+            return leaf.mask()
         if path in saved:
             return filled(leaf, TRAIN)
         own = is_bias(path) and owner(path) in beside
@@ -207,8 +205,8 @@ def attach(
         trained = own or (is_bias(path) and bias == "all") or (labelled and in_label_head(path))
         return filled(leaf, TRAIN if trained else FROZEN)
 
-    new, mask = map_paths(adapt, params), map_paths(role, params)
-    new, mask = masters(new, mask)
+    new = map_paths(adapt, params)
+    new, mask = masters(new, map_paths(role, new))
     return restore(new), restore(mask)
 
 
@@ -386,16 +384,14 @@ def ia3(
             return Ia3Weight(leaf, scale, inp=jnp.ones((*axes, k)))
         return Ia3Weight(leaf, scale, out=jnp.ones((*axes, n)), bias=leaves.get(re.sub(r"[^/]+$", "bias", path)))
 
-    def role(path, leaf):
-        if not isinstance(leaf, Ia3Weight):
-            return filled(leaf, FROZEN)
-        # The bias is the module's own: it is counted and frozen there.
-        roles = {"scale": MEMBER, "out": TRAIN, "inp": TRAIN, "bias": MEMBER}
-        there = {name: role for name, role in roles.items() if getattr(leaf, name) is not None}
-        return Ia3Weight(filled(leaf.w, FROZEN), **there)
+    return with_new_tokens(adapters_only(map_paths(adapt, params)), module)
 
-    new = map_paths(adapt, params)
-    return with_new_tokens(masters(new, map_paths(role, new)), module)
+
+def adapters_only(params: PyTree) -> tuple[PyTree, PyTree]:
+    """`(params, mask)` of a tree in which what its adapters train is all that is."""
+    return masters(
+        params, map_weights(lambda leaf: leaf.mask() if isinstance(leaf, Adapter) else filled(leaf, FROZEN), params)
+    )
 
 
 def ia3_settings(
@@ -461,9 +457,7 @@ def prompt_tuning(
     else:
         raise UserError(f"init={init!r} is not one of 'vocab', 'random'.")
     new = {**params, "embed_tokens": {"embedding": PromptWeight(table, prompt)}}
-    mask = filled(params, FROZEN)
-    mask = {**mask, "embed_tokens": {"embedding": PromptWeight(filled(table, FROZEN), TRAIN)}}
-    return with_new_tokens(masters(new, mask), module)
+    return with_new_tokens(adapters_only(new), module)
 
 
 def virtual_ids(module: Any, settings: Mapping[str, Any]) -> list[int]:

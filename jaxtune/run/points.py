@@ -15,7 +15,7 @@ from jaxtune import config
 from jaxtune.errors import UserError
 from jaxtune.reading import parse_json
 from jaxtune.report import sweep_table
-from jaxtune.train import optim
+from jaxtune.train.optimizers import OPTIMIZERS
 
 # What differs between the members of one compiled step: values in their states, never the program.
 IN_STEP = (
@@ -191,7 +191,7 @@ def signature(cfg: Any) -> str:
     apart = set(IN_STEP)
     if cfg.model.init == "random" or (cfg.data.packing and cfg.data.weights and not cfg.train.steps):
         apart.discard("train.seed")  # another base, or another number of steps
-    if cfg.optim.name not in optim.ELEMENTWISE:
+    if not OPTIMIZERS[cfg.optim.name].elementwise:
         apart.discard("tune.lora.r")
     for path in apart:
         section, _, key = path.rpartition(".")

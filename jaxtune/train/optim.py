@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune.errors import UserError
-from jaxtune.tree import path_str
-
-# Optimizers whose update of an entry depends on that entry alone (but for clipping): zeros that pad a factor stay zero.
-ELEMENTWISE = frozenset(["adamw", "sgd", "lion"])
+from jaxtune.errors import UserError, nearest
+from jaxtune.train.optimizers import OPTIMIZERS, SETTINGS
+from jaxtune.tree import Field, map_fields
 
 
 def schedule(
@@ -44,27 +42,72 @@ def schedule(
     return shape
 
 
-# Vectors, which may be stacked to matrices: fields of adapters (DoRA's magnitudes, (IA)^3's scales), norms and biases.
-_VECTORS = [jax.tree_util.GetAttrKey(name) for name in ("magnitude", "out", "inp")]
-
-
-def _is_matrix(path: Any, leaf: Any) -> bool:
-    return leaf.ndim >= 2 and path[-1] not in _VECTORS and not re.search(r"(^|/)(scale|bias)(/value)?$", path_str(path))
+def _is_matrix(path: str, array: Any, field: Field | None) -> bool:
+    """Vectors may be stacked to matrices: norms and biases, and what a leaf declares to be one."""
+    if field is not None:
+        return field.ndim >= 2
+    return array.ndim >= 2 and not re.search(r"(^|/)(scale|bias)(/value)?$", path)
 
 
 def decay_mask(params: Any) -> Any:
     """True for matrices (LoRA factors too); norms and biases, stacked or not, are not decayed."""
-    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+    return map_fields(_is_matrix, params)
 
 
 def _faster(params: Any) -> Any:
     """True for LoRA's `b` and for vectors, as peft's create_loraplus_optimizer has it; not for an embedding's `b`."""
-    b, table = jax.tree_util.GetAttrKey("b"), jax.tree_util.DictKey("embedding")
 
-    def faster(path, leaf):
-        return (path[-1] == b and table not in path) or not _is_matrix(path, leaf)
+    def faster(path, array, field):
+        table = re.search(r"(^|/)embedding(/|$)", path)
+        return (field is not None and field.faster and not table) or not _is_matrix(path, array, field)
 
-    return jax.tree_util.tree_map_with_path(faster, params)
+    return map_fields(faster, params)
+
+
+def by_matrix(
+    matrix: optax.GradientTransformation, vector: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Apply one transformation to every matrix of a tree and another to every vector, vmapped over their layer axes.
+
+    A matrix is the last two axes of an array [*L, K, N], a vector the last of a stack of norms, biases or a leaf's
+    vectors [*L, N].
+    """
+
+    def parts(tree):
+        """(transformation, number of layer axes) of each array, in the tree's order."""
+        found = []
+
+        def see(path, array, field):
+            is_matrix = _is_matrix(path, array, field)
+            own = min(array.ndim, (1 + is_matrix) if field is None else field.ndim)
+            found.append((matrix if is_matrix else vector, array.ndim - own))
+            return 0
+
+        map_fields(see, tree)
+        return found
+
+    def over_layers(fn, axes):
+        for _ in range(axes):
+            fn = jax.vmap(fn)
+        return fn
+
+    def init(params):
+        leaves, structure = jax.tree.flatten(params)
+        states = [over_layers(tx.init, n)(leaf) for (tx, n), leaf in zip(parts(params), leaves, strict=True)]
+        return jax.tree.unflatten(structure, states)
+
+    def update(updates, state, params=None):
+        leaves, structure = jax.tree.flatten(updates)
+        held = leaves if params is None else structure.flatten_up_to(params)
+        done = [
+            over_layers(tx.update, n)(leaf, own, weight)
+            for (tx, n), leaf, own, weight in zip(
+                parts(updates), leaves, structure.flatten_up_to(state), held, strict=True
+            )
+        ]
+        return tuple(jax.tree.unflatten(structure, half) for half in zip(*done))
+
+    return optax.GradientTransformation(init, update)
 
 
 def optimizer(
@@ -74,38 +117,40 @@ def optimizer(
     shape: Callable[[Any], Any] = lambda step: 1.0,
     weight_decay: float = 0.0,
     grad_clip: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    momentum: float = 0.9,
     loraplus_lr_ratio: float = 1.0,
+    **settings: float | None,
 ) -> optax.GradientTransformation:
     """Return an optax transformation; `lr`, `weight_decay`, `loraplus_lr_ratio` live in `opt_state.hyperparams`.
 
     Args:
-        name: "adamw" (Loshchilov & Hutter 2019), "sgd" with Nesterov-free momentum, or "lion" (Chen et al. 2023).
+        name: a row of `optimizers.OPTIMIZERS`.
         lr: the peak rate, multiplied by `shape(step)`.
         weight_decay: decoupled, on matrices only.
         grad_clip: largest global norm of the gradient; 0: no clipping.
         loraplus_lr_ratio: the rate of LoRA's `b` is this times `lr` (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and
             that of vectors that are trained beside it (as in peft: magnitudes, biases, norms). An embedding, whose `b`
             is the factor that is random at first, is left out.
+        settings: b1, b2, eps, momentum; None: the row's default. Those of other rows are passed over.
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or a setting that no optimizer has.
     """
-    directions = {
-        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
-        "sgd": lambda: optax.trace(momentum) if momentum else optax.identity(),
-        "lion": lambda: optax.scale_by_lion(b1, b2),
-    }
-    if name not in directions:
-        raise UserError(f"optim.name={name!r} is not supported; supported: {', '.join(directions)}.")
+    if name not in OPTIMIZERS:
+        raise UserError(f"optim.name={name!r} is not supported; supported: {', '.join(OPTIMIZERS)}.")
+    if lost := sorted(settings.keys() - set(SETTINGS)):
+        hint = f"{nearest(lost[0], SETTINGS)} Known: {', '.join(SETTINGS)}."
+        raise UserError(f"optimizer: {lost[0]!r} is a setting of no optimizer.{hint}")
+    row = OPTIMIZERS[name]
+    own = {key: default if settings.get(key) is None else settings[key] for key, default in row.settings.items()}
+
+    def direction():
+        tx = row.build(**own)
+        return by_matrix(tx, tx if row.vector is None else row.vector()) if row.by_matrix else tx
 
     def build(lr, weight_decay, loraplus_lr_ratio):
         return optax.chain(
             optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
-            directions[name](),
+            direction(),
             optax.add_decayed_weights(weight_decay, mask=decay_mask),
             optax.scale_by_schedule(shape),
             optax.masked(optax.scale(loraplus_lr_ratio), _faster),

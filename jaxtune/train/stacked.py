@@ -4,7 +4,7 @@
 
 What differs between members is an array in the state, so one executable serves all. Members of different LoRA ranks are
 padded with zeros to the largest: zero rows of `a` and `b` get zero gradients, and stay zero under any optimizer that
-works entry by entry (`optim.ELEMENTWISE`).
+works entry by entry (`Optimizer.elementwise`).
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def make_sweep_step(
     mesh: Mesh | None = None,
     *,
     shared_batch: bool = True,
-    group: Callable[[str], str] | None = None,
+    group: Callable[..., str] | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Return `step(state, frozen, batch) -> (state, metrics)` over a stacked state; metrics are f32[K].
 

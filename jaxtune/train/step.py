@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.train.parallel import DATA
-from jaxtune.tree import PyTree, combine, flatten
+from jaxtune.tree import Field, PyTree, combine, map_fields
 
 LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]]
 
@@ -73,7 +73,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     mesh: Mesh | None = None,
     *,
-    group: Callable[[str], str] | None = None,
+    group: Callable[[str, Field | None], str] | None = None,
     jit: bool = True,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`.
@@ -82,8 +82,9 @@ def make_train_step(
     grad_norm (before clipping). `jit=False` leaves compilation to the caller, who may `vmap` over the state first.
 
     Args:
-        group: path of a trainable leaf -> group; then `metrics` also hold grad_norm/GROUP (before clipping), and
-            update_ratio/GROUP: the norm of the step's update over that of the weights it gives.
+        group: (path of a trainable array, what it is to its leaf) -> group, as `watch.group`; then `metrics` also hold
+            grad_norm/GROUP (before clipping), and update_ratio/GROUP: the norm of the step's update over that of the
+            weights it gives.
     """
     gradients = value_and_grad(loss_fn, mesh)
 
@@ -102,11 +103,14 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0) if jit else step
 
 
-def _by_group(group: Callable[[str], str], grads: PyTree, updates: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
+def _by_group(group: Callable[..., str], grads: PyTree, updates: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
     squares = [Counter(), Counter(), Counter()]
-    for found, leaves in zip(squares, (grads, updates, trainable), strict=True):
-        for path, leaf in flatten(leaves).items():
-            found[group(path)] += jnp.square(leaf).sum()
+    for found, arrays in zip(squares, (grads, updates, trainable), strict=True):
+
+        def add(path, array, field, found=found):
+            found[group(path, field)] += jnp.square(array).sum()
+
+        map_fields(add, arrays)
     metrics = {}
     for name in squares[0]:
         grad, update, weight = (jnp.sqrt(found[name]) for found in squares)

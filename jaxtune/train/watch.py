@@ -82,12 +82,12 @@ def findings(lines: Iterable[Line], before: Sequence[Finding] = ()) -> list[Find
     return watch.findings
 
 
-def group(path: str) -> str:
-    """The part of a model that a trainable leaf belongs to: "attention", "mlp", "embeddings", "head" or "norms".
+def group(path: str, field: Any = None) -> str:
+    """The part of a model that a trainable array belongs to: "attention", "mlp", "embeddings", "head" or "norms".
 
-    LoRA's factors, whose gradients differ by nature, are apart: "attention/lora_A".
+    What its leaf tells apart (`field`, a `tree.Field`) is so: "attention/lora_A".
     """
-    first, *_, field = parts = path.split("/")
+    first, *_ = parts = path.split("/")
     if "self_attn" in parts:
         name = "attention"
     elif "mlp" in parts or "router" in parts:
@@ -96,7 +96,7 @@ def group(path: str) -> str:
         name = "embeddings"
     else:
         name = "head" if first in ("lm_head", "classifier") else "norms"
-    return f"{name}/lora_{field.upper()}" if field in ("a", "b") else name
+    return f"{name}/{field.group}" if field is not None and field.group else name
 
 
 def _groups(line: Line, metric: str) -> dict[str, float]:

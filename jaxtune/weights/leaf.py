@@ -8,6 +8,14 @@ one model, whichever method tunes it:
               dropout -- a [K,r] -- [B,T,r] -- b [r,N] ------------- * scale --
 
 All fields carry the leading layer axes `*L` of the stacked segment, so that `scan` slices them together.
+
+A class says of each field what it is, and nothing else knows it by name: masks, counts, optimizers, sweeps and PEFT
+files ask. So a new kind of adapter is its class, and the method that puts it into a tree:
+
+    @leaf_type
+    class GateWeight(Adapter):
+        w: Any = base()
+        gate: Array = trained("N", stored=Stored("{}.gate", "N"))
 """
 
 import dataclasses
@@ -22,14 +30,56 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import UserError
-from jaxtune.tree import TRAIN, path_str
+from jaxtune.tree import FROZEN, MEMBER, TRAIN, Field, Node, Stored, filled, path_str
 
 Array = jax.Array
 Keys = Array | None  # one PRNG key a row, [B]; None: no dropout
 Product = Callable[[Array, Array], Array]  # x [..., K] and w [K, M] -> [..., M], linear in both
 
 
-class Weight:
+def leaf_type(cls: type) -> type:
+    """Make a class a pytree node, with its annotated fields.
+
+    Raises:
+        TypeError: a field is not declared (`base`, `trained`, `setting`, `packed`, `fixed`).
+    """
+    cls = dataclasses.dataclass(cls)
+    for f in dataclasses.fields(cls):
+        if "field" not in f.metadata and not f.metadata.get("static"):
+            raise TypeError(f"{cls.__name__}.{f.name}: declare it with base, trained, setting, packed or fixed.")
+    return jax.tree_util.register_dataclass(cls)
+
+
+def _declared(field: Field, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"field": field})
+
+
+def base() -> Any:
+    """Declare what an adapter stands over: an array [*L, K, N], or another leaf. Frozen."""
+    return _declared(Field(FROZEN, "K N"))
+
+
+def trained(axes: str, default: Any = dataclasses.MISSING, **more: Any) -> Any:
+    """Declare what is trained; `axes` and `more` are fields of `Field`. A `default` of None: not every leaf has it."""
+    return _declared(Field(TRAIN, axes, **more), default)
+
+
+def setting(axes: str = "", default: Any = dataclasses.MISSING) -> Any:
+    """Declare what is not trained and no parameter, and each member of a sweep has of its own."""
+    return _declared(Field(MEMBER, axes, parameters=0), default)
+
+
+def packed(axes: str, parameters: int = 0) -> Any:
+    """Declare a part of a frozen matrix; `parameters` in an entry."""
+    return _declared(Field(FROZEN, axes, parameters=parameters))
+
+
+def fixed() -> Any:
+    """Declare what is no array: it is compared when a program is looked up."""
+    return dataclasses.field(metadata={"static": True})
+
+
+class Weight(Node):
     """What a leaf type provides. `w` stands for a plain array or another `Weight`."""
 
     def dot(self, x: Array, keys: Keys, product: Product) -> Array:
@@ -54,11 +104,20 @@ class Weight:
 
 
 class Adapter(Weight):
-    """A leaf that trains something beside a base `w`, which stays as it is. Subclasses have a field `w`."""
+    """A leaf that trains something beside a base `w`, which stays as it is. Subclasses have a field `w`.
+
+    One that can leave layers of a stack alone has a setting `scale` f32[*L], 0 there.
+    """
+
+    def mask(self) -> "Adapter":
+        """The leaf of a mask: the role of each field that there is."""
+        return dataclasses.replace(self, **{n: filled(getattr(self, n), f.role) for n, f in self.fields().items()})
+
+    def layers_adapted(self):
+        return getattr(self, "scale", None)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class LoraWeight(Adapter):
     """Low-rank adaptation, y = x w + scale * dropout(x) a b (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
@@ -75,13 +134,15 @@ class LoraWeight(Adapter):
             the base model and `w` need not change. None: nothing.
     """
 
-    w: Any
-    a: Array
-    b: Array
-    scale: Array
-    dropout: Array | None = None
-    a0: Array | None = None
-    b0: Array | None = None
+    w: Any = base()
+    a: Array = trained("K r", group="lora_A", stored=Stored("{}.lora_A.weight", "r K", "{}.lora_embedding_A"))
+    b: Array = trained(
+        "r N", group="lora_B", faster=True, stored=Stored("{}.lora_B.weight", "N r", "{}.lora_embedding_B")
+    )
+    scale: Array = setting()
+    dropout: Array | None = setting(default=None)
+    a0: Array | None = setting("K r", default=None)
+    b0: Array | None = setting("r N", default=None)
 
     def factors(self) -> tuple[Array, Array]:
         """`a` [*L, K, R] and `b` [*L, R, N] whose product is the update, before the scale."""
@@ -122,8 +183,7 @@ class LoraWeight(Adapter):
         return merge_leaf(self.w).astype(jnp.float32) + delta * self.scale[..., None, None]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class DoraWeight(LoraWeight):
     """Weight-decomposed LoRA, y = x V * m / ||V||, V = w + scale a b (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
@@ -134,7 +194,7 @@ class DoraWeight(LoraWeight):
         magnitude: m, f32[*L, N], the column norms of `w` at initialisation. Where `scale` is 0 it has no part.
     """
 
-    magnitude: Array = None
+    magnitude: Array = trained("N", default=None, stored=Stored("{}.lora_magnitude_vector", "N"))
 
     def dot(self, x, keys, product):
         y = super().dot(x, keys, product)
@@ -165,8 +225,7 @@ class DoraWeight(LoraWeight):
         return dense * gain[..., None, :]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class Ia3Weight(Adapter):
     """Rescaled activations, (IA)^3 (Liu et al. 2022, arXiv:2205.05638, section 3.3), in peft's form.
 
@@ -177,14 +236,15 @@ class Ia3Weight(Adapter):
         scale: f32[*L], 1; 0 marks a layer that is not adapted.
         out: [*L, N], ones at initialisation, or None.
         inp: [*L, K], ones at initialisation, or None.
-        bias: [*L, N], the module's bias, which `out` scales as well; the module itself adds it unscaled. None: no bias.
+        bias: [*L, N], the module's bias, which `out` scales as well; the module itself adds it unscaled, and it is
+            counted and frozen there. None: no bias.
     """
 
-    w: Any
-    scale: Array
-    out: Array | None = None
-    inp: Array | None = None
-    bias: Array | None = None
+    w: Any = base()
+    scale: Array = setting()
+    out: Array | None = trained("N", default=None, stored=Stored("{}.ia3_l", "N 1"))
+    inp: Array | None = trained("K", default=None, stored=Stored("{}.ia3_l", "1 K"))
+    bias: Array | None = setting("N", default=None)
 
     def _vector(self, vector: Array) -> Array:
         return jnp.where(self.scale[..., None] != 0, vector, 1.0)
@@ -208,8 +268,7 @@ class Ia3Weight(Adapter):
         return (base.astype(jnp.float32) * vector).astype(base.dtype)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class PromptWeight(Adapter):
     """A table with a soft prompt beside it (Lester et al. 2021, arXiv:2104.08691).
 
@@ -220,8 +279,8 @@ class PromptWeight(Adapter):
         prompt: [P, D].
     """
 
-    w: Any
-    prompt: Array
+    w: Any = base()
+    prompt: Array = trained("P N", stored=Stored("prompt_embeddings", "P N"))
 
     def embed(self, ids):
         rows = table_rows(self.w)
@@ -236,8 +295,7 @@ class PromptWeight(Adapter):
         return merge_leaf(self.w)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class TokensWeight(Adapter):
     """A table of which some rows are trained (peft's trainable tokens); a tied head sees them too.
 
@@ -247,9 +305,9 @@ class TokensWeight(Adapter):
         ids: which rows these are.
     """
 
-    w: Any
-    rows: Array
-    ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    w: Any = base()
+    rows: Array = trained("n N", stored=Stored("{}.token_adapter.trainable_tokens_delta", "n N"))
+    ids: tuple[int, ...] = fixed()
 
     def embed(self, ids):
         base = embed(ids, self.w)
@@ -269,8 +327,7 @@ class Packed(Weight):
     """A frozen leaf in fewer bits than its numbers need."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class QuantWeight(Packed):
     """int8 or fp8 with one scale for each output column (absolute maximum).
 
@@ -279,8 +336,8 @@ class QuantWeight(Packed):
         scale: f32[*L, 1, N].
     """
 
-    q: Array
-    scale: Array
+    q: Array = packed("K N", parameters=1)
+    scale: Array = packed("1 N")
 
     @classmethod
     def quantize(cls, w: Array, dtype: Any = jnp.int8) -> "QuantWeight":
@@ -308,8 +365,7 @@ class QuantWeight(Packed):
         return self.q.astype(jnp.float32) * self.scale
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class ShapedWeight(Weight):
     """A leaf of a model that is not ours, whose array is a matrix in another shape; `jaxtune.adapt` looks through it.
 
@@ -319,11 +375,11 @@ class ShapedWeight(Weight):
         shape: the array's.
     """
 
-    leaf: Any
-    layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    leaf: Any = base()
+    layers: tuple[int, ...] = fixed()
+    inputs: tuple[int, ...] = fixed()
+    outputs: tuple[int, ...] = fixed()
+    shape: tuple[int, ...] = fixed()
 
     def restore(self, matrix: Array) -> Array:
         """The array that [*L, K, N] is."""

@@ -4,7 +4,6 @@ They sit under a `LoraWeight` (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A
 layer in x's dtype, multiplies, and drops it: the backward pass builds it again rather than keep it.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,17 @@ import numpy as np
 from jaxtune.errors import UserError, nearest
 from jaxtune.tree import PyTree, flatten, path_str
 from jaxtune.weights.foreign import Layout, matrices
-from jaxtune.weights.leaf import Adapter, Packed, QuantWeight, Weight, matmul, rebuilt, weights_by_path
+from jaxtune.weights.leaf import (
+    Adapter,
+    Packed,
+    QuantWeight,
+    Weight,
+    leaf_type,
+    matmul,
+    packed,
+    rebuilt,
+    weights_by_path,
+)
 
 BLOCK = 64  # weights that share an absolute maximum
 CONSTANTS = 256  # absolute maxima that share a scale of their own
@@ -42,8 +51,7 @@ def _share(size: int, most: int, even: bool = False) -> int:
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0 and not (even and n % 2))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@leaf_type
 class Nf4Weight(Packed):
     """4-bit NormalFloat with double quantisation (arXiv:2305.14314, equations 4 to 6): 4.13 bits a weight.
 
@@ -57,10 +65,10 @@ class Nf4Weight(Packed):
         offset: f32[*L].
     """
 
-    codes: jax.Array
-    absmax: jax.Array
-    scale: jax.Array
-    offset: jax.Array
+    codes: jax.Array = packed("K/2 N", parameters=2)
+    absmax: jax.Array = packed("K/block N")
+    scale: jax.Array = packed("K/block N/group")
+    offset: jax.Array = packed("")
 
     @classmethod
     def quantize(cls, w: jax.Array) -> "Nf4Weight":
