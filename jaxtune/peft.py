@@ -4,8 +4,7 @@ A thin shell over `jaxtune.load` and `jaxtune.methods.table`, for code that is w
 """
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from jaxtune.errors import UserError, nearest
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
 from jaxtune.methods import targets
-from jaxtune.methods.table import ia3, lora, prompt_tuning, tune
+from jaxtune.methods.settings import ROWS, names
+from jaxtune.methods.table import tune
 from jaxtune.tree import count
 from jaxtune.weights.leaf import virtual_tokens
 
@@ -24,17 +24,16 @@ from jaxtune.weights.leaf import virtual_tokens
 class PeftConfig:
     """A config of peft's, as far as jaxtune knows it; an option it does not know is an error, never ignored.
 
-    Keyword args as those of `function`, with its defaults; `task_type` must be "CAUSAL_LM" or None.
+    Keyword args and their defaults are those of the method's settings (`jaxtune.methods.settings`); `task_type` must be
+    "CAUSAL_LM" or None.
     """
 
     method: str
-    function: Callable[..., Any]
-
     table: Mapping[str, Any] = {}
 
     def __init__(self, task_type: str | None = None, **settings: Any):
         name = type(self).__name__
-        own = set(inspect.signature(self.function).parameters) - {"params", "key", "module", "layouts"}
+        own = names(ROWS[self.method].settings)
         if unknown := [key for key in settings if key not in own]:
             raise UserError(
                 f"{name}: {unknown[0]!r} is not supported.{nearest(unknown[0], own)} Known: {', '.join(sorted(own))}."
@@ -67,13 +66,13 @@ class PeftConfig:
 class LoraConfig(PeftConfig):
     """peft's LoraConfig: `jaxtune.lora`."""
 
-    method, function, table = "lora", staticmethod(lora), targets.LORA
+    method, table = "lora", targets.LORA
 
 
 class IA3Config(PeftConfig):
     """peft's IA3Config: `jaxtune.ia3`."""
 
-    method, function, table = "ia3", staticmethod(ia3), targets.IA3
+    method, table = "ia3", targets.IA3
 
     @staticmethod
     def defaults(entry: Any) -> dict[str, Any]:
@@ -83,7 +82,7 @@ class IA3Config(PeftConfig):
 class PromptTuningConfig(PeftConfig):
     """peft's PromptTuningConfig: `jaxtune.prompt_tuning`."""
 
-    method, function = "prompt_tuning", staticmethod(prompt_tuning)
+    method = "prompt_tuning"
 
 
 @dataclasses.dataclass

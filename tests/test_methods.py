@@ -606,6 +606,18 @@ def test_full_trains_no_running_statistics():
     assert tuned["batch_stats"]["mean"].dtype == jnp.int32
 
 
+@pytest.mark.parametrize("call", [METHODS.__getitem__("lora"), lambda *a: cut("lora", *a[2:])], ids=["tune", "cut"])
+def test_a_misspelt_option(call):
+    module, params = zoo.ours("llama")
+    message = r"lora: 'lora_aplha' is not one of its options\. Did you mean 'lora_alpha'.*Options: r, lora_alpha, "
+    with pytest.raises(UserError, match=message):
+        lora(params, KEY, module=module, lora_aplha=4)
+    with pytest.raises(UserError, match=message):
+        call(params, KEY, module, {"lora_aplha": 4})
+    with pytest.raises(UserError, match="full: 'r' is not one of its options"):
+        METHODS["full"](params, KEY, module, {"r": 4})
+
+
 def test_an_unknown_bias():
     assert "bias='some' is not one of" in refused(bias="some")
 

@@ -3,6 +3,7 @@
 Its leaf declares its fields, its method puts it into a tree, and one row says how a PEFT directory names it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jaxtune.errors import UserError
 from jaxtune.hf import peft_config
 from jaxtune.hf.peft import export_adapter, load_adapter
 from jaxtune.methods.adapters import adapters_only
+from jaxtune.methods.settings import ROWS, Row
+from jaxtune.methods.table import METHODS, Method, tune
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.train import watch
 from jaxtune.train.checkpoint import Checkpoints
@@ -167,6 +170,23 @@ ROW = peft_config.Kind(
     attach=lambda module, params, config: outer(params, config["scale"], config["layers"]),
     followed=frozenset(["scale", "layers"]),
 )
+
+
+def test_a_row_of_the_table_is_its_method(monkeypatch):
+    """Its options are checked as those of any other, and a config's method by its name is it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        scale: float = 0.5
+        first: int = 0
+
+    monkeypatch.setitem(ROWS, "outer", Row(Outer, 1e-3, adapter=True))
+    monkeypatch.setitem(METHODS, "outer", Method("outer", lambda params, key, module, **given: outer(params, **given)))
+    params, mask = tune("outer", small.weights(), None, small.decoder(), {"first": 1})
+    assert np.array_equal(up(params).scale, [0.0, 0.5])
+    assert up(mask).gate is TRAIN
+    with pytest.raises(UserError, match=r"outer: 'fist' is not one of its options\. Did you mean 'first'"):
+        tune("outer", small.weights(), None, small.decoder(), {"fist": 1})
 
 
 @pytest.mark.parametrize("first", [0, 1])

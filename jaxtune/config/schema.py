@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune.methods import settings as methods
 from jaxtune.objectives.task import TASKS, unread
 from jaxtune.train import optimizers
 
@@ -82,8 +83,8 @@ Integers = tuple[int, ...]
 Ranks = tuple[tuple[str, int], ...]
 Alphas = tuple[tuple[str, float], ...]
 
-ADAPTERS = ("lora", "ia3", "prompt_tuning")  # their result is a PEFT directory
-METHODS = (*ADAPTERS, "full", "head", "bitfit", "norms", "embeddings", "last_n", "regex")
+METHODS = tuple(methods.ROWS)
+ADAPTERS = tuple(name for name, row in methods.ROWS.items() if row.adapter)  # their result is a PEFT directory
 AUTO = ("auto", "on", "off")
 FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text")
 
@@ -240,10 +241,7 @@ OTHER_NAMES = {
     "logging_steps": "log.every",
 }
 
-DEFAULT_LR = {
-    **{"full": 1e-5, "lora": 2e-4, "head": 1e-3, "bitfit": 1e-3, "norms": 1e-3, "embeddings": 1e-4},
-    **{"last_n": 1e-5, "regex": 1e-5, "ia3": 3e-3, "prompt_tuning": 3e-2},
-}
+DEFAULT_LR = {name: row.lr for name, row in methods.ROWS.items()}
 
 # Defaults that follow from other settings: what is left None becomes a value in the resolved config.
 DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -294,7 +292,8 @@ IDLE = (
     Idle(lambda v: unread(v["objective.name"]), lambda v: True, "objective.name is {objective.name}"),
     *(
         Idle((f"tune.{name}",), lambda v, name=name: v["tune.method"] != name, "tune.method is {tune.method}")
-        for name in ("lora", "ia3", "prompt_tuning", "last_n", "regex")
+        for name, row in methods.ROWS.items()
+        if methods.names(row.settings)
     ),
     Idle(("optim.loraplus_lr_ratio",), lambda v: v["tune.method"] != "lora", "tune.method is {tune.method}"),
     *(

@@ -1,5 +1,6 @@
 """adapter_config.json: what peft 0.21 writes, what of it we follow, and what a tree of ours would be written as."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ from jaxtune.methods.places import (
     places,
     renamed,
 )
+from jaxtune.methods.settings import Ia3, Lora, names
 from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import TRAIN, flatten
 from jaxtune.weights.leaf import (
@@ -118,13 +120,7 @@ PROMPT_DEFAULTS: dict[str, Any] = {
 }
 
 # Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
-ATTACHED = ("lora_dropout", "bias", "use_dora", "modules_to_save", "trainable_token_indices")
-_FOLLOWED = {
-    *ATTACHED,
-    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern", "exclude_modules"),
-    *("fan_in_fan_out", "init_lora_weights", "feedforward_modules", "num_virtual_tokens"),
-}
+_FOLLOWED = {*names(Lora), *names(Ia3), "num_virtual_tokens", "fan_in_fan_out"}
 _INERT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"),
     *("qalora_group_size", "revision", "task_type", "eva_config", "lora_ga_config", "corda_config", "loftq_config"),
@@ -238,8 +234,13 @@ def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place,
     """
     if config["peft_type"] != "LORA":
         return {}
-    settings = {**config, "target_modules": matching(config["target_modules"], candidates)}
-    return lora_places(candidates, **settings, strict=False)
+    return lora_places(candidates, lora_settings(config, candidates), strict=False)
+
+
+def lora_settings(config: Mapping[str, Any], candidates: list[Place]) -> Lora:
+    """What of a LoraConfig is followed, its targets those that this model has."""
+    settings = Lora(**{name: config[name] for name in names(Lora) if name in config})
+    return dataclasses.replace(settings, target_modules=matching(config["target_modules"], candidates))
 
 
 def token_ids(config: Mapping[str, Any]) -> list[int] | None:
@@ -440,9 +441,9 @@ def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[A
     whole = untie(params) if hasattr(module, "head") else params
     known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
     saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
-    settings = {k: config[k] for k in ATTACHED} | {"modules_to_save": saved}
-    chosen = chosen_by(config, places(params, module))
-    return attach(params, jax.random.key(0), chosen, module=module, **settings)
+    candidates = places(params, module)
+    settings = dataclasses.replace(lora_settings(config, candidates), modules_to_save=saved, init_lora_weights=True)
+    return attach(params, jax.random.key(0), chosen_by(config, candidates), settings, module)
 
 
 def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtune.errors import UserError, nearest
 from jaxtune.methods.places import (
     Factors,
-    Pattern,
     Place,
     check_names,
     compiled,
@@ -30,6 +29,7 @@ from jaxtune.methods.places import (
     renamed,
     resolve_targets,
 )
+from jaxtune.methods.settings import Lora, PromptTuning, read
 from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled
@@ -59,68 +59,29 @@ _INITS = (True, "default", "gaussian", "pissa")
 def lora(
     params: PyTree,
     key: jax.Array,
-    r: int = 8,
-    lora_alpha: float = 8,
-    lora_dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
-    bias: str = "none",
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    init_lora_weights: bool | str = True,
-    rank_pattern: Pattern = (),
-    alpha_pattern: Pattern = (),
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-    modules_to_save: Sequence[str] | None = None,
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    *,
     module: Any = None,
     layouts: Mapping[str, Layout] | None = None,
+    **options: Any,
 ) -> tuple[PyTree, PyTree]:
     """Low-rank adaptation (arXiv:2106.09685), with the names and defaults of peft's LoraConfig.
 
     Args:
         params: any tree; leaves of targets become `LoraWeight`.
         key: draws `a`, one stream a leaf, whatever the other targets.
-        r, lora_alpha: rank, and the numerator of the scale alpha / r.
-        lora_dropout: rate on the input of `a`.
-        target_modules: names, a regex over whole names, or "all-linear"; see `resolve_targets`.
-        bias: "none", "all" biases of the model, or "lora_only" those of targets are trained too.
-        use_rslora: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
-        use_dora: leaves become `DoraWeight` (arXiv:2402.09353).
-        init_lora_weights: True or "default": a ~ U(+-1/sqrt(K)), b = 0; "gaussian": a ~ N(0, 1/r^2), b = 0; "pissa":
-            the base's largest singular vectors (Meng et al. 2024, arXiv:2404.02948, eq. 2-3), minus what they began as.
-        rank_pattern, alpha_pattern: pairs (regex over the end of a name, value), or a mapping; the first match wins.
-        layers_to_transform: numbers of the layers to adapt; `layers_pattern` names their list where it is ambiguous.
-        exclude_modules: names or a regex; these win over the targets.
-        modules_to_save: ends of names of modules that are trained whole. A tied head or embedding named here is untied.
-        trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows.
         module: the zoo module, so that targets are HF's names; None: the tree's own paths, with dots.
         layouts: how the arrays of a model that is not ours are matrices, from `adapt(apply_fn).layouts`.
+        options: r=8, lora_alpha=8, target_modules="all-linear", ...: the attributes of `settings.Lora`.
 
     Raises:
-        UserError: a target matches nothing, the rank exceeds a matrix's smaller side, two options claim one leaf, or a
-            row that `resize` added is not trained.
+        UserError: an option that there is not, a target that matches nothing, a rank that exceeds both sides of a
+            matrix, two options that claim one leaf, or a row that `resize` added is not trained.
     """
-    params = untied_for(target_modules, params, module)
+    settings = read("lora", Lora, options)
+    params = untied_for(settings.target_modules, params, module)
     candidates = places(params, module, layouts)
-    named = {
-        "target_modules": target_modules,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "exclude_modules": exclude_modules,
-        "modules_to_save": modules_to_save,
-    }
-    named = renamed(named, candidates)
-    chosen = lora_places(
-        candidates,
-        r=r,
-        lora_alpha=lora_alpha,
-        use_rslora=use_rslora,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-        **named,
-    )
+    settings = Lora(**renamed(vars(settings), candidates))
+    chosen = lora_places(candidates, settings)
     leaves = weights_by_path(params)
     for place, factors in chosen.items():
         k, n = plain(leaves[place.path]).shape[-2:] if not layouts else (math.inf, math.inf)
@@ -128,20 +89,7 @@ def lora(
             raise UserError(
                 f"r={factors.rank} exceeds both sides of {place.path} ({k} x {n}); choose r <= {min(k, n)}."
             )
-    tuned = attach(
-        params,
-        key,
-        chosen,
-        lora_dropout=lora_dropout,
-        bias=bias,
-        use_dora=use_dora,
-        init_lora_weights=init_lora_weights,
-        modules_to_save=named["modules_to_save"],
-        trainable_token_indices=trainable_token_indices,
-        module=module,
-        layouts=layouts,
-    )
-    return with_new_tokens(tuned, module)
+    return with_new_tokens(attach(params, key, chosen, settings, module, layouts), module)
 
 
 def untied_for(targets: str | Sequence[str], params: PyTree, module: Any) -> PyTree:
@@ -163,36 +111,31 @@ def attach(
     params: PyTree,
     key: jax.Array,
     chosen: Mapping[Place, Factors],
-    *,
-    lora_dropout: float = 0.0,
-    bias: str = "none",
-    use_dora: bool = False,
-    init_lora_weights: bool | str = True,
-    modules_to_save: Sequence[str] | None = None,
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    settings: Lora,
     module: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`lora` on modules that are chosen already."""
+    bias, init = settings.bias, settings.init_lora_weights
     rows = _rows(list(chosen))
     if bias not in ("none", "all", "lora_only"):
         raise UserError(f"bias={bias!r} is not one of 'none', 'all', 'lora_only'.")
-    if init_lora_weights not in _INITS:
-        raise UserError(f"init_lora_weights={init_lora_weights!r} is not one of {', '.join(map(repr, _INITS))}.")
+    if init not in _INITS:
+        raise UserError(f"init_lora_weights={init!r} is not one of {', '.join(map(repr, _INITS))}.")
     beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
     labelled = hasattr(module, "labels")  # a label head is trained whole beside the adapters
-    params, saved = _to_save(params, modules_to_save, module)
-    trainable_token_indices = _token_ids(trainable_token_indices, params, module)
-    table = _token_table(params, trainable_token_indices, saved.keys() | rows.keys())
+    params, saved = _to_save(params, settings.modules_to_save, module)
+    ids = _token_ids(settings.trainable_token_indices, params, module)
+    table = _token_table(params, ids, saved.keys() | rows.keys())
     params, restore = matrices(params, {path: layouts[path] for path in rows} if layouts else {})
 
     def adapt(path, leaf):
         if path == table:
-            return TokensWeight(leaf, leaf_rows(leaf, trainable_token_indices), tuple(trainable_token_indices))
+            return TokensWeight(leaf, leaf_rows(leaf, ids), tuple(ids))
         if path not in rows:
             return leaf
         factors = {place: f for place, f in chosen.items() if place.path == path}
-        return _lora_leaf(key, path, leaf, factors, lora_dropout, use_dora, init_lora_weights)
+        return _lora_leaf(key, path, leaf, factors, settings)
 
     def role(path, leaf):
         if path == table or path in rows:
@@ -276,17 +219,10 @@ def leaf_rows(table: Any, ids: Sequence[int]) -> jax.Array:
     return merge_leaf(table)[jnp.asarray(ids)].astype(jnp.float32)
 
 
-def _lora_leaf(
-    key: jax.Array,
-    path: str,
-    leaf: Any,
-    factors: Mapping[Place, Factors],
-    dropout: float,
-    use_dora: bool,
-    init: bool | str,
-) -> LoraWeight:
+def _lora_leaf(key: jax.Array, path: str, leaf: Any, factors: Mapping[Place, Factors], settings: Lora) -> LoraWeight:
     """Wrap one leaf; `factors` of its places. Rows of lower rank, and rows not chosen, are padded with zeros."""
     *axes, k, n = plain(leaf).shape
+    init, dropout = settings.init_lora_weights, settings.lora_dropout
     ranks, scale = np.zeros(axes, int), np.zeros(axes, np.float32)
     for place, (rank, s) in factors.items():
         if init == "pissa" and rank > min(k, n):
@@ -321,7 +257,7 @@ def _lora_leaf(
     rate = np.float32(dropout) * (ranks > 0).astype(np.float32) if dropout else None
     start = (jnp.copy(a), jnp.copy(b)) if init == "pissa" else (None, None)
     fields = (leaf, a, b, scale, rate, *start)
-    return DoraWeight(*fields, column_norm(leaf) * (ranks > 0)[..., None]) if use_dora else LoraWeight(*fields)
+    return DoraWeight(*fields, column_norm(leaf) * (ranks > 0)[..., None]) if settings.use_dora else LoraWeight(*fields)
 
 
 def _factors(
@@ -429,7 +365,11 @@ def ia3_places(
 
 
 def prompt_tuning(
-    params: PyTree, key: jax.Array, num_virtual_tokens: int = 20, init: str = "vocab", module: Any = None
+    params: PyTree,
+    key: jax.Array,
+    num_virtual_tokens: int = PromptTuning.num_virtual_tokens,
+    init: str = PromptTuning.init,
+    module: Any = None,
 ) -> tuple[PyTree, PyTree]:
     """Prompt tuning (arXiv:2104.08691): vectors before each row are all that is trained.
 

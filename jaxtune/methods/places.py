@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.errors import UserError, nearest
+from jaxtune.methods.settings import Lora
 from jaxtune.tree import PyTree
 from jaxtune.weights.foreign import Layout
 from jaxtune.weights.leaf import plain, weights_by_path
-
-Pattern = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
 
 class Place(NamedTuple):
@@ -168,55 +167,40 @@ def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]
     return [p for p in candidates if p in chosen]
 
 
-def lora_places(
-    candidates: list[Place],
-    *,
-    r: int = 8,
-    lora_alpha: float = 8,
-    target_modules: str | Sequence[str] = "all-linear",
-    modules_to_save: Sequence[str] | None = None,
-    use_rslora: bool = False,
-    rank_pattern: Pattern = (),
-    alpha_pattern: Pattern = (),
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-    strict: bool = True,
-    **_: Any,
-) -> dict[Place, Factors]:
-    """Choose modules, ranks and scales as peft does from the LoraConfig fields of these names; others are passed over.
+def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dict[Place, Factors]:
+    """Choose modules, ranks and scales as peft does from a LoraConfig. What modules_to_save names is no target.
 
     Args:
-        modules_to_save: these are no targets, also where they are named as such.
         strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name.
 
     Raises:
         UserError: no module matches, or something that is given has no effect.
     """
-    if modules_to_save:  # they win
-        every, candidates = candidates, [p for p in candidates if not is_saved(p.name, modules_to_save)]
+    target_modules = s.target_modules
+    if s.modules_to_save:  # they win
+        every, candidates = candidates, [p for p in candidates if not is_saved(p.name, s.modules_to_save)]
         target_modules = beside_saved(target_modules, candidates, every)
     chosen = resolve_targets(target_modules, candidates)
-    ranks, alphas = dict(rank_pattern or ()), dict(alpha_pattern or ())
+    ranks, alphas = dict(s.rank_pattern or ()), dict(s.alpha_pattern or ())
     for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
         for key in pattern:
             compiled(label, key)
-    if isinstance(exclude_modules, str):
-        compiled("exclude_modules", exclude_modules)
-    if strict and layers_pattern and layers_to_transform is None:
-        raise UserError(f"layers_pattern={layers_pattern!r} has no effect without layers_to_transform; give both.")
-    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or ())
+    if isinstance(s.exclude_modules, str):
+        compiled("exclude_modules", s.exclude_modules)
+    if strict and s.layers_pattern and s.layers_to_transform is None:
+        raise UserError(f"layers_pattern={s.layers_pattern!r} has no effect without layers_to_transform; give both.")
+    layers = [s.layers_to_transform] if isinstance(s.layers_to_transform, int) else list(s.layers_to_transform or ())
     if layers and isinstance(target_modules, str) and target_modules != "all-linear":
         if strict:
             raise UserError(
                 "layers_to_transform goes with names of modules; a regex in target_modules can name the layers itself."
             )
         layers = []  # as peft
-    found = [p for p in chosen if not excluded(p.name, exclude_modules)]
+    found = [p for p in chosen if not excluded(p.name, s.exclude_modules)]
     if strict:
-        check_names("exclude_modules", exclude_modules, chosen)
+        check_names("exclude_modules", s.exclude_modules, chosen)
     if layers:
-        known = {p: _layer(p.name, layers_pattern) for p in found}
+        known = {p: _layer(p.name, s.layers_pattern) for p in found}
         found = [p for p in found if known[p] in layers]
         if strict and (lost := sorted(set(layers) - set(known.values()))):
             raise UserError(f"layers_to_transform: no target in layer(s) {', '.join(map(str, lost))}.")
@@ -231,11 +215,11 @@ def lora_places(
                 )
     factors = {}
     for place in found:
-        rank = _by_pattern(ranks, place.name, r)
-        alpha = _by_pattern(alphas, place.name, lora_alpha)
+        rank = _by_pattern(ranks, place.name, s.r)
+        alpha = _by_pattern(alphas, place.name, s.lora_alpha)
         if rank < 1 or alpha <= 0:
             raise UserError(f"{place.name}: r={rank} and lora_alpha={alpha:g}; expected at least 1, and above 0.")
-        factors[place] = Factors(rank, alpha / (math.sqrt(rank) if use_rslora else rank))
+        factors[place] = Factors(rank, alpha / (math.sqrt(rank) if s.use_rslora else rank))
     return factors
 
 

@@ -6,7 +6,7 @@ Those that train parts of the model itself are here, beside the table of all; ad
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,6 +24,7 @@ from jaxtune.methods.places import (
     renamed,
     resolve_targets,
 )
+from jaxtune.methods.settings import ROWS, Lora, read
 from jaxtune.methods.vocabulary import resize, untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled, match
 from jaxtune.weights.leaf import map_paths, masters
@@ -175,9 +176,9 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
 
 def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
     candidates = places(module.abstract_params(), module)
-    settings = renamed(settings, candidates)
-    chosen = {(p.path, p.index) for p in lora_places(candidates, **settings)}
-    every_bias, saved = settings.get("bias") == "all", settings.get("modules_to_save")
+    settings = Lora(**renamed(vars(read("lora", Lora, settings)), candidates))
+    chosen = {(p.path, p.index) for p in lora_places(candidates, settings)}
+    every_bias, saved = settings.bias == "all", settings.modules_to_save
     return lambda p: (
         (p.path, p.index) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
     )
@@ -201,6 +202,7 @@ def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
 
     To be done before the weights are loaded: what is loaded then has the split module's tree.
     """
+    read(method, ROWS[method].settings, settings)
     if method not in _CHOICES and method not in _ADAPTS:
         return module
     choose = (_CHOICES | _ADAPTS)[method](module, settings)
@@ -235,6 +237,29 @@ def _split_module(module: Any, at: int) -> Any:
 # -------------------------------------------------------------------------------------------------------------- by name
 
 
+class Method(NamedTuple):
+    """A row of the table: what a config's `tune.method` names.
+
+    Attributes:
+        name: its own.
+        apply: (params, key, module, **options) -> (params, mask).
+    """
+
+    name: str
+    apply: Callable[..., tuple[PyTree, PyTree]]
+
+    def __call__(
+        self, params: PyTree, key: jax.Array, module: Any, options: Mapping[str, Any]
+    ) -> tuple[PyTree, PyTree]:
+        """Apply it; `options` are those of its settings' class, in `settings.ROWS`.
+
+        Raises:
+            UserError: an option that it does not have.
+        """
+        read(self.name, ROWS[self.name].settings, options)
+        return self.apply(params, key, module, **options)
+
+
 def tune(
     method: str, params: PyTree, key: jax.Array, module: Any, settings: Mapping[str, Any]
 ) -> tuple[PyTree, PyTree]:
@@ -243,14 +268,17 @@ def tune(
 
 
 METHODS = {
-    "full": lambda params, key, module, settings: full(params),
-    "head": lambda params, key, module, settings: head(params, module),
-    "lora": lambda params, key, module, settings: lora(params, key, module=module, **settings),
-    "bitfit": lambda params, key, module, settings: bitfit(params, module),
-    "norms": lambda params, key, module, settings: norms(params, module),
-    "embeddings": lambda params, key, module, settings: embeddings(params, module),
-    "last_n": lambda params, key, module, settings: last_n(params, module=module, **settings),
-    "regex": lambda params, key, module, settings: regex(params, module=module, **settings),
-    "ia3": lambda params, key, module, settings: ia3(params, module=module, **settings),
-    "prompt_tuning": lambda params, key, module, settings: prompt_tuning(params, key, module=module, **settings),
+    name: Method(name, apply)
+    for name, apply in {
+        "full": lambda params, key, module: full(params),
+        "head": lambda params, key, module: head(params, module),
+        "lora": lambda params, key, module, **options: lora(params, key, module=module, **options),
+        "bitfit": lambda params, key, module: bitfit(params, module),
+        "norms": lambda params, key, module: norms(params, module),
+        "embeddings": lambda params, key, module: embeddings(params, module),
+        "last_n": lambda params, key, module, **options: last_n(params, module=module, **options),
+        "regex": lambda params, key, module, **options: regex(params, module=module, **options),
+        "ia3": lambda params, key, module, **options: ia3(params, module=module, **options),
+        "prompt_tuning": lambda params, key, module, **options: prompt_tuning(params, key, module=module, **options),
+    }.items()
 }

@@ -1,0 +1,151 @@
+"""The settings of each tuning method: frozen, with their defaults, named as peft names them. Nothing here imports jax.
+
+`read` makes them from options by name, whoever gives these: a config's section or a caller. An option that the method
+does not have is an error.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from jaxtune.errors import UserError, nearest
+
+Pattern = Mapping[str, Any] | Sequence[tuple[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """A method without settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Those of peft's LoraConfig.
+
+    Attributes:
+        r, lora_alpha: rank, and the numerator of the scale alpha / r.
+        lora_dropout: rate on the input of `a`.
+        target_modules: names, a regex over whole names, or "all-linear"; see `places.resolve_targets`.
+        bias: "none", "all" biases of the model, or "lora_only" those of targets are trained too.
+        use_rslora: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: leaves become `DoraWeight` (arXiv:2402.09353).
+        init_lora_weights: True or "default": a ~ U(+-1/sqrt(K)), b = 0; "gaussian": a ~ N(0, 1/r^2), b = 0; "pissa":
+            the base's largest singular vectors (Meng et al. 2024, arXiv:2404.02948, eq. 2-3), minus what they began as.
+        rank_pattern, alpha_pattern: pairs (regex over the end of a name, value), or a mapping; the first match wins.
+        layers_to_transform: numbers of the layers to adapt; `layers_pattern` names their list where it is ambiguous.
+        exclude_modules: names or a regex; these win over the targets.
+        modules_to_save: ends of names of modules that are trained whole. A tied head or embedding named here is untied.
+        trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ia3:
+    """Those of peft's IA3Config.
+
+    Attributes:
+        target_modules: as in `Lora`; None: peft's for the model's family, and for one that peft has none for, Llama's.
+        feedforward_modules: those of the targets whose input is scaled; of the others it is the output. None: as above.
+        exclude_modules: as in `Lora`.
+    """
+
+    target_modules: str | Sequence[str] | None = None
+    feedforward_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTuning:
+    """Those of a soft prompt.
+
+    Attributes:
+        num_virtual_tokens: vectors before each row.
+        init: "vocab", rows of the table drawn at random, or "random", N(0, 1) as peft's RANDOM.
+    """
+
+    num_virtual_tokens: int = 20
+    init: str = "vocab"
+
+
+@dataclasses.dataclass(frozen=True)
+class LastN:
+    """Attributes:
+    layers: how many blocks from the top.
+    """
+
+    layers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Regex:
+    """Attributes:
+    pattern: a regex over whole HF names; of a foreign tree over its paths with dots.
+    """
+
+    pattern: str = ".*"
+
+
+class Row(NamedTuple):
+    """What is known of a method before jax is: the functions of its row are in `table.METHODS`.
+
+    Attributes:
+        settings: the class of its settings.
+        lr: its default rate with AdamW.
+        adapter: its result is a PEFT directory.
+    """
+
+    settings: type
+    lr: float
+    adapter: bool = False
+
+
+ROWS: dict[str, Row] = {
+    "lora": Row(Lora, 2e-4, adapter=True),
+    "ia3": Row(Ia3, 3e-3, adapter=True),
+    "prompt_tuning": Row(PromptTuning, 3e-2, adapter=True),
+    "full": Row(Nothing, 1e-5),
+    "head": Row(Nothing, 1e-3),
+    "bitfit": Row(Nothing, 1e-3),
+    "norms": Row(Nothing, 1e-3),
+    "embeddings": Row(Nothing, 1e-4),
+    "last_n": Row(LastN, 1e-5),
+    "regex": Row(Regex, 1e-5),
+}
+
+T = TypeVar("T")
+
+
+def names(kind: type) -> list[str]:
+    """The options of a method, from the class of its settings."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def read(method: str, kind: type[T], options: Mapping[str, Any]) -> T:
+    """Make a method's settings from options by name.
+
+    Raises:
+        UserError: an option that the method does not have.
+    """
+    known = names(kind)
+    if lost := [name for name in options if name not in known]:
+        raise UserError(
+            f"{method}: {lost[0]!r} is not one of its options.{nearest(lost[0], known)} "
+            f"Options: {', '.join(known) or 'none'}."
+        )
+    return kind(**options)
