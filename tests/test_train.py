@@ -81,6 +81,7 @@ def test_metrics_are_those_of_the_contract(alone):
 
 def test_a_run_directory_is_complete(alone):
     assert {p.name for p in alone.iterdir()} == {
+        "base.json",
         "config.json",
         "metrics.jsonl",
         "summary.json",

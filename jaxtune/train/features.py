@@ -334,6 +334,7 @@ class Store:
             save(len(layout.order))
         atomic_write_text(folder / CHECKSUMS, json.dumps(checksums))
         os.rename(folder, self.path(key))
+        (self.path(key) / PROGRESS).unlink()
 
     def _make_room(self, key: str, nbytes: int) -> None:
         """Remove other sets until one of `nbytes` fits."""
