@@ -322,7 +322,8 @@ def test_a_base_that_is_not_finite_is_blamed_and_not_the_rate(run, home, tmp_pat
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    status, _, err = run(tmp_path / "nan", model__path=folder)
+    with pytest.warns(UserWarning, match="numbers that are not finite"):
+        status, _, err = run(tmp_path / "nan", model__path=folder)
     assert status == 1
     assert f"The base {folder} itself is damaged: " in err and "mlp/up_proj/kernel holds 1 number that is not" in err
     assert "optim.lr" not in err

@@ -1,6 +1,7 @@
 """Why a loss is not finite, where it is not the learning rate: asked once it is, and before anything is advised."""
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ def cause_of(job: Job) -> Callable[[int], str | None]:
             return f"{base} is damaged: {damage}. Use another copy of it."
         if job.stacked and number > 1:
             return None  # the members' own rates are what differs
-        params = experiment.base.load(experiment.recipe)
+        with warnings.catch_warnings(action="ignore"):  # it was read, and warned of, before
+            params = experiment.base.load(experiment.recipe)
         if damage := not_finite(params):
             return f"{base} is damaged: {damage}. Use another copy of it."
         if job.stacked:
