@@ -230,8 +230,8 @@ def test_byte_level_tokenizers(name, tmp_path):
             ),
             "no name for",
         ),
-        (lambda told: told.update(pre_tokenizer=None), "neither byte-level nor like SentencePiece"),
-        (lambda told: told["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda told: told.update(pre_tokenizer=None), "neither byte-level nor like SentencePiece|loses text"),
+        (lambda told: told["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix|loses text"),
         (lambda told: told["model"].update(ignore_merges=True), "ignore_merges"),
         (
             lambda told: told.update(model={"type": "WordPiece", "vocab": told["model"]["vocab"]} | WORDPIECE),
