@@ -122,41 +122,6 @@ def test_texts_are_learnt_and_transformers_agrees_on_each(home, tmp_path, capsys
     assert evaluations(more)[0]["eval/accuracy"] == 1.0
 
 
-@pytest.mark.slow
-def test_pairs_are_learnt_and_transformers_agrees_on_their_loss(home, tmp_path, capsys):
-    """Whether a colour is that of the text; also from features below the head, and by `jaxtune eval`."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    def pairs(first, last):
-        return [
-            {"premise": row["text"], "hypothesis": colour, "label": "yes" if colour == row["label"] else "no"}
-            for row in texts(first, last)
-            for colour in ("red", "blue")
-        ]
-
-    write_jsonl(tmp_path / "train.jsonl", pairs(0, 48))
-    write_jsonl(tmp_path / "eval.jsonl", pairs(48, 60))
-    files = {"train": tmp_path / "train.jsonl", "eval": tmp_path / "eval.jsonl"}
-    for name, flags in {"full": (), "head": ("--config.tune.method=head",)}.items():
-        assert train(home, *flags, workdir=tmp_path / name, **files) == 0, capsys.readouterr().err
-        after = evaluations(tmp_path / name)[-1]
-        folder = tmp_path / name / "model"
-        model, tokenizer = (
-            AutoModelForSequenceClassification.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
-        )
-        rows = pairs(48, 60)
-        two = ([row[side] for row in rows] for side in ("premise", "hypothesis"))
-        inputs = tokenizer(*two, padding=True, return_tensors="pt")
-        assert inputs["token_type_ids"].any()
-        with torch.no_grad():
-            said = model(**inputs, labels=torch.tensor([model.config.label2id[row["label"]] for row in rows]))
-        assert float(said.loss) == pytest.approx(after["eval/loss"], rel=1e-3)
-    assert cli.main(["eval", str(tmp_path / "head"), "--tuned-only"]) == 0
-    records = [json.loads(line) for line in (tmp_path / "head" / "eval" / "rows.jsonl").read_text().splitlines()]
-    assert np.mean([record["tuned"]["loss"] for record in records]) == pytest.approx(float(said.loss), rel=1e-3)
-
-
 def test_tags_are_learnt_by_lora_and_the_adapter_holds_the_head(home, tmp_path, capsys):
     flags = ("--config.tune.method=lora", "--config.optim.lr=0.03", "--config.tune.lora.r=4")
     files = {"train": "train.conll", "eval": "eval.conll"}
