@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import quick_compiles  # noqa: F401
 
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives.preference import FREE, LOSSES, Pairs, Strength, answer_logprobs, kto
