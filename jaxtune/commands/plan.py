@@ -109,7 +109,7 @@ def _objective(folder: str) -> dict[str, Any]:
 
     values = hf.read_config(hf.resolve(folder))
     labels = read_labels(values)
-    if labels is None and models.auto_class(models.build(values)) == "AutoModelForCausalLM":
+    if labels is None and models.build(values).continues:
         return {}
     name = "token_classification" if labels and labels.kind == TOKEN else "sequence_classification"
     if labels and labels.problem != "single_label_classification":

@@ -75,7 +75,7 @@ def export_model(
     with atomic_dir(out, overwrite=overwrite) as folder:
         require_space(folder, sum(_size(t, leaves) * dtypes[t.hf].itemsize for t in wanted))
         tensors.write(folder, {t.hf: hf_tensor(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
-        config = _config(module.spec.hf_config, "lm_head" not in params if hasattr(module, "head") else None, dtypes)
+        config = _config(module.spec.hf_config, "lm_head" not in params if module.continues else None, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         write_generation_config(base, folder, ends)
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
@@ -99,7 +99,7 @@ def whole(module: Any, params: Any) -> tuple[Any, list[str]]:
         UserError: there is a soft prompt, which no plain model holds.
     """
     params, notes = settle(params), []
-    if hasattr(module, "head") and (untied_head := _head_to_untie(params)) is not None:
+    if module.continues and (untied_head := _head_to_untie(params)) is not None:
         params = {**params, "lm_head": {"kernel": untied_head}}
         notes.append(
             "The output head was tied to the embedding and is now a matrix of its own: the embedding was adapted."

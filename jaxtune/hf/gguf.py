@@ -152,7 +152,7 @@ def check(module: Any) -> str:
         raise UserError(
             f"GGUF is written for {', '.join(ARCHITECTURES)}; this is a {family!r}. Export a directory instead."
         )
-    if hasattr(module, "labels"):
+    if module.label_head:
         raise UserError("GGUF files hold language models; this one has a label head. Export a directory instead.")
     arch = ARCHITECTURES[family]
 

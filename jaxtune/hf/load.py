@@ -133,7 +133,7 @@ def read_params(module: Any, folder: Path, dtype: Any = None, key: Any = None, q
     """
     entries, table = tensors.index_dir(folder), models.names(module)
     wanted = module.abstract_params()
-    fresh = module.drawn(entries, table, key) if hasattr(module, "labels") else {}
+    fresh = module.drawn(entries, table, key)
     places = plan(table, module, wanted, entries, folder, fresh.keys())
     return read_tree(wanted, places, dtype, fresh, packs(wanted, quantization) if quantization else None)
 

@@ -202,6 +202,6 @@ def check_continues(source: Source) -> None:
     task = None if source.adapter is None else read_adapter_config(source.adapter)["task_type"]
     if kind != "causal_lm" or task not in (None, "CAUSAL_LM"):
         raise UserError(f"{source.adapter or source.model} is for {task or kind} and does not continue text.")
-    if not isinstance(build(config), Decoder):
+    if not build(config).continues:
         what = ", ".join(config.get("architectures") or [config["model_type"]])
         raise UserError(f"{source.model} ({what}) does not continue text; a model with a language model's head does.")

@@ -68,6 +68,23 @@ class Body(nn.Module):
     start: int = 0
     stop: int | None = None
 
+    # What is asked of any model. A decoder continues text; a label head (`Classifier`) answers for itself.
+    continues = False
+    is_encoder = True
+    label_head = False
+    new_head = False  # a label head that is drawn, so that no checkpoint holds it
+    label_config = None  # the HF config with the labels' names
+    auto_class = "AutoModel"  # the class of transformers that loads an export
+    task_type = "FEATURE_EXTRACTION"  # peft's
+
+    def names(self, table: NameTable) -> NameTable:
+        """The family's names, as a checkpoint of this model has them."""
+        return dataclasses.replace(table, bare=True)
+
+    def drawn(self, entries: Mapping[str, Any], table: NameTable, key: Array | None) -> dict[str, Array]:
+        """{path: array} of what is not taken from a checkpoint with these tensors."""
+        return {}
+
     def run(
         self, block: type[nn.Module], x: Array, positions: Array, ctx: Context, cache: Any = None
     ) -> tuple[Array, Any]:

@@ -134,9 +134,28 @@ class Classifier:
     def dtype(self) -> Any:
         return self.body.dtype
 
+    continues = False
+    label_head = True
+
     @property
     def is_encoder(self) -> bool:
-        return isinstance(self.body, Encoder)
+        return self.body.is_encoder
+
+    @property
+    def new_head(self) -> bool:
+        return self.labels.drawn
+
+    @property
+    def label_config(self) -> dict[str, Any]:
+        return self.spec.hf_config
+
+    @property
+    def auto_class(self) -> str:
+        return f"AutoModelFor{self.labels.kind}"
+
+    @property
+    def task_type(self) -> str | None:
+        return TASK_TYPES[self.labels.kind]
 
     @property
     def remat(self) -> str:

@@ -32,6 +32,14 @@ class Decoder(Body):
 
     spec: DecoderSpec
 
+    continues = True
+    is_encoder = False
+    auto_class = "AutoModelForCausalLM"
+    task_type = "CAUSAL_LM"
+
+    def names(self, table: NameTable) -> NameTable:
+        return table
+
     @nn.compact
     def hidden(
         self,

@@ -65,7 +65,7 @@ def open_task(
         UserError: the model does not continue text.
     """
     module = models.build(dict(config), **fields)
-    if not isinstance(module, Decoder):
+    if not module.continues:
         what = "has a label head" if read_labels(config) else f"(model_type={config['model_type']!r}) is an encoder"
         raise UserError(
             f"objective.name=causal_lm needs a model that continues text, and the one in model.path {what}: set "

@@ -63,7 +63,7 @@ def finish(member, place, job, params, run, clock, generated) -> None:
         "device": jax.devices()[0].device_kind,
         "data": job.rows.report.lines(),
         "argv": place.argv,
-        "auto_class": auto_class(job.module),
+        "auto_class": job.module.auto_class,
         "continues": experiment.task.continues,
         "best": run.best,
         "early_stop": run.ended == EARLY,
@@ -186,8 +186,8 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
     console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")
-    auto = auto_class(module)
-    labels = module.spec.hf_config if hasattr(module, "labels") else None
+    auto = module.auto_class
+    labels = module.label_config
     code = loading(member.experiment.base.path, str(out), adapter=adapter, auto=auto, config=labels)
     for library, lines in code.items():
         console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)

@@ -99,7 +99,7 @@ def below(module: Any, cut: Cut) -> Callable[..., jax.Array]:
     if cut.pooled:
         return module.pooled_body
     body = getattr(module, "body", module)
-    is_encoder = isinstance(body, Encoder)
+    is_encoder = body.is_encoder
     lower = body.clone(stop=cut.segments)
 
     def features(params, tokens, positions, segments, types):
