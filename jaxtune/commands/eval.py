@@ -245,7 +245,7 @@ def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], 
         module, tuned, _ = open_source(source, dtype=dtype)
         below = base_identity(source, dtype)
         heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
-        if not module.labels.drawn and not options.tuned_only:
+        if not module.new_head and not options.tuned_only:
             with same_base(source):
                 params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
             heads.insert(0, System("base", module, params, below))

@@ -140,7 +140,7 @@ def max_length(cfg: Any, module: Any) -> int:
 def _adapted(adapter: Path, folder: Path, params: Any, key: jax.Array, module: Any) -> tuple[Any, Any]:
     """The method of a run that goes on training an adapter; of a label head, what the base lacks is in the adapter."""
     drawn = None
-    if hasattr(module, "labels"):
+    if module.label_head:
         drawn = module.drawn(tensors.index_dir(folder), names(module), jax.random.key(0)).keys()
     params, mask, _ = load_adapter(module, params, adapter, drawn=drawn)
     return params, mask

@@ -85,7 +85,7 @@ def export_model(
             adapter=None,
             facts=facts,
             notes=notes,
-            auto=models.auto_class(module),
+            auto=module.auto_class,
             tokenizer=has_tokenizer(folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

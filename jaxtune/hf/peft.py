@@ -186,7 +186,7 @@ def load_adapter(
     if refused:
         raise _misfit(folder, problems + refused)
     mask = _frozen_head(module, params, mask, config)
-    spots = _spots(module, params, config, whole_head=hasattr(module, "labels") and module.labels.drawn)
+    spots = _spots(module, params, config, whole_head=module.new_head)
     entries = _modern_keys(module, params, entries, spots)
     if drawn is not None:
         spots = {
@@ -273,9 +273,10 @@ def _labels(folder: Path, config: Mapping[str, Any], entries: Mapping[str, tenso
         labels = read_labels(tensors.read_json(folder / "config.json"))
         if labels is not None:
             return labels
-    if kind is None or (hasattr(body, "labels") and body.labels.kind == kind):
-        return body.labels if hasattr(body, "labels") else None
-    plain_body = body.body if hasattr(body, "labels") else body
+    own = body.labels if body.label_head else None
+    if kind is None or (own is not None and own.kind == kind):
+        return own
+    plain_body = body if own is None else body.body
     table = with_labels(plain_body, Labels(kind, ("LABEL_0", "LABEL_1"))).layout.names
     out = [f"{_PREFIX}{hf}" for hf, path in table.items() if path == "classifier/out/kernel"]
     if out[0] not in entries:
@@ -316,7 +317,7 @@ def _beyond(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry]) -> 
 
 def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
     """The mask of a loaded adapter: what of a label head it does not hold is the base's, and stays."""
-    if not hasattr(module, "labels") or config["peft_type"] != "LORA":
+    if not module.label_head or config["peft_type"] != "LORA":
         return mask
     tensors_ = models.names(module).tensors(module.spec, set(weights_by_path(params)))
     kept = {t.path for t in tensors_ if in_label_head(t.path) and not is_saved(t.module, config["modules_to_save"])}
@@ -503,7 +504,7 @@ def export_adapter(
         tensors.write(folder, arrays, "adapter_model", shard_bytes=2**63)  # peft reads one file
         text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        labels = module.spec.hf_config if hasattr(module, "labels") else None
+        labels = module.label_config
         if labels:  # the names of the labels, which an adapter's own config has no place for
             text = json.dumps(labels, indent=2, ensure_ascii=False) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
@@ -517,7 +518,7 @@ def export_adapter(
             adapter=config["peft_type"].lower(),
             facts=facts,
             notes=notes,
-            auto=models.auto_class(module),
+            auto=module.auto_class,
             config=labels,
             tokenizer=has_tokenizer(folder),
         )

@@ -288,7 +288,7 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
         "alpha_pattern": alpha_pattern,
         "lora_dropout": max(_dropout(leaf) for leaf in leaves.values()),
         "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
-        "task_type": models.task_type(module),
+        "task_type": module.task_type,
         "bias": _trained_biases(mask, tree, saved),
         "fan_in_fan_out": models.names(module).conv1d,
         "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
@@ -362,7 +362,7 @@ def trained_head(module: Any, params: Any, mask: Any) -> list[str]:
 
     peft trains "classifier" and "score" alone: in its adapters BERT's pooler is the base's.
     """
-    if not hasattr(module, "labels"):
+    if not module.label_head:
         return []
     roles = flatten(mask)
     trained = [
@@ -438,7 +438,7 @@ def _round(x: float) -> float | int:
 
 def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
     params = untied_for(config["target_modules"], params, module)
-    whole = untie(params) if hasattr(module, "head") else params
+    whole = untie(params) if module.continues else params
     known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
     saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
     candidates = places(params, module)

@@ -195,7 +195,6 @@ def tokenizer_of(source: Source) -> Any:
 def check_continues(source: Source) -> None:
     """Raise UserError for a classifier or an encoder, which give no next token."""
     from jaxtune.models import build
-    from jaxtune.models.decoder import Decoder
 
     config = read_config(source.model)
     kind = ((source.config or {}).get("objective") or {}).get("name", "causal_lm")

@@ -94,7 +94,7 @@ def lora(
 
 def untied_for(targets: str | Sequence[str], params: PyTree, module: Any) -> PyTree:
     """The tree, with a head of its own where it is tied and a target names the head."""
-    if targets == "all-linear" or not hasattr(module, "head") or "lm_head" in params:
+    if targets == "all-linear" or not getattr(module, "continues", False) or "lm_head" in params:
         return params
     from jaxtune import models
 
@@ -123,7 +123,7 @@ def attach(
     if init not in _INITS:
         raise UserError(f"init_lora_weights={init!r} is not one of {', '.join(map(repr, _INITS))}.")
     beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
-    labelled = hasattr(module, "labels")  # a label head is trained whole beside the adapters
+    labelled = getattr(module, "label_head", False)  # a label head is trained whole beside the adapters
     params, saved = _to_save(params, settings.modules_to_save, module)
     ids = _token_ids(settings.trainable_token_indices, params, module)
     table = _token_table(params, ids, saved.keys() | rows.keys())
@@ -167,7 +167,7 @@ def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tupl
         return params, {}
     if isinstance(modules, str):
         raise UserError(f"modules_to_save={modules!r}: expected a list of names.")
-    tied = hasattr(module, "head") and "lm_head" not in params
+    tied = getattr(module, "continues", False) and "lm_head" not in params
     if tied and {"embed_tokens/embedding", "lm_head/kernel"} & _to_save(untie(params), modules, module)[1].keys():
         params = untie(params)
     named = [(p, p.name.rpartition(".")[0]) for p in parameters(params, module)]

@@ -163,7 +163,7 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
             "edges first: module, params = jaxtune.split(module, params, at=LAYER)."
         )
 
-    labelled = hasattr(module, "labels")
+    labelled = getattr(module, "label_head", False)
 
     def role(path, leaf):
         return filled(leaf, TRAIN if hits[path] or (labelled and in_label_head(path)) else FROZEN)

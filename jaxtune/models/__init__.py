@@ -1,6 +1,5 @@
 """Model families: `model_type` in config.json -> the module that describes it."""
 
-import dataclasses
 import difflib
 import importlib
 import re
@@ -88,25 +87,6 @@ def _check_heads(config: Config, spec: Any) -> None:
             )
 
 
-def auto_class(module: Any) -> str:
-    """The class of transformers that loads what a module exports."""
-    if hasattr(module, "labels"):
-        return f"AutoModelFor{module.labels.kind}"
-    return "AutoModelForCausalLM" if hasattr(module, "head") else "AutoModel"
-
-
-def task_type(module: Any) -> str:
-    """What peft calls a module's task."""
-    from jaxtune.models.classifier import TASK_TYPES
-
-    if hasattr(module, "labels"):
-        return TASK_TYPES[module.labels.kind]
-    return "CAUSAL_LM" if hasattr(module, "head") else "FEATURE_EXTRACTION"
-
-
 def names(module: Any) -> NameTable:
     """The name table of a module's family, and of its label head where it has one."""
-    table = family(module.spec.hf_config).NAMES
-    if hasattr(module, "labels"):
-        return module.names(table)
-    return table if hasattr(module, "head") else dataclasses.replace(table, bare=True)
+    return module.names(family(module.spec.hf_config).NAMES)

@@ -1,5 +1,7 @@
 """What decoders and encoders share: segments of stacked blocks under `scan`, and the fields that say how they run."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models import rope
 from jaxtune.models.layers import Context, leaf
+from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Segment
 from jaxtune.weights.leaf import Array, fold
 

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.models.encoder import Encoder
 from jaxtune.models.layers import ACTIVATIONS, Norm
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Config

@@ -18,6 +18,7 @@ from jaxtune.errors import UserError
 from jaxtune.models.body import REMAT as REMAT
 from jaxtune.models.body import Body
 from jaxtune.models.layers import Block, Context, Norm, leaf
+from jaxtune.models.names import NameTable
 from jaxtune.models.spec import DecoderSpec
 from jaxtune.tree import split_stack
 from jaxtune.weights.leaf import Array, Keys, attend, dot, embed

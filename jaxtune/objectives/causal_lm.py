@@ -12,7 +12,7 @@ from jaxtune import models
 from jaxtune.data.batches import Assembler
 from jaxtune.errors import UserError
 from jaxtune.models.classifier import read_labels
-from jaxtune.models.decoder import Decoder, head_leaf, head_logits
+from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import inputs
 from jaxtune.objectives.task import BatchShape, Task
 from jaxtune.objectives.token_nats import chunk_size, cross_entropy

@@ -16,7 +16,6 @@ from rich.table import Table
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve
-from jaxtune.models import auto_class
 from jaxtune.report.card import carry_evaluation, run_facts
 from jaxtune.run.training import as_stored, over_features_found
 from jaxtune.train.cost import chunks, dot_flops

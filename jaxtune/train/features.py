@@ -35,7 +35,6 @@ from jaxtune.data import Rows
 from jaxtune.data.labels import has_types, token_types
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.files import atomic_write_text, cache_root, open_lock, sweep
-from jaxtune.models.encoder import Encoder
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import FROZEN, PyTree, flatten
 
