@@ -1,6 +1,7 @@
 """Checkpoints by orbax: what comes back, what is kept, what happens to damaged ones."""
 
 import json
+import logging
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, disk_trouble
 from jaxtune.train.checkpoint import Checkpoints, Damaged, check_disk, state_bytes
 from jaxtune.train.optim import optimizer
 from jaxtune.train.step import TrainState, init_state
@@ -314,6 +315,22 @@ def test_a_best_whose_checkpoint_is_gone_is_forgotten(checkpoints, tmp_path):
     again = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert again.restore(lambda _: state())[1]["runs"][0]["best"] is None
     again.close()
+
+
+def test_a_write_that_fails_is_raised_and_not_logged_by_orbax(checkpoints, monkeypatch, caplog, capfd):
+    from orbax.checkpoint._src.serialization import serialization
+
+    def full(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization.ts, "open", full)
+        checkpoints.save(3, state(), counters())
+        with pytest.raises(Exception) as failed:
+            checkpoints.wait()
+    assert "No room is left on the disk" in disk_trouble(failed.value)
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_bytes_of_a_state():

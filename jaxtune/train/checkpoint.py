@@ -9,6 +9,7 @@ another number.
 import copy
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,13 @@ import xxhash
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.train.step import TrainState
 from jaxtune.tree import flatten
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_not_of_orbax)  # its tracebacks of what is raised as well
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
