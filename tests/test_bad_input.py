@@ -187,7 +187,7 @@ READERS: dict[str, tuple[Callable[[], Path], str, Callable, Callable[[Path], Any
     "eval.json": (run, "eval.json", of_json, write_report),
     "sweep.json": (sweep, "sweep.json", of_json, write_sweep),
     "member.json": (sweep, "lr=1e-3/member.json", of_json, write_sweep),
-    "resumed config": (run, "config.json", of_json, lambda d: config.from_json((d / "config.json").read_text("utf8"))),
+    "resumed config": (run, "config.json", of_json, lambda d: config.load_file(str(d / "config.json"))),
 }
 
 

@@ -25,6 +25,7 @@ from jaxtune.methods.places import (
     parameters,
     places,
     renamed,
+    resolve_targets,
 )
 from jaxtune.methods.settings import Ia3, Lora, names
 from jaxtune.methods.vocabulary import untie
@@ -448,7 +449,11 @@ def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[A
 
 def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
     targets = matching(config["target_modules"], places(params, module))
-    return ia3(params, targets, config["feedforward_modules"] or (), config["exclude_modules"], module=module)
+    inputs = config["feedforward_modules"] or ()
+    if not isinstance(inputs, str):  # as peft, which passes over those that are no targets: "w2" of a Mixtral
+        chosen = resolve_targets(targets, places(params, module))
+        inputs = [name for name in inputs if any(is_or_ends(p.name, name) for p in chosen)]
+    return ia3(params, targets, inputs, config["exclude_modules"], module=module)
 
 
 def _attach_prompt(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
