@@ -120,6 +120,8 @@ def test_settings_and_flags_that_are_named_exist():
 
     known = {s.path for s in SETTINGS} | set(SECTIONS) | {"model.apply"}  # the last is a Flax module's
     for page in PAGES:
+        if page.stem == "notes":  # which keeps what was tried and taken out
+            continue
         for name in re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_.0-9]+)", page.read_text()):
             assert name.rstrip(".") in known or name.endswith((".py", ".json", ".jsonl", ".md")), (page.name, name)
 
@@ -134,9 +136,7 @@ def test_readme_is_a_page():
     assert len((ROOT / "README.md").read_text().split()) < 1050
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p.stem in ("README", "api")], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.stem)
 def test_page_runs(page, checkout, capsys):
     after = run(page)
     if proof := PROOFS.get(page.stem):
