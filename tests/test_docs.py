@@ -169,8 +169,7 @@ def _api(after, place, out):
 
 
 def _classifier(after, place, out):
-    (answer,) = after[-1]["classify"]("Where is it?")
-    assert answer["label"] in {"cancel", "broken", "question", "return", "order", "delay"}
+    assert after[-1]["label"] in {"cancel", "broken", "question", "return", "order", "delay"}
 
 
 def _adapter(after, place, out):
