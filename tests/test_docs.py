@@ -136,7 +136,11 @@ def test_readme_is_a_page():
     assert len((ROOT / "README.md").read_text().split()) < 1050
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if blocks(p) and p.stem in ("README", "api", "first-flax-model")],
+    ids=lambda page: page.stem,
+)
 def test_page_runs(page, checkout, capsys):
     after = run(page)
     if proof := PROOFS.get(page.stem):
