@@ -301,6 +301,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise UserError(f"{lock} is a link, and a lock is none; remove it.")
     fresh, fd = not lock.exists(), _hold(folder)
     try:
+        if not os.access(folder, os.W_OK | os.X_OK):  # the lock was there, and could be read
+            raise DiskError(f"{folder} cannot be written: {os.strerror(errno.EACCES)}.", errno.EACCES)
         sweep(folder)
         for inside in [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]:
             sweep(inside)
