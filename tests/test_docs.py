@@ -141,6 +141,7 @@ def test_readme_is_a_page():
     [p for p in PAGES if blocks(p) and p.stem in ("README", "api", "first-flax-model")],
     ids=lambda page: page.stem,
 )
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft of transformers
 def test_page_runs(page, checkout, capsys):
     after = run(page)
     if proof := PROOFS.get(page.stem):
