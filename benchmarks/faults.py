@@ -179,7 +179,7 @@ def _bits_of_caches(folder: Path, n: int, draw: random.Random) -> list[str]:
 
     wrong = []
     cache.build(folder / "tokens", tokens, dict)
-    layout = features.Layout.of(np.full(100, 10), 40, np.float32, True)
+    layout = features.FileLayout.of(np.full(100, 10), 40, np.float32, True)
     store = features.Store(features.GIB, folder / "features")
     store.open("k", layout, fill)
     for name, place, damaged in (

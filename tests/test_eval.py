@@ -341,4 +341,4 @@ def test_prompts_that_leave_no_room_are_counted_by_their_loss_only():
     row = held_out.Row
     rows = [row("a", [1] * n, [False] * n, [1] * n, [1], "", "") for n in (5, 12, 13)]
     rows.append(row("b", [1], [False], None, [1], "", ""))
-    assert held_out.answerable(rows, 16, held_out.Plan({}, max_new_tokens=4)) == [0, 1]
+    assert held_out.answerable(rows, 16, held_out.Request({}, max_new_tokens=4)) == [0, 1]

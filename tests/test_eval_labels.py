@@ -123,7 +123,7 @@ def test_several_labels_count_as_scikit_learn_counts_them(monkeypatch):
     true, said = rng.random((2, 40, 5)) < 0.4
     form = LabelForm(per_token=False, names=tuple("abcde"), several=True)
     monkeypatch.setattr(classifiers, "truth", lambda rows, i, form: np.flatnonzero(true[i]).tolist())
-    given = [classifiers.Said(1.0, np.flatnonzero(row).tolist(), []) for row in said]
+    given = [classifiers.Predictions(1.0, np.flatnonzero(row).tolist(), []) for row in said]
     found = columns(range(40), {"tuned": given}, form)
     for name, want in (("accuracy", accuracy_score(true, said)), ("macro_f1", f1_score(true, said, average="macro"))):
         column = found[name]

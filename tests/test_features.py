@@ -24,7 +24,7 @@ from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, with_labels
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.classification import classification
 from jaxtune.train import features
-from jaxtune.train.features import GIB, Cut, Extractor, Layout, Store, above, find_cut
+from jaxtune.train.features import GIB, Cut, Extractor, FileLayout, Store, above, find_cut
 from jaxtune.train.parallel import make_mesh
 from jaxtune.train.step import value_and_grad
 from jaxtune.tree import combine, partition
@@ -197,7 +197,7 @@ def test_bfloat16_features_keep_their_type(tmp_path):
 # --- the store
 
 
-LAYOUT = Layout.of(np.array([2, 5, 3]), 4, np.float32, True)
+LAYOUT = FileLayout.of(np.array([2, 5, 3]), 4, np.float32, True)
 
 
 def fill(file, first, done, broken=lambda place: False, passes=None):

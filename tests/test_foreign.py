@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import jaxtune
 from jaxtune import FROZEN, TRAIN, LoraWeight, QuantWeight, ShapedWeight, adapt, combine, lora, merge, partition
 from jaxtune.errors import UserError
-from jaxtune.weights.foreign import Axis, Layout, Rider
+from jaxtune.weights.foreign import Axis, MatrixLayout, Rider
 from jaxtune.weights.leaf import is_weight, map_weights, plain, row_keys
 from jaxtune.weights.rewrite import reshape
 
@@ -158,7 +158,7 @@ def test_outputs_and_gradients_are_those_of_merged_weights(name, base):
     ours = adapt(model.apply)
     layouts = ours.layouts(model.params, *model.args)
     for path, layout in model.layouts.items():
-        assert layouts[path] == Layout(*layout)
+        assert layouts[path] == MatrixLayout(*layout)
     params, mask = lora(model.params, jax.random.key(1), r=2, target_modules=model.targets, layouts=layouts)
     _close(ours(params, *model.args), model.apply(model.params, *model.args))  # b is 0: the base model
     params = _random(params, mask)

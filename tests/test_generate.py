@@ -15,7 +15,7 @@ from jaxtune import cli
 from jaxtune.errors import UserError
 from jaxtune.infer import generation as g
 from jaxtune.infer.generation import bucket, cut, filter_logits, generate, generate_text
-from jaxtune.infer.source import Source, eos_ids, find, load_target
+from jaxtune.infer.source import Tuned, eos_ids, find, load_target
 from jaxtune.weights.leaf import QuantWeight
 
 LENGTHS = (9, 1, 14, 5, 3)
@@ -287,10 +287,10 @@ def test_prompts_are_tokenised_as_in_training(assets, stories):
 def test_end_tokens_come_from_all_who_name_them(tmp_path, stories):
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
-    assert eos_ids(stories.tokenizer, Source(tmp_path, "base")) == (2, 7, 8, 9)
+    assert eos_ids(stories.tokenizer, Tuned(tmp_path, "base")) == (2, 7, 8, 9)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
-    assert eos_ids(stories.tokenizer, Source(tmp_path, "base", adapter=tmp_path / "adapter")) == (2, 5, 7, 8, 9)
+    assert eos_ids(stories.tokenizer, Tuned(tmp_path, "base", adapter=tmp_path / "adapter")) == (2, 5, 7, 8, 9)
 
 
 def test_a_special_token_as_a_stop_ends_a_text(stories, monkeypatch):

@@ -66,7 +66,7 @@ class Silent:
 def batch_at(step):
     segments = np.ones((1, 2, 4), np.int32)
     segments[0, 1, step % 4 :] = 0
-    return {"step": step, "segments": segments}
+    return {"step": step, "segments": segments, "row": np.zeros((1, 2), np.int32)}
 
 
 def step_fn(state, frozen, batch):
@@ -131,7 +131,7 @@ def deterministic(folder):
 
 
 def test_logged_losses_are_means_over_trained_tokens_since_the_last_line(tmp_path):
-    run(tmp_path, loop.Plan(steps=7, log_every=3))
+    run(tmp_path, loop.Intervals(steps=7, log_every=3))
     lines = read_metrics(tmp_path)
     assert [m["step"] for m in lines] == [3, 6, 7]
     assert [m["train/loss"] for m in lines] == pytest.approx(
@@ -146,7 +146,9 @@ def test_logged_losses_are_means_over_trained_tokens_since_the_last_line(tmp_pat
 
 def test_it_evaluates_before_at_its_interval_and_at_the_end(tmp_path):
     memory = Memory()
-    result = run(tmp_path, loop.Plan(steps=7, eval_every=3), evaluate=losses(9.0, 5.0, 6.0, 7.0), checkpoints=memory)
+    result = run(
+        tmp_path, loop.Intervals(steps=7, eval_every=3), evaluate=losses(9.0, 5.0, 6.0, 7.0), checkpoints=memory
+    )
     evaluations = [(m["step"], m["eval/loss"], m["eval/seen"]) for m in read_metrics(tmp_path) if "eval/loss" in m]
     assert evaluations == [(0, 9.0, 0), (3, 5.0, 3), (6, 6.0, 6), (7, 7.0, 7)]
     assert result.best == {"step": 3, "loss": 5.0}
@@ -157,7 +159,7 @@ def test_it_evaluates_before_at_its_interval_and_at_the_end(tmp_path):
 
 def test_it_saves_at_its_interval_and_at_the_end(tmp_path):
     memory = Memory()
-    run(tmp_path, loop.Plan(steps=7, save_every=2), checkpoints=memory)
+    run(tmp_path, loop.Intervals(steps=7, save_every=2), checkpoints=memory)
     assert memory.steps() == [2, 4, 6, 7]
     assert {n: (int(s.step), s.trainable) for n, (s, _) in memory.saved.items()} == {
         n: (n, n * (n + 1) // 2) for n in (2, 4, 6, 7)
@@ -167,7 +169,7 @@ def test_it_saves_at_its_interval_and_at_the_end(tmp_path):
 def test_early_stopping_counts_evaluations_without_improvement(tmp_path):
     result = run(
         tmp_path,
-        loop.Plan(steps=50, eval_every=2, early_stop=2, log_every=100),
+        loop.Intervals(steps=50, eval_every=2, early_stop=2, log_every=100),
         evaluate=losses(9.0, 5.0, 6.0, 4.0, 4.0, 4.5),
     )
     assert result.early
@@ -176,14 +178,14 @@ def test_early_stopping_counts_evaluations_without_improvement(tmp_path):
 
 
 def test_an_evaluation_that_is_no_number_is_never_the_best(tmp_path):
-    result = run(tmp_path, loop.Plan(steps=3, eval_every=1), evaluate=losses(1.0, math.nan, 5.0, math.nan))
+    result = run(tmp_path, loop.Intervals(steps=3, eval_every=1), evaluate=losses(1.0, math.nan, 5.0, math.nan))
     assert result.best == {"step": 2, "loss": 5.0}
 
 
 # --- going on
 
 
-PLAN = loop.Plan(steps=11, log_every=4, eval_every=5, save_every=3, early_stop=9)
+PLAN = loop.Intervals(steps=11, log_every=4, eval_every=5, save_every=3, early_stop=9)
 
 
 def scripted(state):
@@ -210,14 +212,18 @@ def test_from_any_checkpoint_it_ends_as_one_left_alone(stop, tmp_path):
 
 def test_patience_may_be_changed_when_it_goes_on(tmp_path):
     memory, worse = Memory(), lambda state: {"eval/loss": float(state.step)}
-    first = run(tmp_path, loop.Plan(steps=9, eval_every=1, early_stop=2), evaluate=worse, checkpoints=memory)
+    first = run(tmp_path, loop.Intervals(steps=9, eval_every=1, early_stop=2), evaluate=worse, checkpoints=memory)
     assert (first.early, int(first.state.step)) == (True, 3)
     state, record = memory.last()
     again = run(
-        tmp_path, loop.Plan(steps=9, eval_every=1, early_stop=2), state, record=copy.deepcopy(record), evaluate=worse
+        tmp_path,
+        loop.Intervals(steps=9, eval_every=1, early_stop=2),
+        state,
+        record=copy.deepcopy(record),
+        evaluate=worse,
     )
     assert (again.early, int(again.state.step)) == (True, 3)
-    longer = run(tmp_path, loop.Plan(steps=9, eval_every=1), state, record=copy.deepcopy(record), evaluate=worse)
+    longer = run(tmp_path, loop.Intervals(steps=9, eval_every=1), state, record=copy.deepcopy(record), evaluate=worse)
     assert (longer.early, int(longer.state.step)) == (False, 9)
 
 
@@ -236,7 +242,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(number, log_every, tmp_path)
 
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="after step 4; the checkpoint is saved"):
-        run(tmp_path, loop.Plan(steps=9, log_every=log_every), fn=fn, checkpoints=memory)
+        run(tmp_path, loop.Intervals(steps=9, log_every=log_every), fn=fn, checkpoints=memory)
     assert memory.steps() == [4]
     assert signal.getsignal(number) is before
 
@@ -246,7 +252,7 @@ def test_a_signal_while_a_step_is_logged_is_not_taken_for_saved(tmp_path):
     memory = Memory()
     progress = Silent(lambda step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted) as stopped:
-        run(tmp_path, loop.Plan(steps=9, log_every=4), checkpoints=memory, progress=progress)
+        run(tmp_path, loop.Intervals(steps=9, log_every=4), checkpoints=memory, progress=progress)
     assert memory.steps() == [5]
     assert "after step 5" in str(stopped.value)
 
@@ -257,7 +263,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return step_fn(state, frozen, batch)
 
-    assert int(run(tmp_path, loop.Plan(steps=3), fn=fn).state.step) == 3
+    assert int(run(tmp_path, loop.Intervals(steps=3), fn=fn).state.step) == 3
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -280,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(name, value, log_eve
         return state, metrics | ({name: np.float32(value)} if batch["step"] == 6 else {})
 
     with pytest.raises(RunFailed) as failed:
-        run(tmp_path, loop.Plan(steps=20, log_every=log_every, save_every=3), fn=fn, checkpoints=memory)
+        run(tmp_path, loop.Intervals(steps=20, log_every=log_every, save_every=3), fn=fn, checkpoints=memory)
     text = str(failed.value)
     assert "not finite at step 7" in text
     assert "Its rows: file:6, file:106." in text
@@ -293,7 +299,7 @@ def test_it_says_so_where_nothing_was_saved(tmp_path):
         return state, {"loss": np.float32("nan"), "weight": np.float32(1), "grad_norm": np.float32(1)}
 
     with pytest.raises(RunFailed, match="No checkpoint was saved"):
-        run(tmp_path, loop.Plan(steps=5), fn=fn)
+        run(tmp_path, loop.Intervals(steps=5), fn=fn)
 
 
 def test_an_error_of_the_data_is_raised_in_its_step(tmp_path):
@@ -301,7 +307,7 @@ def test_an_error_of_the_data_is_raised_in_its_step(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(tmp_path, loop.Plan(steps=5), fn=broken)
+        run(tmp_path, loop.Intervals(steps=5), fn=broken)
 
 
 # --- evaluation, memory, metrics

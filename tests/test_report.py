@@ -15,7 +15,7 @@ from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.report import write_comparison, write_report
 from jaxtune.report.chart import linear_axis, log_axis, smooth, step_axis, thin
-from jaxtune.report.run import Point, read_run
+from jaxtune.report.run import Measured, read_run
 from jaxtune.report.words import compact, duration, number, percent
 
 
@@ -380,14 +380,14 @@ def test_axes_hold_their_values_between_round_ticks():
 
 
 def test_smoothing_has_no_lag_at_the_start_and_keeps_a_constant():
-    assert smooth([Point(1, 8.0)]) == [(1, 8.0)]
-    assert [p.value for p in smooth([Point(i, 2.5) for i in range(500)])] == pytest.approx([2.5] * 500)
+    assert smooth([Measured(1, 8.0)]) == [(1, 8.0)]
+    assert [p.value for p in smooth([Measured(i, 2.5) for i in range(500)])] == pytest.approx([2.5] * 500)
 
 
 def test_thinning_keeps_the_ends_and_the_spikes():
-    points = [Point(i, 1.0 + i % 7) for i in range(10_000)]
-    points[4_321] = Point(4_321, 99.0)
-    points[8_765] = Point(8_765, -99.0)
+    points = [Measured(i, 1.0 + i % 7) for i in range(10_000)]
+    points[4_321] = Measured(4_321, 99.0)
+    points[8_765] = Measured(8_765, -99.0)
     kept = thin(points, 600)
     assert len(kept) <= 600
     assert {points[0], points[-1], points[4_321], points[8_765]} <= set(kept)

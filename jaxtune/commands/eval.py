@@ -217,7 +217,7 @@ def _labelled(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
         said = {head.name: classifiers.classify(head, rows, form, kept, progress.begin) for head in heads}
     notes = [] if "base" in said or options.tuned_only else [NO_HEAD]
-    notes += [sentence] if (sentence := classifiers.usual(rows, form)) else []
+    notes += [sentence] if (sentence := classifiers.majority_baseline(rows, form)) else []
     found, labels = classifiers.columns(rows, said, form), classifiers.confusions(rows, said, form)
     records = classifiers.records(rows, said, form, tokenizer, groups)
     tokens = int(rows.length.sum())
@@ -358,7 +358,7 @@ def _plan(
     options: SimpleNamespace, rows: list[Any], own: dict[str, Any], eos_ids: tuple[int, ...], virtual: int
 ) -> Any:
     """What to measure on these rows."""
-    from jaxtune.evaluate.held_out import LOSSES, Plan, answer_length, label_names
+    from jaxtune.evaluate.held_out import LOSSES, Request, answer_length, label_names
     from jaxtune.evaluate.metrics import choose
 
     shared = {"batch_size": options.batch_size, "eos_ids": eos_ids, "virtual": virtual}
@@ -372,9 +372,9 @@ def _plan(
         )
     if options.labels:
         longest = max(map(len, label_names(rows).values()))
-        return Plan({}, labels=True, max_new_tokens=longest, **shared)
+        return Request({}, labels=True, max_new_tokens=longest, **shared)
     metrics = choose(named, references) if references else {}
-    return Plan(metrics | own, max_new_tokens=options.max_new_tokens or answer_length(rows), **shared)
+    return Request(metrics | own, max_new_tokens=options.max_new_tokens or answer_length(rows), **shared)
 
 
 def _with_base(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[bool, list[str]]:

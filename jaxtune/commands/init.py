@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         layout = propose.fitted(layout, source, read_labels(config))
         layout.labels.joined = JOINED if isinstance(spec, DecoderSpec) else None
     tokenizer = load_tokenizer(tokenizer_path(options.model, options.tokenizer))
-    model = propose.Model(
+    model = propose.ModelFacts(
         path=str(options.model),
         tokenizer=options.tokenizer and str(options.tokenizer),
         positions=spec.positions,

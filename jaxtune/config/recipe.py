@@ -79,7 +79,7 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
         adapter=cfg.tune.method in ADAPTERS,
         optimizer=o.name,
         lr=o.lr,
-        usual_lr=DEFAULT_LR,
+        default_lr=DEFAULT_LR,
         prefix=prefix,
         data=section(cfg, "data"),
         train=section(cfg, "train"),

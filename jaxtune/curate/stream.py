@@ -160,7 +160,7 @@ def _text_hashes(texts: list[str], words: list[list[str]]) -> list[int]:
     return [hash(" ".join(found)) if text else 0 for text, found in zip(texts, words)]
 
 
-class Form(NamedTuple):
+class Reading(NamedTuple):
     """How rows are read, as training does.
 
     Attributes:
@@ -174,17 +174,17 @@ class Form(NamedTuple):
     sides: Callable[[Any], tuple[str, str]]
 
 
-def text_form(tokenizer: Any, settings: Mapping[str, Any], allow_left_out: Sequence[str] = ()) -> Form:
+def text_form(tokenizer: Any, settings: Mapping[str, Any], allow_left_out: Sequence[str] = ()) -> Reading:
     """Text to be continued; `settings` are those of `make_reader`."""
-    return Form(lambda source: make_reader(source, **settings), Encoder(tokenizer, allow_left_out), sides)
+    return Reading(lambda source: make_reader(source, **settings), Encoder(tokenizer, allow_left_out), sides)
 
 
-def label_form(tokenizer: Any, labels: RowForm) -> Form:
+def label_form(tokenizer: Any, labels: RowForm) -> Reading:
     """Texts, or words, with labels."""
-    return Form(labels.reader, labels.encoder(tokenizer), labels.sides)
+    return Reading(labels.reader, labels.encoder(tokenizer), labels.sides)
 
 
-def chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
+def chunks(sources: Sequence[Opened], form: Reading) -> Iterator[Chunk]:
     """Yield all rows of all sources; the next chunk is tokenised in a thread while one is looked at.
 
     Raises UserError for a file that cannot be read on: a malformed line.
@@ -205,7 +205,7 @@ def _collected_rarely() -> Iterator[None]:
         gc.set_threshold(*usual)
 
 
-def _chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
+def _chunks(sources: Sequence[Opened], form: Reading) -> Iterator[Chunk]:
     first = 0
     for opened in sources:
         types = ColumnTypes(opened.source, opened.reader.columns)
@@ -215,7 +215,7 @@ def _chunks(sources: Sequence[Opened], form: Form) -> Iterator[Chunk]:
             first += len(part)
 
 
-def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: ColumnTypes, form: Form) -> Chunk:
+def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: ColumnTypes, form: Reading) -> Chunk:
     source, reader = opened.source, opened.reader
     kept, broken = [], []
     for number, row in part:

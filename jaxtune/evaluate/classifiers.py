@@ -26,7 +26,7 @@ from jaxtune.objectives.classification import entity_counts, entity_tables
 BINS = 10  # of calibration
 
 
-class Said(NamedTuple):
+class Predictions(NamedTuple):
     """What a head says of one row.
 
     Attributes:
@@ -41,7 +41,7 @@ class Said(NamedTuple):
 
 
 def truth(rows: Rows, i: int, form: LabelForm) -> list[Any]:
-    """What row i should be given, as `Said.labels`."""
+    """What row i should be given, as `Predictions.labels`."""
     if form.per_token:
         return [int(mark) - 1 for mark in rows[i][1] if mark]
     target = rows.target[i]
@@ -56,7 +56,7 @@ def classify(
     form: LabelForm,
     kept: Kept,
     progress: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda n: None,
-) -> list[Said]:
+) -> list[Predictions]:
     """Ask a label head about every row; what is kept from an earlier start is not computed again."""
 
     def said(batch):
@@ -76,7 +76,7 @@ def classify(
     keys = [key_of("class", system.identity, rows[i][0].tolist(), truth(rows, i, form)) for i in range(len(rows))]
     batches = batches_by_length(lengths, most_tokens())
     found = in_batches(kept, keys, batches, said, progress(f"{system.name}: labels", len(rows)))
-    return [Said(*record) for record in found]
+    return [Predictions(*record) for record in found]
 
 
 @partial(jax.jit, static_argnames="module")
@@ -85,23 +85,23 @@ def _logits(module: Any, params: Any, tokens: jax.Array, segments: jax.Array, ty
     return module.apply({"params": params}, tokens, positions, segments, types=types)
 
 
-def _said(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Said:
+def _said(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Predictions:
     """logits [C] of a text, or [T, C]."""
     wanted = truth(rows, i, form)
     if form.value:
-        return Said(float((logits[0] - wanted[0]) ** 2), [float(logits[0])], [])
+        return Predictions(float((logits[0] - wanted[0]) ** 2), [float(logits[0])], [])
     if form.several:
         there = np.isin(np.arange(len(logits)), wanted)
         nats = np.logaddexp(0, np.where(there, -logits, logits)).sum()
-        return Said(float(nats), np.flatnonzero(logits > 0).tolist(), [])
+        return Predictions(float(nats), np.flatnonzero(logits > 0).tolist(), [])
     at = logits[rows[i][1] > 0] if form.per_token else logits[None]
     logprobs = at - np.logaddexp.reduce(at, axis=-1, keepdims=True)
     best = logprobs.argmax(-1)
     nth = np.arange(len(at))
-    return Said(float(-logprobs[nth, wanted].sum()), best.tolist(), np.exp(logprobs[nth, best]).tolist())
+    return Predictions(float(-logprobs[nth, wanted].sum()), best.tolist(), np.exp(logprobs[nth, best]).tolist())
 
 
-def columns(rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm) -> dict[str, Column]:
+def columns(rows: Rows, said: Mapping[str, Sequence[Predictions]], form: LabelForm) -> dict[str, Column]:
     """Everything that was measured, as columns of per-row values."""
     wanted = [truth(rows, i, form) for i in range(len(rows))]
     every = np.arange(len(rows))
@@ -177,7 +177,7 @@ def _entities(tables: Any, said: Sequence[list[int]], wanted: Sequence[list[int]
     return np.asarray(jax.jit(jax.vmap(one))(*tags, weights), float)
 
 
-def _gaps(said: Said, wanted: list[int]) -> np.ndarray:
+def _gaps(said: Predictions, wanted: list[int]) -> np.ndarray:
     """[BINS + 1]: confidence less rightness, summed by bin of confidence; and how many."""
     right = [float(a == b) for a, b in zip(said.labels, wanted, strict=True)]
     return np.append(gap_bins(said.confidence, right, BINS), len(wanted))
@@ -187,7 +187,7 @@ def _ece(counts: np.ndarray) -> float:
     return float(np.abs(counts[:-1]).sum() / max(counts[-1], 1))
 
 
-def confusions(rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm) -> dict[str, Any] | None:
+def confusions(rows: Rows, said: Mapping[str, Sequence[Predictions]], form: LabelForm) -> dict[str, Any] | None:
     """Label names, and for each model its counts: row the expected label, column the predicted one."""
     if form.value or form.several:
         return None
@@ -199,7 +199,7 @@ def confusions(rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm) 
     return {"names": list(form.names), "confusion": tables}
 
 
-def usual(rows: Rows, form: LabelForm) -> str | None:
+def majority_baseline(rows: Rows, form: LabelForm) -> str | None:
     """A sentence on what it takes to be right without reading."""
     if form.value or form.several:
         return None
@@ -211,7 +211,11 @@ def usual(rows: Rows, form: LabelForm) -> str | None:
 
 
 def records(
-    rows: Rows, said: Mapping[str, Sequence[Said]], form: LabelForm, tokenizer: Any, groups: Sequence[str] | None = None
+    rows: Rows,
+    said: Mapping[str, Sequence[Predictions]],
+    form: LabelForm,
+    tokenizer: Any,
+    groups: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """One JSON object a row: where it stands, its text, what is expected, and what each model says of it."""
     found = []

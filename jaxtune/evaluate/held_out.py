@@ -38,7 +38,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
     """What is measured.
 
     Attributes:
@@ -83,7 +83,7 @@ def measure(
     system: System,
     rows: Sequence[Row],
     tokenizer: Any,
-    plan: Plan,
+    plan: Request,
     kept: Kept,
     progress: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda n: None,
 ) -> Measured:
@@ -115,7 +115,7 @@ def measure(
     return found
 
 
-def answerable(rows: Sequence[Row], positions: int, plan: Plan) -> list[int]:
+def answerable(rows: Sequence[Row], positions: int, plan: Request) -> list[int]:
     """The rows that have a whole prompt, and room behind it for an answer."""
     room = positions - plan.virtual - plan.max_new_tokens
     return [i for i, row in enumerate(rows) if row.prompt and len(row.prompt) <= room]
@@ -178,7 +178,7 @@ class Column:
     at: np.ndarray
 
 
-def columns(rows: Sequence[Row], measured: Mapping[str, Measured], plan: Plan) -> dict[str, Column]:
+def columns(rows: Sequence[Row], measured: Mapping[str, Measured], plan: Request) -> dict[str, Column]:
     """Everything that was measured, as columns of per-row values."""
     every = np.arange(len(rows))
     nats = {name: np.stack([m.nats, m.tokens], axis=1) for name, m in measured.items()}

@@ -10,7 +10,7 @@ from jaxtune.files import hash_of
 from jaxtune.hf.load import load, resolve
 from jaxtune.hf.peft import grown_for, load_adapter
 from jaxtune.infer.generation import prepare
-from jaxtune.infer.source import Source, same_base
+from jaxtune.infer.source import Tuned, same_base
 
 
 class System(NamedTuple):
@@ -28,7 +28,7 @@ class System(NamedTuple):
     identity: str
 
 
-def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator[System]:
+def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[System]:
     """Yield the base and the tuned model of a source, one after the other; of a model that is nobody's result, itself.
 
     An adapter shares its base's weights, quantised if they were in its run; of two whole models only one is in memory
@@ -59,7 +59,7 @@ def systems(source: Source, *, base: bool = True, dtype: Any = None) -> Iterator
         yield System(name, module, prepare(module, params), identity(folder, str(dtype)))
 
 
-def base_identity(source: Source, dtype: Any) -> str:
+def base_identity(source: Tuned, dtype: Any) -> str:
     """A hash of an adapter's base as it is used."""
     return identity(source.model, str(dtype), *filter(None, [source.quantization]))
 

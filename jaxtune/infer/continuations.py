@@ -67,7 +67,7 @@ def scorer(
     return batches, whole
 
 
-class Shape(NamedTuple):
+class GroupShape(NamedTuple):
     """Of a batch: contexts and the tokens of each, continuations and the tokens of each."""
 
     contexts: int
@@ -80,7 +80,7 @@ class Batch(NamedTuple):
     """Indices of pairs by the context that they share, and what the arrays are padded to."""
 
     groups: list[list[int]]
-    shape: Shape
+    shape: GroupShape
 
     @property
     def members(self) -> list[int]:
@@ -125,7 +125,7 @@ def shared_batches(module: Any, params: Any, pairs: Sequence[Pair]) -> list[Batc
         longest = max(1, *(len(pairs[i][1]) for group in groups for i in group))
         length = min(_rounded(longest, 4), module.spec.positions)
         batches += _cut(module, pairs, groups, length, prefix, room)
-    taken: list[Shape] = []
+    taken: list[GroupShape] = []
     padded = []
     for groups, shape in batches:
         grown = sum(s == shape for _, s in batches)
@@ -187,7 +187,7 @@ def _by_length(pairs: Sequence[Pair], room: int) -> list[list[list[int]]]:
     return found
 
 
-def _cut(module, pairs, groups, length: int, prefix: int, room: int) -> list[tuple[list[list[int]], Shape]]:
+def _cut(module, pairs, groups, length: int, prefix: int, room: int) -> list[tuple[list[list[int]], GroupShape]]:
     """Batches of groups, the longest contexts first, and their own shapes."""
     slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: module.init_cache(1, 1))))
 
@@ -200,7 +200,7 @@ def _cut(module, pairs, groups, length: int, prefix: int, room: int) -> list[tup
 
     def shape(batch):
         wide = widest if one_width else width(batch[0])
-        return Shape(_rounded(len(batch), 4), wide, _rounded(sum(map(len, batch)), 4), length)
+        return GroupShape(_rounded(len(batch), 4), wide, _rounded(sum(map(len, batch)), 4), length)
 
     def fits(batch):
         size, wide, rows, _ = shape(batch)
@@ -228,7 +228,7 @@ def _parts(group: list[int], fits) -> list[list[int]]:
     return [group[at : at + size] for at in range(0, len(group), size)]
 
 
-def _tokens(shape: Shape) -> int:
+def _tokens(shape: GroupShape) -> int:
     return shape.contexts * shape.width + shape.rows * shape.length
 
 

@@ -15,7 +15,7 @@ from jaxtune.hf.peft import find_base, open_adapter, read_adapter_config
 from jaxtune.hf.stops import named_ids
 
 
-class Source(NamedTuple):
+class Tuned(NamedTuple):
     """Where tuned weights lie.
 
     Attributes:
@@ -64,7 +64,7 @@ class Target(NamedTuple):
     eos_ids: tuple[int, ...]
 
 
-def same_base(source: Source) -> AbstractContextManager[None]:
+def same_base(source: Tuned) -> AbstractContextManager[None]:
     """Load the base of a source within, which is checked to be the one that its run began on.
 
     Raises:
@@ -80,7 +80,7 @@ def same_base(source: Source) -> AbstractContextManager[None]:
 
 def find(
     path: str | Path, base: str | Path | None = None, *, adapter: str | Path | None = None, any_base: bool = False
-) -> Source:
+) -> Tuned:
     """Find out what `path` is: a run directory, a PEFT directory, or an HF directory or hub id.
 
     Args:
@@ -109,12 +109,12 @@ def find(
         if (folder / "model").is_dir():
             if base is not None:
                 raise UserError(f"The run in {folder} holds a whole model; a base belongs to an adapter only.")
-            return Source(folder / "model", named, run=folder, config=config)
+            return Tuned(folder / "model", named, run=folder, config=config)
         raise UserError(f"The run in {folder} has no result yet (adapter/ or model/); start it again to go on.")
     if "model_type" in config:
         if base is not None or any_base:
             raise UserError(f"{folder} is a whole model; a base belongs to an adapter only.")
-        return Source(folder, str(path))
+        return Tuned(folder, str(path))
     raise UserError(
         f"{folder} is neither a run, nor an adapter (adapter_config.json), nor a model (config.json with model_type)."
     )
@@ -128,12 +128,12 @@ def _path(config: dict[str, Any]) -> Any:
     return model["path"]
 
 
-def _adapter(folder: Path, base: str | Path | None, any_base: bool) -> Source:
+def _adapter(folder: Path, base: str | Path | None, any_base: bool) -> Tuned:
     named, model = find_base(folder, base)
-    return Source(model, named, adapter=folder, any_base=any_base)
+    return Tuned(model, named, adapter=folder, any_base=any_base)
 
 
-def open_source(source: Source, **settings: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+def open_source(source: Tuned, **settings: Any) -> tuple[Any, Any, dict[str, Any] | None]:
     """Load a source as `(module, params, adapter config)`, the last None for a whole model.
 
     Args:
@@ -152,7 +152,7 @@ def open_source(source: Source, **settings: Any) -> tuple[Any, Any, dict[str, An
     return module, params, config
 
 
-def load_target(source: Source | str | Path, dtype: Any = None, **settings: Any) -> Target:
+def load_target(source: Tuned | str | Path, dtype: Any = None, **settings: Any) -> Target:
     """Load a language model: what `find` found, or a run directory, a PEFT directory, an HF directory or hub id.
 
     Args:
@@ -162,7 +162,7 @@ def load_target(source: Source | str | Path, dtype: Any = None, **settings: Any)
     Raises:
         UserError: it is none of these, a run without result, or lacks weights or a tokenizer.
     """
-    if not isinstance(source, Source):
+    if not isinstance(source, Tuned):
         source = find(source)
     tokenizer = tokenizer_of(source)
     check_continues(source)
@@ -173,12 +173,12 @@ def load_target(source: Source | str | Path, dtype: Any = None, **settings: Any)
     return Target(module, params, tokenizer, source.model, eos_ids(tokenizer, source))
 
 
-def eos_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
+def eos_ids(tokenizer: Any, source: Tuned) -> tuple[int, ...]:
     """The tokens that end a text, as the tokenizer and the files of the model and the adapter name them together."""
     return named_ids(tokenizer, source.model, source.adapter)
 
 
-def tokenizer_of(source: Source) -> Any:
+def tokenizer_of(source: Tuned) -> Any:
     """The tokenizer of a source, with what its run was told about it."""
     from jaxtune.data.tokenize import load_tokenizer
 
@@ -192,7 +192,7 @@ def tokenizer_of(source: Source) -> Any:
     )
 
 
-def check_continues(source: Source) -> None:
+def check_continues(source: Tuned) -> None:
     """Raise UserError for a classifier or an encoder, which give no next token."""
     from jaxtune.models import build
 

@@ -33,7 +33,7 @@ from jaxtune.methods.settings import Lora, PromptTuning, read
 from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled
-from jaxtune.weights.foreign import Layout, matrices
+from jaxtune.weights.foreign import MatrixLayout, matrices
 from jaxtune.weights.leaf import (
     Adapter,
     DoraWeight,
@@ -61,7 +61,7 @@ def lora(
     key: jax.Array,
     *,
     module: Any = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, MatrixLayout] | None = None,
     **options: Any,
 ) -> tuple[PyTree, PyTree]:
     """Low-rank adaptation (arXiv:2106.09685), with the names and defaults of peft's LoraConfig.
@@ -113,7 +113,7 @@ def attach(
     chosen: Mapping[Place, Factors],
     settings: Lora,
     module: Any = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, MatrixLayout] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`lora` on modules that are chosen already."""
     bias, init = settings.bias, settings.init_lora_weights

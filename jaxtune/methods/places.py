@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtune.errors import UserError, nearest
 from jaxtune.methods.settings import Lora
 from jaxtune.tree import PyTree
-from jaxtune.weights.foreign import Layout
+from jaxtune.weights.foreign import MatrixLayout
 from jaxtune.weights.leaf import plain, weights_by_path
 
 
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
     scale: float
 
 
-def places(params: PyTree, module: Any = None, layouts: Mapping[str, Layout] | None = None) -> list[Place]:
+def places(params: PyTree, module: Any = None, layouts: Mapping[str, MatrixLayout] | None = None) -> list[Place]:
     """List the linear and embedding modules of a tree: by HF names for a zoo module, else by the tree's own paths."""
     if layouts is not None:
         return [Place(_dotted(path), path, None, not layout.lookup) for path, layout in layouts.items()]

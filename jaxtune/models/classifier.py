@@ -36,7 +36,7 @@ _OTHER_HEADS = r"(classifier|pre_classifier|score|head|qa_outputs)\..*"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class HeadLayout:
     """A family's label head.
 
     Attributes:
@@ -74,18 +74,18 @@ class Labels:
     drawn: bool = False
 
 
-def decoder_layout(c: Config, kind: str) -> Layout:
+def decoder_layout(c: Config, kind: str) -> HeadLayout:
     """What nearly all decoders have: one matrix `score` on the last token, or on every one."""
     if kind == SEQUENCE:
-        return Layout({"score.weight": "classifier/out/kernel"}, pooling="last", out_bias=False)
-    return Layout({"score.weight": "classifier/out/kernel", "score.bias": "classifier/out/bias"})
+        return HeadLayout({"score.weight": "classifier/out/kernel"}, pooling="last", out_bias=False)
+    return HeadLayout({"score.weight": "classifier/out/kernel", "score.bias": "classifier/out/bias"})
 
 
-def older_decoder_layout(c: Config, kind: str) -> Layout:
+def older_decoder_layout(c: Config, kind: str) -> HeadLayout:
     """Of GPT-2 and GPT-NeoX, whose head over tokens is `classifier`."""
     if kind == SEQUENCE:
         return decoder_layout(c, kind)
-    return Layout({"classifier.weight": "classifier/out/kernel", "classifier.bias": "classifier/out/bias"})
+    return HeadLayout({"classifier.weight": "classifier/out/kernel", "classifier.bias": "classifier/out/bias"})
 
 
 def read_labels(config: Mapping[str, Any]) -> Labels | None:
@@ -122,7 +122,7 @@ class Classifier:
 
     body: Any
     labels: Labels
-    layout: Layout
+    layout: HeadLayout
     pooled: bool = False
 
     @property
@@ -316,7 +316,7 @@ def with_labels(body: Any, labels: Labels) -> Classifier:
     return Classifier(body, labels, layout)
 
 
-def _config_text(config: dict[str, Any], labels: Labels, layout: Layout, body: Any) -> str:
+def _config_text(config: dict[str, Any], labels: Labels, layout: HeadLayout, body: Any) -> str:
     names = labels.names
     config = config | {
         "architectures": [transformers_class(config["model_type"], labels.kind)],

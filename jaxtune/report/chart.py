@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from jaxtune.report.run import Point
+from jaxtune.report.run import Measured
 from jaxtune.report.words import compact, number
 
 WIDTH, HEIGHT = 1000, 1000  # units of the drawing; the page decides what they measure
@@ -29,7 +29,7 @@ class Series:
     """
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[Measured]
     colour: int = 1
     style: str = "line"
     mark: int | None = None
@@ -50,7 +50,7 @@ class Spread:
     colour: int = 1
 
 
-class Shape(NamedTuple):
+class Mark(NamedTuple):
     """A path of the drawing: its classes of style, and its commands."""
 
     kind: str
@@ -90,7 +90,7 @@ class Chart:
     title: str
     by: str
     log: bool
-    shapes: list[Shape]
+    shapes: list[Mark]
     rows: list[Label]
     columns: list[Label]
     legend: list[Key]
@@ -167,25 +167,29 @@ def _round_step(size: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= size * (1 - 1e-9))
 
 
+TINY = 1e-290  # what is nearer to 0 is drawn at 0: a power of ten below its range would be
+
+
 def value_axis(values: Sequence[float], *, zero: bool = False) -> Axis:
     """Logarithmic where the values are positive and span a factor of 30 or more, so that the end of a curve is seen."""
+    values = [value if abs(value) > TINY else 0.0 for value in values]
     if not zero and min(values) > 0 and max(values) >= 30 * min(values):
         return log_axis(values)
     return linear_axis(values, zero=zero)
 
 
-def smooth(points: Sequence[Point], share: float = 0.04) -> list[Point]:
+def smooth(points: Sequence[Measured], share: float = 0.04) -> list[Measured]:
     """Exponential moving average over about `share` of the points, unbiased at the start (Adam's correction)."""
     keep = 1 - 1 / max(1.0, share * len(points))
     total = weight = 0.0
     smoothed = []
     for step, value in points:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(Point(step, total / weight))
+        smoothed.append(Measured(step, total / weight))
     return smoothed
 
 
-def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+def thin(points: Sequence[Measured], most: int = MOST_POINTS) -> list[Measured]:
     """At most `most` points that draw the same picture: the ends, and the extremes of equal stretches."""
     if len(points) <= most:
         return list(points)
@@ -242,7 +246,7 @@ def _chart(
     by: str,
     x: Axis,
     y: Axis,
-    shapes: Sequence[Shape],
+    shapes: Sequence[Mark],
     curves: Sequence[dict],
     legend: list[Key],
     lost: Sequence[tuple[float, list[int]]] = (),
@@ -250,7 +254,7 @@ def _chart(
     wide: bool,
 ) -> Chart:
     """A chart from what is drawn (`shapes`, `lost`) and what the read-out says (`curves`)."""
-    grid = Shape("grid", "".join(f"M0 {HEIGHT * (1 - y.at(t)):.1f}h{WIDTH}" for t in y.ticks))
+    grid = Mark("grid", "".join(f"M0 {HEIGHT * (1 - y.at(t)):.1f}h{WIDTH}" for t in y.ticks))
     return Chart(
         title=title,
         by=by,
@@ -265,18 +269,18 @@ def _chart(
     )
 
 
-def _curve(series: Series, points: Sequence[Point], x: Axis, y: Axis) -> list[Shape]:
+def _curve(series: Series, points: Sequence[Measured], x: Axis, y: Axis) -> list[Mark]:
     at = [(f"{WIDTH * x.at(p.step):.1f}", f"{HEIGHT * (1 - y.at(p.value)):.1f}") for p in points]
     colour = f"c{series.colour}"
-    shapes = [Shape(f"line {series.style} {colour}", "M" + "L".join(" ".join(xy) for xy in at))]
+    shapes = [Mark(f"line {series.style} {colour}", "M" + "L".join(" ".join(xy) for xy in at))]
     # A path of no length with round caps is a dot that the stretched drawing does not squash.
     if series.style == "dots" or len(points) == 1:
-        shapes.append(Shape(f"dot {colour}", "".join(f"M{a} {b}h0" for a, b in at)))
+        shapes.append(Mark(f"dot {colour}", "".join(f"M{a} {b}h0" for a, b in at)))
     marked = [f"M{a} {b}h0" for p, (a, b) in zip(points, at) if p.step == series.mark]
-    return [*shapes, *(Shape(f"{kind} {colour}", marked[0]) for kind in ("ring", "hole", "dot") if marked)]
+    return [*shapes, *(Mark(f"{kind} {colour}", marked[0]) for kind in ("ring", "hole", "dot") if marked)]
 
 
-def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> list[Shape]:
+def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> list[Mark]:
     def place(at, value):
         return f"{WIDTH * x.at(at):.1f} {HEIGHT * (1 - y.at(value)):.1f}"
 
@@ -297,7 +301,7 @@ def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> list[Shape]:
         ("dot", dots(every)),
         *((kind, dots(point for point in every if point[1] == best)) for kind in ("ring", "hole", "dot")),
     ]
-    return [Shape(f"{kind} c{spread.colour}", d) for kind, d in paths if d]
+    return [Mark(f"{kind} c{spread.colour}", d) for kind, d in paths if d]
 
 
 def _read_out(spread: Spread, top: float) -> list[list]:

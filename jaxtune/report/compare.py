@@ -11,7 +11,7 @@ from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.evaluation import value
 from jaxtune.report.page import reproduce
 from jaxtune.report.render import render
-from jaxtune.report.run import Run
+from jaxtune.report.run import RunRecord
 from jaxtune.report.words import duration, number, percent, setting
 
 COLOURS = 8  # in the palette; runs beyond the best eight are drawn in grey
@@ -39,7 +39,7 @@ class Ranked(NamedTuple):
     best: bool = False
 
 
-def comparison_page(runs: Sequence[Run], folder: Path) -> str:
+def comparison_page(runs: Sequence[RunRecord], folder: Path) -> str:
     """Return the HTML that compares `runs`; links in it are relative to `folder`, where it will lie."""
     names, colours, ranks = labels(runs), _colours(runs), order(runs)
     heads, rows = result_rows(runs)
@@ -61,19 +61,19 @@ def comparison_page(runs: Sequence[Run], folder: Path) -> str:
     )
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
+def labels(runs: Sequence[RunRecord]) -> list[str]:
     """Short names that tell the runs apart: their paths from the folder that holds them all."""
     paths = [run.folder.resolve() for run in runs]
     common = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(common)) for path in paths]
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Sequence[RunRecord]) -> list[str]:
     """Settings in which the runs are not all alike."""
     return [path for path, value in runs[0].settings.items() if any(run.settings[path] != value for run in runs)]
 
 
-def _score(run: Run) -> tuple[bool, float]:
+def _score(run: RunRecord) -> tuple[bool, float]:
     """What a run is judged by: its best held-out loss; behind all that have one, its smoothed training loss."""
     best = run.best()
     if best:
@@ -82,14 +82,14 @@ def _score(run: Run) -> tuple[bool, float]:
     return True, losses[-1].value if losses else math.inf
 
 
-def _colours(runs: Sequence[Run]) -> list[int]:
+def _colours(runs: Sequence[RunRecord]) -> list[int]:
     """The best eight runs get a colour each, in the order they were named."""
     best = set(sorted(range(len(runs)), key=lambda i: _score(runs[i]))[:COLOURS])
     slots = iter(range(1, COLOURS + 1))
     return [next(slots) if i in best else 0 for i in range(len(runs))]
 
 
-def _summary(runs: Sequence[Run], names: Sequence[str], winner: int) -> list[str]:
+def _summary(runs: Sequence[RunRecord], names: Sequence[str], winner: int) -> list[str]:
     differ = differences(runs)
     said = [f"The runs differ in {', '.join(differ)}." if differ else "The runs have the same settings."]
     best, (_, score) = runs[winner].best(), _score(runs[winner])
@@ -103,7 +103,7 @@ def _summary(runs: Sequence[Run], names: Sequence[str], winner: int) -> list[str
     return said
 
 
-def _curves(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int]) -> list[Chart]:
+def _curves(runs: Sequence[RunRecord], names: Sequence[str], colours: Sequence[int]) -> list[Chart]:
     ranks = sorted(range(len(runs)), key=lambda i: colours[i] > 0)  # grey lies below
     evals = [_eval_series(runs[i], names[i], colours[i]) for i in ranks]
     train = [Series(names[i], smooth(runs[i].series("train/loss")), colours[i]) for i in ranks]
@@ -111,12 +111,12 @@ def _curves(runs: Sequence[Run], names: Sequence[str], colours: Sequence[int]) -
     return [c for c in charts if c]
 
 
-def _eval_series(run: Run, name: str, colour: int) -> Series:
+def _eval_series(run: RunRecord, name: str, colour: int) -> Series:
     best = run.best()
     return Series(name, run.series("eval/loss"), colour, "dots", mark=best.step if best else None)
 
 
-def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
+def result_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Cell]]]:
     """(heads, rows): one row a run, best first, with its best held-out loss and last training loss.
 
     Columns in which no run has a value are left out.
@@ -145,7 +145,7 @@ def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
     return used(heads, rows)
 
 
-def evaluation_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
+def evaluation_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Cell]]]:
     """(heads, rows): a row for each evaluated run, best first: what eval.json has of its tuned model."""
     names = labels(runs)
     evaluated = {i: runs[i].evaluation["held_out"] for i in order(runs) if "held_out" in runs[i].evaluation}
@@ -160,7 +160,7 @@ def evaluation_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
     return used(["evaluated", "rows", *metrics.values()], rows)
 
 
-def evaluation_notes(runs: Sequence[Run]) -> list[str]:
+def evaluation_notes(runs: Sequence[RunRecord]) -> list[str]:
     """What to mind when the figures of eval.json are compared."""
     held = [run.evaluation.get("held_out") for run in runs]
     measured = [h for h in held if h]
@@ -173,7 +173,7 @@ def evaluation_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def order(runs: Sequence[Run]) -> list[int]:
+def order(runs: Sequence[RunRecord]) -> list[int]:
     """The runs' places, best first."""
     return sorted(range(len(runs)), key=lambda i: _score(runs[i]))
 

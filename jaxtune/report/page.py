@@ -12,7 +12,7 @@ from jaxtune.report import evaluation
 from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.data import data_view
 from jaxtune.report.render import render
-from jaxtune.report.run import Run, read_object
+from jaxtune.report.run import RunRecord, read_object
 from jaxtune.report.samples import sample
 from jaxtune.report.sentences import LOSS, costs, findings, measured, summary
 from jaxtune.report.words import number, setting
@@ -24,7 +24,7 @@ HEADLINE = (
 )  # what a page begins with: the first two that were measured
 
 
-def run_page(run: Run) -> str:
+def run_page(run: RunRecord) -> str:
     """Return the HTML of a run's page."""
     held_out = run.evaluation.get("held_out")
     metrics = measured(run)
@@ -59,7 +59,7 @@ def run_page(run: Run) -> str:
     )
 
 
-def _headline(run: Run, entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _headline(run: RunRecord, entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """(what, before or "", after, a note)."""
     names = [who for who in ("base", "tuned", "model") if who in entry]
     shown = [evaluation.value(entry, who).partition(" [")[0] for who in names]
@@ -72,7 +72,7 @@ def _headline(run: Run, entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
 # ------------------------------------------------------------------------------------------------------------- curves
 
 
-def curves(run: Run) -> list[Chart]:
+def curves(run: RunRecord) -> list[Chart]:
     """The loss, and what belongs to its story."""
     loss, evals, best = run.series("train/loss"), run.series("eval/loss"), run.best()
     note = f"best {number(best.value)} at step {best.step:,}" if best else ""
@@ -93,21 +93,21 @@ def train_loss_series(loss: Sequence[Any]) -> list[Series]:
     return [Series("training", loss, 1, "faint"), Series("training, smoothed", smooth(loss), 1)]
 
 
-def _evaluations(run: Run) -> list[tuple[int, list[float | None]]]:
+def _evaluations(run: RunRecord) -> list[tuple[int, list[float | None]]]:
     """(step, training loss, held-out loss, perplexity) of each evaluation, where there are two or more."""
     columns = [dict(run.series(key)) for key in ("train/loss", "eval/loss", "eval/perplexity")]
     steps = sorted(columns[1])
     return [(step, [column.get(step) for column in columns]) for step in steps] if len(steps) > 1 else []
 
 
-def _times(run: Run) -> list[tuple[str, float, float]]:
+def _times(run: RunRecord) -> list[tuple[str, float, float]]:
     """(part, seconds, share of all)."""
     parts = run.seconds_by_part()
     total = sum(parts.values()) or 1.0
     return [(name, seconds, seconds / total) for name, seconds in parts.items()]
 
 
-def _modules(run: Run) -> list[tuple[str, int, int]]:
+def _modules(run: RunRecord) -> list[tuple[str, int, int]]:
     """(module, trained, all) parameters, those that are trained most first, all that is frozen together."""
     groups = run.groups()
     found = [(name, trained, total) for name, (trained, total) in groups.items() if trained]
@@ -115,7 +115,7 @@ def _modules(run: Run) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda entry: -entry[1]) + ([("all others", 0, frozen)] if frozen else [])
 
 
-def _samples(run: Run) -> list[Any]:
+def _samples(run: RunRecord) -> list[Any]:
     held_out = run.evaluation.get("held_out", {})
     answered = [s for s in held_out.get("samples", ()) if isinstance(s, dict) and "after" in s]
     samples = (answered or run.facts("samples", dict) or run.sampled)[:MOST_SAMPLES]
@@ -134,13 +134,13 @@ class Snippet(NamedTuple):
     code: str
 
 
-def _result(run: Run) -> Path:
+def _result(run: RunRecord) -> Path:
     """The exported directory: the one that is there, and before that the one that the method will write."""
     there = [run.folder / name for name in ("adapter", "model") if (run.folder / name).is_dir()]
     return there[0] if there else run.folder / ("adapter" if run.settings["tune.method"] in ADAPTERS else "model")
 
 
-def _use(run: Run) -> list[Snippet]:
+def _use(run: RunRecord) -> list[Snippet]:
     """How to try and to load the result; nothing before it is there."""
     result = _result(run)
     if not result.is_dir():
@@ -156,7 +156,7 @@ def _use(run: Run) -> list[Snippet]:
     return snippets if continues else snippets[1:]
 
 
-def reproduce(run: Run) -> list[Snippet]:
+def reproduce(run: RunRecord) -> list[Snippet]:
     """The command as it was typed, or what trains a point of a sweep alone; and one that takes every setting."""
     argv = run.facts("argv", str)
     typed = "alone, outside the sweep" if "point" in run.summary else "as it was started"

@@ -16,7 +16,7 @@ from jaxtune.report.evaluation import check_metrics, read_evaluation
 from jaxtune.train.log import read_metrics
 
 
-class Point(NamedTuple):
+class Measured(NamedTuple):
     """A value at a step."""
 
     step: int
@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run.
 
     Attributes:
@@ -70,12 +70,12 @@ class Run:
         value = self.summary.get(name)
         return [entry for entry in value if isinstance(entry, kind)] if isinstance(value, list) else []
 
-    def series(self, key: str) -> list[Point]:
+    def series(self, key: str) -> list[Measured]:
         """A metric by step. A step that was logged twice counts as it was logged last; NaN and infinity stay out."""
         values = {line["step"]: line[key] for line in self.metrics if _in_curve(line) and is_number(line.get(key))}
-        return [Point(step, values[step]) for step in sorted(values)]
+        return [Measured(step, values[step]) for step in sorted(values)]
 
-    def best(self) -> Point | None:
+    def best(self) -> Measured | None:
         """The evaluation with the lowest loss, the first of equals; that of the base, at step 0, is no result."""
         tuned = (point for point in self.series("eval/loss") if point.step > 0)
         return min(tuned, key=lambda point: point.value, default=None)
@@ -154,7 +154,7 @@ def _evaluations(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {k: v for line in lines for k, v in line.items() if k.startswith("eval/") and is_number(v)}
 
 
-def read_run(folder: str | os.PathLike) -> Run:
+def read_run(folder: str | os.PathLike) -> RunRecord:
     """Read a run directory.
 
     Raises:
@@ -198,12 +198,12 @@ def _sampled(file: Path) -> list[dict[str, Any]]:
 
 def as_run(
     config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]] = (), summary: Mapping[str, Any] | None = None
-) -> Run:
+) -> RunRecord:
     """A run from what it has in memory: the sections of its config, with versions, its metrics and its summary."""
     given, summary = _flat({name: keys for name, keys in config.items() if name != "versions"}), dict(summary or {})
     versions = {str(k): str(v) for k, v in _object_in(config, "versions").items()}
     data = _object_in(summary, "data_report")
-    return Run(Path("run"), _settings(given), given, versions, list(metrics), summary, data=data)
+    return RunRecord(Path("run"), _settings(given), given, versions, list(metrics), summary, data=data)
 
 
 def _check(folder: Path) -> None:

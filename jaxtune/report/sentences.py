@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.report import evaluation
-from jaxtune.report.run import Run, is_number
+from jaxtune.report.run import RunRecord, is_number
 from jaxtune.report.words import amount, duration, memory, number, percent, setting
 from jaxtune.train import watch
 
@@ -23,12 +23,12 @@ WHAT = {  # method -> what it trains of the model; settings stand in it as %(pat
 SHARES = {"eval/json_exact": "answers with every JSON field right", "eval/accuracy": "accuracy", "eval/entity_f1": "F1"}
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: RunRecord) -> list[str]:
     """The three sentences."""
     return [_what(run), _result(run), _cost(run)]
 
 
-def _what(run: Run) -> str:
+def _what(run: RunRecord) -> str:
     settings = run.settings
     method = settings["tune.method"]
     what = WHAT[method] % settings if method in WHAT else _lora(settings)
@@ -49,14 +49,14 @@ def _lora(settings: dict[str, Any]) -> str:
     return f"{kind} adapters (rank {rank}, alpha {alpha}, on {on}) for"
 
 
-def _steps(run: Run) -> str:
+def _steps(run: RunRecord) -> str:
     last, planned = run.last_step(), run.settings["train.steps"]
     if planned and last < planned:
         return f"{last:,} of {planned:,} steps so far" if not run.summary else f"{last:,} of {planned:,} steps"
     return f"{last:,} steps"
 
 
-def _result(run: Run) -> str:
+def _result(run: RunRecord) -> str:
     told = _loss(run)
     held_out = run.evaluation.get("held_out")
     tally = evaluation.tally(held_out["metrics"].values()) if held_out else ""
@@ -69,7 +69,7 @@ def _result(run: Run) -> str:
     return f"{told}."
 
 
-def _loss(run: Run) -> str:
+def _loss(run: RunRecord) -> str:
     evals, best, losses = run.series("eval/loss"), run.best(), run.series("train/loss")
     if len(evals) > 1:
         first = evals[0]
@@ -91,7 +91,7 @@ def _loss(run: Run) -> str:
     return f"Held-out loss is {number(evals[0].value)} at step {evals[0].step:,}" if evals else "No loss is logged yet"
 
 
-def _cost(run: Run) -> str:
+def _cost(run: RunRecord) -> str:
     seconds, tokens, speed, device = run.seconds(), run.tokens(), run.speed(), run.summary.get("device")
     parts = []
     if tokens is not None:
@@ -123,7 +123,7 @@ KNOWN = {  # metric of the training -> label, what is better, whether it is a sh
 SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
 
 
-def measured(run: Run) -> dict[str, dict[str, Any]]:
+def measured(run: RunRecord) -> dict[str, dict[str, Any]]:
     """The metrics of base and tuned model, as eval.json has them; before it is there, those of the training.
 
     Of those, most are values without an interval; the run's summary has intervals of what it generated answers for.
@@ -160,12 +160,12 @@ class Fact(NamedTuple):
     note: str = ""
 
 
-def costs(run: Run) -> list[Fact]:
+def costs(run: RunRecord) -> list[Fact]:
     """What the run took, as far as it is recorded."""
     return list(_costs(run))
 
 
-def _costs(run: Run) -> Iterator[Fact]:
+def _costs(run: RunRecord) -> Iterator[Fact]:
     trainable, total = run.fact("trainable"), run.fact("all")
     if trainable and total:
         yield Fact("Trained", percent(trainable / total), f"{trainable:,} of {total:,} parameters")
@@ -189,7 +189,7 @@ def _costs(run: Run) -> Iterator[Fact]:
 # ------------------------------------------------------------------------------------------------- what to know of it
 
 
-def findings(run: Run) -> list[dict[str, Any]]:
+def findings(run: RunRecord) -> list[dict[str, Any]]:
     """What the run noticed of itself: {"check", "severity", "step", "message", "fix"}, in the order of their steps.
 
     Of a run that has not come to its end, and of one from before they were kept, what its metrics say.

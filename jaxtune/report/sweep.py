@@ -13,7 +13,7 @@ from jaxtune.errors import UserError
 from jaxtune.report import sweep_table
 from jaxtune.report.chart import smooth
 from jaxtune.report.compare import differences
-from jaxtune.report.run import Run, is_number, read_object, read_run
+from jaxtune.report.run import RunRecord, is_number, read_object, read_run
 from jaxtune.train.log import read_metrics
 
 LR, SEED = "optim.lr", "train.seed"
@@ -21,7 +21,7 @@ ENDED = ("finished", "cut", "failed")
 
 
 @dataclass(frozen=True)
-class Member:
+class MemberRecord:
     """A point of a sweep and what became of it.
 
     Attributes:
@@ -36,7 +36,7 @@ class Member:
     point: dict[str, Any]
     status: str
     why: str
-    run: Run | None
+    run: RunRecord | None
 
     def setting(self, path: str) -> Any:
         """The value that applies; that of a setting which is not swept is known once the run has begun."""
@@ -54,7 +54,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepRecord:
     """A sweep directory, read.
 
     Attributes:
@@ -64,7 +64,7 @@ class Sweep:
     """
 
     folder: Path
-    members: list[Member]
+    members: list[MemberRecord]
     swept: list[str]
 
     @cached_property
@@ -79,11 +79,11 @@ class Sweep:
         return [path for path in paths if len(self.values(path)) > 1]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunRecord]:
         return [m.run for m in self.members if m.run]
 
     @property
-    def winner(self) -> Member | None:
+    def winner(self) -> MemberRecord | None:
         best = self.members[0]
         return best if best.status != "failed" and math.isfinite(self.loss(best)) else None
 
@@ -91,7 +91,7 @@ class Sweep:
     def over(self) -> bool:
         return all(m.status in ENDED for m in self.members)
 
-    def loss(self, member: Member) -> float:
+    def loss(self, member: MemberRecord) -> float:
         return member.loss(self.held_out)
 
     def values(self, path: str) -> list[Any]:
@@ -99,10 +99,10 @@ class Sweep:
         values = {key(m.setting(path)): m.setting(path) for m in self.members if m.knows(path)}
         return _in_order(values.values())
 
-    def lines(self) -> dict[tuple[Any, ...], list[Member]]:
+    def lines(self) -> dict[tuple[Any, ...], list[MemberRecord]]:
         """The points that differ in nothing but rate and seed, by what else differs."""
         others = [path for path in self.differ if path not in (LR, SEED)]
-        lines: dict[tuple[Any, ...], list[Member]] = {}
+        lines: dict[tuple[Any, ...], list[MemberRecord]] = {}
         for member in self.members:
             if all(member.knows(path) for path in (LR, *others)):
                 lines.setdefault(tuple(key(member.setting(path)) for path in others), []).append(member)
@@ -117,7 +117,7 @@ def is_sweep(folder: Path) -> bool:
     return (folder / "sweep.json").is_file() or (not (folder / "config.json").exists() and bool(_by_rate(folder)))
 
 
-def read_sweep(folder: str | os.PathLike) -> Sweep:
+def read_sweep(folder: str | os.PathLike) -> SweepRecord:
     """Read a sweep directory; its points may have any status.
 
     Raises:
@@ -137,7 +137,7 @@ def read_sweep(folder: str | os.PathLike) -> Sweep:
     swept = list(dict.fromkeys(path for point in points.values() for path in point))
     held_out = any(m.run and m.run.best() for m in members)
     members.sort(key=lambda m: (m.status == "failed", m.loss(held_out)))
-    return Sweep(folder, members, swept)
+    return SweepRecord(folder, members, swept)
 
 
 def _by_rate(folder: Path) -> dict[str, dict[str, Any]]:
@@ -167,18 +167,18 @@ def _planned(file: Path) -> dict[str, dict[str, Any]]:
     return points
 
 
-def _member(folder: Path, point: dict[str, Any]) -> Member:
+def _member(folder: Path, point: dict[str, Any]) -> MemberRecord:
     there = (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
     run = read_run(folder) if there and any(_is_step(line) for line in read_metrics(folder)) else None
     status, why = _status(folder, run)
-    return Member(folder.name, point, status, why, run)
+    return MemberRecord(folder.name, point, status, why, run)
 
 
 def _is_step(line: Any) -> bool:
     return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
-def _status(folder: Path, run: Run | None) -> tuple[str, str]:
+def _status(folder: Path, run: RunRecord | None) -> tuple[str, str]:
     """How a point stands, and what is known of that."""
     why, file = "", folder / "member.json"
     if file.is_file():

@@ -13,13 +13,13 @@ from jaxtune.report.compare import COLOURS, Ranked, cell, link, setting_cell, us
 from jaxtune.report.page import reproduce, settings_rows
 from jaxtune.report.render import render
 from jaxtune.report.run import is_number
-from jaxtune.report.sweep import LR, SEED, Member, Sweep, key
+from jaxtune.report.sweep import LR, SEED, MemberRecord, SweepRecord, key
 from jaxtune.report.words import duration, listed, number, setting
 
 LISTED = 4  # values of a setting that are said one by one; more are said as a range
 
 
-def sweep_page(sweep: Sweep, folder: Path) -> str:
+def sweep_page(sweep: SweepRecord, folder: Path) -> str:
     """Return the HTML of a sweep's page; links in it are relative to `folder`, where it will lie."""
     colours = {m.name: i + 1 if i < COLOURS else 0 for i, m in enumerate(m for m in sweep.members if m.run)}
     run, winner = sweep.runs[0], sweep.winner
@@ -43,14 +43,14 @@ def sweep_page(sweep: Sweep, folder: Path) -> str:
     )
 
 
-def _lead(sweep: Sweep) -> list[str]:
+def _lead(sweep: SweepRecord) -> list[str]:
     over = f" over {listed([_range(sweep, path) for path in sweep.differ])}" if sweep.differ else ""
     count = len(sweep.members)
     sentences = [f"{count} point{'s' * (count > 1)}{over}.", _best(sweep), _best_mean(sweep), _edge(sweep)]
     return [*filter(None, sentences), *_counts(sweep.members)]
 
 
-def _range(sweep: Sweep, path: str) -> str:
+def _range(sweep: SweepRecord, path: str) -> str:
     """`optim.lr (5 values from 1e-5 to 0.01)`."""
     values = sweep.values(path)
     if len(values) <= LISTED:
@@ -59,7 +59,7 @@ def _range(sweep: Sweep, path: str) -> str:
     return f"{path} ({len(values)} values{ends})"
 
 
-def _best(sweep: Sweep) -> str:
+def _best(sweep: SweepRecord) -> str:
     winner, kind = sweep.winner, "held-out" if sweep.held_out else "training"
     if winner is None:
         return "None came to a result."
@@ -70,9 +70,9 @@ def _best(sweep: Sweep) -> str:
     return told if sweep.held_out else f"{told} There is no held-out loss to judge by."
 
 
-def _means(sweep: Sweep) -> dict[tuple[Any, ...], list[Member]]:
+def _means(sweep: SweepRecord) -> dict[tuple[Any, ...], list[MemberRecord]]:
     """The points that differ in the seed alone, where none of several is lost; those with the lowest mean first."""
-    groups: dict[tuple[Any, ...], list[Member]] = {}
+    groups: dict[tuple[Any, ...], list[MemberRecord]] = {}
     for others, members in sweep.lines().items():
         for member in members:
             groups.setdefault((key(member.setting(LR)), *others), []).append(member)
@@ -84,11 +84,11 @@ def _means(sweep: Sweep) -> dict[tuple[Any, ...], list[Member]]:
     return {key: groups[key] for key in ranked}
 
 
-def _mean(sweep: Sweep, members: Sequence[Member]) -> float:
+def _mean(sweep: SweepRecord, members: Sequence[MemberRecord]) -> float:
     return statistics.fmean(sweep.loss(m) for m in members)
 
 
-def _best_mean(sweep: Sweep) -> str:
+def _best_mean(sweep: SweepRecord) -> str:
     means = _means(sweep)
     if SEED not in sweep.differ or len(means) < 2:
         return ""
@@ -98,7 +98,7 @@ def _best_mean(sweep: Sweep) -> str:
     return f"By the mean over {len(group)} seeds, {', '.join(settings)} is best: {number(_mean(sweep, group))}."
 
 
-def _edge(sweep: Sweep) -> str:
+def _edge(sweep: SweepRecord) -> str:
     """Whether a better rate may lie beyond those that were tried."""
     rates = sweep.values(LR) if LR in sweep.swept else []
     if len(rates) < 2 or sweep.winner is None:
@@ -112,7 +112,7 @@ def _edge(sweep: Sweep) -> str:
     return ""
 
 
-def _counts(members: Sequence[Member]) -> list[str]:
+def _counts(members: Sequence[MemberRecord]) -> list[str]:
     """`Of them, 2 failed, 3 were cut by halving and 1 has not finished.`"""
     counts = {status: sum(m.status == status for m in members) for status in ("failed", "cut", "not started")}
     other = sum(m.status not in (*counts, "finished") for m in members)
@@ -127,7 +127,7 @@ def _counts(members: Sequence[Member]) -> list[str]:
     return [f"Of them, {listed(parts)}."] if parts else []
 
 
-def _curves(sweep: Sweep, colours: Mapping[str, int]) -> list[Chart]:
+def _curves(sweep: SweepRecord, colours: Mapping[str, int]) -> list[Chart]:
     members = [m for m in reversed(sweep.members) if m.run and not colours[m.name]]  # grey lies below
     members += [m for m in sweep.members if m.run and colours[m.name]]
     evals, train = [], []
@@ -140,7 +140,7 @@ def _curves(sweep: Sweep, colours: Mapping[str, int]) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def _by_learning_rate(sweep: Sweep) -> Chart | None:
+def _by_learning_rate(sweep: SweepRecord) -> Chart | None:
     if LR not in sweep.differ:
         return None
     lines = sweep.lines()
@@ -155,7 +155,7 @@ def _by_learning_rate(sweep: Sweep) -> Chart | None:
     return spread_chart(f"{kind} by learning rate", "learning rate", spreads)
 
 
-def _dots_and_bands(sweep: Sweep) -> str:
+def _dots_and_bands(sweep: SweepRecord) -> str:
     """What is drawn by learning rate."""
     note = ["A dot is a run at its best evaluation." if sweep.held_out else "A dot is a run at its end."]
     if SEED in sweep.differ:
@@ -165,12 +165,12 @@ def _dots_and_bands(sweep: Sweep) -> str:
     return " ".join(note)
 
 
-def _line_name(member: Member, others: Sequence[str]) -> str:
+def _line_name(member: MemberRecord, others: Sequence[str]) -> str:
     labels = sweep_table.short_names(others)
     return ", ".join(f"{labels[path]}={setting(member.setting(path))}" for path in others) or "all"
 
 
-def _spread(sweep: Sweep, name: str, members: Sequence[Member], colour: int) -> Spread:
+def _spread(sweep: SweepRecord, name: str, members: Sequence[MemberRecord], colour: int) -> Spread:
     values: dict[float, list[float]] = {}
     lost: dict[float, int] = {}
     for m in members:
@@ -182,7 +182,7 @@ def _spread(sweep: Sweep, name: str, members: Sequence[Member], colour: int) -> 
     return Spread(name, values, lost, colour)
 
 
-def _results(sweep: Sweep, colours: Mapping[str, int], folder: Path) -> tuple[list[str], list[Ranked]]:
+def _results(sweep: SweepRecord, colours: Mapping[str, int], folder: Path) -> tuple[list[str], list[Ranked]]:
     """(heads, rows): one row a point, best first. Empty columns are left out."""
     labels = sweep_table.short_names(sweep.differ)
     heads = [*(labels[path] for path in sweep.differ), "held-out loss", "at step", "training loss", "trained", "time"]
@@ -208,7 +208,7 @@ def _results(sweep: Sweep, colours: Mapping[str, int], folder: Path) -> tuple[li
     return ["run", "status", *heads], rows
 
 
-def _without_result(sweep: Sweep) -> list[tuple[str, str, list[str]]]:
+def _without_result(sweep: SweepRecord) -> list[tuple[str, str, list[str]]]:
     """(status, why, names) of the points that did not go to their end, those of one fate together."""
     fates: dict[tuple[str, str], list[str]] = {}
     for m in sweep.members:
@@ -217,7 +217,7 @@ def _without_result(sweep: Sweep) -> list[tuple[str, str, list[str]]]:
     return [(status, why, names) for (status, why), names in sorted(fates.items())]
 
 
-def _shared(sweep: Sweep) -> list[tuple[str, str, str, str]]:
+def _shared(sweep: SweepRecord) -> list[tuple[str, str, str, str]]:
     """What all have in common beyond the defaults."""
     paths = [path for path in BY_PATH if any(path in run.overrides for run in sweep.runs) and path not in sweep.differ]
     return settings_rows({path: sweep.runs[0].settings[path] for path in paths})

@@ -61,7 +61,7 @@ class Experiment:
         method, settings: the tuning method's name, and its own section of the config.
         adapter: its result is an adapter, not a whole model.
         optimizer, lr: the optimizer's name, and the peak learning rate.
-        usual_lr: method -> its default rate.
+        default_lr: method -> its default rate.
         prefix: virtual tokens before each row, within `recipe.batch.length`.
         data, train, log, evaluate: the sections of the config, by attribute.
         text: the whole config as JSON.
@@ -74,7 +74,7 @@ class Experiment:
     adapter: bool
     optimizer: str
     lr: float
-    usual_lr: Mapping[str, float]
+    default_lr: Mapping[str, float]
     prefix: Sequence[int]
     data: Any
     train: Any
@@ -94,12 +94,12 @@ class Experiment:
         """The same, now that the number of its steps is known."""
         return replace(self, recipe=replace(self.recipe, steps=steps))
 
-    def rate_hint(self) -> list[watch.Finding]:
+    def rate_hint(self) -> list[watch.RunFinding]:
         """What is to be said of the learning rate before the run."""
         if self.optimizer != "adamw" or self.base.init == "random":  # a model that knows nothing takes other rates
             return []
         scale = self.settings["lora_alpha"] / self.settings["r"] if "lora_alpha" in self.settings else 1.0
-        return watch.rate_hint(self.lr, self.method, self.usual_lr, width=self.module.spec.width, scale=scale)
+        return watch.rate_hint(self.lr, self.method, self.default_lr, width=self.module.spec.width, scale=scale)
 
 
 @dataclass

@@ -254,7 +254,7 @@ class Sweep:
                 ]
             for name in names:
                 self._mark(name, "running")
-            stretch = running.Stretch(self._checkpoints(number, names), rung["until"], begins)
+            stretch = running.Phase(self._checkpoints(number, names), rung["until"], begins)
             ended = running.run(job, [self._place(name) for name in names], stretch, self.clock, generated)
         for name, run in zip(names, ended.runs, strict=True):
             if run.failed:
@@ -326,10 +326,10 @@ class Sweep:
                     found[name].append(self._checkpoints(n, group))
         return found
 
-    def _place(self, name: str) -> running.Place:
+    def _place(self, name: str) -> running.RunFolder:
         point = self.points[name]
         command = ["jaxtune", "train", *_alone(self.argv), *point.flags(), f"--workdir={self.folder.name}-{name}"]
-        return running.Place(name, self.folder / name, command, {"point": point.values})
+        return running.RunFolder(name, self.folder / name, command, {"point": point.values})
 
     def _mark(self, name: str, what: str, **facts: Any) -> None:
         folder = self.folder / name

@@ -65,7 +65,7 @@ LR = {"lora": 2e-4, "full": 1e-5}  # for models at least LR_WIDTH wide
 
 
 @dataclass(frozen=True)
-class Layout:
+class Recognised:
     """How the rows of a file are read: the settings of section `data`, and what to tell the person.
 
     Attributes:
@@ -146,7 +146,7 @@ def _refuse_bare_table(name: str, path: Path) -> None:
     )
 
 
-def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Layout:
+def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Recognised:
     """Find how the rows of `source` are read, from the names and types of the columns of its first row.
 
     columns: our name -> the file's, where the person has said it.
@@ -169,12 +169,12 @@ def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Layou
             f"{where}: a text with a column {label!r}, which is {kind(row[label])} here and cannot be read as labels "
             f"throughout. Mend it, or to train on the text alone: --columns={only}."
         )
-    reader = Layout(format, columns).reader(source)
+    reader = Recognised(format, columns).reader(source)
     marker = _marker(source, reader.columns[0]) if format == "text" else None
     notes = _label_notes(source, columns)
     if marker:
         notes.append(f"{marker.strip()!r} stands once in every text: what follows it is trained")
-    return Layout(format, columns, marker, notes=tuple(notes))
+    return Recognised(format, columns, marker, notes=tuple(notes))
 
 
 def _refuse_other_objectives(where: str, row: dict) -> None:
@@ -192,7 +192,7 @@ def _refuse_other_objectives(where: str, row: dict) -> None:
         )
 
 
-def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Layout | None:
+def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognised | None:
     """How rows of one or two texts and a label, or of words and tags, are read; None for others."""
     theirs = {name.lower(): name for name in row}
     if columns:
@@ -238,7 +238,7 @@ def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Layout |
     kind = "token_classification" if per_token else "sequence_classification"
     problem = "multi_label_classification" if form.several else "regression" if form.value else None
     notes += _unused(row, tuple(ours.values()))
-    return Layout(kind, columns, labels=form, notes=tuple(notes), problem=problem)
+    return Recognised(kind, columns, labels=form, notes=tuple(notes), problem=problem)
 
 
 def _text_and_label(row: dict, theirs: Mapping[str, str]) -> dict[str, str] | None:
@@ -267,7 +267,7 @@ def _is_value(source: Source, column: str) -> bool:
     return broken
 
 
-def fitted(layout: Layout, source: Source, stored: Any) -> Layout:
+def fitted(layout: Recognised, source: Source, stored: Any) -> Recognised:
     """`layout` with the labels that the model has, where those of the data are among them.
 
     Args:
@@ -396,7 +396,7 @@ class HeldOut(NamedTuple):
     notes: tuple[str, ...]
 
 
-def held_out(data: str, layout: Layout, rows: int) -> HeldOut:
+def held_out(data: str, layout: Recognised, rows: int) -> HeldOut:
     """Choose the evaluation set: an evaluation file beside `data` that reads the same way, else a share of `rows`."""
     notes = []
     for name in siblings(data):
@@ -450,7 +450,7 @@ def eval_fraction(rows: int) -> float:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What of a model decides the proposal.
 
     Attributes:
@@ -509,7 +509,7 @@ def learning_rate(method: str, width: int) -> float:
     return float(f"{LR[method] * max(1.0, LR_WIDTH / width):.1g}")
 
 
-def propose(data: str, layout: Layout, lengths: np.ndarray, model: Model) -> Proposal:
+def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFacts) -> Proposal:
     """Choose the settings. `lengths` i[R] are the tokens of each training row, whole.
 
     Raises UserError if no row fits the model.
@@ -556,7 +556,7 @@ def propose(data: str, layout: Layout, lengths: np.ndarray, model: Model) -> Pro
     return Proposal(tuple(choices), tuple(notes))
 
 
-def _template_notes(layout: Layout, model: Model) -> list[str]:
+def _template_notes(layout: Recognised, model: ModelFacts) -> list[str]:
     if layout.format in ("chat", "sharegpt"):
         if model.has_template:
             return ["rendered with the tokenizer's chat template; only the assistant's turns are trained"]
@@ -566,7 +566,7 @@ def _template_notes(layout: Layout, model: Model) -> list[str]:
     return []
 
 
-def _method(method: str, corpus: bool, model: Model) -> list[Choice]:
+def _method(method: str, corpus: bool, model: ModelFacts) -> list[Choice]:
     if method == "full":
         return [Choice("tune.method", "full", f"all {model.parameters:,} weights: plain text, and a small model")]
     why = "adapters; 'full' tunes all weights, at about 16 bytes a parameter" if corpus else "adapters; or full, head"
@@ -600,11 +600,11 @@ def _corpus(corpus: bool) -> list[Choice]:
     ]
 
 
-def _paired(layout: Layout) -> bool:
+def _paired(layout: Recognised) -> bool:
     return "text_pair" in layout.labels.columns
 
 
-def _labels(layout: Layout) -> list[Choice]:
+def _labels(layout: Recognised) -> list[Choice]:
     if layout.labels is None:
         return []
     each = "any number" if layout.labels.several else "one"
@@ -618,7 +618,7 @@ def _labels(layout: Layout) -> list[Choice]:
     ]
 
 
-def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, layout: Layout) -> str:
+def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, layout: Recognised) -> str:
     if layout.is_corpus:
         return f"tokens in a packed sequence; the model knows {positions:,}"
     mean, longest = round(float(lengths.mean())), int(lengths.max())

@@ -25,7 +25,7 @@ from jaxtune.train.watch import Watch
 
 
 @dataclass
-class Place:
+class RunFolder:
     """Where one member's run lives, and how it is repeated alone."""
 
     name: str
@@ -47,7 +47,7 @@ class Ended:
 
 
 @dataclass
-class Stretch:
+class Phase:
     """A part of a job's steps, with checkpoints of its own: all of them, or a sweep's up to its next cut.
 
     Attributes:
@@ -61,7 +61,7 @@ class Stretch:
     begins: list[tuple[TrainState, dict[str, Any]]] | None = None
 
 
-def run(job: Job, places: Sequence[Place], stretch: Stretch, clock: Any, generated: Sequence[Any]) -> Ended:
+def run(job: Job, places: Sequence[RunFolder], stretch: Phase, clock: Any, generated: Sequence[Any]) -> Ended:
     """Train the members of `job` together, or go on with them, and say how they ended.
 
     Raises:
@@ -153,9 +153,9 @@ def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
     Raises:
         UserError, RunFailed, Interrupted: as `run`.
     """
-    place, checkpoints = Place("run", workdir, argv), workdir / "checkpoints"
+    place, checkpoints = RunFolder("run", workdir, argv), workdir / "checkpoints"
     [generated] = json_evaluations(job)
-    ended = run(job, [place], Stretch(checkpoints), clock, [generated])
+    ended = run(job, [place], Phase(checkpoints), clock, [generated])
     [done], state = ended.runs, ended.state
     if done.best and done.best["step"] != ended.step:
         state = best_state(job, 0, done, [checkpoints])
@@ -164,7 +164,7 @@ def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
     finish(job, 0, place, done, state, clock, generated)
 
 
-def _without_change(job: Job, place: Place) -> Job:
+def _without_change(job: Job, place: RunFolder) -> Job:
     """The job with features cached, or not, as they were when the run began: the last bits of its numbers differ.
 
     Raises:
@@ -226,7 +226,7 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
     raise Damaged(f"There is no {which} of {name} in {', '.join(map(str, folders))}.")
 
 
-def finish(job: Job, i: int, place: Place, run: loop.Run, state: TrainState, clock: Any, generated: Any) -> None:
+def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState, clock: Any, generated: Any) -> None:
     """Score the result of member `i`, and write what a run leaves behind."""
     member = job.members[i]
     params = job.params(state)
@@ -254,13 +254,13 @@ def json_evaluations(job: Job) -> list[Any]:
     return [JsonEvaluation(*given) for _ in job.members]
 
 
-def _write_config(job: Job, member: Member, place: Place) -> None:
+def _write_config(job: Job, member: Member, place: RunFolder) -> None:
     facts = {"rows": job.rows.report.fingerprint, "features": str(job.features.cut) if job.features else "none"}
     text = json.loads(member.experiment.text) | {"versions": results.versions() | facts}
     atomic_write_text(place.folder / "config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
 
 
-def _metrics(experiment: Experiment, place: Place, step: int, watch: Watch | None = None) -> Metrics:
+def _metrics(experiment: Experiment, place: RunFolder, step: int, watch: Watch | None = None) -> Metrics:
     return Metrics(
         place.folder,
         step,
@@ -271,7 +271,7 @@ def _metrics(experiment: Experiment, place: Place, step: int, watch: Watch | Non
     )
 
 
-def _open(job: Job, member: Member, place: Place, lane: int, record: dict | None, step: int) -> loop.Run:
+def _open(job: Job, member: Member, place: RunFolder, lane: int, record: dict | None, step: int) -> loop.Run:
     lr, shape = member.experiment.lr, job.experiment.recipe.shape
     return loop.Run(
         place.name,
@@ -292,10 +292,10 @@ def _generate_before(job: Job, runs: list[loop.Run], generated: Sequence[Any]) -
             run.metrics.write(0, values)
 
 
-def _plan(job: Job, last: int) -> loop.Plan:
+def _plan(job: Job, last: int) -> loop.Intervals:
     t = job.experiment.train
     eval_every = t.eval_every or max(1, round(job.members[0].batches.steps_per_epoch))
-    return loop.Plan(last, job.experiment.log.every, eval_every, t.save_every, t.early_stop)
+    return loop.Intervals(last, job.experiment.log.every, eval_every, t.save_every, t.early_stop)
 
 
 def _evaluation(job: Job) -> Any:

@@ -142,14 +142,14 @@ class Cost:
         return max(micros * rows * self.flops / (COMPUTE * card.flops), moved / (BANDWIDTH * card.bandwidth))
 
 
-class Choice(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch: rows on one device, and the remat policy."""
 
     rows: int
     policy: str
 
 
-def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: Card) -> Choice | None:
+def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: Card) -> MicroBatch | None:
     """Return what is fastest of all that fits `memory` bytes of one device; None: nothing does.
 
     Args:
@@ -162,7 +162,7 @@ def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: 
         for parts in (n for n in range(1, rows + 1) if rows % n == 0):
             part = cost.split(parts)
             if fits(part.bytes(rows // parts).total, memory):
-                found.append((part.seconds(rows // parts, card), parts, order, Choice(rows // parts, policy)))
+                found.append((part.seconds(rows // parts, card), parts, order, MicroBatch(rows // parts, policy)))
     return min(found)[-1] if found else None
 
 

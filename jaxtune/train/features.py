@@ -128,7 +128,7 @@ def by_length_of_batch(module: Any, cut: Cut) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """How the features of rows lie in a file: the longest row first, so that little is computed on padding.
 
     Attributes:
@@ -148,7 +148,7 @@ class Layout:
     per_token: bool
 
     @classmethod
-    def of(cls, tokens: np.ndarray, width: int, dtype: Any, per_token: bool) -> "Layout":
+    def of(cls, tokens: np.ndarray, width: int, dtype: Any, per_token: bool) -> "FileLayout":
         tokens = np.asarray(tokens, np.int64)
         length = tokens if per_token else np.ones_like(tokens)
         order = np.argsort(-tokens, kind="stable")
@@ -183,7 +183,7 @@ class Layout:
 class Features:
     """The features of the rows of one data set, read from their file; a row is counted over all sources."""
 
-    def __init__(self, file: Path, layout: Layout, lock: "_Lock"):
+    def __init__(self, file: Path, layout: FileLayout, lock: "_Lock"):
         self.layout, self.lock = layout, lock  # shared: the file is not removed while this lives
         self.flat = np.memmap(file, layout.dtype, "r", shape=(layout.entries, layout.width))
 
@@ -263,7 +263,7 @@ class Store:
     def open(
         self,
         key: str,
-        layout: Layout,
+        layout: FileLayout,
         fill: Callable[[Any, int, Callable[[int], None]], None],
         stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = print,
@@ -304,7 +304,7 @@ class Store:
                     shutil.rmtree(self.path(key))
                 self._build(key, layout, fill, say)
 
-    def _build(self, key: str, layout: Layout, fill: Callable[..., None], say: Callable[[str], None]) -> None:
+    def _build(self, key: str, layout: FileLayout, fill: Callable[..., None], say: Callable[[str], None]) -> None:
         folder = self.partial(key)
         folder.mkdir(exist_ok=True)
         sweep(folder)
@@ -436,7 +436,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _begun(folder: Path, layout: Layout) -> dict[str, Any] | None:
+def _begun(folder: Path, layout: FileLayout) -> dict[str, Any] | None:
     """How far a build came, {"places", "blocks"}; None: it has not begun, or what is there is not what was written."""
     try:
         found = json.loads((folder / PROGRESS).read_bytes())
@@ -494,9 +494,9 @@ class Extractor:
     def per_token(self) -> bool:
         return not self.cut.pooled
 
-    def layout(self, sources: Sequence[Rows]) -> Layout:
+    def layout(self, sources: Sequence[Rows]) -> FileLayout:
         tokens = np.concatenate([rows.length for rows in sources])
-        return Layout.of(tokens, self.module.spec.width, self.module.dtype, self.per_token)
+        return FileLayout.of(tokens, self.module.spec.width, self.module.dtype, self.per_token)
 
     @cached_property
     def _model_key(self) -> list[Any]:
@@ -579,7 +579,7 @@ class Extractor:
         local, specs = below(self.module, self.cut), (whole, split, split, split, split)
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))
 
-    def _write(self, file: Any, layout: Layout, features: jax.Array, chosen: np.ndarray, end: int) -> None:
+    def _write(self, file: Any, layout: FileLayout, features: jax.Array, chosen: np.ndarray, end: int) -> None:
         found = np.asarray(features)[: len(chosen)]
         if self.per_token:
             found = found[np.arange(found.shape[1]) < layout.tokens[chosen][:, None]]

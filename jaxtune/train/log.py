@@ -13,7 +13,7 @@ from typing import Any
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.reading import parse_json
-from jaxtune.train.watch import Finding, Watch
+from jaxtune.train.watch import RunFinding, Watch
 
 FINDINGS = "findings.jsonl"
 
@@ -68,7 +68,7 @@ class Metrics:
         if tensorboard:
             self.writer = Events(folder / "tensorboard", step + 1)
 
-    def write(self, step: int, values: Mapping[str, Any]) -> list[Finding]:
+    def write(self, step: int, values: Mapping[str, Any]) -> list[RunFinding]:
         """Write a line; return the findings that are new with it."""
         self.lines.write(step, values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}

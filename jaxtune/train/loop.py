@@ -20,7 +20,7 @@ from jaxtune.train.step import TrainState
 
 
 @dataclass(frozen=True)
-class Plan:
+class Intervals:
     """How long, how often. All in optimizer steps; 0 switches a thing off."""
 
     steps: int
@@ -117,7 +117,7 @@ class Loop:
     frozen: Any
     step_fn: Callable[..., Any]
     batch_at: Callable[[int], dict[str, np.ndarray]]
-    plan: Plan
+    plan: Intervals
     runs: list[Run]
     put: Callable[[Any, list[int]], Any]
     checkpoints: Checkpoints

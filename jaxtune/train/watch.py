@@ -19,7 +19,7 @@ Line = Mapping[str, Any]  # of metrics.jsonl: "step", and metrics by name
 
 
 @dataclass(frozen=True)
-class Finding:
+class RunFinding:
     """One thing that is going wrong in a run.
 
     Attributes:
@@ -50,17 +50,17 @@ class Watch:
         findings: what holds by now, the earliest first.
     """
 
-    def __init__(self, before: Sequence[Finding] = ()):
+    def __init__(self, before: Sequence[RunFinding] = ()):
         """`before`: what is known before the first line; see `rate_hint`."""
         self.before = list(before)
         self.monitors = [Overfitting(), LossSpikes(), ExplodingGradients(), VanishingGradients(), UpdateSize()]
-        self.standing: dict[str, Finding] = {}
+        self.standing: dict[str, RunFinding] = {}
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[RunFinding]:
         return sorted([*self.before, *self.standing.values()], key=lambda f: f.step)
 
-    def see(self, line: Line) -> list[Finding]:
+    def see(self, line: Line) -> list[RunFinding]:
         """Take in the next line; return the findings that it brought up."""
         new = []
         for monitor in self.monitors:
@@ -74,7 +74,7 @@ class Watch:
         return new
 
 
-def findings(lines: Iterable[Line], before: Sequence[Finding] = ()) -> list[Finding]:
+def findings(lines: Iterable[Line], before: Sequence[RunFinding] = ()) -> list[RunFinding]:
     """What the lines of a metrics.jsonl say, all of them taken together."""
     watch = Watch(before)
     for line in lines:
@@ -128,9 +128,9 @@ class Overfitting:
         self.trained: list[float] = []  # losses since the last evaluation
         self.train = self.train_at_best = math.nan
         self.since = 0  # evaluations since the best
-        self.found: Finding | None = None
+        self.found: RunFinding | None = None
 
-    def see(self, line: Line) -> Finding | None:
+    def see(self, line: Line) -> RunFinding | None:
         if "train/loss" in line:
             self.trained.append(line["train/loss"])
         if "eval/loss" in line:
@@ -154,7 +154,7 @@ class Overfitting:
             rise >= max(self.LEAST, (self.ONCE if self.since == 1 else self.TWICE) * best)
             and self.train < self.train_at_best
         ):
-            self.found = Finding(
+            self.found = RunFinding(
                 "overfitting",
                 WARNING,
                 best_step,
@@ -182,7 +182,7 @@ class LossSpikes:
         self.spikes: list[tuple[int, float, float]] = []  # step, loss, the median before it
         self.inside = False
 
-    def see(self, line: Line) -> Finding | None:
+    def see(self, line: Line) -> RunFinding | None:
         if "train/loss" in line:
             self._trained(line["step"], math.log(max(line["train/loss"], 1e-6)))
         if not self.spikes:
@@ -198,7 +198,7 @@ class LossSpikes:
             )
             many = f" Of {len(self.spikes)} spikes {which}."
         stays = " It has not come back yet." if self.inside else ""
-        return Finding(
+        return RunFinding(
             "loss_spike",
             WARNING if self.inside or len(self.spikes) > 2 else NOTE,
             since,
@@ -235,9 +235,9 @@ class ExplodingGradients:
         self.before: deque[float] = deque(maxlen=self.WINDOW)
         self.start: list[float] = []
         self.row: list[int] = []  # steps of the lines in a row that are too large
-        self.found: Finding | None = None
+        self.found: RunFinding | None = None
 
-    def see(self, line: Line) -> Finding | None:
+    def see(self, line: Line) -> RunFinding | None:
         norm = line.get("train/grad_norm")
         if norm is None or self.found:
             return self.found
@@ -254,10 +254,10 @@ class ExplodingGradients:
             self.start.append(norm)
         return None
 
-    def _finding(self, line: Line, norm: float, usual: float) -> Finding:
+    def _finding(self, line: Line, norm: float, usual: float) -> RunFinding:
         groups = _groups(line, "grad_norm")
         most = [name for name in groups if groups[name] > 0.5 * norm]
-        return Finding(
+        return RunFinding(
             "exploding_gradients",
             WARNING,
             self.row[0],
@@ -279,9 +279,9 @@ class VanishingGradients:
     def __init__(self):
         self.start: list[tuple[float, float]] = []  # norm, loss
         self.rows: dict[str, list[int]] = {}  # group -> steps of the lines in a row without a gradient
-        self.found: Finding | None = None
+        self.found: RunFinding | None = None
 
-    def see(self, line: Line) -> Finding | None:
+    def see(self, line: Line) -> RunFinding | None:
         norm = line.get("train/grad_norm")
         if norm is None or self.found:
             return self.found
@@ -293,7 +293,7 @@ class VanishingGradients:
             self.start.append((norm, line["train/loss"]))
         lost = sorted(name for name, steps in self.rows.items() if len(steps) >= self.ROW)
         if lost:
-            self.found = Finding(
+            self.found = RunFinding(
                 "vanishing_gradients",
                 WARNING,
                 self.rows[lost[0]][0],
@@ -328,9 +328,9 @@ class UpdateSize:
         self.last: deque[float] = deque(maxlen=self.HIGH_ROW)
         self.high: list[int] = []  # steps of the lines in a row that are too large
         self.low: list[int] = []
-        self.found: Finding | None = None
+        self.found: RunFinding | None = None
 
-    def see(self, line: Line) -> Finding | None:
+    def see(self, line: Line) -> RunFinding | None:
         ratios = _groups(line, "update_ratio")
         plain = [value for name, value in ratios.items() if name in self.PLAIN]
         lora = [value for name, value in ratios.items() if name.endswith(self.FACTOR_A)]
@@ -359,7 +359,7 @@ class UpdateSize:
 
     def _find(self, row: list[int], line: Line, seen: str, change: str) -> None:
         what = "high" if change == "lower" else "low"
-        self.found = Finding(
+        self.found = RunFinding(
             "update_size",
             WARNING,
             row[0],
@@ -374,25 +374,27 @@ OFF = 9.0  # times the usual rate
 WIDE = 2048  # channels of a model from which on rates are the usual ones; narrower models take higher rates
 
 
-def rate_hint(lr: float, method: str, usual: Mapping[str, float], *, width: int, scale: float = 1.0) -> list[Finding]:
+def rate_hint(
+    lr: float, method: str, defaults: Mapping[str, float], *, width: int, scale: float = 1.0
+) -> list[RunFinding]:
     """Whether AdamW's learning rate is one for another method: a LoRA's at a rate of full tuning, for example.
 
     LoRA's best rates are about ten times those of full fine-tuning (Biderman et al. 2024, arXiv:2405.09673).
 
     Args:
-        usual: method -> its rate for a model of `WIDE` channels or more.
+        defaults: method -> its rate for a model of `WIDE` channels or more.
         width: channels of the model.
         scale: by which the method multiplies its update, LoRA's alpha / r.
     """
-    usual_here = usual[method] * max(1.0, WIDE / width)
-    low, high = lr * max(scale, 1.0) / usual[method], lr / usual_here
+    default_here = defaults[method] * max(1.0, WIDE / width)
+    low, high = lr * max(scale, 1.0) / defaults[method], lr / default_here
     if low * OFF > 1 and high < OFF:
         return []
-    off, where, than = (high, "above", usual_here) if high >= OFF else (1 / low, "below", usual[method])
-    like = min(("full", "lora"), key=lambda name: abs(math.log(lr / usual[name])))
-    suits = f"; it is one for tune.method={like}" if like != method and 0.3 < lr / usual[like] < 3 else ""
+    off, where, than = (high, "above", default_here) if high >= OFF else (1 / low, "below", defaults[method])
+    like = min(("full", "lora"), key=lambda name: abs(math.log(lr / defaults[name])))
+    suits = f"; it is one for tune.method={like}" if like != method and 0.3 < lr / defaults[like] < 3 else ""
     return [
-        Finding(
+        RunFinding(
             "learning_rate",
             WARNING,
             0,

@@ -19,7 +19,7 @@ from jaxtune.weights.leaf import Keys, ShapedWeight, is_weight, map_paths
 from jaxtune.weights.rewrite import Axis, Rider, Scope, evaluate, ride
 
 
-class Layout(NamedTuple):
+class MatrixLayout(NamedTuple):
     """How a foreign array is a matrix: which of its axes are layers, inputs and outputs.
 
     Attributes:
@@ -73,7 +73,7 @@ class Adapted:
             )
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    def layouts(self, params: PyTree, *args, **kwargs) -> dict[str, Layout]:
+    def layouts(self, params: PyTree, *args, **kwargs) -> dict[str, MatrixLayout]:
         """Find which parameters are matrices to the model, and how they lie; nothing is computed.
 
         A kernel [D, heads, channels] of Flax's attention sums over axis 0; one of a convolution, over all but the last.
@@ -112,7 +112,7 @@ class Adapted:
         return {path: found[path] for path in shapes if found.get(path)}
 
 
-def _layout(ndim: int, uses: set) -> Layout | None:
+def _layout(ndim: int, uses: set) -> MatrixLayout | None:
     """The one layout behind all uses of a parameter: the same axes summed over, or exactly the others (a tied head)."""
     if any(kind == "other" for kind, _, _ in uses):
         return None
@@ -121,7 +121,7 @@ def _layout(ndim: int, uses: set) -> Layout | None:
     outputs = frozenset(range(ndim)) - inputs - layers
     if any(group != layers or used not in (inputs, outputs) for _, used, group in uses):
         return None
-    return Layout(tuple(sorted(layers)), tuple(sorted(inputs)), tuple(sorted(outputs)), kind == "lookup")
+    return MatrixLayout(tuple(sorted(layers)), tuple(sorted(inputs)), tuple(sorted(outputs)), kind == "lookup")
 
 
 def _split(args: tuple, kwargs: Mapping) -> tuple[list, Callable[[list], tuple[tuple, dict]]]:
@@ -153,7 +153,7 @@ def adapt(apply_fn: Callable, *, strict: bool = True) -> Adapted:
     return Adapted(apply_fn, strict)
 
 
-def matrices(params: PyTree, layouts: Mapping[str, Layout]) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+def matrices(params: PyTree, layouts: Mapping[str, MatrixLayout]) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """Lay foreign parameters as the matrices [*L, K, N] that tuning methods know.
 
     Returns:

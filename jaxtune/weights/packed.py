@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtune.errors import UserError, nearest
 from jaxtune.tree import PyTree, flatten, path_str
-from jaxtune.weights.foreign import Layout, matrices
+from jaxtune.weights.foreign import MatrixLayout, matrices
 from jaxtune.weights.leaf import (
     Adapter,
     Packed,
@@ -151,7 +151,9 @@ def packs(params: PyTree, kind: str, pattern: str = BODY) -> dict[str, Callable[
     return dict.fromkeys(chosen, KINDS[kind])
 
 
-def quantize(params: PyTree, kind: str, pattern: str = BODY, layouts: Mapping[str, Layout] | None = None) -> PyTree:
+def quantize(
+    params: PyTree, kind: str, pattern: str = BODY, layouts: Mapping[str, MatrixLayout] | None = None
+) -> PyTree:
     """Quantise the matrices of a tree.
 
     Args:

@@ -2,7 +2,7 @@
 
 import json
 
-from jaxtune.models.classifier import SEQUENCE, Layout
+from jaxtune.models.classifier import SEQUENCE, HeadLayout
 from jaxtune.models.encoder import EncoderBlockSpec, EncoderSpec
 from jaxtune.models.layers import HF_ACTIVATIONS
 from jaxtune.models.names import NameTable
@@ -80,8 +80,8 @@ def spec(c: Config) -> EncoderSpec:
     return encoder(c)
 
 
-def label_layout(c: Config, kind: str) -> Layout:
+def label_layout(c: Config, kind: str) -> HeadLayout:
     out = linear("classifier", "classifier/out")
     if kind == SEQUENCE:
-        return Layout(linear("bert.pooler.dense", "classifier/dense") | out, act="tanh", pooling="cls")
-    return Layout(out)
+        return HeadLayout(linear("bert.pooler.dense", "classifier/dense") | out, act="tanh", pooling="cls")
+    return HeadLayout(out)

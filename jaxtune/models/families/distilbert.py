@@ -2,7 +2,7 @@
 
 import json
 
-from jaxtune.models.classifier import SEQUENCE, Layout
+from jaxtune.models.classifier import SEQUENCE, HeadLayout
 from jaxtune.models.encoder import EncoderBlockSpec, EncoderSpec
 from jaxtune.models.families.bert import linear, norm
 from jaxtune.models.layers import HF_ACTIVATIONS
@@ -49,8 +49,8 @@ def spec(c: Config) -> EncoderSpec:
     )
 
 
-def label_layout(c: Config, kind: str) -> Layout:
+def label_layout(c: Config, kind: str) -> HeadLayout:
     out = linear("classifier", "classifier/out")
     if kind == SEQUENCE:
-        return Layout(linear("pre_classifier", "classifier/dense") | out, act="relu", pooling="cls")
-    return Layout(out)
+        return HeadLayout(linear("pre_classifier", "classifier/dense") | out, act="relu", pooling="cls")
+    return HeadLayout(out)

@@ -2,7 +2,7 @@
 
 import json
 
-from jaxtune.models.classifier import SEQUENCE, Layout
+from jaxtune.models.classifier import SEQUENCE, HeadLayout
 from jaxtune.models.encoder import EncoderBlockSpec, EncoderSpec
 from jaxtune.models.families.bert import linear, norm
 from jaxtune.models.layers import HF_ACTIVATIONS
@@ -89,9 +89,9 @@ def _segments(blocks: list[BlockSpec]) -> tuple[Segment, ...]:
     return Segment((blocks[0],), 1), Segment(tuple(rest[:period]), repeats), *by_layer(rest[repeats * period :])
 
 
-def label_layout(c: Config, kind: str) -> Layout:
+def label_layout(c: Config, kind: str) -> HeadLayout:
     dense, last = linear("head.dense", "classifier/dense"), linear("classifier", "classifier/out")
-    return Layout(
+    return HeadLayout(
         dense | norm("head.norm", "classifier/norm") | last,
         act=c.choice("classifier_activation", "gelu", HF_ACTIVATIONS),
         norm=True,

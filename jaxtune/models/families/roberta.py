@@ -1,6 +1,6 @@
 """RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT whose positions begin behind the padding token's id."""
 
-from jaxtune.models.classifier import SEQUENCE, Layout
+from jaxtune.models.classifier import SEQUENCE, HeadLayout
 from jaxtune.models.encoder import EncoderSpec
 from jaxtune.models.families.bert import encoder, linear, table
 from jaxtune.models.spec import Config
@@ -12,8 +12,8 @@ def spec(c: Config) -> EncoderSpec:
     return encoder(c, first_position=c.get("pad_token_id", 1) + 1)
 
 
-def label_layout(c: Config, kind: str) -> Layout:
+def label_layout(c: Config, kind: str) -> HeadLayout:
     if kind == SEQUENCE:
         names = linear("classifier.dense", "classifier/dense") | linear("classifier.out_proj", "classifier/out")
-        return Layout(names, act="tanh", pooling="cls")
-    return Layout(linear("classifier", "classifier/out"))
+        return HeadLayout(names, act="tanh", pooling="cls")
+    return HeadLayout(linear("classifier", "classifier/out"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.models.classifier import IMAGE, Layout
+from jaxtune.models.classifier import IMAGE, HeadLayout
 from jaxtune.models.encoder import Encoder, EncoderBlockSpec, EncoderSpec
 from jaxtune.models.families.bert import linear, norm
 from jaxtune.models.layers import HF_ACTIVATIONS, leaf
@@ -157,7 +157,7 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def label_layout(c: Config, kind: str) -> Layout:
+def label_layout(c: Config, kind: str) -> HeadLayout:
     if kind != IMAGE:
         raise UserError(f"A model of images (model_type={c.model_type!r}) is no AutoModelFor{kind}.")
-    return Layout(linear("classifier", "classifier/out"), pooling="cls")
+    return HeadLayout(linear("classifier", "classifier/out"), pooling="cls")
