@@ -613,8 +613,11 @@ BAD = {
     "rope part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     "rope rule": ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "lacks 'low_freq_factor'"),
     "activation": ({"hidden_act": "swiglu"}, "hidden_act='swiglu' is not supported; supported: 'silu'"),
-    "text for a number": ({"hidden_size": "64"}, "a value of a wrong type or size"),
-    "no heads": ({"num_attention_heads": 0, "head_dim": None}, "a value of a wrong type or size"),
+    "text for a number": ({"hidden_size": "64"}, "hidden_size='64', expected a whole number above 0"),
+    "no heads": (
+        {"num_attention_heads": 0, "head_dim": None},
+        "num_attention_heads=0, expected a whole number above 0",
+    ),
     "missing": ({"hidden_size": None}, "lacks 'hidden_size'"),
     "tensor parallel": ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised .*'gptq'"),

@@ -171,8 +171,8 @@ def _index_shards(folder: Path, listing: Path) -> dict[str, Entry]:
         raise UserError(f"{listing} lists no shards: it has no 'weight_map'.")
     shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise UserError(f"{listing}: the shard {shard!r} is no file name; shards lie beside their index.")
+        if Path(shard).name != shard or shard in ("", ".", "..") or len(os.fsencode(shard)) > 255:
+            raise UserError(f"{listing}: the shard {shard[:80]!r} is no file name; shards lie beside their index.")
     absent = [s for s in shards if not (folder / s).is_file()]
     if absent:
         raise UserError(f"{listing} lists {len(absent)} missing shard(s): {', '.join(absent[:5])}.")

@@ -249,7 +249,7 @@ def _span(entries: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
         for b in ("low", "value", "high")
         if entry[name][b] is not None
     ]
-    return min(values), max(values)
+    return (min(values), max(values)) if values else (0.0, 0.0)
 
 
 def _task_value(entry: Mapping[str, Any] | None) -> str:

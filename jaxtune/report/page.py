@@ -66,7 +66,7 @@ def _headline(run: RunRecord, entry: Mapping[str, Any]) -> tuple[str, str, str, 
     note = f"on {entry['rows']:,} held-out rows" if entry["rows"] else ""
     if not note and entry["label"] == LOSS and run.best():
         note = f"the best, at step {run.best().step:,}"
-    return entry["label"], shown[0] if len(shown) > 1 else "", shown[-1], note
+    return entry["label"], shown[0] if len(shown) > 1 else "", shown[-1] if shown else "", note
 
 
 # ------------------------------------------------------------------------------------------------------------- curves

@@ -58,9 +58,7 @@ def not_finite(tree: PyTree) -> str | None:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             count = int(_count(leaf))
             if count:
-                return (
-                    f"{path} holds {count:,} number{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not finite"
-                )
+                return f"{path.removesuffix('/w')} holds {count:,} number{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not finite"
     return None
 
 

@@ -78,8 +78,8 @@ def next_rates(losses: dict[float, float]) -> list[float]:
             raise RunFailed(f"Every rate from {rates[0]:g} to {rates[-1]:g} diverged; look at the data.")
         return [_round(rates[0] / WIDE**i) for i in (3, 2, 1)]
     at = rates.index(best)
-    if at == 0:
-        return [_round(best / WIDE**i) for i in (2, 1)]
+    if _lowest_as_good(rates, losses, at) == 0:
+        return [_round(rates[0] / WIDE**i) for i in (2, 1)]
     if at == len(rates) - 1:
         return [_round(best * WIDE**i) for i in (1, 2)]
     below, above = rates[at - 1], rates[at + 1]
@@ -93,9 +93,7 @@ def conclude(losses: dict[float, float]) -> tuple[float, str]:
     best = min(rates, key=lambda rate: (losses[rate], rate))
     if math.isinf(losses[best]):
         raise RunFailed("Every rate diverged; look at the data.")
-    at = rates.index(best)
-    while at and losses[rates[at - 1]] <= losses[best] * (1 + FLAT):
-        at -= 1
+    at = _lowest_as_good(rates, losses, rates.index(best))
     chosen = rates[at]
     told = [f"optim.lr={chosen:g}: eval loss {losses[chosen]:.4f}."]
     if chosen != best:
@@ -112,6 +110,14 @@ def conclude(losses: dict[float, float]) -> tuple[float, str]:
     else:
         told.append(f"Above, {above[0]:g} is worse ({losses[above[0]]:.4f}).")
     return chosen, " ".join(told)
+
+
+def _lowest_as_good(rates: list[float], losses: dict[float, float], at: int) -> int:
+    """The index of the lowest rate next to the one at `at` that is as good."""
+    best = losses[rates[at]]
+    while at and losses[rates[at - 1]] <= best * (1 + FLAT):
+        at -= 1
+    return at
 
 
 def _round(rate: float) -> float:

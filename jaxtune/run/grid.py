@@ -254,8 +254,8 @@ class Sweep:
                 ]
             for name in names:
                 self._mark(name, "running")
-            stretch = running.Phase(self._checkpoints(number, names), rung["until"], begins)
-            ended = running.run(job, [self._place(name) for name in names], stretch, self.clock, generated)
+            phase = running.Phase(self._checkpoints(number, names), rung["until"], begins)
+            ended = running.run(job, [self._place(name) for name in names], phase, self.clock, generated)
         for name, run in zip(names, ended.runs, strict=True):
             if run.failed:
                 self._mark(name, "failed", why=run.ended)

@@ -36,7 +36,7 @@ class RunFolder:
 
 @dataclass
 class Ended:
-    """How a stretch of a job ended: the runs in the members' order, and the last state of those still in the step."""
+    """How a phase of a job ended: the runs in the members' order, and the last state of those still in the step."""
 
     runs: list[loop.Run]
     state: TrainState
@@ -53,7 +53,7 @@ class Phase:
     Attributes:
         checkpoints: the directory.
         until: the step it ends with; None: the job's last.
-        begins: the states of all members and what the loop remembers of them, from the stretch before.
+        begins: the states of all members and what the loop remembers of them, from the phase before.
     """
 
     checkpoints: Path
@@ -61,7 +61,7 @@ class Phase:
     begins: list[tuple[TrainState, dict[str, Any]]] | None = None
 
 
-def run(job: Job, places: Sequence[RunFolder], stretch: Phase, clock: Any, generated: Sequence[Any]) -> Ended:
+def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, generated: Sequence[Any]) -> Ended:
     """Train the members of `job` together, or go on with them, and say how they ended.
 
     Raises:
@@ -69,7 +69,7 @@ def run(job: Job, places: Sequence[RunFolder], stretch: Phase, clock: Any, gener
         RunFailed: no loss is finite any more.
         Interrupted: stopped by a signal, with a checkpoint.
     """
-    last = stretch.until or job.steps
+    last = phase.until or job.steps
     for member, place in zip(job.members, places, strict=True):
         place.folder.mkdir(parents=True, exist_ok=True)
         job.experiment.base.files.check(place.folder, whole=True)
@@ -79,13 +79,13 @@ def run(job: Job, places: Sequence[RunFolder], stretch: Phase, clock: Any, gener
     first = 0
     state, names = job.state, [place.name for place in places]
     records = [None] * len(names)
-    if stretch.begins:
-        states, records = zip(*stretch.begins, strict=True)
+    if phase.begins:
+        states, records = zip(*phase.begins, strict=True)
         state = replicate(stack(states), job.mesh)
         first = int(states[0].step)
     experiment = job.experiment
     abstract = _abstract(state)
-    checkpoints = Checkpoints(stretch.checkpoints, experiment.train.keep, since=first)
+    checkpoints = Checkpoints(phase.checkpoints, experiment.train.keep, since=first)
     found = checkpoints.restore(lambda counters: _like(job, abstract, counters))
     in_step = names
     if found:

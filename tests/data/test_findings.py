@@ -256,8 +256,6 @@ def test_a_group_that_decides_the_answer(tmp_path):
         ("gsm8k/train.jsonl", {"columns": {"prompt": "question", "completion": "answer"}, "eval": "gsm8k/test.jsonl"}),
         ("ifeval/input_data.jsonl", {"columns": {"text": "prompt"}}),
         ("mt_bench/question.jsonl", {"template": "{category}\n{question_id}"}),
-        ("preference/dpo_en_demo.json", {"columns": {"conversations": "conversations"}}),
-        ("preference/kto_en_demo.json", {}),
         ("tinystories/tinystories_sample.txt", {"overlength": "split"}),
         ("toolcall/glaive_toolcall_en_demo.json", {}),
         ("wikisql/train.jsonl", {"completion_from": "\nA:", "eval": "wikisql/test.jsonl"}),
