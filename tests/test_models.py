@@ -616,7 +616,7 @@ BAD = {
     "text for a number": ({"hidden_size": "64"}, "hidden_size='64', expected a whole number above 0"),
     "no heads": (
         {"num_attention_heads": 0, "head_dim": None},
-        "num_attention_heads=0, expected a whole number above 0",
+        "num_attention_heads=0, expected a whole number",
     ),
     "missing": ({"hidden_size": None}, "lacks 'hidden_size'"),
     "tensor parallel": ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),

@@ -1,7 +1,8 @@
 """Reports: one self-contained HTML page for a run, a sweep, or several runs. Needs neither jax nor a network."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from jaxtune.errors import UserError
@@ -24,7 +25,25 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
     from jaxtune.report.run import read_run
 
     run = read_run(run_dir)
-    return _write(Path(out) if out else run.folder / "report.html", run_page(run))
+    with _as_written(run.folder):
+        page = run_page(run)
+    return _write(Path(out) if out else run.folder / "report.html", page)
+
+
+@contextmanager
+def _as_written(folder: Path) -> Iterator[None]:
+    """Turn what a damaged file of a run breaks, further than its reader looks, into one sentence.
+
+    Raises:
+      UserError: in its place.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: eval.json, summary.json or config.json is not as jaxtune wrote it ({type(error).__name__}: "
+            f"{error}). Take the damaged file out; `jaxtune eval` makes eval.json again."
+        ) from error
 
 
 def write_comparison(run_dirs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:

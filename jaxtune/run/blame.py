@@ -55,10 +55,9 @@ def cause_of(job: Job) -> Callable[[int], str | None]:
 def not_finite(tree: PyTree) -> str | None:
     """The first array of a tree that holds a number that is not finite, with how many; None: there is none."""
     for path, leaf in flatten(tree).items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            count = int(_count(leaf))
-            if count:
-                return f"{path.removesuffix('/w')} holds {count:,} number{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not finite"
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and (count := int(_count(leaf))):
+            several = "numbers that are" if count > 1 else "number that is"
+            return f"{path.removesuffix('/w')} holds {count:,} {several} not finite"
     return None
 
 
