@@ -138,7 +138,7 @@ def test_readme_is_a_page():
 
 @pytest.mark.parametrize(
     "page",
-    [p for p in PAGES if blocks(p) and p.stem in ("README", "api", "first-flax-model")],
+    [p for p in PAGES if blocks(p)],
     ids=lambda page: page.stem,
 )
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft of transformers
