@@ -9,7 +9,7 @@ import runs
 from runs import command, compiled, home, read, write_jsonl  # noqa: F401
 
 from jaxtune import cli
-from jaxtune.evaluate import held_out, kept, metrics
+from jaxtune.evaluate import answers, kept, metrics
 from jaxtune.hf.card import model_card
 from jaxtune.infer.generation import generate_text
 from jaxtune.infer.source import load_target
@@ -223,7 +223,7 @@ def test_other_weights_are_other_answers(home, run, tmp_path):  # noqa: F811
 
 def test_a_scorer_of_yes_and_no_is_a_share():
     def column(*scores):
-        return held_out._column(metrics.Metric("own", len, share=False), {"base": scores, "tuned": scores})
+        return answers._column(metrics.Metric("own", len, share=False), {"base": scores, "tuned": scores})
 
     assert column(True, None, False).share and column(True, None, False).at.tolist() == [0, 2]
     assert not column(True, 0.5).share and not column(1.0, 0.0).share
@@ -338,7 +338,7 @@ def test_columns_may_be_given_for_other_names(home, run, tmp_path):  # noqa: F81
 
 
 def test_prompts_that_leave_no_room_are_counted_by_their_loss_only():
-    row = held_out.Row
+    row = answers.Row
     rows = [row("a", [1] * n, [False] * n, [1] * n, [1], "", "") for n in (5, 12, 13)]
     rows.append(row("b", [1], [False], None, [1], "", ""))
-    assert held_out.answerable(rows, 16, held_out.Request({}, max_new_tokens=4)) == [0, 1]
+    assert answers.answerable(rows, 16, answers.Request({}, max_new_tokens=4)) == [0, 1]

@@ -94,7 +94,7 @@ def test_tags_and_entities(home, tmp_path):  # noqa: F811
     [
         (["--metrics=exact_match"], "--metrics has no effect"),
         (["--labels"], "--labels has no effect"),
-        (["--tasks=a"], "has a label head"),
+        (["--tasks=a"], "does not continue text"),
         (["--group-by=sise"], "Did you mean 'size'"),
     ],
 )

@@ -184,6 +184,18 @@ def test_it_resumes_to_the_same_bytes(argv, trained, tmp_path):
     assert adapter(tmp_path / "run") == adapter(tmp_path / "again")
 
 
+def test_it_is_evaluated(trained):
+    """Row by row: together they are what training logged; the base has no score to compare with."""
+    assert main(["eval", str(trained)]) == 0
+    found = json.loads((trained / "eval.json").read_text())["held_out"]
+    assert found["rows"] == 16 and any("no head" in note for note in found["notes"])
+    rows = [json.loads(line) for line in (trained / "eval" / "rows.jsonl").read_text().splitlines()]
+    assert found["metrics"]["accuracy"]["tuned"]["value"] == np.mean([row["tuned"]["accuracy"] for row in rows]) == 1
+    logged = min(line["eval/loss"] for line in lines(trained) if "eval/loss" in line)
+    assert found["metrics"]["loss"]["tuned"]["value"] == pytest.approx(logged, rel=1e-4)
+    assert "accuracy" in (trained / "report.html").read_text()
+
+
 def test_it_is_checked_before_the_run(argv, capsys):
     assert main([*argv(None), "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -193,6 +205,11 @@ def test_it_is_checked_before_the_run(argv, capsys):
 def test_settings_of_other_tasks_are_refused(argv, tmp_path, capsys):
     assert main(argv(tmp_path / "no", data__packing="true")) == 2
     assert "data.packing has no effect: objective.name is pairs" in capsys.readouterr().err
+
+
+def test_flags_of_other_tasks_are_refused(trained, capsys):
+    assert main(["eval", str(trained), "--metrics=exact_match"]) == 2
+    assert "--metrics has no effect on a run of objective.name=pairs" in capsys.readouterr().err
 
 
 def test_it_sweeps(argv, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """`jaxtune eval`: measure a run against its base on held-out rows, or with tasks of lm-evaluation-harness."""
 
-import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
     _check_flags(options)
     from jaxtune.files import exclusive
     from jaxtune.hf import tensors
-    from jaxtune.infer.source import check_continues, find
+    from jaxtune.infer.source import find
 
     source = find(options.target, options.base, any_base=options.allow_other_base)
     tensors.index_dir(source.model)  # missing weights are named before anything is read
@@ -62,32 +61,11 @@ def main(argv: list[str]) -> None:
     with ExitStack() as stack:
         if out is not None:
             stack.enter_context(exclusive(out / "eval"))
-        if _has_labels(source):
-            if options.tasks:
-                raise UserError(
-                    f"--tasks: {source.model} has a label head; the harness asks models that continue text."
-                )
-            _labelled(options, source, out)
-        else:
-            check_continues(source)
-            (_tasks if options.tasks else _held_out)(options, source, out)
+        (_tasks if options.tasks else _held_out)(options, source, out)
     if out is not None:
         print(f"written: {out / 'eval.json'}")
     if out is not None and out == source.run:
         _refresh(source)
-
-
-def _has_labels(source: Any) -> bool:
-    """Whether what is evaluated has a label head rather than a language model's."""
-    from jaxtune.hf.load import read_config
-    from jaxtune.hf.peft import read_adapter_config
-    from jaxtune.models.classifier import TASK_TYPES, read_labels
-
-    if source.config is not None:
-        return source.config.get("objective", {}).get("name", "causal_lm") != "causal_lm"
-    if source.adapter is not None and (kind := read_adapter_config(source.adapter)["task_type"]) is not None:
-        return kind in TASK_TYPES.values()
-    return read_labels(read_config(source.model)) is not None
 
 
 def _check_flags(options: SimpleNamespace) -> None:
@@ -103,246 +81,30 @@ def _check_flags(options: SimpleNamespace) -> None:
         raise UserError("--labels scores labels and generates nothing: leave out --metrics, --schema and --scorer.")
 
 
-# ------------------------------------------------------------------------------------------------------ held-out rows
-
-
 def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    from jaxtune.config.recipe import compute_dtype
-    from jaxtune.evaluate import held_out
-    from jaxtune.evaluate.kept import Kept
-    from jaxtune.evaluate.systems import systems
-    from jaxtune.infer.source import eos_ids, tokenizer_of
-    from jaxtune.train.runtime import prepare_jax
+    from jaxtune.evaluate.evaluation import Options, evaluate
 
-    began = time.time()
-    own = _own_metrics(options)
-    cfg = _config(source)
-    prepare_jax()
-    tokenizer = tokenizer_of(source)
-    virtual = _virtual(source)
-    rows, names = _rows(options, cfg, source, tokenizer, virtual)
-    plan = _plan(options, rows, own, eos_ids(tokenizer, source), virtual)
-    base, notes = _with_base(options, source, cfg)
-    measured, progress = {}, Progress()
-    with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
-        for system in systems(source, base=base, dtype=compute_dtype(cfg.model.dtype if cfg else "auto")):
-            if not measured:
-                notes += _left_out(rows, system.module.spec.positions, plan)
-            measured[system.name] = held_out.measure(system, rows, tokenizer, plan, kept, progress.begin)
-            del system  # a whole base leaves the memory before the tuned model comes
-    found = held_out.columns(rows, measured, plan)
-    groups = [row.group for row in rows] if options.group_by else None
-    tokens, labels = sum(sum(row.mask) for row in rows), held_out.confusions(rows, measured) if options.labels else None
-    records = list(held_out.row_records(rows, measured, found))
-    _tell(options, source, out, names, found, records, notes, began, groups=groups, tokens=tokens, labels=labels)
-
-
-def _tell(
-    options: SimpleNamespace,
-    source: Any,
-    out: Path | None,
-    names: list[str],
-    found: dict[str, Any],
-    records: list[dict[str, Any]],
-    notes: list[str],
-    began: float,
-    *,
-    groups: list[str] | None,
-    tokens: int,
-    labels: dict[str, Any] | None,
-) -> None:
-    """Print what was found in the rows, and write it to eval.json and eval/rows.jsonl."""
-    from jaxtune.evaluate import held_out
-    from jaxtune.files import atomic_write_text
-
-    report = {
-        "target": str(options.target),
-        "data": names,
-        "rows": len(records),
-        "tokens": tokens,
-        "metrics": held_out.compare(found),
-        "notes": notes + ([f"The base is in {q}, as it was in the run."] if (q := source.quantization) else []),
-    }
-    if groups is not None:
-        report["groups"] = {"column": options.group_by} | held_out.compare_groups(found, groups)
-    if labels is not None:
-        report["labels"] = labels
-    models = next(iter(found.values())).values
-    report["samples"] = [_sample(record, models) for record in records[:MOST_SAMPLES]]
-    report["seconds"] = round(time.time() - began, 2)
-    _show(report)
-    if out is not None:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        atomic_write_text(out / "eval" / "rows.jsonl", lines)
-        _write(source, out, "held_out", report)
-
-
-# --------------------------------------------------------------------------------------------------------- label heads
-
-
-def _labelled(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    """Held-out rows of a model with a label head."""
-    from jaxtune.config.recipe import max_length
-    from jaxtune.evaluate import classifiers
-    from jaxtune.evaluate.kept import Kept
-    from jaxtune.evaluate.rows import data_names, group_values, tokenised
-    from jaxtune.infer.source import tokenizer_of
-    from jaxtune.train.runtime import prepare_jax
-
-    for name in ("format", "metrics", "schema", "scorer", "labels", "max-new-tokens"):
-        if getattr(options, name.replace("-", "_")) != FLAGS[name].default:
-            raise UserError(f"--{name} has no effect on {source.model}, which has a label head.")
-    began = time.time()
-    cfg = _config(source)
-    prepare_jax()
-    tokenizer = tokenizer_of(source)
-    heads, form = _heads(options, source, cfg)
-    settings, sources, fraction = _sources(options, source, cfg)
-    rows, lines = tokenised(
-        tokenizer,
-        sources,
-        options.rows,
-        eval_fraction=fraction,
-        labels=form,
-        max_length=max_length(settings, heads[0].module),
-        overlength=settings.data.overlength,
-        vocab_size=heads[0].module.spec.vocab,
-        cache=settings.data.cache,
-    )
-    print(*lines, sep="\n")
-    names, groups = data_names(sources), None
-    if options.group_by:
-        groups = group_values(rows, names, options.group_by)
-    progress = Progress()
-    with Kept(out and out / "eval" / "kept.jsonl") as kept, progress:
-        said = {head.name: classifiers.classify(head, rows, form, kept, progress.begin) for head in heads}
-    notes = [] if "base" in said or options.tuned_only else [NO_HEAD]
-    notes += [sentence] if (sentence := classifiers.majority_baseline(rows, form)) else []
-    found, labels = classifiers.columns(rows, said, form), classifiers.confusions(rows, said, form)
-    records = classifiers.records(rows, said, form, tokenizer, groups)
-    tokens = int(rows.length.sum())
-    _tell(options, source, out, names, found, records, notes, began, groups=groups, tokens=tokens, labels=labels)
-
-
-NO_HEAD = "The base has no head for these labels, so there is nothing to compare with."
-
-
-def _heads(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[list[Any], Any]:
-    """The models that have a head for the labels, the tuned one last; and how rows for it are read."""
-    import jax
-
-    from jaxtune.config.recipe import compute_dtype
-    from jaxtune.data import LabelForm
-    from jaxtune.data.labels import JOINED
-    from jaxtune.evaluate.kept import key_of
-    from jaxtune.evaluate.systems import System, base_identity, identity
-    from jaxtune.hf import load as hf
-    from jaxtune.infer.source import open_source, same_base
-    from jaxtune.models.classifier import PROBLEMS, TOKEN
-
-    dtype = compute_dtype(cfg.model.dtype if cfg else "auto")
-    if source.adapter is not None:
-        module, tuned, _ = open_source(source, dtype=dtype)
-        below = base_identity(source, dtype)
-        heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
-        if not module.new_head and not options.tuned_only:
-            with same_base(source):
-                params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
-            heads.insert(0, System("base", module, params, below))
-    else:
-        module, params = hf.load(source.model, dtype=dtype)
-        name = "tuned" if source.run else "model"
-        heads = [System(name, module, params, identity(source.model, str(dtype)))]
-    given, labels = _columns(options.columns), module.labels
-    form = LabelForm(
-        per_token=labels.kind == TOKEN,
-        names=labels.names,
-        several=labels.problem == PROBLEMS[1],
-        value=labels.problem == PROBLEMS[2],
-        columns=given if given is not None else dict(cfg.data.columns) if cfg else {},
-        origin="the model",
-        first=cfg.objective.first_label if cfg else None,
-        joined=None if module.is_encoder else JOINED,
-    )
-    return heads, form
-
-
-def _config(source: Any) -> Any:
-    """The resolved config of a run, or None."""
-    from jaxtune import config
-
-    if source.run is None:
-        return None
-    file = source.run / "config.json"
-    return config.from_json(file.read_text(encoding="utf-8"), str(file))
-
-
-def _own_metrics(options: SimpleNamespace) -> dict[str, Any]:
-    """The metrics of --schema and --scorer."""
-    from jaxtune.evaluate.metrics import load_scorer, schema_metric
-
-    own = {"json_schema": schema_metric(options.schema.expanduser())} if options.schema else {}
-    return own | dict(load_scorer(given) for given in options.scorer or ())
-
-
-def _virtual(source: Any) -> int:
-    """Positions that a soft prompt takes before each row."""
-    from jaxtune.hf.peft import read_adapter_config
-
-    return 0 if source.adapter is None else read_adapter_config(source.adapter).get("num_virtual_tokens") or 0
-
-
-def _rows(options: SimpleNamespace, cfg: Any, source: Any, tokenizer: Any, virtual: int) -> tuple[list[Any], list[str]]:
-    """The held-out rows, and the names of their sources."""
-    from jaxtune import data, models
-    from jaxtune.config.recipe import max_length
-    from jaxtune.evaluate.rows import check_format, data_names, read_rows
-    from jaxtune.hf.load import read_config
-
-    settings, sources, fraction = _sources(options, source, cfg)
-    module = models.build(read_config(source.model))
-    given = _columns(options.columns)
-    read_as = data.reading(settings.data)
-    allowed = read_as.pop("allow_left_out")
-    read_as["format"] = options.format or read_as["format"]
-    if given is not None:
-        read_as["columns"] = given
-    if given is not None or options.format is not None:
-        read_as["template"] = None
-    if options.data and cfg is not None and given is None and options.format is None:
-        chat = bool(tokenizer.chat_template) and read_as["template"] is None
-        check_format(data_names(cfg.data.train)[0], data_names(sources), read_as | {"chat": chat})
-    rows, lines = read_rows(
-        tokenizer,
-        sources,
+    asked = Options(
+        data=options.data,
+        format=options.format,
+        columns=_columns(options.columns),
+        metrics=options.metrics and _names(options.metrics),
+        schema=options.schema and options.schema.expanduser(),
+        scorer=tuple(options.scorer or ()),
+        labels=options.labels,
         group_by=options.group_by,
-        limit=options.rows,
-        eval_fraction=fraction,
-        max_length=max_length(settings, module) - virtual,
-        overlength=settings.data.overlength,
-        vocab_size=module.spec.vocab,
-        cache=settings.data.cache,
-        allow_left_out=allowed,
-        **read_as,
+        rows=options.rows,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        base=not options.tuned_only,
     )
-    print(*lines, sep="\n")
-    return rows, data_names(sources)
+    with Progress() as progress:
+        report = evaluate(source, asked, out, progress=progress.begin)
+    _show(report)
 
 
-def _sources(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[Any, Any, float]:
-    """(settings, sources, the share of them that is held out): --data, or what the run held out."""
-    from jaxtune import config
-
-    settings = cfg or config.resolve({}, {}, source="the defaults", required=())
-    if options.data:
-        return settings, options.data, 0.0
-    if cfg is None:
-        raise UserError(f"{options.target} is no run, so it has no data of its own; give --data=FILE.")
-    if cfg.data.eval:
-        return settings, cfg.data.eval, 0.0
-    if not cfg.data.eval_fraction:
-        raise UserError(f"The run in {source.run} held out no rows; give --data=FILE.")
-    return settings, cfg.data.train, cfg.data.eval_fraction
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _columns(text: str | None) -> dict[str, str] | None:
@@ -352,77 +114,6 @@ def _columns(text: str | None) -> dict[str, str] | None:
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise UserError(f"--columns={text}: expected ours=theirs, several separated by commas.")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
-def _plan(
-    options: SimpleNamespace, rows: list[Any], own: dict[str, Any], eos_ids: tuple[int, ...], virtual: int
-) -> Any:
-    """What to measure on these rows."""
-    from jaxtune.evaluate.held_out import LOSSES, Request, answer_length, label_names
-    from jaxtune.evaluate.metrics import choose
-
-    shared = {"batch_size": options.batch_size, "eos_ids": eos_ids, "virtual": virtual}
-    references = [row.expected for row in rows if row.prompt]
-    asked = options.metrics and [name.strip() for name in options.metrics.split(",") if name.strip()]
-    named = None if asked is None else [name for name in asked if name not in LOSSES]
-    if not references and (named or own or options.labels):
-        raise UserError(
-            f"{rows[0].where}: no row has a prompt and an answer to compare with, so there is only a loss; "
-            "leave out --metrics, --schema, --scorer and --labels."
-        )
-    if options.labels:
-        longest = max(map(len, label_names(rows).values()))
-        return Request({}, labels=True, max_new_tokens=longest, **shared)
-    metrics = choose(named, references) if references else {}
-    return Request(metrics | own, max_new_tokens=options.max_new_tokens or answer_length(rows), **shared)
-
-
-def _with_base(options: SimpleNamespace, source: Any, cfg: Any) -> tuple[bool, list[str]]:
-    """Whether there is a base to compare with."""
-    if cfg is not None and cfg.model.init == "random":
-        return False, ["The run started from random weights: there is no base to compare with."]
-    return not options.tuned_only, []
-
-
-def _left_out(rows: list[Any], positions: int, plan: Any) -> list[str]:
-    """A sentence on the rows for which nothing is generated."""
-    from jaxtune.evaluate.held_out import answerable
-
-    if not plan.metrics and not plan.labels:
-        return []
-    asked = len(answerable(rows, positions, plan))
-    if not asked:
-        raise UserError(
-            f"No row has a prompt that leaves room for {plan.max_new_tokens} new tokens in the model's {positions:,} "
-            "positions; lower --max-new-tokens."
-        )
-    without = len(rows) - asked
-    why = f"no whole prompt, or no room for {plan.max_new_tokens} new tokens in the model's {positions:,} positions"
-    return [f"{without:,} of {len(rows):,} rows have {why}; only their loss is counted."] if without else []
-
-
-MOST_SAMPLES = 20
-
-
-def _sample(record: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """A row as the page of a run shows it."""
-    names = {"base": "before", "tuned": "after", "model": "after"}
-    answers = {names[who]: record[who].get("answer", record[who].get("label")) for who in measured}
-    kept = {key: record[key] for key in ("where", "prompt", "expected", "group") if key in record}
-    return kept | {name: answer for name, answer in answers.items() if answer is not None}
-
-
-def _write(source: Any, out: Path, part: str, report: dict[str, Any]) -> None:
-    """Put a part into eval.json, with the step of the run; the other one stays."""
-    from jaxtune.files import atomic_write_text
-    from jaxtune.hf.tensors import read_json
-    from jaxtune.train.log import read_metrics
-
-    if source.run and (source.run / "metrics.jsonl").is_file():
-        report |= {"step": max((m["step"] for m in read_metrics(source.run)), default=None)}
-    file = out / "eval.json"
-    whole = read_json(file) if file.is_file() else {}
-    atomic_write_text(file, json.dumps(whole | {part: report}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _refresh(source: Any) -> None:
@@ -506,21 +197,22 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    from jaxtune.config.recipe import compute_dtype
+    from jaxtune.evaluate.evaluation import Options, base_to_compare, dtype_of, run_config, write_part
     from jaxtune.evaluate.harness import open_tasks, run_tasks
     from jaxtune.evaluate.systems import systems
-    from jaxtune.infer.source import eos_ids, tokenizer_of
+    from jaxtune.infer.source import check_continues, eos_ids, tokenizer_of
     from jaxtune.train.runtime import prepare_jax
 
     began = time.time()
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    check_continues(source)
+    names = _names(options.tasks)
     manager = open_tasks(names, options.include_path)
-    cfg = _config(source)
+    cfg = run_config(source)
     prepare_jax()
     tokenizer = tokenizer_of(source)
-    base, notes = _with_base(options, source, cfg)
+    base, notes = base_to_compare(cfg, Options(base=not options.tuned_only))
     results = {}
-    for system in systems(source, base=base, dtype=compute_dtype(cfg.model.dtype if cfg else "auto")):
+    for system in systems(source, base=base, dtype=dtype_of(cfg)):
         results[system.name] = run_tasks(
             system,
             tokenizer,
@@ -548,7 +240,7 @@ def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     report = {"target": str(options.target), "tasks": names, "results": results, "notes": notes}
     report |= {"limit": options.limit, "num_fewshot": options.num_fewshot, "chat": options.chat}
     if out is not None:
-        _write(source, out, "tasks", report | {"seconds": round(time.time() - began, 2)})
+        write_part(source, out, "tasks", report | {"seconds": round(time.time() - began, 2)})
 
 
 def _with_error(entry: dict[str, float] | None) -> str:

@@ -4,7 +4,7 @@ A row's share in a score is a vector of counts, so that a draw of rows is a sum 
 calibration are functions of such sums.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,14 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.data import LabelForm, Rows
-from jaxtune.data.labels import has_types, token_types
-from jaxtune.evaluate import statistics
-from jaxtune.evaluate.held_out import Column
+from jaxtune.data.labels import JOINED, has_types, token_types
+from jaxtune.evaluate import evaluation, statistics
+from jaxtune.evaluate.comparison import Column
+from jaxtune.evaluate.evaluation import Options, Progress, silent
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.labels import confusion, gap_bins
-from jaxtune.evaluate.systems import System
+from jaxtune.evaluate.rows import data_names, group_values, tokenised
+from jaxtune.evaluate.systems import System, base_identity, identity
+from jaxtune.hf import load as hf
 from jaxtune.infer.generation import bucket
 from jaxtune.infer.logprobs import batches_by_length, most_tokens
+from jaxtune.infer.source import Tuned, open_source, same_base, tokenizer_of
+from jaxtune.models.classifier import PROBLEMS, TOKEN
 from jaxtune.objectives.classification import entity_counts, entity_tables
 
 BINS = 10  # of calibration
@@ -55,7 +60,7 @@ def classify(
     rows: Rows,
     form: LabelForm,
     kept: Kept,
-    progress: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda n: None,
+    progress: Progress = silent,
 ) -> list[Predictions]:
     """Ask a label head about every row; what is kept from an earlier start is not computed again."""
 
@@ -245,3 +250,85 @@ def records(
                 record[who]["confidence"] = of_rows[i].confidence[0]
         found.append(record)
     return found
+
+
+# ------------------------------------------------------------------------------------------------------ the evaluator
+
+OF_TEXT = ("format", "metrics", "schema", "scorer", "labels", "max_new_tokens")  # options
+NO_HEAD = "The base has no head for these labels, so there is nothing to compare with."
+
+
+class Classes:
+    """The `jaxtune.evaluate.evaluation.Evaluator` of models with a label head."""
+
+    def __init__(self, source: Tuned, cfg: Any, options: Options):
+        from jaxtune.config.recipe import max_length
+
+        options.refuse(OF_TEXT, f"{source.model}, which has a label head")
+        self.tokenizer = tokenizer_of(source)
+        self.heads = _heads(source, evaluation.dtype_of(cfg), options.base)
+        module = self.heads[0].module
+        self.form = _form(module, cfg, options.columns)
+        settings, sources, fraction = evaluation.sources(source, cfg, options)
+        self.rows, self.lines = tokenised(
+            self.tokenizer,
+            sources,
+            options.rows,
+            eval_fraction=fraction,
+            labels=self.form,
+            max_length=max_length(settings, module),
+            overlength=settings.data.overlength,
+            vocab_size=module.spec.vocab,
+            cache=settings.data.cache,
+        )
+        self.names = data_names(sources)
+        self.groups = group_values(self.rows, self.names, options.group_by) if options.group_by else None
+        self.tokens = int(self.rows.length.sum())
+        self.notes = [] if not options.base or self.heads[0].name == "base" else [NO_HEAD]
+        self.notes += [sentence] if (sentence := majority_baseline(self.rows, self.form)) else []
+
+    def systems(self) -> Iterator[System]:
+        return iter(self.heads)
+
+    def measure(self, system: System, kept: Kept, progress: Progress) -> list[Predictions]:
+        return classify(system, self.rows, self.form, kept, progress)
+
+    def columns(self, measured: Mapping[str, Sequence[Predictions]]) -> dict[str, Column]:
+        return columns(self.rows, measured, self.form)
+
+    def records(self, measured: Mapping[str, Sequence[Predictions]], found: Any) -> list[dict[str, Any]]:
+        return records(self.rows, measured, self.form, self.tokenizer, self.groups)
+
+    def confusion(self, measured: Mapping[str, Sequence[Predictions]]) -> dict[str, Any] | None:
+        return confusions(self.rows, measured, self.form)
+
+
+def _heads(source: Tuned, dtype: Any, base: bool) -> list[System]:
+    """The models that have a head for the labels, the tuned one last."""
+    if source.adapter is None:
+        module, params = hf.load(source.model, dtype=dtype)
+        name = "tuned" if source.run else "model"
+        return [System(name, module, params, identity(source.model, str(dtype)))]
+    module, tuned, _ = open_source(source, dtype=dtype)
+    below = base_identity(source, dtype)
+    heads = [System("tuned", module, tuned, key_of(below, identity(source.adapter)))]
+    if not module.new_head and base:
+        with same_base(source):
+            params = hf.read_params(module, source.model, key=jax.random.key(0), quantization=source.quantization)
+        heads.insert(0, System("base", module, params, below))
+    return heads
+
+
+def _form(module: Any, cfg: Any, given: Mapping[str, str] | None) -> LabelForm:
+    """How rows for a head are read."""
+    labels = module.labels
+    return LabelForm(
+        per_token=labels.kind == TOKEN,
+        names=labels.names,
+        several=labels.problem == PROBLEMS[1],
+        value=labels.problem == PROBLEMS[2],
+        columns=given if given is not None else dict(cfg.data.columns) if cfg else {},
+        origin="the model",
+        first=cfg.objective.first_label if cfg else None,
+        joined=None if module.is_encoder else JOINED,
+    )

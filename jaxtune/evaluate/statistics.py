@@ -188,11 +188,13 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def verdict(difference: float, p: float | None, better: int) -> str:
-    """ "better", "worse" or "no evidence", at a level of 5%.
+    """ "better", "worse" or "no evidence", at a level of 5%; "changed" of what is neither good nor bad.
 
     Args:
-        better: 1 where more is better, -1 where less is.
+        better: 1 where more is better, -1 where less is, 0 where neither is.
     """
     if p is None or p >= 1 - LEVEL or difference == 0:
         return "no evidence"
+    if not better:
+        return "changed"
     return "better" if difference * better > 0 else "worse"

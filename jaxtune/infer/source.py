@@ -197,10 +197,9 @@ def check_continues(source: Tuned) -> None:
     from jaxtune.models import build
 
     config = read_config(source.model)
-    kind = ((source.config or {}).get("objective") or {}).get("name", "causal_lm")
     task = None if source.adapter is None else read_adapter_config(source.adapter)["task_type"]
-    if kind != "causal_lm" or task not in (None, "CAUSAL_LM"):
-        raise UserError(f"{source.adapter or source.model} is for {task or kind} and does not continue text.")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{source.adapter} is for {task} and does not continue text.")
     if not build(config).continues:
         what = ", ".join(config.get("architectures") or [config["model_type"]])
         raise UserError(f"{source.model} ({what}) does not continue text; a model with a language model's head does.")

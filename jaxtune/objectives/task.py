@@ -59,11 +59,13 @@ class Entry(NamedTuple):
         opener: opens the task on a model, or where to find that function, "module:name".
         settings: the settings that only some tasks read, and this one does; the others are refused with it.
         auto_class: the class of transformers that loads the result.
+        evaluator: how `jaxtune eval` measures held-out rows, "module:name" (`jaxtune.evaluate.evaluation.Evaluator`).
     """
 
     opener: Opener | str
     settings: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"
+    evaluator: str = "jaxtune.evaluate.own_loss:OwnLoss"
 
 
 _TEXT = (
@@ -74,18 +76,28 @@ _TEXT = (
 _LABELS = ("objective.labels", "objective.first_label", "objective.class_weights")
 
 TASKS: dict[str, Entry] = {
-    "causal_lm": Entry("jaxtune.objectives.causal_lm:open_task", _TEXT),
+    "causal_lm": Entry("jaxtune.objectives.causal_lm:open_task", _TEXT, evaluator="jaxtune.evaluate.answers:Answers"),
     "sequence_classification": Entry(
         "jaxtune.objectives.labels:open_sequence",
         (*_LABELS, "objective.problem_type", "objective.pooling"),
         "AutoModelForSequenceClassification",
+        "jaxtune.evaluate.classifiers:Classes",
     ),
-    "token_classification": Entry("jaxtune.objectives.labels:open_token", _LABELS, "AutoModelForTokenClassification"),
+    "token_classification": Entry(
+        "jaxtune.objectives.labels:open_token",
+        _LABELS,
+        "AutoModelForTokenClassification",
+        "jaxtune.evaluate.classifiers:Classes",
+    ),
 }
 
 
 def register(
-    name: str, opener: Opener | str, settings: Sequence[str] = (), auto_class: str = "AutoModelForCausalLM"
+    name: str,
+    opener: Opener | str,
+    settings: Sequence[str] = (),
+    auto_class: str = "AutoModelForCausalLM",
+    evaluator: str = Entry._field_defaults["evaluator"],
 ) -> None:
     """Add a task to those that `objective.name` chooses from.
 
@@ -96,13 +108,14 @@ def register(
             config; `tokenizer` is the directory of it.
         settings: of those settings that not every task reads, the ones that this one does.
         auto_class: the class of transformers that loads the result.
+        evaluator: how `jaxtune eval` measures held-out rows; default: the task's own loss and metrics, row by row.
 
     Raises:
         ValueError: there is a task of this name.
     """
     if name in TASKS:
         raise ValueError(f"there is a task called {name!r} already")
-    TASKS[name] = Entry(opener, tuple(settings), auto_class)
+    TASKS[name] = Entry(opener, tuple(settings), auto_class, evaluator)
 
 
 def open_task(
@@ -130,3 +143,19 @@ def unread(name: str) -> tuple[str, ...]:
     """Return the settings (or sections) that some task reads, and the task called `name` does not."""
     mine = TASKS[name].settings
     return tuple(dict.fromkeys(path for entry in TASKS.values() for path in entry.settings if path not in mine))
+
+
+def of_model(config: Mapping[str, Any], task_type: str | None = None) -> str:
+    """Return the name of the task that a model was made for, where no run says it.
+
+    Args:
+        config: the model's config.json.
+        task_type: of a PEFT adapter that lies on it.
+    """
+    from jaxtune.models.classifier import TASK_TYPES, read_labels
+
+    labels = read_labels(config)
+    kind = labels and labels.kind
+    if task_type is not None:
+        kind = next((kind for kind, theirs in TASK_TYPES.items() if theirs == task_type), None)
+    return next((name for name, entry in TASKS.items() if entry.auto_class == f"AutoModelFor{kind}"), "causal_lm")

@@ -12,7 +12,7 @@ from jaxtune.report.words import number
 MODELS = ("base", "tuned", "model")
 MOST_CONFUSED = 12  # labels up to which a confusion matrix is shown whole
 LISTED = 15  # confusions listed where it is not
-BADGES = {"better": "good", "worse": "bad", "no evidence": "even"}
+BADGES = {"better": "good", "worse": "bad", "changed": "even", "no evidence": "even"}
 COLOURS = {"base": 0, "tuned": 1, "model": 1}
 
 
@@ -103,6 +103,7 @@ def tally(entries: Iterable[Mapping[str, Any]]) -> str:
         return ""
     parts = [f"{counts['better']} of {len(told)} metrics are better than the base's"]
     parts += [f"{counts['worse']} worse"] * bool(counts["worse"])
+    parts += [f"{counts['changed']} changed"] * bool(counts["changed"])
     parts += [f"{counts['no evidence']} without evidence of a difference"] * bool(counts["no evidence"])
     return ", ".join(parts)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ADAPTERS, BY_PATH
+from jaxtune.evaluate.known import LOSS
 from jaxtune.hf.card import loading
 from jaxtune.objectives.task import TASKS
 from jaxtune.report import evaluation
@@ -14,7 +15,7 @@ from jaxtune.report.data import data_view
 from jaxtune.report.render import render
 from jaxtune.report.run import RunRecord, read_object
 from jaxtune.report.samples import sample
-from jaxtune.report.sentences import LOSS, costs, findings, measured, summary
+from jaxtune.report.sentences import costs, findings, measured, summary
 from jaxtune.report.words import number, setting
 
 MOST_SAMPLES = 20

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune.evaluate.known import KNOWN
 from jaxtune.report import evaluation
 from jaxtune.report.run import RunRecord, is_number
 from jaxtune.report.words import amount, duration, memory, number, percent, setting
@@ -108,18 +109,6 @@ def _cost(run: RunRecord) -> str:
 # --------------------------------------------------------------------------------------------------- what it came to
 
 
-LOSS = "held-out loss"
-KNOWN = {  # metric of the training -> label, what is better, whether it is a share
-    "loss": (LOSS, -1, False),
-    "perplexity": ("perplexity", -1, False),
-    "accuracy": ("accuracy", 1, True),
-    "macro_f1": ("macro-F1", 1, True),
-    "entity_f1": ("entity F1", 1, True),
-    "entity_precision": ("entity precision", 1, True),
-    "entity_recall": ("entity recall", 1, True),
-    "json_valid": ("valid JSON", 1, True),
-    "json_exact": ("every field right", 1, True),
-}
 SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
 
 

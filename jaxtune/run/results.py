@@ -125,7 +125,7 @@ def _scores(generated) -> dict[str, Any]:
     """What the answers before and after come to, with intervals and a paired test, as `jaxtune eval` has it."""
     if generated is None or len(generated.answers) < 2:
         return {}
-    from jaxtune.evaluate.held_out import answer_scores
+    from jaxtune.evaluate.answers import answer_scores
     from jaxtune.evaluate.metrics import METRICS
 
     expected = [example.expected for example in generated.examples]

@@ -1,21 +1,24 @@
-"""Held-out rows through one model or two: losses, answers, scores, intervals and verdicts, also by group."""
+"""Models that continue text on held-out rows: losses, generated answers and their scores, or the likeliest label."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jaxtune.errors import UserError
+from jaxtune.evaluate import evaluation, statistics
 from jaxtune.evaluate import labels as label_scores
-from jaxtune.evaluate import statistics
+from jaxtune.evaluate.comparison import Column, compare
+from jaxtune.evaluate.evaluation import Options, Progress, silent
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
-from jaxtune.evaluate.metrics import Metric
-from jaxtune.evaluate.rows import Row
-from jaxtune.evaluate.systems import System
+from jaxtune.evaluate.metrics import Metric, choose, load_scorer, schema_metric
+from jaxtune.evaluate.rows import Row, check_format, data_names, read_rows
+from jaxtune.evaluate.systems import System, systems
 from jaxtune.infer.continuations import scorer
 from jaxtune.infer.generation import decode_new, generate
 from jaxtune.infer.logprobs import batches_by_length, most_tokens, score_batch
+from jaxtune.infer.source import Tuned, check_continues, eos_ids, tokenizer_of
 
 MOST_LABELS = 200
 LOSSES = ("loss", "perplexity")
@@ -83,14 +86,11 @@ def measure(
     system: System,
     rows: Sequence[Row],
     tokenizer: Any,
-    plan: Request,
+    request: Request,
     kept: Kept,
-    progress: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda n: None,
+    progress: Progress = silent,
 ) -> Measured:
     """Run one model over the rows; what is kept from an earlier start is not computed again.
-
-    Args:
-        progress: (what is done, number of rows) -> a function that is told how many more are done.
 
     Raises:
         UserError: a row is longer than the model's positions.
@@ -107,21 +107,21 @@ def measure(
     batches = batches_by_length([len(row.tokens) for row in rows], most_tokens())
     found.nats = in_batches(kept, keys, batches, losses, progress(f"{system.name}: loss", len(rows)))
     found.tokens = counts
-    asked = answerable(rows, system.module.spec.positions, plan)
-    if plan.labels:
+    asked = answerable(rows, system.module.spec.positions, request)
+    if request.labels:
         found.labels = _choose_labels(system, rows, asked, kept, progress)
-    if plan.metrics:
-        found.answers = _answer(system, rows, asked, tokenizer, plan, kept, progress)
+    if request.metrics:
+        found.answers = _answer(system, rows, asked, tokenizer, request, kept, progress)
     return found
 
 
-def answerable(rows: Sequence[Row], positions: int, plan: Request) -> list[int]:
+def answerable(rows: Sequence[Row], positions: int, request: Request) -> list[int]:
     """The rows that have a whole prompt, and room behind it for an answer."""
-    room = positions - plan.virtual - plan.max_new_tokens
+    room = positions - request.virtual - request.max_new_tokens
     return [i for i, row in enumerate(rows) if row.prompt and len(row.prompt) <= room]
 
 
-def _answer(system, rows, asked, tokenizer, plan, kept, progress) -> list[str | None]:
+def _answer(system, rows, asked, tokenizer, request, kept, progress) -> list[str | None]:
     prompts = [rows[i].prompt for i in asked]
 
     def answers(batch):
@@ -129,15 +129,15 @@ def _answer(system, rows, asked, tokenizer, plan, kept, progress) -> list[str | 
             system.module,
             system.params,
             [prompts[i] for i in batch],
-            max_new_tokens=plan.max_new_tokens,
-            eos_ids=plan.eos_ids,
-            batch_size=plan.batch_size,
+            max_new_tokens=request.max_new_tokens,
+            eos_ids=request.eos_ids,
+            batch_size=request.batch_size,
         )
         return [decode_new(tokenizer, prompts[i], ids) for i, ids in zip(batch, new, strict=True)]
 
-    keys = [key_of("answer", system.identity, p, plan.max_new_tokens, list(plan.eos_ids)) for p in prompts]
+    keys = [key_of("answer", system.identity, p, request.max_new_tokens, list(request.eos_ids)) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[at : at + plan.batch_size] for at in range(0, len(order), plan.batch_size)]
+    batches = [order[at : at + request.batch_size] for at in range(0, len(order), request.batch_size)]
     texts = in_batches(kept, keys, batches, answers, progress(f"{system.name}: answers", len(prompts)))
     found: list[str | None] = [None] * len(rows)
     for i, text in zip(asked, texts, strict=True):
@@ -163,22 +163,7 @@ def _choose_labels(system, rows, asked, kept, progress) -> list[tuple[int, float
 # -------------------------------------------------------------------------------------------------------- the results
 
 
-@dataclass(frozen=True)
-class Column:
-    """Per-row values of one metric for each model, on the rows where it applies to all of them.
-
-    values: name of the model -> [N, ...]; at: the rows, i64[N]; statistic: values -> float.
-    """
-
-    label: str
-    better: int
-    share: bool
-    statistic: statistics.Statistic
-    values: dict[str, np.ndarray]
-    at: np.ndarray
-
-
-def columns(rows: Sequence[Row], measured: Mapping[str, Measured], plan: Request) -> dict[str, Column]:
+def columns(rows: Sequence[Row], measured: Mapping[str, Measured], request: Request) -> dict[str, Column]:
     """Everything that was measured, as columns of per-row values."""
     every = np.arange(len(rows))
     nats = {name: np.stack([m.nats, m.tokens], axis=1) for name, m in measured.items()}
@@ -191,11 +176,11 @@ def columns(rows: Sequence[Row], measured: Mapping[str, Measured], plan: Request
         "perplexity": Column("perplexity", -1, False, perplexity, nats, every),
     }
     expected = [row.expected for row in rows]
-    for name, metric in plan.metrics.items():
+    for name, metric in request.metrics.items():
         scores = {who: _scores(metric, expected, m.answers) for who, m in measured.items()}
         if (column := _column(metric, scores)) is not None:
             found[name] = column
-    if plan.labels:
+    if request.labels:
         found |= _label_columns(rows, measured)
     return found
 
@@ -257,52 +242,6 @@ def answer_scores(metrics: Mapping[str, Metric], expected: Sequence[str], **answ
     return compare(found)
 
 
-def compare(found: Mapping[str, Column]) -> dict[str, Any]:
-    """For each metric the values of the models with intervals; of two models also the difference and a verdict."""
-    return {name: _compared(column, np.arange(len(column.at))) for name, column in found.items()}
-
-
-def compare_groups(found: Mapping[str, Column], groups: Sequence[str]) -> dict[str, Any]:
-    """The same for each group; p-values are Holm's over the groups of a metric.
-
-    Returns:
-        {"rows": {group: n}, "metrics": {metric: {group: ...}}}, without groups where a metric applies to no row.
-    """
-    names = sorted(set(groups))
-    result: dict[str, Any] = {}
-    for name, column in found.items():
-        own = np.array([groups[i] for i in column.at], object)
-        here = {group: np.flatnonzero(own == group) for group in names}
-        cells = {group: _compared(column, at) for group, at in here.items() if len(at)}
-        adjusted = statistics.holm([cell.get("p") for cell in cells.values()])
-        for cell, p in zip(cells.values(), adjusted, strict=True):
-            if "p" in cell:
-                cell["p"] = p
-                cell["verdict"] = statistics.verdict(cell["difference"]["value"], p, column.better)
-        result[name] = cells
-    return {"rows": {group: sum(g == group for g in groups) for group in names}, "metrics": result}
-
-
-def _compared(column: Column, at: np.ndarray) -> dict[str, Any]:
-    values = {name: v[at] for name, v in column.values.items()}
-    entry = {"label": column.label, "better": column.better, "share": column.share, "rows": len(at)}
-
-    def told(interval):
-        share = column.share and column.better > 0
-        return (statistics.exact_at_the_edge(interval, len(at)) if share else interval)._asdict()
-
-    if set(values) != {"base", "tuned"}:
-        [(name, alone)] = values.items()
-        return entry | {name: told(statistics.interval(alone, column.statistic))}
-    result = statistics.paired(values["base"], values["tuned"], column.statistic)
-    verdict = statistics.verdict(result.difference.value, result.p, column.better)
-    difference = result.difference
-    if column.share:
-        difference = statistics.paired_at_the_edge(result, values["base"], values["tuned"])
-    models = {"base": told(result.base), "tuned": told(result.tuned), "difference": difference._asdict()}
-    return entry | models | {"p": result.p, "verdict": verdict}
-
-
 def row_records(
     rows: Sequence[Row], measured: Mapping[str, Measured], found: Mapping[str, Column]
 ) -> Iterable[dict[str, Any]]:
@@ -324,3 +263,114 @@ def row_records(
                     told[name] = float(column.values[who][lookup[name][i]])
             record[who] = told
         yield record
+
+
+# ------------------------------------------------------------------------------------------------------ the evaluator
+
+
+class Answers:
+    """The `jaxtune.evaluate.evaluation.Evaluator` of models that continue text."""
+
+    def __init__(self, source: Tuned, cfg: Any, options: Options):
+        check_continues(source)
+        self.source, self.cfg = source, cfg
+        own = {"json_schema": schema_metric(options.schema)} if options.schema else {}
+        own |= dict(load_scorer(given) for given in options.scorer)
+        self.tokenizer = tokenizer_of(source)
+        virtual = _virtual(source)
+        positions = self._read(options, virtual)
+        self.request = _request(options, self.rows, own, eos_ids(self.tokenizer, source), virtual)
+        self.base, self.notes = evaluation.base_to_compare(cfg, options)
+        self.notes += _left_out(self.rows, positions, self.request)
+        self.groups = [row.group for row in self.rows] if options.group_by else None
+        self.tokens = sum(sum(row.mask) for row in self.rows)
+
+    def _read(self, options: Options, virtual: int) -> int:
+        """Read the held-out rows; return the positions of the model."""
+        from jaxtune import data, models
+        from jaxtune.config.recipe import max_length
+        from jaxtune.hf.load import read_config
+
+        cfg, given = self.cfg, options.columns
+        settings, sources, fraction = evaluation.sources(self.source, cfg, options)
+        module = models.build(read_config(self.source.model))
+        read_as = data.reading(settings.data)
+        allowed = read_as.pop("allow_left_out")
+        read_as["format"] = options.format or read_as["format"]
+        if given is not None:
+            read_as["columns"] = given
+        if given is not None or options.format is not None:
+            read_as["template"] = None
+        self.names = data_names(sources)
+        if options.data and cfg is not None and given is None and options.format is None:
+            chat = bool(self.tokenizer.chat_template) and read_as["template"] is None
+            check_format(data_names(cfg.data.train)[0], self.names, read_as | {"chat": chat})
+        self.rows, self.lines = read_rows(
+            self.tokenizer,
+            sources,
+            group_by=options.group_by,
+            limit=options.rows,
+            eval_fraction=fraction,
+            max_length=max_length(settings, module) - virtual,
+            overlength=settings.data.overlength,
+            vocab_size=module.spec.vocab,
+            cache=settings.data.cache,
+            allow_left_out=allowed,
+            **read_as,
+        )
+        return module.spec.positions
+
+    def systems(self) -> Iterator[System]:
+        return systems(self.source, base=self.base, dtype=evaluation.dtype_of(self.cfg))
+
+    def measure(self, system: System, kept: Kept, progress: Progress) -> Measured:
+        return measure(system, self.rows, self.tokenizer, self.request, kept, progress)
+
+    def columns(self, measured: Mapping[str, Measured]) -> dict[str, Column]:
+        return columns(self.rows, measured, self.request)
+
+    def records(self, measured: Mapping[str, Measured], found: Mapping[str, Column]) -> Iterable[dict[str, Any]]:
+        return row_records(self.rows, measured, found)
+
+    def confusion(self, measured: Mapping[str, Measured]) -> dict[str, Any] | None:
+        return confusions(self.rows, measured) if self.request.labels else None
+
+
+def _virtual(source: Tuned) -> int:
+    """Positions that a soft prompt takes before each row."""
+    from jaxtune.hf.peft import read_adapter_config
+
+    return 0 if source.adapter is None else read_adapter_config(source.adapter).get("num_virtual_tokens") or 0
+
+
+def _request(
+    options: Options, rows: Sequence[Row], own: Mapping[str, Metric], stops: tuple[int, ...], virtual: int
+) -> Request:
+    """What to measure on these rows."""
+    shared = {"batch_size": options.batch_size, "eos_ids": stops, "virtual": virtual}
+    references = [row.expected for row in rows if row.prompt]
+    named = None if options.metrics is None else [name for name in options.metrics if name not in LOSSES]
+    if not references and (named or own or options.labels):
+        raise UserError(
+            f"{rows[0].where}: no row has a prompt and an answer to compare with, so there is only a loss; "
+            "leave out --metrics, --schema, --scorer and --labels."
+        )
+    if options.labels:
+        return Request({}, labels=True, max_new_tokens=max(map(len, label_names(rows).values())), **shared)
+    metrics = choose(named, references) if references else {}
+    return Request({**metrics, **own}, max_new_tokens=options.max_new_tokens or answer_length(rows), **shared)
+
+
+def _left_out(rows: Sequence[Row], positions: int, request: Request) -> list[str]:
+    """A sentence on the rows for which nothing is generated."""
+    if not request.metrics and not request.labels:
+        return []
+    asked = len(answerable(rows, positions, request))
+    if not asked:
+        raise UserError(
+            f"No row has a prompt that leaves room for {request.max_new_tokens} new tokens in the model's "
+            f"{positions:,} positions; lower --max-new-tokens."
+        )
+    without = len(rows) - asked
+    why = f"no whole prompt, or no room for {request.max_new_tokens} new tokens in the model's {positions:,} positions"
+    return [f"{without:,} of {len(rows):,} rows have {why}; only their loss is counted."] if without else []

@@ -1,0 +1,233 @@
+"""The evaluation pipeline: rows through one model or two, compared and written, whatever the task.
+
+An `Evaluator` knows the rows of its task, what a model makes of them and which metrics that gives. Everything else is
+the same for all tasks: what is kept of an earlier start, the intervals, the groups, eval.json and eval/rows.jsonl.
+"""
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtune.errors import UserError
+from jaxtune.evaluate.comparison import Column, compare, compare_groups
+from jaxtune.evaluate.kept import Kept
+from jaxtune.evaluate.systems import System
+from jaxtune.files import atomic_write_text
+from jaxtune.hf.load import read_config
+from jaxtune.hf.peft import read_adapter_config
+from jaxtune.infer.source import Tuned
+from jaxtune.objectives.task import TASKS, of_model
+
+MOST_SAMPLES = 20
+
+Progress = Callable[[str, int], Callable[[int], None]]  # (what is done, rows) -> a function told how many more are done
+
+
+def silent(what: str, total: int) -> Callable[[int], None]:
+    """Show no progress."""
+    return lambda count: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of an evaluation, named as the flags of `jaxtune eval`; not every task reads every one.
+
+    Attributes:
+        data: files of rows; None: what the run held out.
+        format, columns: of `data`; None: those of the run's data.
+        metrics: scores of generated answers; None: those that fit the expected ones.
+        schema: a JSON schema that answers should conform to.
+        scorer: metrics of one's own, FILE.py:FUNCTION each.
+        labels: the answers are labels, and each one is scored.
+        group_by: a column; everything also for each of its values.
+        rows: use so many rows, drawn by a hash of their content.
+        max_new_tokens: longest answer; None: the longest expected one, and a quarter more.
+        batch_size: prompts answered together.
+        base: compare with the base.
+    """
+
+    data: Sequence[str] | None = None
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    metrics: Sequence[str] | None = None
+    schema: Path | None = None
+    scorer: Sequence[str] = ()
+    labels: bool = False
+    group_by: str | None = None
+    rows: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    base: bool = True
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Raise UserError if one of the options `names` is given."""
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) not in (field.default, None):
+                raise UserError(f"--{field.name.replace('_', '-')} has no effect on {why}.")
+
+
+class Evaluator(Protocol):
+    """How held-out rows of a task are measured; `(source, config of the run or None, options) -> Evaluator` opens one.
+
+    Attributes:
+        names: the single sources of the rows.
+        lines: what became of the data, in sentences.
+        notes: what a reader of the figures should know.
+        tokens: how many tokens of the rows count.
+        groups: the group of each row, or None.
+    """
+
+    names: list[str]
+    lines: list[str]
+    notes: list[str]
+    tokens: int
+    groups: list[str] | None
+
+    def systems(self) -> Iterator[System]:
+        """Yield the models to measure, the tuned one last."""
+
+    def measure(self, system: System, kept: Kept, progress: Progress) -> Any:
+        """Run one model over the rows; what is kept from an earlier start is not computed again."""
+
+    def columns(self, measured: Mapping[str, Any]) -> dict[str, Column]:
+        """Everything that was measured, by the name of the model, as columns of per-row values."""
+
+    def records(self, measured: Mapping[str, Any], found: Mapping[str, Column]) -> Iterable[dict[str, Any]]:
+        """One JSON object a row: `where` it stands, its `prompt`, what is `expected`, and by model what was found."""
+
+    def confusion(self, measured: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Label names, and by model the counts: row the expected label, column the predicted one."""
+
+
+def run_config(source: Tuned) -> Any:
+    """The resolved config of a run; None of what is no run."""
+    from jaxtune import config
+
+    if source.run is None:
+        return None
+    file = source.run / "config.json"
+    return config.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def open_evaluator(source: Tuned, cfg: Any, options: Options) -> Evaluator:
+    """Open what measures a source: the evaluator of its run's task, or of the task that the model was made for."""
+    if cfg is not None:
+        name = cfg.objective.name
+    else:
+        name = of_model(read_config(source.model), source.adapter and read_adapter_config(source.adapter)["task_type"])
+    module, _, opener = TASKS[name].evaluator.partition(":")
+    return getattr(importlib.import_module(module), opener)(source, cfg, options)
+
+
+def evaluate(
+    source: Tuned,
+    options: Options,
+    out: Path | None = None,
+    *,
+    say: Callable[[str], None] = print,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure what `infer.source.find` found on held-out rows, beside its base.
+
+    Args:
+        out: folder for eval.json and eval/; None: nothing is written.
+        say: is given the sentences on the data, before anything is measured.
+
+    Returns:
+        The part `held_out` of eval.json.
+
+    Raises:
+        UserError: the data cannot be read, or does not fit the model or the options.
+    """
+    from jaxtune.train.runtime import prepare_jax
+
+    began = time.time()
+    prepare_jax()
+    evaluator = open_evaluator(source, run_config(source), options)
+    for line in evaluator.lines:
+        say(line)
+    measured: dict[str, Any] = {}
+    with Kept(out and out / "eval" / "kept.jsonl") as kept:
+        for system in evaluator.systems():
+            measured[system.name] = evaluator.measure(system, kept, progress)
+            del system  # a whole base leaves the memory before the tuned model comes
+    found = evaluator.columns(measured)
+    records = list(evaluator.records(measured, found))
+    quantised = [f"The base is in {q}, as it was in the run."] if (q := source.quantization) else []
+    report = {
+        "target": str(source.run or source.adapter or source.model),
+        "data": evaluator.names,
+        "rows": len(records),
+        "tokens": evaluator.tokens,
+        "metrics": compare(found),
+        "notes": evaluator.notes + quantised,
+    }
+    if evaluator.groups is not None:
+        report["groups"] = {"column": options.group_by} | compare_groups(found, evaluator.groups)
+    if (labels := evaluator.confusion(measured)) is not None:
+        report["labels"] = labels
+    report["samples"] = [_sample(record, measured) for record in records[:MOST_SAMPLES]]
+    report["seconds"] = round(time.time() - began, 2)
+    if out is not None:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        atomic_write_text(out / "eval" / "rows.jsonl", lines)
+        write_part(source, out, "held_out", report)
+    return report
+
+
+def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the page of a run shows it."""
+    names = {"base": "before", "tuned": "after", "model": "after"}
+    answers = {names[who]: record[who].get("answer", record[who].get("label")) for who in measured}
+    kept = {key: record[key] for key in ("where", "prompt", "expected", "group") if key in record}
+    return kept | {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any]) -> None:
+    """Put a part into eval.json, with the step of the run; the other one stays."""
+    from jaxtune.hf.tensors import read_json
+    from jaxtune.train.log import read_metrics
+
+    if source.run and (source.run / "metrics.jsonl").is_file():
+        report |= {"step": max((m["step"] for m in read_metrics(source.run)), default=None)}
+    file = out / "eval.json"
+    whole = read_json(file) if file.is_file() else {}
+    atomic_write_text(file, json.dumps(whole | {part: report}, indent=1, ensure_ascii=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------- what evaluators have in common
+
+
+def sources(source: Tuned, cfg: Any, options: Options) -> tuple[Any, Any, float]:
+    """(settings, sources, the share of them that is held out): --data, or what the run held out."""
+    from jaxtune import config
+
+    settings = cfg or config.resolve({}, {}, source="the defaults", required=())
+    if options.data:
+        return settings, options.data, 0.0
+    if cfg is None:
+        where = source.adapter or source.model
+        raise UserError(f"{where} is no run, so it has no data of its own; give --data=FILE.")
+    if cfg.data.eval:
+        return settings, cfg.data.eval, 0.0
+    if not cfg.data.eval_fraction:
+        raise UserError(f"The run in {source.run} held out no rows; give --data=FILE.")
+    return settings, cfg.data.train, cfg.data.eval_fraction
+
+
+def base_to_compare(cfg: Any, options: Options) -> tuple[bool, list[str]]:
+    """Whether there is a base to compare with, and a sentence where one would expect it."""
+    if cfg is not None and cfg.model.init == "random":
+        return False, ["The run started from random weights: there is no base to compare with."]
+    return options.base, []
+
+
+def dtype_of(cfg: Any) -> Any:
+    """The dtype of activations: that of the run."""
+    from jaxtune.config.recipe import compute_dtype
+
+    return compute_dtype(cfg.model.dtype if cfg else "auto")
