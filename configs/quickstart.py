@@ -28,5 +28,5 @@ def get_config():
     config.optim.lr = 4e-3
     config.train.batch_size = 8  # sequences of 256 tokens, about 36 messages
     config.train.steps = 120
-    config.evaluate = {"json": True, "rows": 200, "max_new_tokens": 48}
+    config.evaluate = {"metrics": ("json_valid", "json_exact"), "rows": 200, "max_new_tokens": 48}
     return config

@@ -234,7 +234,7 @@ def test_settings_that_contradict_each_other(flags, message):
         ({"data.template": "{a}", "data.columns": "prompt=a"}, "data.columns", "data.template"),
         ({"data.template": "{a}", "data.format": "chat"}, "data.format", "data.template"),
         ({"train.early_stop": "2"}, "train.early_stop", "data.eval_fraction"),
-        ({"evaluate.rows": "5"}, "evaluate.rows", "evaluate.json"),
+        ({"evaluate.rows": "5"}, "evaluate.rows", "evaluate.metrics"),
     ],
 )
 def test_a_setting_without_effect_is_an_error(flags, idle, because):
@@ -251,9 +251,18 @@ def test_a_setting_without_effect_in_a_file_can_be_taken_back():
     assert resolve(file, **{"tune.lora.r": "none"}).tune.lora.r == 8
 
 
+def test_a_retired_setting_names_its_successor_and_lives_on_in_older_runs():
+    assert "evaluate.metrics=json_valid,json_exact" in refused({"evaluate": {"json": True}}, {})
+    older = json.loads(c.to_json(resolve({"data": {"eval": "b"}})))
+    del older["evaluate"]["metrics"]
+    for said, became in ((True, ("json_valid", "json_exact")), (False, None)):
+        older["evaluate"]["json"] = said
+        assert c.from_json(json.dumps(older), "config.json").evaluate.metrics == became
+
+
 def test_a_flag_takes_back_what_it_leaves_without_effect_in_the_file():
-    file = {"tune": {"lora": {"r": 16}}, "evaluate": {"json": True, "rows": 5}, "data": {"eval": "b"}}
-    resolved = resolve(file, **{"tune.method": "full", "evaluate.json": "false"})
+    file = {"tune": {"lora": {"r": 16}}, "evaluate": {"metrics": ["json_valid"], "rows": 5}, "data": {"eval": "b"}}
+    resolved = resolve(file, **{"tune.method": "full", "evaluate.metrics": "none"})
     assert (resolved.tune.lora.r, resolved.evaluate.rows) == (8, 100)
     said = refused(file, {"tune.method": "full", "tune.lora.r": "16"})  # what is typed is meant
     assert "tune.lora.r has no effect" in said

@@ -8,7 +8,8 @@ import pytest
 import runs
 from runs import command, compiled, home, read, write_jsonl  # noqa: F401
 
-from jaxtune import cli
+from jaxtune import cli, data
+from jaxtune.errors import UserError
 from jaxtune.evaluate import answers, kept, metrics
 from jaxtune.hf.card import model_card
 from jaxtune.infer.generation import generate_text
@@ -110,6 +111,23 @@ def test_scores_are_those_of_the_answers(run):
             scores = [metrics.METRICS[name].score(r[who]["answer"], r["expected"]) for r in records]
             assert found[name][who]["value"] == pytest.approx(np.mean(scores))
             assert [r[who][name] for r in records] == scores
+
+
+def test_a_run_scores_the_same_answers(home, run):  # noqa: F811
+    """`evaluate.metrics`, asked of base and tuned model in turn, as before and after a run."""
+    records, found = rows_of(run), report_of(run)["metrics"]
+    longest = max(len(record["expected"]) + 1 for record in records)
+    base, tuned = load_target(home / "model"), load_target(run)
+    rows = data.prepare(base.tokenizer, report_of(run)["data"], max_length=64)[0][0]
+    asked = {"most_rows": 8, "max_new_tokens": longest + max(4, longest // 4), "eos_ids": base.eos_ids}
+    scored = answers.AnswerScores(base.module, rows, base.tokenizer, ["exact_match", "token_f1"], **asked)
+    for who, params in (("base", base.params), ("tuned", tuned.params)):
+        values = scored(params)
+        assert values == {f"eval/{m}": pytest.approx(found[m][who]["value"]) for m in ("exact_match", "token_f1")}
+    assert [s["after"] for s in scored.samples()] == [r["tuned"]["answer"] for r in records]
+    assert scored.scores()["token_f1"]["difference"] == found["token_f1"]["difference"]
+    with pytest.raises(UserError, match=r"evaluate.metrics=json_valid: it applies to no row"):
+        answers.AnswerScores(base.module, rows, base.tokenizer, ["json_valid"], **asked)
 
 
 def test_groups_add_up_to_the_whole(run):

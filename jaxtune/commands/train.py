@@ -62,6 +62,7 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     if workdir is not None:
         check_room(workdir, job)
     sampling.prompts(run, rows)
+    running.answer_scores(job)
     if options.dry_run:
         _show_rows(rows, run.task.form)
         print(f"{job.steps} steps of {run.train.batch_size} rows; every check passed, nothing was compiled.")

@@ -211,7 +211,7 @@ def find_setting(path: str, origin: str) -> Setting:
     if path in BY_PATH:
         return BY_PATH[path]
     if path in RETIRED:
-        raise UserError(f"{origin}: there is no setting {path}: {RETIRED[path][1]}.")
+        raise UserError(f"{origin}: there is no setting {path}: {RETIRED[path].instead}.")
     section = path
     while section and section not in SECTIONS:
         section = section.rpartition(".")[0]
@@ -373,10 +373,16 @@ def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected an object of sections, as a run writes it; found {type(tree).__name__}")
     tree.pop("versions", None)
-    for path, (neutral, _) in RETIRED.items():
+    for path, gone in RETIRED.items():
         section, _, key = path.rpartition(".")
-        if is_mapping(tree.get(section)) and tree[section].get(key, object()) == neutral:
+        if not is_mapping(tree.get(section)) or key not in tree[section]:
+            continue
+        if tree[section][key] == gone.neutral:
             del tree[section][key]
+        elif gone.becomes is not None:
+            del tree[section][key]
+            section, _, key = gone.becomes[0].rpartition(".")
+            tree[section][key] = gone.becomes[1]
     problems: list[str] = []
     given = {path: g.value for path, g in _read_overrides(tree, source, problems)}
     _refuse(problems)

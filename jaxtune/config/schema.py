@@ -201,7 +201,7 @@ SETTINGS = (
     #
     Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
     Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
-    Setting("evaluate.json", bool, False, "generate JSON for held-out rows; score valid and exact"),
+    Setting("evaluate.metrics", Names, None, "scores of answers to held-out rows, before and after; see jaxtune eval"),
     Setting("evaluate.max_new_tokens", int, 64, "longest generated answer", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
 )
@@ -209,10 +209,29 @@ BY_PATH = {setting.path: setting for setting in SETTINGS}
 
 REQUIRED = ("model.path", "data.train")
 
-# Settings that are gone: the value that changed nothing, which older config.json files hold, and what to do instead.
-RETIRED: dict[str, tuple[Any, str]] = {
-    "model.unroll": (1, "it is no setting any more: it copied weights and never paid off"),
-    "log.plot": (True, "log.progress switches bar and plot"),
+
+class Retired(NamedTuple):
+    """A setting that is gone.
+
+    Attributes:
+        neutral: the value that changed nothing, which older config.json files hold.
+        instead: what to do now.
+        becomes: what its other value is now called, (setting, value), so that older runs can be gone on with.
+    """
+
+    neutral: Any
+    instead: str
+    becomes: tuple[str, Any] | None = None
+
+
+RETIRED: dict[str, Retired] = {
+    "model.unroll": Retired(1, "it is no setting any more: it copied weights and never paid off"),
+    "log.plot": Retired(True, "log.progress switches bar and plot"),
+    "evaluate.json": Retired(
+        False,
+        "write evaluate.metrics=json_valid,json_exact",
+        ("evaluate.metrics", ["json_valid", "json_exact"]),
+    ),
 }
 
 # What other tools call a setting: used to suggest our name, never accepted.
@@ -327,11 +346,11 @@ IDLE = (
         lambda v: v["objective.problem_type"] == "regression",
         "objective.problem_type is regression",
     ),
-    Idle(("evaluate.rows",), lambda v: not v["evaluate.json"], "evaluate.json is off"),
+    Idle(("evaluate.rows",), lambda v: not v["evaluate.metrics"], "evaluate.metrics names none"),
     Idle(
         ("evaluate.max_new_tokens",),
-        lambda v: not (v["evaluate.json"] or v["evaluate.samples"] or v["evaluate.prompts"]),
-        "evaluate.json, evaluate.samples and evaluate.prompts are off",
+        lambda v: not (v["evaluate.metrics"] or v["evaluate.samples"] or v["evaluate.prompts"]),
+        "evaluate.metrics, evaluate.samples and evaluate.prompts ask for none",
     ),
     Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
 )

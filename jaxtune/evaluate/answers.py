@@ -1,19 +1,21 @@
 """Models that continue text on held-out rows: losses, generated answers and their scores, or the likeliest label."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
 from jaxtune.evaluate import evaluation, statistics
 from jaxtune.evaluate import labels as label_scores
 from jaxtune.evaluate.comparison import Column, compare
-from jaxtune.evaluate.evaluation import Options, Progress, silent
+from jaxtune.evaluate.evaluation import MOST_SAMPLES, Options, Progress, silent
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.metrics import Metric, choose, load_scorer, schema_metric
-from jaxtune.evaluate.rows import Row, check_format, data_names, read_rows
+from jaxtune.evaluate.rows import Row, as_row, check_format, data_names, read_rows
 from jaxtune.evaluate.systems import System, systems
 from jaxtune.infer.continuations import scorer
 from jaxtune.infer.generation import decode_new, generate
@@ -263,6 +265,72 @@ def row_records(
                     told[name] = float(column.values[who][lookup[name][i]])
             record[who] = told
         yield record
+
+
+class AnswerScores:
+    """Scores of greedy answers to held-out rows, before a run and after it: parameters -> {"eval/...": score}.
+
+    Attributes:
+        rows: those that are asked.
+        answers: of each call, one text a row.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        rows: Any,
+        tokenizer: Any,
+        names: Sequence[str],
+        *,
+        most_rows: int,
+        max_new_tokens: int,
+        eos_ids: tuple[int, ...],
+        virtual: int = 0,
+    ):
+        """Ask the first `most_rows` rows that have a prompt, and room for an answer behind `virtual` positions.
+
+        Raises:
+            UserError: a metric is unknown or applies to no row, or there is no such row.
+        """
+        room, prefix = module.spec.positions - virtual - max_new_tokens, len(Encoder(tokenizer).prefix)
+        found = (as_row(rows, i, tokenizer, prefix) for i in range(len(rows)))
+        self.rows = list(itertools.islice((r for r in found if r.prompt and len(r.prompt) <= room), most_rows))
+        if not self.rows:
+            raise UserError(
+                "evaluate.metrics: no held-out row has a prompt and an answer, with room for "
+                f"evaluate.max_new_tokens={max_new_tokens} in the {module.spec.positions:,} positions of the model."
+            )
+        self.metrics = choose(names, [row.expected for row in self.rows], "evaluate.metrics")
+        self.module, self.tokenizer, self.max_new_tokens, self.eos_ids = module, tokenizer, max_new_tokens, eos_ids
+        self.answers: list[list[str]] = []
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        prompts = [row.prompt for row in self.rows]
+        new = generate(self.module, params, prompts, max_new_tokens=self.max_new_tokens, eos_ids=self.eos_ids)
+        texts = [decode_new(self.tokenizer, p, ids).strip() for p, ids in zip(prompts, new, strict=True)]
+        self.answers.append(texts)
+        pairs = list(zip(texts, [row.expected for row in self.rows], strict=True))
+        return {f"eval/{name}": _mean([m.score(*pair) for pair in pairs]) for name, m in self.metrics.items()}
+
+    def samples(self, most: int = MOST_SAMPLES) -> list[dict[str, str]]:
+        """The first rows with what was answered before and after."""
+        if not self.answers:
+            return []
+        before = self.answers[0] if len(self.answers) > 1 else [""] * len(self.rows)
+        rows = zip(self.rows[:most], before, self.answers[-1])
+        return [{"prompt": r.asked, "expected": r.expected, "before": b, "after": a} for r, b, a in rows]
+
+    def scores(self) -> dict[str, Any]:
+        """What the answers before and after come to, with intervals and a paired test, as `jaxtune eval` has it."""
+        if len(self.answers) < 2:
+            return {}
+        expected = [row.expected for row in self.rows]
+        return answer_scores(self.metrics, expected, base=self.answers[0], tuned=self.answers[-1])
+
+
+def _mean(scores: Sequence[float | None]) -> float:
+    """Of the rows that a metric applies to, of which there is one."""
+    return float(np.mean([score for score in scores if score is not None]))
 
 
 # ------------------------------------------------------------------------------------------------------ the evaluator

@@ -188,8 +188,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def choose(names: Sequence[str] | None, references: Sequence[str]) -> dict[str, Metric]:
+def choose(names: Sequence[str] | None, references: Sequence[str], flag: str = "--metrics") -> dict[str, Metric]:
     """The metrics that were asked for; without names those of text, and numbers or JSON where every reference is that.
+
+    Args:
+        flag: what messages call the names.
 
     Raises:
         UserError: a name is unknown, or a metric that was asked for applies to no row.
@@ -202,11 +205,11 @@ def choose(names: Sequence[str] | None, references: Sequence[str]) -> dict[str, 
         return {name: METRICS[name] for name in chosen}
     for name in names:
         if name not in METRICS:
-            raise UserError(f"--metrics: unknown metric {name!r}.{nearest(name, METRICS)} Known: {', '.join(METRICS)}.")
+            raise UserError(f"{flag}: unknown metric {name!r}.{nearest(name, METRICS)} Known: {', '.join(METRICS)}.")
         if all(METRICS[name].score(r, r) is None for r in references):
             what = "a number" if name == "numeric" else "JSON"
             raise UserError(
-                f"--metrics={name}: it applies to no row, because no expected answer holds {what}; "
+                f"{flag}={name}: it applies to no row, because no expected answer holds {what}; "
                 f"the first is {references[0][:80]!r}."
             )
     return {name: METRICS[name] for name in names}

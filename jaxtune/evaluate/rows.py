@@ -61,7 +61,7 @@ def read_rows(
     groups = group_values(rows, data_names(sources), group_by) if group_by else [None] * len(rows)
     prefix = len(Encoder(tokenizer).prefix)
     cut = _cut(rows, settings)
-    return [_row(rows, i, tokenizer, prefix, bool(cut[i]), groups[i]) for i in range(len(rows))], lines
+    return [as_row(rows, i, tokenizer, prefix, bool(cut[i]), groups[i]) for i in range(len(rows))], lines
 
 
 def tokenised(
@@ -119,7 +119,15 @@ def _cut(rows: data.Rows, settings: Mapping[str, Any]) -> np.ndarray:
     return (rows.length >= settings["max_length"]) | (counts[inverse.ravel()] > 1)
 
 
-def _row(rows: data.Rows, i: int, tokenizer: Any, prefix: int, cut: bool, group: str | None) -> Row:
+def as_row(
+    rows: data.Rows, i: int, tokenizer: Any, prefix: int = 0, cut: bool = False, group: str | None = None
+) -> Row:
+    """Row i as an evaluation sees it.
+
+    Args:
+        prefix: tokens that a tokenizer puts before every text; a prompt has more.
+        cut: it may be a piece of a longer one.
+    """
     tokens, mask = rows[i]
     mask = mask.astype(bool)
     end = len(mask) - int(np.argmax(mask[::-1]))

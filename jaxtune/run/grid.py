@@ -244,7 +244,7 @@ class Sweep:
         first, _ = self.open(self.points[names[0]])
         self.clock.parts.clear()  # the members of a group tell the time of their group
         with fit.explained_memory(first):
-            job, generated = self._build(names)
+            job, scored = self._build(names)
             begins = None
             if before:
                 folders = self._folders(number - 1, names)
@@ -255,7 +255,7 @@ class Sweep:
             for name in names:
                 self._mark(name, "running")
             phase = running.Phase(self._checkpoints(number, names), rung["until"], begins)
-            ended = running.run(job, [self._place(name) for name in names], phase, self.clock, generated)
+            ended = running.run(job, [self._place(name) for name in names], phase, self.clock, scored)
         for name, run in zip(names, ended.runs, strict=True):
             if run.failed:
                 self._mark(name, "failed", why=run.ended)
@@ -292,7 +292,7 @@ class Sweep:
                 print(job.note)
             check_room(self.folder, job)
             self.clock("load")
-            self._built = names, job, running.json_evaluations(job)
+            self._built = names, job, running.answer_scores(job)
         return self._built[1:]
 
     def _finish(self, number: int, group: list[str], names: list[str]) -> None:
@@ -301,7 +301,7 @@ class Sweep:
         left = [name for name in names if status(self.folder / name) not in ("finished", "failed")]
         if not left:
             return
-        (job, generated), rung = self._build(group), self.plan["rungs"][number]
+        (job, scored), rung = self._build(group), self.plan["rungs"][number]
         folders = self._folders(number, group)
         for name in left:
             i = group.index(name)
@@ -310,7 +310,7 @@ class Sweep:
             if rung["until"] is not None and not run.ended:
                 place.facts["cut_at"] = rung["until"]
             state = running.best_state(job, i, run, folders[name])
-            running.finish(job, i, place, run, state, self.clock.branch(), generated[i])
+            running.finish(job, i, place, run, state, self.clock.branch(), scored[i])
             self._mark(name, "finished")
 
     def _checkpoints(self, number: int, names: list[str]) -> Path:

@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def finish(member, place, job, params, run, clock, generated) -> None:
+def finish(member, place, job, params, run, clock, scored) -> None:
     """Write adapter/ or model/, summary.json and report.html; print the table and the next commands."""
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
@@ -67,8 +67,8 @@ def finish(member, place, job, params, run, clock, generated) -> None:
         "best": run.best,
         "early_stop": run.ended == EARLY,
         "findings": [finding.as_json() for finding in findings(rows, experiment.rate_hint())],
-        "samples": _samples(generated),
-        "scores": _scores(generated),
+        "samples": scored.samples() if scored else [],
+        "scores": scored.scores() if scored else {},
         "data_report": job.rows.glance.as_json() | {"glance": True},
         "cost": _cost(job, max(row["step"] for row in rows)),
         **place.facts,
@@ -108,29 +108,6 @@ def _chat_template(experiment, job) -> str | None:
         return without_date(job.rows.tokenizer.chat_template)
     chat = any(source.chat for source in job.rows.report.sources)
     return DEFAULT_TEMPLATE if chat and not job.rows.tokenizer.chat_template else None
-
-
-def _samples(generated) -> list[dict[str, str]]:
-    if generated is None or not generated.answers:
-        return []
-    before = generated.answers[0] if len(generated.answers) > 1 else [""] * len(generated.examples)
-    after = generated.answers[-1]
-    return [
-        {"prompt": e.text, "expected": e.expected, "before": b, "after": a}
-        for e, b, a in list(zip(generated.examples, before, after, strict=True))[:20]
-    ]
-
-
-def _scores(generated) -> dict[str, Any]:
-    """What the answers before and after come to, with intervals and a paired test, as `jaxtune eval` has it."""
-    if generated is None or len(generated.answers) < 2:
-        return {}
-    from jaxtune.evaluate.answers import answer_scores
-    from jaxtune.evaluate.metrics import METRICS
-
-    expected = [example.expected for example in generated.examples]
-    metrics = {name: METRICS[name] for name in ("json_valid", "json_exact")}
-    return answer_scores(metrics, expected, base=generated.answers[0], tuned=generated.answers[-1])
 
 
 def _cost(job, steps: int) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Phase:
     begins: list[tuple[TrainState, dict[str, Any]]] | None = None
 
 
-def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, generated: Sequence[Any]) -> Ended:
+def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored: Sequence[Any]) -> Ended:
     """Train the members of `job` together, or go on with them, and say how they ended.
 
     Raises:
@@ -120,7 +120,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, generat
         samples = sampling.Samples(job, {place.name: place.folder for place in places}, after, progress.say)
         opened.callback(samples.close)
         if not found and not first:
-            _generate_before(job, runs, generated)
+            _generate_before(job, runs, scored)
         clock("setup")
         training = loop.Loop(
             state,
@@ -154,14 +154,14 @@ def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
         UserError, RunFailed, Interrupted: as `run`.
     """
     place, checkpoints = RunFolder("run", workdir, argv), workdir / "checkpoints"
-    [generated] = json_evaluations(job)
-    ended = run(job, [place], Phase(checkpoints), clock, [generated])
+    [scored] = answer_scores(job)
+    ended = run(job, [place], Phase(checkpoints), clock, [scored])
     [done], state = ended.runs, ended.state
     if done.best and done.best["step"] != ended.step:
         state = best_state(job, 0, done, [checkpoints])
         if done.best:
             print(f"The best evaluation was at step {done.best['step']:.0f}; its weights are the result.")
-    finish(job, 0, place, done, state, clock, generated)
+    finish(job, 0, place, done, state, clock, scored)
 
 
 def _without_change(job: Job, place: RunFolder) -> Job:
@@ -226,32 +226,34 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
     raise Damaged(f"There is no {which} of {name} in {', '.join(map(str, folders))}.")
 
 
-def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState, clock: Any, generated: Any) -> None:
+def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState, clock: Any, scored: Any) -> None:
     """Score the result of member `i`, and write what a run leaves behind."""
     member = job.members[i]
     params = job.params(state)
-    if generated:
+    if scored:
         done = read_metrics(place.folder)
         steps = max(m["step"] for m in done)
-        if not any("eval/json_valid" in m and m["step"] == steps for m in done):
+        name = f"eval/{next(iter(scored.metrics))}"
+        if not any(name in m and m["step"] == steps for m in done):
             metrics = _metrics(member.experiment, place, steps)
-            metrics.write(steps, generated(params))
+            metrics.write(steps, scored(params))
             metrics.close()
     jax.block_until_ready(params)
     clock("evaluate")
-    results.finish(member, place, job, params, run, clock, generated)
+    results.finish(member, place, job, params, run, clock, scored)
 
 
-def json_evaluations(job: Job) -> list[Any]:
-    """For each member, what generates and scores its answers; None where evaluate.json is off."""
+def answer_scores(job: Job) -> list[Any]:
+    """For each member, what scores its answers (`jaxtune.evaluate.answers.AnswerScores`); None without any metric."""
     e = job.experiment.evaluate
-    if not e.json:
+    if not e.metrics:
         return [None] * len(job.members)
-    from jaxtune.evaluate.json_fields import JsonEvaluation
+    from jaxtune.evaluate.answers import AnswerScores
 
     rows = job.rows
-    given = job.module, rows.eval, rows.tokenizer, e.rows, e.max_new_tokens, rows.stops
-    return [JsonEvaluation(*given) for _ in job.members]
+    room = {"max_new_tokens": e.max_new_tokens, "eos_ids": rows.stops, "virtual": len(rows.prefix)}
+    given = job.module, rows.eval, rows.tokenizer, e.metrics
+    return [AnswerScores(*given, most_rows=e.rows, **room) for _ in job.members]
 
 
 def _write_config(job: Job, member: Member, place: RunFolder) -> None:
@@ -283,12 +285,12 @@ def _open(job: Job, member: Member, place: RunFolder, lane: int, record: dict | 
     )
 
 
-def _generate_before(job: Job, runs: list[loop.Run], generated: Sequence[Any]) -> None:
+def _generate_before(job: Job, runs: list[loop.Run], scored: Sequence[Any]) -> None:
     """All members of a job start as the base, so it is asked once."""
-    if generated[0]:
-        values = generated[0](job.params(job.alone(job.state, 0, job.members[0])))
-        for run, one in zip(runs, generated, strict=True):
-            one.answers = list(generated[0].answers[:1])
+    if scored[0]:
+        values = scored[0](job.params(job.alone(job.state, 0, job.members[0])))
+        for run, one in zip(runs, scored, strict=True):
+            one.answers = list(scored[0].answers[:1])
             run.metrics.write(0, values)
 
 
