@@ -54,6 +54,7 @@ for rate in "${rates[@]}"; do
   mkdir -p "$run"
   if finished "$run"; then echo "lr=$rate: finished before"; else queue+=("$rate"); fi
 done
+"$python" -m jaxtune.report.sweep_table --plan "$outdir" # sweep.json, for the page and the table
 
 # shellcheck source-path=SCRIPTDIR source=gpus.sh
 source "$(dirname "${BASH_SOURCE[0]}")/gpus.sh"

@@ -13,7 +13,7 @@ OVERRIDES = {
     "tune": {"lora": {"r": 16}},
     "data": {"train": "data/train.jsonl", "eval": "data/eval.jsonl"},
     "train": {"steps": 40},
-    "evaluate": {"json": True},
+    "evaluate": {"metrics": ["json_valid", "json_exact"]},
 }
 SUMMARY = {
     "trainable": 2_500,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.report.sweep_table import differing_settings, sweep_rows
+from jaxtune.report.sweep_table import differing_settings, sweep_rows, write_points
 
 REPO = Path(__file__).resolve().parent.parent
 LAUNCH = REPO / "launch"
@@ -521,7 +521,12 @@ def test_runs_without_evaluation_come_after_those_with_one(tmp_path):
     lines = '{"step": 0, "eval/loss": 8.0}\n{"step": 1, "eval/loss": NaN}\n{"step": 2, "eval/loss": 9.0}\n{"ste'
     write_run(tmp_path / "lr=1", lines, config, *result)
     write_run(tmp_path / "lr=2", '{"step": 1, "eval/loss": 0.5}\n', config)
-    (tmp_path / "lr=notes").mkdir()
+    for name in ("lr=notes", "lr=0", "lr=nan"):
+        (tmp_path / name).mkdir()
+    write_points(tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == {
+        "points": {"lr=1e-5": {"optim.lr": 1e-5}, "lr=1": {"optim.lr": 1.0}, "lr=2": {"optim.lr": 2.0}}
+    }
     rows = sweep_rows(tmp_path)
     assert [(row["lr"], row["status"], row["eval_loss"], row["step"], row["train_loss"]) for row in rows] == [
         ("1", "finished", 9.0, 2, None),

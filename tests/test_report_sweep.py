@@ -18,6 +18,7 @@ from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.report import write_report, write_sweep
 from jaxtune.report.chart import Spread, spread_chart
+from jaxtune.report.sweep_table import write_points
 
 LR, SEED, RANK = "optim.lr", "train.seed", "tune.lora.r"
 SHORT = {LR: "lr", SEED: "seed", RANK: "r"}
@@ -319,6 +320,9 @@ def test_a_sweep_of_the_shell_script(tmp_path):
     (folder / "lr=1e-2" / "jaxtune.log").write_text("line\njaxtune: error: no room\n\n")
     (folder / "lr=1e-1").mkdir()
     (folder / "lr=fast").mkdir()
+    with pytest.raises(UserError, match=r"no sweep\.json.*python -m jaxtune\.report\.sweep_table"):
+        write_sweep(folder)
+    write_points(folder)
     page = SweepPage(write_sweep(folder))
     assert (
         "5 points over optim.lr (5 values from 1e-4 to 0.1). lr=2e-3 has the lowest held-out loss so far" in page.text
@@ -341,6 +345,7 @@ def test_what_the_runs_of_the_script_differ_in_besides(tmp_path):
     for rate, steps in (("1e-4", 40), ("1e-3", 80)):
         overrides = overrides_of({LR: float(rate)}, steps=steps)
         make_run(tmp_path / "s" / f"lr={rate}", overrides, lines_of({10: 1.0}))
+    write_points(tmp_path / "s")
     page = SweepPage(write_sweep(tmp_path / "s"))
     assert "2 points over optim.lr (1e-4, 0.001) and train.steps (40, 80)." in page.text
     assert [row["steps"] for row in page.table()] == ["40", "80"]
@@ -423,7 +428,7 @@ def test_a_run_with_a_folder_that_looks_like_a_rate_is_a_run(tmp_path, capsys):
     [
         ("{", r"sweep\.json: not valid JSON"),
         (b"\xff", r"sweep\.json is not a text file"),
-        ("[1]", r"sweep\.json: expected an object, .* found list"),
+        ("[1]", r"sweep\.json holds a list, expected a JSON object"),
         ("{}", r"sweep\.json: expected the points of a sweep under 'points'"),
         ('{"points": {}}', "expected the points"),
         ('{"points": ["a"]}', "expected the points"),

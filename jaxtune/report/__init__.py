@@ -77,8 +77,7 @@ def write_sweep(folder: str | os.PathLike, out: str | os.PathLike | None = None)
     """Write the page of a sweep, whether it has come to its end or not.
 
     Args:
-      folder: what `jaxtune sweep` or launch/sweep_lr.sh writes: sweep.json and a run directory for each of its points,
-        or run directories called lr=RATE.
+      folder: what `jaxtune sweep` or launch/sweep_lr.sh writes: sweep.json and a run directory for each of its points.
       out: the page; default: `report.html` in `folder`. An older page is replaced.
 
     Returns:

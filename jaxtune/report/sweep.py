@@ -114,7 +114,7 @@ class SweepRecord:
 
 def is_sweep(folder: Path) -> bool:
     """Whether it is the directory of a sweep, and not that of a run."""
-    return (folder / "sweep.json").is_file() or (not (folder / "config.json").exists() and bool(_by_rate(folder)))
+    return (folder / "sweep.json").is_file()
 
 
 def read_sweep(folder: str | os.PathLike) -> SweepRecord:
@@ -127,10 +127,13 @@ def read_sweep(folder: str | os.PathLike) -> SweepRecord:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory; give the --workdir of a sweep")
     if not is_sweep(folder):
-        raise UserError(f"{folder} is not the directory of a sweep: it has no sweep.json, and no folders lr=RATE")
+        raise UserError(
+            f"{folder} is not the directory of a sweep: it has no sweep.json. If launch/sweep_lr.sh made it, "
+            f"`python -m jaxtune.report.sweep_table {folder}` writes that"
+        )
     if folder.name in ("", ".."):  # commands to paste name what lies in it
         folder = folder.resolve()
-    points = _planned(folder / "sweep.json") if (folder / "sweep.json").is_file() else _by_rate(folder)
+    points = _planned(folder / "sweep.json")
     members = [_member(folder / name, point) for name, point in points.items()]
     if not any(m.run for m in members):
         raise UserError(f"{folder}: none of its {len(members)} runs has logged a step yet; there is nothing to report")
@@ -140,28 +143,10 @@ def read_sweep(folder: str | os.PathLike) -> SweepRecord:
     return SweepRecord(folder, members, swept)
 
 
-def _by_rate(folder: Path) -> dict[str, dict[str, Any]]:
-    """What launch/sweep_lr.sh made: directory name -> point."""
-    rates = {}
-    for run in folder.glob("lr=*"):
-        try:
-            rates[run.name] = float(run.name.removeprefix("lr="))
-        except ValueError:
-            continue
-    tried = {name: rate for name, rate in rates.items() if 0 < rate < math.inf and (folder / name).is_dir()}
-    return {name: {LR: tried[name]} for name in sorted(tried, key=tried.get)}
-
-
 def _planned(file: Path) -> dict[str, dict[str, Any]]:
-    """What `jaxtune sweep` planned: directory name -> point."""
-    points = read_object(file, "a sweep").get("points")
-    if not isinstance(points, dict) or not points:
-        raise UserError(f"{file}: expected the points of a sweep under 'points', as `jaxtune sweep` writes them")
+    """What was planned: directory name -> point."""
+    points = sweep_table.read_points(file)
     for name, point in points.items():
-        if Path(name).name != name or name in ("", ".."):
-            raise UserError(f"{file}: the point {name!r} does not name a directory beside it")
-        if not isinstance(point, dict):
-            raise UserError(f"{file}: the point {name!r} is no object of settings: {point!r}")
         for path in point:
             find_setting(path, f"{file}: the point {name!r}")
     return points
@@ -191,18 +176,13 @@ def _status(folder: Path, run: RunRecord | None) -> tuple[str, str]:
     if status == "finished" and run and not run.summary.get("early_stop") and run.fact("cut_at") is not None:
         return "cut", f"halving ended it at step {run.fact('cut_at'):,}"
     if status.startswith("failed ("):
-        return "failed", f"exit status {status[len('failed (') : -1]}: {_last_line(folder / 'jaxtune.log')}"
+        return "failed", f"exit status {status[len('failed (') : -1]}: {sweep_table.last_line(folder / 'jaxtune.log')}"
     if status == "running":  # when it was written: nobody knows whether it still is
         status = "unfinished"
     if status not in ENDED and run:
         planned = run.settings["train.steps"]
         why = f"at step {run.last_step():,}" + (f" of {planned:,}" if planned else "")
     return status, why
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def key(value: Any) -> Any:

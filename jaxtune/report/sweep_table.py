@@ -1,6 +1,7 @@
 """`python -m jaxtune.report.sweep_table OUTDIR`: what became of the runs of launch/sweep_lr.sh, or of `jaxtune sweep`.
 
-Prints a table sorted by evaluation loss and writes it to OUTDIR/sweep.csv.
+Prints a table sorted by evaluation loss and writes it to OUTDIR/sweep.csv. The script's runs are the directories
+OUTDIR/lr=RATE; they are written to OUTDIR/sweep.json first, as `jaxtune sweep` writes its points (--plan: that alone).
 """
 
 import csv
@@ -38,29 +39,49 @@ def sweep_rows(outdir: Path) -> list[dict[str, Any]]:
 
 
 def _runs(outdir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The runs and what each has of the swept settings."""
-    plan = outdir / "sweep.json"
-    if plan.is_file():
-        points = _plan(plan)
-        labels = short_names({path for values in points.values() for path in values})
-        return [(outdir / name, {labels[p]: v for p, v in values.items()}) for name, values in points.items()]
-    runs = sorted((rate, run) for run in outdir.glob("lr=*") if (rate := _rate(run)) is not None)
-    if not runs:
-        raise UserError(f"{outdir} holds no runs of a sweep (sweep.json, or folders lr=...).")
-    return [(run, {"lr": run.name.removeprefix("lr=")}) for _, run in runs]
+    """The runs and what each has of the swept settings, as its name spells it where it names that alone."""
+    points = read_points(outdir / "sweep.json")
+    labels = short_names({path for values in points.values() for path in values})
+
+    def told(name, values):
+        row = {labels[path]: value for path, value in values.items()}
+        label, _, text = name.partition("=")
+        return {label: text} if list(row) == [label] else row
+
+    return [(outdir / name, told(name, values)) for name, values in points.items()]
 
 
-def _plan(file: Path) -> dict[str, dict[str, Any]]:
+def read_points(file: Path) -> dict[str, dict[str, Any]]:
     """The points of a sweep.json: {name of a run: {setting: value}}.
 
     Raises:
-        UserError: it is not what `jaxtune sweep` writes.
+        UserError: it is not what a sweep writes.
     """
     points = read_json(file, halves=True).get("points")
-    whole = isinstance(points, dict) and all(isinstance(values, dict) for values in points.values())
-    if not whole or any(Path(name).name != name or name in ("", ".", "..") for name in points):
-        raise UserError(f"{file} is not what jaxtune sweep writes: 'points' names no runs.")
+    if not isinstance(points, dict) or not points:
+        raise UserError(f"{file}: expected the points of a sweep under 'points', as `jaxtune sweep` writes them")
+    for name, point in points.items():
+        if Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{file}: the point {name!r} does not name a directory beside it")
+        if not isinstance(point, dict):
+            raise UserError(f"{file}: the point {name!r} is no object of settings: {point!r}")
     return points
+
+
+def write_points(outdir: Path) -> None:
+    """Write sweep.json for the directories lr=RATE that launch/sweep_lr.sh made; that of `jaxtune sweep` stays.
+
+    Raises:
+        UserError: there are none.
+    """
+    file = outdir / "sweep.json"
+    if file.is_file() and "rungs" in read_json(file, halves=True):
+        return
+    rates = sorted((rate, run.name) for run in outdir.glob("lr=*") if run.is_dir() and (rate := _rate(run)) is not None)
+    if not rates:
+        raise UserError(f"{outdir} holds no runs of a sweep (sweep.json, or folders lr=...).")
+    points = {name: {"optim.lr": rate} for rate, name in rates}
+    atomic_write_text(file, json.dumps({"points": points}, indent=1) + "\n")
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
@@ -94,11 +115,14 @@ def differing_settings(runs: list[Path]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 1:
-        print("usage: python -m jaxtune.report.sweep_table OUTDIR", file=sys.stderr)
+    *flags, outdir = [Path(argument) if argument != "--plan" else argument for argument in argv] or [None]
+    if flags not in ([], ["--plan"]) or not isinstance(outdir, Path):
+        print("usage: python -m jaxtune.report.sweep_table [--plan] OUTDIR", file=sys.stderr)
         return 2
-    outdir = Path(argv[0])
     try:
+        write_points(outdir)
+        if flags:
+            return 0
         rows = sweep_rows(outdir)
         text = io.StringIO()
         writer = csv.DictWriter(text, _swept(rows) + list(FACTS), lineterminator="\n")
@@ -114,9 +138,10 @@ def main(argv: list[str]) -> int:
 
 def _rate(run: Path) -> float | None:
     try:
-        return float(run.name.removeprefix("lr="))
+        rate = float(run.name.removeprefix("lr="))
     except ValueError:
         return None
+    return rate if 0 < rate < math.inf else None
 
 
 def _swept(rows: list[dict[str, Any]]) -> list[str]:
@@ -163,11 +188,8 @@ def _show(rows: list[dict[str, Any]], outdir: Path) -> None:
         print(f"best: {rows[0]['run']}")
     elif any(row["status"] == "finished" for row in rows):
         print("No evaluation loss: set data.eval or data.eval_fraction to choose by it.")
-    if (
-        not (outdir / "sweep.json").is_file()
-        and len(started := [str(run) for run in runs if (run / "metrics.jsonl").is_file()]) > 1
-    ):
-        print(f"compare: jaxtune report {' '.join(map(shlex.quote, started))}")
+    if any((run / "metrics.jsonl").is_file() for run in runs) and not (outdir / "report.html").exists():
+        print(f"page: jaxtune report {shlex.quote(str(outdir))}")
     print(f"table: {outdir / 'sweep.csv'}")
 
 
@@ -181,10 +203,10 @@ def _why(run: Path) -> str:
     """What is known of a failure."""
     if (run / "member.json").is_file():
         return read_json(run / "member.json", halves=True).get("why", "no reason given")
-    return _last_line(run / "jaxtune.log")
+    return last_line(run / "jaxtune.log")
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 

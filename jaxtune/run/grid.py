@@ -101,7 +101,10 @@ class Sweep:
             or not isinstance(points, dict)
             or not all(isinstance(values, dict) for values in points.values())
         ):
-            raise UserError(f"{file} is not what jaxtune sweep writes; give another --workdir, or remove it")
+            raise UserError(
+                f"{file} is not what jaxtune sweep writes; with launch/sweep_lr.sh go on as it was begun, else give "
+                "another --workdir"
+            )
         if self.plan["halving"] != self.halving:
             before, now = (f"--halving={h}" if h else "no --halving" for h in (self.plan["halving"], self.halving))
             raise UserError(f"the sweep in {self.folder} has {before}, and this command {now}; nothing was changed")
