@@ -48,13 +48,16 @@ def read_text(path: str | Path, limit: int = LIMIT) -> str:
 
 
 def parse_json(text: str | bytes, where: str, *, halves: bool = False, **hooks: Any) -> Any:
-    """Parse JSON; `where` ("FILE", "FILE:LINE") names it in messages, `hooks` are those of `json.loads`.
+    """Parse JSON.
 
     Args:
-        halves: let half a character (a lone surrogate) pass, as in texts that a model gave.
+        text: the JSON text.
+        where: "FILE" or "FILE:LINE", for error messages.
+        halves: allow half a character (a lone surrogate), which models may write.
+        hooks: options of `json.loads`.
 
     Raises:
-        UserError: it is none, is nested too deep, has a number beyond range or half a character.
+        UserError: it is not JSON, is nested too deep, has a number beyond range or half a character.
     """
     try:
         value = json.loads(text, **hooks)

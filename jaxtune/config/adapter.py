@@ -17,13 +17,14 @@ def is_adapter(path: Any) -> bool:
 
 
 def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
-    """The settings that go on with an adapter, by their paths, as a config file would give them.
+    """The settings that continue the training of an adapter: setting path -> value, as a config file would give them.
 
     Args:
-        own_base: the base is given, and the adapter's word on it is not asked for.
+        path: a PEFT directory.
+        own_base: the caller has a base already, so the adapter need not name one.
 
     Raises:
-        UserError: its directory names no base, or it is of a type or has a setting that no method of ours trains.
+        UserError: its directory names no base, or it is of a type or has a setting that jaxtune does not train.
     """
     folder = Path(path).expanduser()
     config = read_json(folder / "adapter_config.json")

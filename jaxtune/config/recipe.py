@@ -92,13 +92,14 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
 def open_model(
     cfg: Any, folder: Any = None, *, backend: str | None = None, dtype: Any = None, **defaults: Any
 ) -> tuple[Any, Task]:
-    """The module that a config's model is, split where its method asks for it, and its task.
+    """The module of a config, split where its method asks for that, and its task.
 
     Args:
-        folder: of the model; default: of model.path.
+        cfg: a resolved config.
+        folder: of the model; default: the one of model.path.
         backend: decides model.dtype=auto; default: JAX's own.
         dtype: of activations; default: model.dtype.
-        defaults: what config.json is given where it says nothing.
+        defaults: values for keys that config.json lacks or leaves null.
     """
     folder = folder or hf.resolve(cfg.model.path)
     backend = backend or jax.default_backend()

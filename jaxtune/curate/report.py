@@ -163,16 +163,26 @@ def examine(
     progress: Callable[[int], None] = lambda rows: None,
     **reading: Any,
 ) -> DataReport:
-    """Read data as `jaxtune.data.prepare` does, and say what is wrong with it. Rows are never all in memory.
+    """Read data as `jaxtune.data.prepare` does, and report what is wrong with it. The rows are never all in memory.
 
     Args:
-      train, eval, eval_fraction, labels, allow_left_out, max_length, overlength, vocab_size, reading: as `prepare`
-        takes them.
-      packing, rows_a_batch, group_by_length: how batches are made, to measure their padding.
-      positions: the longest row that the model knows; default: max_length.
-      near: the similarity from which rows are near duplicates; 0: do not look for them.
-      samples: rows to draw.
-      progress: called with the number of rows read so far.
+        tokenizer: a fast tokenizer of transformers.
+        train: as `prepare` takes it.
+        eval: as `prepare` takes it.
+        eval_fraction: as `prepare` takes it.
+        labels: as `prepare` takes it; None: rows of text.
+        allow_left_out: as `prepare` takes it.
+        max_length: tokens of a row at most.
+        overlength: as `prepare` takes it.
+        packing: whether several rows share a line of a batch; with it padding is measured on packed lines.
+        rows_a_batch: rows of a batch, to measure padding.
+        group_by_length: whether batches are made of rows of similar length, to measure padding.
+        positions: tokens of the longest row that the model can read; default: max_length.
+        vocab_size: rows of the model's embedding, to check token ids against; None: not checked.
+        near: the similarity, in (0, 1], from which rows are near duplicates; 0: do not look for them.
+        samples: how many rows to show.
+        progress: called with the number of rows read so far.
+        reading: as `prepare` takes it.
 
     Raises:
       UserError: a source that cannot be opened or read on, and columns that fit no format.

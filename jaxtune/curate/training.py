@@ -28,12 +28,15 @@ def glance(
     *,
     samples: int = 2,
 ) -> DataReport:
-    """Look for duplicates, overlap, conflicts, repeated answers and unbalanced classes, and say what was left out.
+    """Look for duplicates, overlap, conflicts, repeated answers, unbalanced classes, and for rows that were left out.
 
     Args:
-      train, held_out, report: what `jaxtune.data.prepare` gave.
-      form: of labelled rows.
-      samples: rows to draw, the first ones.
+        tokenizer: a fast tokenizer of transformers.
+        train: the training rows of each source, from `jaxtune.data.prepare`.
+        held_out: the evaluation rows from there, or None.
+        report: the report from there.
+        form: of labelled rows; None: rows of text.
+        samples: how many rows to show, from the first on.
     """
     train = [_whole(rows) for rows in train]
     ledger = Ledger([], report.sources[0].max_length)
@@ -77,10 +80,11 @@ def _add(ledger: Ledger, rows: Rows, split: int, form: RowForm | None, plain: bo
 
 
 def token_hashes(rows: Rows, side: int | None) -> np.ndarray:
-    """Return a hash of each row's tokens i64[R]: of those with this mask, in their order; 0 where there are none.
+    """Return a hash of each row's tokens in their order, i64[R]; 0 for a row without any.
 
     Args:
-      side: 0: tokens that are given; 1: those that are trained; None: all.
+        rows: R rows.
+        side: which tokens count. 0: those of the prompt; 1: those that are trained; None: all.
     """
     found = np.zeros(len(rows), np.uint64)
     ends = np.cumsum(rows.length, dtype=np.int64)

@@ -32,14 +32,15 @@ def widths(
 ) -> np.ndarray:
     """Return the widths that batches of `rows` rows are padded to, ascending; each is a program to compile.
 
-    Of so many they are those that pad the least, on average over batches of rows drawn at random. They are multiples of
-    `grain`, or of the multiple of it that gives at most 64 to choose from, and the last holds the longest row.
+    Among all choices of as many widths these pad the least, on average over batches of rows drawn at random. They are
+    multiples of `grain` (or of a multiple of it, so that at most 64 are candidates). The last holds the longest row.
 
     Args:
         length: tokens of each data row, i64[N].
-        most: how many there may be.
-        worth: the share of the average that one more width has to save.
-        grain: what widths are multiples of.
+        rows: rows of a batch.
+        most: how many widths there may be.
+        worth: the share of the average width that one more width has to save.
+        grain: what widths are multiples of, in tokens.
         pool: batches whose rows are drawn together, sorted by length and cut.
     """
     longest = int(length.max())

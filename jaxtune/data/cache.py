@@ -34,11 +34,12 @@ def damage(folder: Path) -> str | None:
 def build(
     folder: Path, write: Callable[[IO[bytes], IO[bytes]], np.ndarray], said: Callable[[], dict[str, Any]]
 ) -> None:
-    """Make a set, or make it again; a reader finds it whole, or not at all.
+    """Write a set, replacing one that is there; a reader finds all of it or nothing.
 
     Args:
-        write: puts tokens and masks into two files and returns the table of rows.
-        said: asked then for what was noticed, as JSON.
+        folder: of the set.
+        write: writes tokens and masks to the two files it is given and returns the table of rows.
+        said: called after `write`; returns the notes on the data, as JSON values.
 
     Raises:
         DiskError: it cannot be written.

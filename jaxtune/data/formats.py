@@ -117,16 +117,17 @@ def make_reader(
     """Decide from the first row how `source` is read.
 
     Args:
+        source: of rows, at least one.
         format: one of FORMATS, or "auto": the first of them whose columns the file has.
-        columns: our name -> the file's name, applied before anything else; see `own_columns`.
+        columns: jaxtune's name of a column -> the file's name, applied before anything else; see `own_columns`.
         template: a format string over the file's columns. The text before its last placeholder is the prompt; the last
             placeholder and what follows it is the completion, which is trained.
         completion_from: for `text` and `template`: only what follows the first occurrence of this text is trained.
-        prompt_from: with completion_from: from this text on it is not, up to the next completion_from.
+        prompt_from: with completion_from: training stops again at this text, up to the next completion_from.
         system: a system prompt for every conversation that has none of its own.
         system_as_user: put system messages at the start of the user's first message.
-        roles: their name of a role -> ours, beside those that are known.
-        ignore: columns, and fields of messages, that are left out knowingly.
+        roles: the file's name of a role -> jaxtune's, beside those that are known.
+        ignore: columns, and fields of messages, to leave out without an error.
         chat: read prompt/completion and instruction rows as a conversation of two turns.
 
     Raises:

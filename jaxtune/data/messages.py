@@ -83,17 +83,19 @@ def normalise_messages(
     ignore: Sequence[str] = (),
     notes: Notes | None = None,
 ) -> tuple[list[dict], list[int]]:
-    """Return messages with `role`, `content`, `reasoning_content` and `tool_calls`, and which are not to be trained.
+    """Return messages with `role`, `content`, `reasoning_content`, `tool_calls`, and the indices of untrained ones.
 
     A `function_call`, as a role or as a field, becomes `tool_calls`; arguments given as a JSON string are parsed, as
     chat templates expect; thoughts are found under any of THOUGHTS; FLAGS say which of the assistant's turns are
     trained. A list of messages may be a dict of lists, as some libraries store it.
 
     Args:
-        where, column: where the messages stand, for errors.
+        where: file and row, for error messages.
+        column: the column the messages stand in, for error messages.
+        messages: a list of dicts, a dict of lists, or either as a JSON string.
         roles: as from `known_roles`.
-        ignore: fields that are left out knowingly.
-        notes: fields of tool calls that change nothing are counted there.
+        ignore: fields to leave out without an error.
+        notes: where fields of tool calls that change nothing are counted.
 
     Raises:
         UserError: not messages, an unknown role, a field that would change the meaning and is not known.

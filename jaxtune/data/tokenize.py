@@ -198,12 +198,13 @@ def load_tokenizer(path: str, chat_template: str | None = None, date: str | None
     """Load the tokenizer of a directory or hub id.
 
     Args:
-        chat_template: a file that replaces its own.
-        date: that chat templates write, YYYY-MM-DD; default: today. It stays the same from then on.
+        path: a directory or hub id.
+        chat_template: a file whose text replaces the tokenizer's own template.
+        date: the date that chat templates write, YYYY-MM-DD; default: today's, taken once.
 
     Raises:
-        UserError: there is none; transformers cannot read or convert it, or loses text with it; it is not a fast one
-            (those have no character offsets); the file of the template is missing.
+        UserError: there is no tokenizer; transformers cannot read or convert it, or text does not survive encoding and
+            decoding; it is a slow one, which has no character offsets; the template's file is missing.
     """
     import transformers
 

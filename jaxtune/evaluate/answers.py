@@ -231,10 +231,12 @@ def confusions(rows: Sequence[Row], measured: Mapping[str, Measured]) -> dict[st
 
 
 def answer_scores(metrics: Mapping[str, Metric], expected: Sequence[str], **answers: Sequence[str]) -> dict[str, Any]:
-    """Compare the answers of base and tuned model by metrics, as `compare` does; metrics that apply to no row are left.
+    """Compare the answers of base and tuned model by metrics, as `compare` does, without metrics that apply to no row.
 
     Args:
-        answers: by the name of the model.
+        metrics: by name.
+        expected: the reference answer of each row, [N].
+        answers: model name ("base", "tuned") -> its answer to each row, [N].
     """
     found = {}
     for name, metric in metrics.items():

@@ -131,14 +131,17 @@ def evaluate(
     say: Callable[[str], None] = print,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure what `infer.source.find` found on held-out rows, beside its base.
+    """Measure a tuned model on held-out rows, beside its base.
 
     Args:
+        source: from `infer.source.find`.
+        options: the data and what to measure.
         out: folder for eval.json and eval/; None: nothing is written.
-        say: is given the sentences on the data, before anything is measured.
+        say: called with each sentence on the data, before anything is measured.
+        progress: see `Progress`.
 
     Returns:
-        The part `held_out` of eval.json.
+        The value of `held_out` in eval.json.
 
     Raises:
         UserError: the data cannot be read, or does not fit the model or the options.

@@ -68,9 +68,11 @@ def in_batches(
     compute: Callable[[Sequence[int]], Sequence[Any]],
     done: Callable[[int], None] = lambda n: None,
 ) -> list[Any]:
-    """The records of `keys`, in their order; batches of which one is not kept are computed, and kept.
+    """The records of `keys`, in their order; a batch with a missing record is computed and stored.
 
     Args:
+        kept: the records stored so far.
+        keys: of all rows.
         batches: indices into `keys`.
         compute: indices -> their records, JSON values.
         done: called after each batch with its number of rows.

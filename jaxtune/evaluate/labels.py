@@ -47,6 +47,7 @@ def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> f
     Args:
         confidence: the probability of the predicted label, in [0, 1].
         right: whether that prediction is right.
+        bins: how many of equal width.
     """
     return float(np.abs(gap_bins(confidence, right, bins)).sum() / len(right))
 

@@ -189,10 +189,12 @@ METRICS: dict[str, Metric] = {
 
 
 def choose(names: Sequence[str] | None, references: Sequence[str], flag: str = "--metrics") -> dict[str, Metric]:
-    """The metrics that were asked for; without names those of text, and numbers or JSON where every reference is that.
+    """The metrics by name; None: those for text, with those for numbers or JSON where every reference answer is such.
 
     Args:
-        flag: what messages call the names.
+        names: what was asked for, or None.
+        references: the expected answers.
+        flag: the option that gave `names`, for error messages.
 
     Raises:
         UserError: a name is unknown, or a metric that was asked for applies to no row.

@@ -46,9 +46,10 @@ def read_rows(
     limit: int | None = None,
     **settings: Any,
 ) -> tuple[list[Row], list[str]]:
-    """Read and tokenise rows as training would: (rows, what became of the data, in sentences).
+    """Read and tokenise rows as training would: (rows, sentences on what was read and left out).
 
     Args:
+        tokenizer: a fast tokenizer of transformers.
         sources: as `jaxtune.data.prepare` takes them.
         group_by: a column of the files.
         limit: at most so many rows: those with the lowest hashes of their content, whatever their order.
@@ -122,11 +123,15 @@ def _cut(rows: data.Rows, settings: Mapping[str, Any]) -> np.ndarray:
 def as_row(
     rows: data.Rows, i: int, tokenizer: Any, prefix: int = 0, cut: bool = False, group: str | None = None
 ) -> Row:
-    """Row i as an evaluation sees it.
+    """Row i in the form that evaluation uses.
 
     Args:
-        prefix: tokens that a tokenizer puts before every text; a prompt has more.
-        cut: it may be a piece of a longer one.
+        rows: tokenised rows.
+        i: which of them.
+        tokenizer: that made them.
+        prefix: how many tokens the tokenizer puts before every text; a row with no more than these has no prompt.
+        cut: whether the row may be a piece of a longer one; such a row has no prompt.
+        group: its value of the column that rows are grouped by, if any.
     """
     tokens, mask = rows[i]
     mask = mask.astype(bool)

@@ -127,13 +127,16 @@ def exact_at_the_edge(interval: Interval, n: int) -> Interval:
 
 
 def paired_at_the_edge(result: Paired, base: np.ndarray, tuned: np.ndarray) -> Interval:
-    """The difference of two shares of the same rows, where every resample has the same: all rows turned right, say.
+    """The interval of a difference of two shares where all bootstrap resamples agree (all rows became right, say).
 
     Newcombe 1998 (Statistics in Medicine 17: 2635-2650), method 10: Wilson's intervals of both shares, put together
-    with the correlation of the pairs. Any other difference is left as it is.
+    with the correlation of the pairs. Any other difference is returned unchanged.
 
     Args:
-        base, tuned: 1 for each row that is right, else 0 [N]; of other values, a share of 0 or 1 speaks for all rows.
+        result: the bootstrap's.
+        base: 1 for each row that the base has right, else 0, [N]; with other values, a mean of 0 or 1 stands for all
+            rows.
+        tuned: the same of the tuned model.
     """
     n, difference = len(base), result.difference
     if difference.low is None or difference.low < difference.high:
@@ -188,9 +191,11 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def verdict(difference: float, p: float | None, better: int) -> str:
-    """ "better", "worse" or "no evidence", at a level of 5%; "changed" of what is neither good nor bad.
+    """ "better", "worse" or "no evidence", at a level of 5%; "changed" for a metric without a better direction.
 
     Args:
+        difference: tuned minus base.
+        p: p-value of the test that the difference is 0; None: there is no test.
         better: 1 where more is better, -1 where less is, 0 where neither is.
     """
     if p is None or p >= 1 - LEVEL or difference == 0:

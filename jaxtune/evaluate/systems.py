@@ -29,12 +29,13 @@ class System(NamedTuple):
 
 
 def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[System]:
-    """Yield the base and the tuned model of a source, one after the other; of a model that is nobody's result, itself.
+    """Yield the base and the tuned model of a source, one after the other; of a plain model, the model alone.
 
     An adapter shares its base's weights, quantised if they were in its run; of two whole models only one is in memory
     at a time, if the caller keeps none.
 
     Args:
+        source: from `infer.source.find`.
         base: False leaves the base out.
         dtype: of activations.
     """

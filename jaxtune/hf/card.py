@@ -29,6 +29,7 @@ def loading(
     Args:
         base: hub id or path of the model that was tuned; None: as adapter_config.json names it.
         here: the directory of the adapter or the model.
+        adapter: whether `here` is an adapter rather than a whole model.
         auto: the class of transformers that loads it.
         config: its config.json, for the labels of a label head; nothing else of it is read.
         tokenizer: whether there is one in `here`.
@@ -94,16 +95,17 @@ def model_card(
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
 ) -> str:
-    """Return the text of README.md. A base on this machine is told by its folder's name, without the path.
+    """Return the text of README.md. A base on this machine is named by its folder, without the path.
 
     Args:
         name: of the directory.
         base: hub id or path of the model that was tuned.
         adapter: for a PEFT directory rather than a whole model, its kind, "lora".
-        facts: what to tell about the run, label -> value, in order.
+        facts: facts on the run for a table, label -> value, in order.
         notes: sentences on what a reader would not expect.
         auto: the class of transformers that loads the model.
-        config, tokenizer: as for `loading`.
+        config: as for `loading`.
+        tokenizer: as for `loading`.
     """
     local = is_local(base)
     shown = Path(base).name if local else base

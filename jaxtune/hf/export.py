@@ -59,6 +59,7 @@ def export_model(
         tuned_from: what the model card names as base; default: `base`.
         facts: label -> value for the model card; see `jaxtune.report.card.run_facts`.
         ends: tokens that end a trained turn; they are added to the generation config.
+        overwrite: replace a directory that is there.
         shard_bytes: size above which the weights are split over several files.
 
     Returns:

@@ -238,13 +238,15 @@ def pairs_adjacent(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -> dict[str, Any]:
-    """{what GGUFWriter's `add_...` is called: value} of a directory's tokenizer; empty where there is none.
+    """The tokenizer of a directory as {NAME of GGUFWriter's method `add_NAME`: value}; empty where there is none.
 
     Args:
-        vocab: rows of the model's table; the tokens are filled up to it.
+        folder: an HF directory.
+        vocab: rows of the model's embedding; unused tokens are added up to it.
+        chat_template: Jinja text; default: the tokenizer's own.
 
     Raises:
-        UserError: it is of a kind, or has a part, that GGUF has no word for.
+        UserError: it is of a kind, or has a part, that GGUF cannot express.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return {}
@@ -261,7 +263,7 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
         raise UserError(f"{where} is of type {model['type']}; GGUF files are written with BPE tokenizers only.")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise UserError(f"{where} has {field}={model[field]!r}, which GGUF cannot say.")
+            raise UserError(f"{where} has {field}={model[field]!r}, which GGUF cannot express.")
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     types = dict.fromkeys(tokens, _NORMAL)
     for added in told["added_tokens"]:

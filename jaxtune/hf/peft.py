@@ -160,10 +160,12 @@ def load_adapter(
     """Put a PEFT adapter on a zoo model; `jaxtune.load(folder)` opens the adapter and its base at once.
 
     Args:
-        module, params: the base.
+        module: the base, a zoo module.
+        params: its parameters.
         folder: holds adapter_config.json and adapter_model.safetensors.
         base: what `module` was loaded from, to be compared with the adapter's own base; None: names may differ.
-        drawn: the paths of a label head that the base has not, and the adapter must; None: of a new head, all.
+        drawn: paths of the label head's parameters that the base lacks and the adapter has to bring; None: all, for a
+            new head.
 
     Returns:
         `(params, mask, config)`: as from `methods.lora`, ready to train on; `config` is adapter_config.json.
@@ -213,14 +215,16 @@ def open_adapter(
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Load an adapter and the base under it.
 
-    A label head that the base has not is drawn before the adapter fills it; a base that lacks the rows of tokens that
-    were added for the adapter gets them.
+    A label head that the base lacks is initialised at random before the adapter fills it. Rows of the embedding for
+    tokens that were added with the adapter are appended.
 
     Args:
         folder: a PEFT directory.
         base: directory or hub id of its base; None: the one that it names.
-        any_base: also where that has another name than the adapter's own.
-        quantization, param_dtype, settings: as for `jaxtune.load`.
+        any_base: accept a base of another name than the adapter's own.
+        quantization: as for `jaxtune.load`.
+        param_dtype: as for `jaxtune.load`.
+        settings: as for `jaxtune.load`.
 
     Returns:
         `(module, params, mask, config)`: the module, and what `load_adapter` returns.
@@ -468,18 +472,21 @@ def export_adapter(
     """Write the adapters of a zoo model as a PEFT directory, atomically.
 
     Args:
-        module, params: a model with leaves of `lora`, `ia3` or `prompt_tuning`.
+        module: a zoo module.
+        params: its parameters, with leaves of `lora`, `ia3` or `prompt_tuning`.
         out: must not exist, unless `overwrite`.
         base: directory or hub id of the model that was tuned; a directory also gives the tokenizer.
         config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left
             out is read off the tree.
-        mask: as `jaxtune.lora` returned it; says whether biases were trained, where `config` does not.
+        mask: as `jaxtune.lora` returned it; tells whether biases were trained, where `config` does not.
         facts: label -> value for the model card; see `jaxtune.report.card.run_facts`.
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
         ends: tokens that end a trained turn; where the base does not stop at them, a generation_config.json does.
-        base_folder: where the base lies, if `base` is a hub id.
-        bake: multiply the scales into B and fill all ranks up to the largest, for engines that know no patterns.
+        base_folder: the base's directory, if `base` is a hub id.
+        overwrite: replace a directory that is there.
+        bake: multiply the scales into B and pad all ranks to the largest, for engines that ignore rank and alpha
+            patterns.
 
     Returns:
         Sentences that the user should read, such as a tokenizer that was not found.

@@ -91,13 +91,17 @@ class Batch(NamedTuple):
 def shared_logprobs(
     module: Any, params: Any, contexts: Array, owners: Array, starts: Array, tokens: Array, targets: Array, where: Array
 ) -> tuple[Array, Array]:
-    """Log-probabilities of `targets` i32[R, T] after each of `tokens` i32[R, T]: f32[R, T], and is it the likeliest?
+    """Log-probabilities of targets, f32[R, T], and whether each is the most probable token, bool[R, T].
 
     Args:
-        where: bool[R, T], which of them to compute.
+        module: a decoder.
+        params: its parameters.
         contexts: i32[C, P], padded on the right.
         owners: i32[R], the context of each row.
-        starts: i32[R], the position of each row's first token; what the context holds from there on is not seen.
+        starts: i32[R], the position of each row's first token; tokens of the context from there on are not seen.
+        tokens: i32[R, T], the inputs that follow the context.
+        targets: i32[R, T], the token to score after each input.
+        where: bool[R, T], which of them to compute.
     """
     spec, (count, width), length = module.spec, contexts.shape, tokens.shape[1]
     slots = min(width + length, spec.positions)

@@ -81,7 +81,8 @@ def generate(
     """Continue prompts of any lengths.
 
     Args:
-        module, params: a decoder; leaves may be polymorphic: LoRA factors are merged, a soft prompt is put first.
+        module: a decoder.
+        params: its parameters; leaves may be polymorphic: LoRA factors are merged, a soft prompt is put first.
         prompts: token ids, at least one a prompt.
         max_new_tokens: how many tokens are decoded at most.
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
@@ -90,15 +91,16 @@ def generate(
         eos_ids: tokens that end a row; the row keeps the one that ended it.
         seed: a draw depends on (seed, index of the prompt, position), however prompts are batched.
         batch_size: prompts that are decoded together.
-        watch: called with (index of the prompt, its new tokens) every `watch_every` tokens and when the row ends; a row
-            for which it returns True goes no further.
+        watch: called with (index of the prompt, its new tokens) every `watch_every` tokens and when the row ends;
+            returns True to end the row.
+        watch_every: tokens between two calls of `watch`.
 
     Returns:
         The new tokens of each prompt.
 
     Raises:
-        UserError: an empty prompt, a token outside the vocabulary, a setting out of range, or a prompt that exceeds the
-            model's positions with what is to be added.
+        UserError: an empty prompt, a token outside the vocabulary, a setting out of range, or a prompt that together
+            with `max_new_tokens` exceeds the model's positions.
     """
     prefix = virtual_tokens(params)
     _check(module.spec, prompts, max_new_tokens + len(prefix), temperature, top_p, top_k, batch_size)
@@ -277,14 +279,17 @@ def generate_text(
     """Continue texts, or answer messages.
 
     Args:
+        module: as for `generate`.
+        params: as for `generate`.
         tokenizer: a fast transformers tokenizer.
         prompts: texts; with `chat`, a text is the user's message, and a list of messages (`role`, `content`) is a
-            conversation to go on with.
+            conversation to continue.
+        max_new_tokens: as for `generate`.
         stop: strings, or special tokens, at which a text ends; they are cut off.
         chat: render prompts with the tokenizer's chat template, or `jaxtune.data.chat.DEFAULT_TEMPLATE`.
         eos_ids: default: the tokenizer's.
         on_text: called with (index of the prompt, its text so far) every few tokens, and at the end with the whole.
-            What may be the start of a stop string is held back until it is known not to be.
+            Text that may be the start of a stop string is held back until it is known not to be.
         settings: as for `generate`.
 
     Returns:

@@ -102,12 +102,15 @@ def score_batch(
     shape: Shape | None = None,
     masks: Sequence[Sequence[bool]] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row of n token ids: (log-probability f64[n - 1] of every token but the first, was it the likeliest?).
+    """For each row of n tokens, of all but the first: log-probability f64[n - 1], is it the most probable bool[n - 1].
 
     A soft prompt is put before each row.
 
     Args:
-        shape: what the rows are padded to, by default their own.
+        module: a decoder.
+        params: its parameters.
+        rows: token ids, two or more a row.
+        shape: (rows, tokens) that the batch is padded to; default: chosen from the rows.
         masks: for each row n - 1 truth values, which tokens to score; the others are 0. None: all.
 
     Raises:

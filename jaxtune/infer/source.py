@@ -84,9 +84,10 @@ def find(
     """Find out what `path` is: a run directory, a PEFT directory, or an HF directory or hub id.
 
     Args:
+        path: what to look at.
         base: the model that an adapter is put on; default: the one that it names.
-        adapter: a PEFT directory to put on `path`, a model or the run whose base it is put on.
-        any_base: an adapter may also lie on a base of another name than its own.
+        adapter: a PEFT directory to put on `path`; that is then a model, or a run, whose base is taken.
+        any_base: accept a base of another name than the adapter's own.
 
     Raises:
         UserError: it is none of these, or a run that has not written its result yet.
@@ -137,6 +138,7 @@ def open_source(source: Tuned, **settings: Any) -> tuple[Any, Any, dict[str, Any
     """Load a source as `(module, params, adapter config)`, the last None for a whole model.
 
     Args:
+        source: from `find`.
         settings: as for `load`.
 
     Raises:
@@ -156,8 +158,9 @@ def load_target(source: Tuned | str | Path, dtype: Any = None, **settings: Any) 
     """Load a language model: what `find` found, or a run directory, a PEFT directory, an HF directory or hub id.
 
     Args:
+        source: from `find`, or what `find` takes.
         dtype: of activations; default: bfloat16 on a GPU, float32 elsewhere.
-        settings: `Decoder`'s other fields.
+        settings: other fields of `Decoder`.
 
     Raises:
         UserError: it is none of these, a run without result, or lacks weights or a tokenizer.

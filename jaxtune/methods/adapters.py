@@ -282,12 +282,15 @@ def ia3(
     exclude_modules: str | Sequence[str] | None = None,
     module: Any = None,
 ) -> tuple[PyTree, PyTree]:
-    """(IA)^3 (arXiv:2205.05638), with the names of peft's IA3Config: a vector scales what a module gives or takes.
+    """(IA)^3 (arXiv:2205.05638), with the names of peft's IA3Config: a vector scales a module's output or input.
 
     Args:
-        target_modules: as in `lora`; None: peft's for the model's family, and for one that peft has none for, Llama's.
-        feedforward_modules: those of the targets whose input is scaled; of the others it is the output. None: as above,
-            where target_modules is None, too, else those of Llama's that are among the targets.
+        params: of a model; leaves may be quantised.
+        target_modules: as in `lora`; None: peft's default for the model's family, or Llama's for a family without one.
+        feedforward_modules: the targets whose input is scaled; of the others it is the output. None: peft's default
+            with the default targets, else those of Llama's that are among the targets.
+        exclude_modules: as in `lora`.
+        module: as in `lora`.
 
     Raises:
         UserError: a target, an exclusion or a feed-forward module matches nothing, or a target is an embedding.
@@ -371,15 +374,19 @@ def prompt_tuning(
     init: str = PromptTuning.init,
     module: Any = None,
 ) -> tuple[PyTree, PyTree]:
-    """Prompt tuning (arXiv:2104.08691): vectors before each row are all that is trained.
+    """Prompt tuning (arXiv:2104.08691): only vectors put before each row are trained.
 
     `weights.virtual_tokens(params)` are the ids to put before a row; `generate` does so itself.
 
     Args:
+        params: of a zoo model.
+        key: draws the vectors.
+        num_virtual_tokens: how many vectors.
         init: "vocab", rows of the table drawn at random, or "random", N(0, 1) as peft's RANDOM.
+        module: the zoo module, for families that scale their embeddings, and for added tokens.
 
     Raises:
-        UserError: another tree than of a zoo model, or no virtual token.
+        UserError: the tree is not a zoo model's, or there is no virtual token.
     """
     _no_label_head("prompt_tuning", params)
     if "embed_tokens" not in params:

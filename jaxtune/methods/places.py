@@ -168,10 +168,13 @@ def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]
 
 
 def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dict[Place, Factors]:
-    """Choose modules, ranks and scales as peft does from a LoraConfig. What modules_to_save names is no target.
+    """Choose modules, ranks and scales as peft does from a LoraConfig. A module in modules_to_save is no target.
 
     Args:
-        strict: a pattern, a layer or an exclusion that matches nothing is an error, as is a layer without a name.
+        candidates: every place of the model that could take an adapter.
+        s: LoRA's settings.
+        strict: raise for a pattern, a layer or an exclusion that matches nothing, and for a layer whose module is not
+            named.
 
     Raises:
         UserError: no module matches, or something that is given has no effect.

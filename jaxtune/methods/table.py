@@ -71,10 +71,12 @@ def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
     A tied head becomes a matrix of its own: the embedding below, and with it the body, stays as it was.
 
     Args:
+        params: of a zoo model.
         module: the zoo module, which knows of rows that `resize` added; the parameters alone do not show them.
 
     Raises:
-        UserError: another tree than of a zoo model, a leaf is quantised, or `resize` added rows, which stay untrained.
+        UserError: the tree is not a zoo model's, a leaf is quantised, or `resize` added rows, which `head` leaves
+            untrained.
     """
     if "classifier" in params:
         return masters(params, match([(r"classifier/.*", TRAIN), (r".*", FROZEN)], params))

@@ -52,17 +52,19 @@ def attend_tokens(
     """Attention of T tokens over themselves.
 
     Args:
-        q: [B, T, H, C]. k, v: [B, T, G, C]; H is a multiple of G.
-        segments: i32[B, T], tokens see their own segment only; None: one segment a row, and padding on the right that
-            a causal row never sees.
+        q: queries [B, T, H, C].
+        k: keys [B, T, G, C]; H is a multiple of G.
+        v: values [B, T, G, C].
+        segments: i32[B, T], tokens see their own segment only; None: one segment a row, with padding on the right,
+            which a causal row never sees.
         scale: multiplies q.k.
         window: how many tokens back a token sees, itself included; None: all.
         implementation: "mapped", "xla", "cudnn" or "auto".
-        causal: whether a token sees only what lies before it; otherwise it sees as far ahead as back.
+        causal: whether a token sees only earlier ones; otherwise it sees as far ahead as back.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None: they stay.
 
     Returns:
-        [B, T, H, C] in q's dtype. What a remat policy has to keep of it is named "attention".
+        [B, T, H, C] in q's dtype. What a remat policy has to keep is tagged "attention" (`checkpoint_name`).
 
     Raises:
         ValueError: the implementation is unknown, or cannot honour segments or a softcap.

@@ -91,12 +91,14 @@ class Body(nn.Module):
     def run(
         self, block: type[nn.Module], x: Array, positions: Array, ctx: Context, cache: Any = None
     ) -> tuple[Array, Any]:
-        """Run the segments over the residual stream [B, T, D]; it comes back with the new cache, if there is one.
+        """Run the segments over the residual stream: (x [B, T, D], the new cache or None).
 
         Args:
-            block: of these the segments consist: `(spec, implementation, std)`, called as `layers.Block` is.
+            block: the class of the segments' blocks: `(spec, implementation, std)`, called as `layers.Block` is.
+            x: [B, T, D].
             positions: i32[B, T].
-            ctx: what each block is told; the ropes are filled in.
+            ctx: what every block reads; its ropes are filled in here.
+            cache: a tree of keys and values a segment, to read and extend; None: no cache.
         """
         spec, length = self.spec, positions.max(-1) + 1
         if cache is not None:

@@ -185,6 +185,8 @@ class Classifier:
         """tokens i32[B, T] -> logits f32[B, C], or f32[B, T, C].
 
         Args:
+            variables: {"params": the parameters}.
+            tokens: i32[B, T].
             positions: i32[B, T]; default 0..T-1.
             segments: i32[B, T], 1 where there is text and 0 in the padding, which lies on the right; None: all is text.
             keys: one PRNG key a row, [B]; None switches every dropout off.

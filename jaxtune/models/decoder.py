@@ -53,11 +53,12 @@ class Decoder(Body):
         """tokens i32[B, T] -> the normalised residual stream [B, T, D] (and the new cache, when one is given).
 
         Args:
+            tokens: i32[B, T].
             positions: i32[B, T]; default 0..T-1.
             segments: i32[B, T], packed documents; None: one document a row, padding on the right.
-            cache: from `init_cache`; positions are then the slots that are written, all of them below its size, and
-                what lies below them is seen. Without positions the tokens are the first, and see themselves only.
-                A rope that depends on the text's length takes the cache's size for it, so that it stays the same.
+            cache: from `init_cache`. `positions` are then the slots to write, all below its size, and tokens also see
+                all slots below theirs; without positions the tokens are the first ones and see each other only. A rope
+                that depends on the text's length uses the cache's size instead, so that it stays the same.
             keys: one PRNG key a row, [B]; None switches every dropout off.
         """
         spec = self.spec

@@ -134,8 +134,9 @@ class Encoder(Body):
         """tokens i32[B, T] -> the last hidden states [B, T, D].
 
         Args:
-            positions: i32[B, T], each row's places counted from 0; default 0..T-1.
-            segments: i32[B, T]: tokens see those of their own number only, so padding (0) is not seen by text (1), and
+            tokens: i32[B, T].
+            positions: i32[B, T], counted from 0 in each row; default 0..T-1.
+            segments: i32[B, T]: tokens see those of their own number only, so text (1) does not see padding (0), and
                 packed texts do not see each other; None: all is one text.
             keys: one PRNG key a row, [B]; None switches every dropout off.
             types: i32[B, T], BERT's token types; default 0.

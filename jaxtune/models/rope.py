@@ -39,6 +39,7 @@ def tables(rope: Rope, positions: Array, length: Array) -> tuple[Array, Array]:
     """cos and sin f32[B, T, 1, dim/2] of the angles position * frequency.
 
     Args:
+        rope: its kind, dimensions and rule.
         positions: i32[B, T].
         length: i32[B], tokens of the longest document in each row: two rules depend on it.
     """

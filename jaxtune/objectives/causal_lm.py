@@ -26,10 +26,11 @@ def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0, members
     dropout off. The sum is of nats over trained tokens, the weight their number.
 
     Args:
-        packed: rows hold several documents, told apart by `segments`; otherwise attention is causal over the row, and
-            padding lies on the right where nothing looks at it.
+        module: a decoder.
+        packed: rows hold several documents, which `segments` number; otherwise attention is causal over the row, and
+            padding lies on the right where no token sees it.
         z_loss: see `cross_entropy`.
-        members: how many are vmapped over it, which share the room for logits.
+        members: how many runs of a sweep the loss is vmapped over; they share the memory for logits.
     """
 
     def loss_fn(params, batch, key):

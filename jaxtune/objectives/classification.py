@@ -23,14 +23,15 @@ def classification(module: Any, class_weights: Sequence[float] | None = None) ->
 
     `batch` holds tokens, positions, segments (and types, of pairs of texts) i32[B, T] and row i32[B]; for a label each
     token also targets i32[B, T] and weights f32[B, T]; else label f32[B, n] (the label's id, n = 1; or 0 and 1 for each
-    label; or the values) and weights f32[B]. What has weight 0 is not there. `key` None switches dropout off.
+    label; or the values) and weights f32[B]. Entries of weight 0 are ignored. `key` None switches dropout off.
 
-    The sum is of cross-entropies in nats, and its weight the number of labels (each times its class's weight, as in
-    torch's CrossEntropyLoss); for several labels of binary cross-entropies, and for values of squared errors, and their
-    weight the number of those. `counts` are for `metrics`.
+    For one label a row or a token, the sum is of cross-entropies in nats and the weight counts labels, each times its
+    class's weight (as torch's CrossEntropyLoss). For several labels a row it is of binary cross-entropies, for values
+    of squared errors, and the weight is the number of terms. `counts` are what `metrics` reads.
 
     Args:
-        class_weights: one for each label; of several labels, it multiplies where the label is there (torch's
+        module: a `Classifier`.
+        class_weights: one for each label; with several labels a row, it multiplies where the label is present (torch's
             pos_weight).
     """
     labels = module.labels

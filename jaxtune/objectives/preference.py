@@ -203,10 +203,12 @@ def kto(
     arXiv:2402.01306, eq. 7): w (1 - sigmoid(beta (r - z))) of good ones, w (1 - sigmoid(beta (z - r))) of bad ones.
 
     Args:
-        logprobs, reference: f32[R], sums under the policy and the reference.
+        logprobs: f32[R], sums over each answer's tokens under the policy.
+        reference: f32[R], the same under the reference.
         desirable: bool[R].
         kl: z, f32[], the estimated KL to the reference: mean log-ratio of mismatched answers; no gradient goes through
             it, and below 0 it counts as 0.
+        beta: how strongly the policy is held to the reference.
         weights: of desirable and of undesirable answers.
 
     Returns:

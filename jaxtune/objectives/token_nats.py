@@ -86,8 +86,14 @@ def cross_entropy(
     """Return the weighted sum of `token_nats`, f32[], with the gradient made in the forward pass.
 
     Args:
+        project: as in `token_nats`.
+        head: as in `token_nats`.
+        x: hidden states [B, T, D].
+        targets: i32[B, T].
         weights: f32[B, T]; 0 where there is nothing to predict. They are data: no gradient goes to them.
-        project, head, x, targets, z_loss, chunk, members: as in `token_nats`.
+        z_loss: as in `token_nats`.
+        chunk: as in `token_nats`.
+        members: as in `token_nats`.
     """
     loop, arrays = _prepared(project, head, x, targets, weights, z_loss, chunk, members, None)
     return _summed(loop, *arrays)
@@ -132,11 +138,15 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
     """Go over the chunks that have weight.
 
     Args:
+        loop: how logits are made, and how many tokens at a time.
         leaves: of the head.
-        x, targets, weights: [n, D], i32[n], [n]; weight 0 is left out.
+        x: hidden states [n, D].
+        targets: i32[n].
+        weights: [n]; tokens of weight 0 are left out.
         slopes: f32[n], by which each token's gradient is multiplied.
         values: return nats a token rather than their sum.
-        wanted, x_wanted: of which leaves, and whether of x, to make the gradient.
+        wanted: for each leaf, whether to make its gradient.
+        x_wanted: whether to make the gradient of x.
     """
     n, size = x.shape[0], loop.size
     wanted = wanted or [False] * len(leaves)

@@ -207,9 +207,10 @@ def chart(title: str, series: Sequence[Series], *, zero: bool = False, wide: boo
     """Draw curves over the step; None where no series has a point.
 
     Args:
-      title: what is drawn, with its unit.
-      zero: the value axis starts at 0.
-      wide: takes a row of its own.
+        title: what is drawn, with its unit.
+        series: the curves.
+        zero: the value axis starts at 0.
+        wide: the chart takes a row of its own.
     """
     drawn = [(s, thin(s.points)) for s in series if s.points]
     if not drawn:

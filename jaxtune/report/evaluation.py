@@ -20,7 +20,8 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
     """Read the eval.json of a run: `{"held_out": ..., "tasks": ...}`, each if it was measured; {} without the file.
 
     Args:
-        step: the last one of the run; what was measured at another one, before the run went on, is left out.
+        folder: of the run.
+        step: the run's last step; results of an earlier one, from before the run was extended, are left out.
 
     Raises:
         UserError: it is not what `jaxtune eval` writes.

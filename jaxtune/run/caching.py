@@ -13,16 +13,17 @@ PAYS = 1.5  # passes of a run through what is frozen, for one that the features 
 def plan(
     experiment: Experiment, rows: Data, mask: Any, frozen: Any, passes: float
 ) -> tuple[Extractor | None, str | None]:
-    """What computes the features of a run, or None; and a line on that, where there is something to be said.
+    """Decide whether a run caches features: (what computes them or None, a line for the user or None).
 
     Args:
-        experiment, rows: the run's.
-        mask: of its members.
-        frozen: what they share.
-        passes: how often the run sees a token.
+        experiment: the run's.
+        rows: its data.
+        mask: which parameters are trained.
+        frozen: the parameters that are not.
+        passes: how often the run sees a token, on average.
 
     Raises:
-        UserError: train.cache_features=on, and it cannot be done.
+        UserError: train.cache_features=on, but they cannot be cached.
     """
     asked, why, module = experiment.train.cache_features, None, experiment.module
     if asked == "off" or (asked == "auto" and passes < PAYS):

@@ -271,6 +271,8 @@ def fitted(layout: Recognised, source: Source, stored: Any) -> Recognised:
     """`layout` with the labels that the model has, where those of the data are among them.
 
     Args:
+        layout: as recognised from the data.
+        source: its rows.
         stored: what `read_labels` found in the model's config; None: nothing.
     """
     form = layout.labels

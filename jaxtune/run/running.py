@@ -144,11 +144,13 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
 
 
 def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
-    """Train the one run of `job` in its directory, or go on with it, and write its result.
+    """Train the one run of `job` in its directory, or resume it, and write its result.
 
     Args:
+        job: of one run.
+        workdir: its directory.
         argv: the command that runs it again.
-        clock: tells the time of each part.
+        clock: times each part.
 
     Raises:
         UserError, RunFailed, Interrupted: as `run`.
@@ -188,9 +190,12 @@ def _without_change(job: Job, place: RunFolder) -> Job:
 def best_state(job: Job, i: int, run: loop.Run, folders: Sequence[Path]) -> TrainState:
     """Read the state that is the result of member `i`: that of its best evaluation, else its last.
 
-    Where the best one's checkpoint is damaged, it is the last, and `run.best` is None.
+    Where the checkpoint of the best one is damaged, the last is taken and `run.best` becomes None.
 
     Args:
+        job: that trained it.
+        i: the member's index.
+        run: its record.
         folders: as for `saved_state`.
     """
     if run.best:
@@ -206,7 +211,11 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
     """Read the state of member `i`, called `name`, from its checkpoint of `step`; None: its last.
 
     Args:
-        folders: where its stretches kept their checkpoints, the last one first.
+        job: that trained it.
+        i: the member's index in the job.
+        name: the member's name in checkpoints.
+        step: None: its last.
+        folders: with the member's checkpoints, newest first: halving moves it to a new folder.
 
     Raises:
         Damaged: it cannot be read, and has been set aside, or is gone.

@@ -83,7 +83,8 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
 
     Args:
         experiments: one; or several that differ in values only, which train in one step (`stacked`).
-        rows: theirs.
+        rows: their data.
+        stacked: put the members into one state with a leading axis.
     """
     first, mesh = experiments[0], make_mesh()
     check_rows(first.recipe.batch.rows, mesh)

@@ -15,13 +15,14 @@ from jaxtune.files import exclusive
 
 @contextlib.contextmanager
 def held(workdir: Path | None, record: str = "config.json") -> Iterator[None]:
-    """Hold the directory of a run, or of a sweep, before anything is decided from what is in it; None: nothing.
+    """Lock the directory of a run or of a sweep, before reading what is in it.
 
     Args:
-        record: the file that says that it is one.
+        workdir: None: nothing is locked.
+        record: the file that marks such a directory.
 
     Raises:
-        UserError: another process holds it, it holds something else, or nothing can be written there.
+        UserError: another process has locked it, it holds something else, or nothing can be written there.
     """
     if workdir is None:
         yield

@@ -155,6 +155,7 @@ def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: 
     Args:
         policies: remat policy -> cost, the cheapest to run first.
         rows: of an optimizer step, on one device; it is split into equal parts.
+        memory: of one device, in bytes.
         card: its speed, for `Cost.seconds`. Of equals the one with the fewest parts, then the first policy, is taken.
     """
     found = []
@@ -326,7 +327,8 @@ def dot_flops(jaxpr: Any, trips: int = 1) -> float:
     """Return the FLOPs of the matrix products of a jaxpr, 2 a multiplication; loops by their length.
 
     Args:
-        trips: of while loops, whose length a jaxpr does not say: the chunks of the cross-entropy.
+        jaxpr: of the function to count.
+        trips: iterations of each while loop (the chunks of the cross-entropy), which a jaxpr does not tell.
     """
     total, live = 0.0, {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)}
     for eqn in reversed(jaxpr.eqns):

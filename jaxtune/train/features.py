@@ -268,17 +268,19 @@ class Store:
         stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = print,
     ) -> Features:
-        """The features of `key`; what is not there, or damaged, is computed.
+        """The features of `key`; those that are missing or damaged are computed.
 
         Args:
+            key: of the features' content.
+            layout: how the file is laid out.
             fill: (file, first place, done) writes the features from a place of the layout's order on; it calls
                 done(place) where all before that place is written.
             stop: asked while another process computes them; True ends the waiting.
-            say: told that something was damaged.
+            say: called with a sentence when something was damaged.
 
         Raises:
-            UserError: there is no room, or what is damaged is in use.
-            Interrupted: `stop` said so.
+            UserError: there is no room, or damaged features are in use.
+            Interrupted: `stop` returned True.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _Lock(self.folder / f"{key}.lock")
@@ -530,13 +532,14 @@ class Extractor:
         """The features of the rows of all sources.
 
         Args:
+            sources: the rows of each.
             stop: asked between forward passes.
-            say: called now and then with how many tokens of all are done.
-            tell: called with a sentence where something was damaged.
+            say: called now and then with (tokens done, tokens in all).
+            tell: called with a sentence when something was damaged.
 
         Raises:
             UserError: there is no room for them.
-            Interrupted: `stop` said so; what is done is kept.
+            Interrupted: `stop` returned True; what is done is kept.
         """
         rows, layout = Rows.concatenate(list(sources)), self.layout(sources)
 

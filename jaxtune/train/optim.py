@@ -20,9 +20,10 @@ def schedule(
     """Return the shape of a learning rate over the run: step -> multiplier in (0, 1].
 
     Args:
-        name: "constant", "linear" or "cosine" decay after the warmup, to `min_lr_ratio` when the last step is done.
+        name: "constant", "linear" or "cosine" decay after the warmup.
         steps: optimizer steps of the whole run.
         warmup: steps of linear warmup; below 1, a share of `steps`.
+        min_lr_ratio: the multiplier after the last step, except for "constant".
     """
     up = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
     span = max(1, steps - up)
@@ -125,12 +126,13 @@ def optimizer(
     Args:
         name: a row of `optimizers.OPTIMIZERS`.
         lr: the peak rate, multiplied by `shape(step)`.
+        shape: as from `schedule`.
         weight_decay: decoupled, on matrices only.
         grad_clip: largest global norm of the gradient; 0: no clipping.
-        loraplus_lr_ratio: the rate of LoRA's `b` is this times `lr` (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and
-            that of vectors that are trained beside it (as in peft: magnitudes, biases, norms). An embedding, whose `b`
-            is the factor that is random at first, is left out.
-        settings: b1, b2, eps, momentum; None: the row's default. Those of other rows are passed over.
+        loraplus_lr_ratio: multiplies `lr` for LoRA's `b` (LoRA+, Hayou et al. 2024, arXiv:2402.12354) and for vectors
+            that are trained beside it (as in peft: magnitudes, biases, norms), but not on an embedding, whose `b` is
+            the factor that is random at first.
+        settings: b1, b2, eps, momentum; None: the row's default. Those of other rows are ignored.
 
     Raises:
         UserError: unknown name, or a setting that no optimizer has.

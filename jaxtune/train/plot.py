@@ -13,11 +13,13 @@ Points = Sequence[tuple[float, float]]
 
 
 def plot(series: Mapping[str, Points], last: float, width: int = 80, height: int = 10) -> Text:
-    """Return curves of (x, y) points over x from 0 to `last`, with their names below; of equal cells the last one wins.
+    """Return curves of (x, y) points over x from 0 to `last`, names below; where curves share a cell the last one wins.
 
     Args:
         series: name -> points in the order of x, y finite.
-        width, height: in characters, with labels and legend.
+        last: where the x axis ends.
+        width: in characters, with labels.
+        height: in lines, with the legend.
     """
     columns, rows = max(width - LABELS, 1), max(height - 1, 1)
     values = [y for points in series.values() for _, y in points]

@@ -160,6 +160,7 @@ def compiled_bytes(recipes: Sequence[Recipe], *, shared_batch: bool = True, alon
     Args:
         recipes: the members of a sweep; with `alone`, one run.
         shared_batch: see `Recipe.programs`.
+        alone: plan the first recipe as a run of its own, without a member axis.
     """
     first = recipes[0]
     if alone:

@@ -85,6 +85,9 @@ def make_sweep_step(
     """Return `step(state, frozen, batch) -> (state, metrics)` over a stacked state; metrics are f32[K].
 
     Args:
+        loss_fn: see `make_train_step`.
+        tx: the optimizer; its hyperparameters are in the state, one for each member.
+        mesh: see `make_train_step`.
         shared_batch: all members see the same batch [A, B, ...]; otherwise batches are [K, A, B, ...].
         group: see `make_train_step`.
 

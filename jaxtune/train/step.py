@@ -79,12 +79,16 @@ def make_train_step(
     """Return `step(state, frozen, batch) -> (state, metrics)`.
 
     `state` is donated, `frozen` never is. `metrics` are f32[]: loss (mean over trained tokens), weight (their number),
-    grad_norm (before clipping). `jit=False` leaves compilation to the caller, who may `vmap` over the state first.
+    grad_norm (before clipping).
 
     Args:
+        loss_fn: (params, batch, key) -> ((sum, weight), counts); see `value_and_grad`.
+        tx: the optimizer of `state.trainable`.
+        mesh: of the devices that share a batch; None: one device.
         group: (path of a trainable array, what it is to its leaf) -> group, as `watch.group`; then `metrics` also hold
-            grad_norm/GROUP (before clipping), and update_ratio/GROUP: the norm of the step's update over that of the
-            weights it gives.
+            grad_norm/GROUP (before clipping), and update_ratio/GROUP: the norm of the update over that of the updated
+            weights.
+        jit: compile the step; False leaves that to the caller, who may `vmap` over the state first.
     """
     gradients = value_and_grad(loss_fn, mesh)
 

@@ -377,14 +377,16 @@ WIDE = 2048  # channels of a model from which on rates are the usual ones; narro
 def rate_hint(
     lr: float, method: str, defaults: Mapping[str, float], *, width: int, scale: float = 1.0
 ) -> list[RunFinding]:
-    """Whether AdamW's learning rate is one for another method: a LoRA's at a rate of full tuning, for example.
+    """Whether AdamW's learning rate suits another method: a LoRA trained at a rate for full tuning, for example.
 
     LoRA's best rates are about ten times those of full fine-tuning (Biderman et al. 2024, arXiv:2405.09673).
 
     Args:
+        lr: AdamW's learning rate.
+        method: that is trained.
         defaults: method -> its rate for a model of `WIDE` channels or more.
         width: channels of the model.
-        scale: by which the method multiplies its update, LoRA's alpha / r.
+        scale: the factor on the method's update, LoRA's alpha / r.
     """
     default_here = defaults[method] * max(1.0, WIDE / width)
     low, high = lr * max(scale, 1.0) / defaults[method], lr / default_here

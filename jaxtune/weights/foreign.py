@@ -45,8 +45,9 @@ class Adapted:
 
         Args:
             params: its parameters, where any leaf may be a `Weight`.
-            keys: one key for each row of the batch, [B]: LoRA's dropout is on (see `row_keys`).
-            *args, **kwargs: the model's; what is not an array is passed as it is.
+            *args: the model's; a value that is not an array is passed on unchanged.
+            keys: one key for each row of the batch, [B], for LoRA's dropout (see `row_keys`); None: no dropout.
+            **kwargs: as `args`.
 
         Raises:
             UserError: an operation over an adapted weight cannot be rewritten; the weight and the line are named.
@@ -80,7 +81,8 @@ class Adapted:
 
         Args:
             params: plain arrays, or `jax.ShapeDtypeStruct`s.
-            *args, **kwargs: the model's.
+            *args: the model's.
+            **kwargs: the model's.
 
         Returns:
             {path: layout} of every parameter that only products and lookups use.
