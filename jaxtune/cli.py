@@ -189,12 +189,17 @@ def parse_options(
     arguments: Mapping[str, Flag] | None = None,
     *,
     usage: str = "",
+    settings: bool = False,
 ) -> SimpleNamespace:
     """Read the command line of a command without config: `flags`, and positional `arguments` in their order.
 
-    An argument of type list takes all that is left. Raises as `parse`.
+    An argument of type list takes all that is left. With `settings`, `--config.section.key=value` are flags, too: the
+    options have `settings`, path -> text. Raises as `parse`.
     """
-    return _scan(argv, dict(flags or {}), dict(arguments or {}), usage, with_config=False)[0]
+    options, given = _scan(argv, dict(flags or {}), dict(arguments or {}), usage, False, with_settings=settings)
+    if settings:
+        options.settings = given
+    return options
 
 
 def _scan(
@@ -204,12 +209,14 @@ def _scan(
     usage: str,
     with_config: bool,
     with_sweep: bool = False,
+    with_settings: bool = False,
 ) -> tuple[SimpleNamespace, dict[str, str]]:
     """Split argv into options and settings (path -> text)."""
+    with_settings |= with_config
     if with_config:
         flags = {"config": Flag("a Python file with get_config(), or the config.json of a run"), **flags}
     if any(token in ("--help", "-h") for token in argv):
-        raise Help(_command_help(usage, flags, arguments, with_config))
+        raise Help(_command_help(usage, flags, arguments, with_settings))
     options: dict[str, Any] = {}
     settings: dict[str, str] = {}
     sweep: dict[str, str] = {}
@@ -220,7 +227,7 @@ def _scan(
         name = token.removeprefix("--").partition("=")[0].replace("_", "-")
         if not token.startswith("-") or token == "-":
             positionals.append(token)
-        elif with_config and token.startswith(("--config.", "--noconfig.")):
+        elif with_settings and token.startswith(("--config.", "--noconfig.")):
             path, text = _setting_text(token, queue)
             settings[path] = text
         elif with_sweep and token.startswith("--sweep."):
@@ -230,7 +237,7 @@ def _scan(
                 raise UserError(f"{head} is given twice")
             sweep[path] = text if equals else _next(head, queue)
         elif not token.startswith("--") or name not in flags:
-            raise UserError(f"unknown flag {token.partition('=')[0]}.{_nearest_flag(name, flags, with_config)}")
+            raise UserError(f"unknown flag {token.partition('=')[0]}.{_nearest_flag(name, flags, with_settings)}")
         elif flags[name].type is list:
             options.setdefault(name, []).append(_flag_text(token, flags[name], queue))
         elif name in options:

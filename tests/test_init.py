@@ -259,6 +259,8 @@ PAIR = "prompt_completion"
             {"input": "context", "output": "response"},
         ),
         ({"text": "a", "url": "b"}, "text", {}),
+        ({"source": "web", "text": "a", "summary": "b"}, PAIR, {"prompt": "text", "completion": "summary"}),
+        ({"source": "a", "target": "b"}, PAIR, {"prompt": "source", "completion": "target"}),
         ({"Text": "a"}, "text", {"text": "Text"}),
     ],
 )
@@ -301,11 +303,71 @@ def test_named_columns_are_used(model, tmp_path):
     assert dict(written().data.columns) == {"prompt": "x", "completion": "y"}
 
 
+def test_what_is_not_used_is_named_once(encoder, model, tmp_path, capsys):
+    rows = [{"id": i, "source": "x", **row} for i, row in enumerate(pairs(30))]
+    assert init(model, write(tmp_path / "rows.jsonl", rows)) == 0
+    said = capsys.readouterr().out
+    assert said.count("not used") == 1 and "source (30)" in said
+    rows = [{"id": i, "source": "x", **row} for i, row in enumerate(texts(0, 30))]
+    assert init(encoder, write(tmp_path / "labels.jsonl", rows), "--out=labels.py") == 0
+    said = capsys.readouterr().out
+    assert said.count("not used") == 1 and "id, source" in said
+
+
+TALK = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "thinking": "two twos"}]
+SHORT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "settings"),
+    [
+        ({"messages": TALK}, ["data.allow_left_out=thoughts"], {"data.allow_left_out": ("thoughts",)}),
+        ({"messages": [{"role": "customer", "content": "a"}, TALK[1]]}, ["data.roles=customer=user"], {}),
+        ({"prompt": "a", "completion": "b", "images": ["x"]}, ["data.ignore=images"], {"data.ignore": ("images",)}),
+        ({"text": "a", "summary": "b"}, ["data.format=text"], {"data.format": "text"}),
+        ({"a": "b", "c": "d"}, ["data.template={a}: {c}"], {"data.template": "{a}: {c}"}),
+        ({"prompt": "a", "completion": "b"}, ["train.steps=7", "tune.method=full"], {"train.steps": 7}),
+    ],
+)
+def test_settings_that_are_given_are_used_and_written(model, tmp_path, row, flags, settings):
+    (tmp_path / "t.jinja").write_text(SHORT)
+    flags = [f"model.chat_template={tmp_path / 't.jinja'}", *flags] if "messages" in row else flags
+    flags = [*flags, "data.allow_left_out=thoughts"] if "roles" in flags[-1] else flags
+    assert init(model, write(tmp_path / "rows.jsonl", [row] * 4), *(f"--config.{flag}" for flag in flags)) == 0
+    cfg = written()
+    for path, value in settings.items():
+        section, _, key = path.partition(".")
+        assert cfg[section][key] == value
+
+
+def test_settings_that_have_flags_of_their_own_are_refused(model, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", pairs(30))
+    assert init(model, file, "--config.data.columns=prompt=question,completion=answer") == 2
+    assert "here it is --columns=prompt=question,completion=answer" in capsys.readouterr().err
+
+
 def test_a_marker_before_every_answer_is_found(model, tmp_path):
     rows = [{"text": f"Q: {i}?\nA: {i}"} for i in range(30)]
     assert init(model, write(tmp_path / "rows.jsonl", rows)) == 0
     assert written().data.completion_from == "\nA:"
     assert not written().data.packing
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [
+        ("### Human:", "### Assistant:"),
+        ("\nUser:", "\nAssistant:"),
+        ("[INST]", "[/INST]"),
+        ("<|user|>", "<|assistant|>"),
+    ],
+)
+def test_a_conversation_in_one_text_is_trained_on_one_side(model, tmp_path, capsys, asks, answers):
+    rows = [{"text": "".join(f"{asks} {j}?{answers} {j}." for j in range(1 + i % 3))} for i in range(30)]
+    assert init(model, write(tmp_path / "rows.jsonl", rows)) == 0
+    assert (written().data.completion_from, written().data.prompt_from) == (answers.strip(), asks.strip())
+    said = capsys.readouterr().out
+    assert f"{answers}⟦ 0.⟧{asks} 1?{answers}⟦ 1.</s>⟧" in said or f"{answers}⟦ 0.\n⟧{asks.strip()} 1?" in said
 
 
 @pytest.mark.parametrize("odd", ["no answer", "Q\nA: 1\nA: 2"])
@@ -394,7 +456,6 @@ def test_labels_of_every_kind_are_an_objective(encoder, tmp_path, labels, names,
     assert (layout.labels.names, layout.problem) == (names, problem)
     assert init(encoder, tmp_path / "rows.jsonl") == 0
     assert written().objective.problem_type == problem or problem is None
-    assert cli.main(["train", "--config=config.py", "--dry-run"]) == 0
 
 
 def test_a_labelled_file_is_never_trained_as_plain_text(tmp_path):
@@ -461,7 +522,6 @@ def test_training_takes_the_config_of_labelled_rows(encoder, model, tmp_path, ca
     cfg = written()
     assert (cfg.objective.name, cfg.data.overlength) == ("sequence_classification", "truncate")
     assert cfg.data.eval == ("test.jsonl",)
-    assert cli.main(["train", "--config=config.py", "--dry-run"]) == 0
     assert init(model, "train.jsonl", "--out=decoder.py") == 0
     write(tmp_path / "test.jsonl", [{"text": "a big car", "label": "pink"}])
     assert init(encoder, "train.jsonl", "--out=other.py") == 0

@@ -5,13 +5,14 @@ import shlex
 from pathlib import Path
 
 from jaxtune.cli import Flag, parse_options
-from jaxtune.config import Columns
+from jaxtune.config import Columns, read_value
 from jaxtune.errors import UserError
 from jaxtune.reading import read_json
 
-USAGE = """usage: jaxtune init --model=DIR_OR_ID --data=FILE [--out=config.py]
+USAGE = """usage: jaxtune init --model=DIR_OR_ID --data=FILE [--out=config.py] [--config.section.key=value ...]
 
-Look at a data file, find how its rows are read, and write a commented config file for `jaxtune train`."""
+Look at a data file, find how its rows are read, and write a commented config file for `jaxtune train`. Settings that
+are given (see jaxtune train --help) stand in the config, and rows are looked at as they say."""
 
 FLAGS = {
     "model": Flag("Hugging Face directory or hub id", Path, required=True),
@@ -22,10 +23,14 @@ FLAGS = {
 }
 
 WHOLE = 2**31 - 1  # a length that no row exceeds
+OF_FLAGS = {"model.path": "model", "model.tokenizer": "tokenizer", "data.train": "data", "data.columns": "columns"}
 
 
 def main(argv: list[str]) -> None:
-    options = parse_options(argv, FLAGS, usage=USAGE)
+    options = parse_options(argv, FLAGS, usage=USAGE, settings=True)
+    given = {path: read_value(path, text, f"--config.{path}={text}") for path, text in options.settings.items()}
+    if clash := next((path for path in given if path in OF_FLAGS), None):
+        raise UserError(f"--config.{clash}: here it is --{OF_FLAGS[clash]}={options.settings[clash]}.")
     from jaxtune import models
     from jaxtune.data import load_tokenizer, prepare
     from jaxtune.data.labels import JOINED
@@ -41,13 +46,15 @@ def main(argv: list[str]) -> None:
     config, shapes, narrowest = read_model(options.model)
     spec = models.family(config).spec(Config(config))
     source = propose.open_source(name)
-    layout = propose.recognise(source, options.columns)
+    layout = propose.recognise(source, options.columns, propose.reading(given))
     if layout.labels is None:
         check_generates(options.model, config, spec)
     else:
         layout = propose.fitted(layout, source, read_labels(config))
         layout.labels.joined = JOINED if isinstance(spec, DecoderSpec) else None
-    tokenizer = load_tokenizer(tokenizer_path(options.model, options.tokenizer))
+    tokenizer = load_tokenizer(
+        tokenizer_path(options.model, options.tokenizer), given.get("model.chat_template"), given.get("data.date")
+    )
     model = propose.ModelFacts(
         path=str(options.model),
         tokenizer=options.tokenizer and str(options.tokenizer),
@@ -58,8 +65,9 @@ def main(argv: list[str]) -> None:
         narrowest=narrowest,
     )
     settings = {**layout.settings, "vocab_size": spec.vocab}
+    settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if layout.labels is None else {}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
-    proposal = propose.propose(name, layout, whole.length, model)
+    proposal = propose.propose(name, layout, whole.length, model).changed(options.settings)
     train, held_out, report = prepare(
         tokenizer,
         [name],
@@ -69,7 +77,8 @@ def main(argv: list[str]) -> None:
         overlength=proposal.get("data.overlength", "drop"),
         **settings,
     )
-    findings = [*report.lines(), *proposal.notes, *leaked(held_out, train[0]), steps(proposal, train)]
+    noticed = () if layout.labels is None else layout.labels.notes
+    findings = [*report.lines(), *proposal.notes, *noticed, *leaked(held_out, train[0]), steps(proposal, train)]
 
     workdir = Path("runs") / (out.stem if out.stem != "config" else options.data.stem)
     command = f"jaxtune train --config={shlex.quote(str(out))} --workdir={shlex.quote(str(workdir))}"
@@ -154,11 +163,13 @@ def steps(proposal, train) -> str:
     """Say how long the proposed run is."""
     from jaxtune.data import Batches
 
-    size, length, epochs = (proposal[path] for path in ("train.batch_size", "data.max_length", "train.epochs"))
-    packing = proposal.get("data.packing", False)
+    size, length = proposal.get("train.batch_size", 8), proposal["data.max_length"]
+    rows = "packed sequences" if (packing := proposal.get("data.packing", False)) else "rows"
+    if count := proposal.get("train.steps"):
+        return f"{count:,} steps of {size} {rows}"
+    epochs = proposal.get("train.epochs", 1)
     count = Batches(train, batch_size=size, max_length=length, packing=packing).steps(epochs)
-    rows = "packed sequences" if packing else "rows"
-    return f"{count:,} steps of {size} {rows} in {epochs} epoch{'s' if epochs > 1 else ''}"
+    return f"{count:,} steps of {size} {rows} in {epochs:g} epoch{'s' if epochs > 1 else ''}"
 
 
 def show(rows, tokenizer, form, findings: list[str], last: str) -> None:

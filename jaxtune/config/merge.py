@@ -86,6 +86,19 @@ def resolve(
     """
     from ml_collections import FrozenConfigDict
 
+    return FrozenConfigDict(_nested(_derive(_values(_merged(overrides, flags, source, required)))))
+
+
+def given(overrides: "ConfigDict | Mapping", flags: Mapping[str, str], *, source: str) -> dict[str, Any]:
+    """Return path -> value of what `overrides` and `flags` set, without what the flags leave without effect.
+
+    Raises as `resolve`.
+    """
+    return {path: g.value for path, g in _merged(overrides, flags, source, REQUIRED).items()}
+
+
+def _merged(overrides: Any, flags: Mapping[str, str] | None, source: str, required: Iterable[str]) -> dict[str, Given]:
+    """What is set, checked; see `resolve`."""
     problems: list[str] = []
     file = dict(_read_overrides(overrides or {}, source, problems))
     given = file | dict(_read_flags(flags or {}, problems))
@@ -98,7 +111,7 @@ def resolve(
         values = _values(given)
         problems = [*_missing(values, required), *_conflicts(values), *_idle(values, given)]
     _refuse(problems)
-    return FrozenConfigDict(_nested(_derive(values)))
+    return given
 
 
 def _of_adapter(given: Mapping[str, Given], problems: list[str]) -> dict[str, Given]:

@@ -25,6 +25,7 @@ from jaxtune.curate.stream import (
 )
 from jaxtune.curate.tokens import EmptyMasks, Lengths, NotUsed, Packing, TokenQuality
 from jaxtune.data import RowForm, held_out, reader_settings, source_names
+from jaxtune.data.formats import check_columns
 from jaxtune.data.preview import runs
 from jaxtune.data.sources import read
 
@@ -191,6 +192,8 @@ def examine(
         form = text_form(tokenizer, reader_settings(tokenizer, **reading), allow_left_out)
     else:
         form = label_form(tokenizer, labels)
+    opened = [read(name) for names in (train, eval) if names for name in source_names(names)]
+    check_columns(opened, (reading if labels is None else labels.settings).get("columns") or {})
     sources = []
     for split, names in ((TRAIN, source_names(train)), (EVAL, source_names(eval) if eval else [])):
         sources += [Opened(source, form.reader(source), split) for source in map(read, names)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side, with_features
 from jaxtune.data.chat import DEFAULT_TEMPLATE
-from jaxtune.data.formats import make_reader
+from jaxtune.data.formats import check_columns, make_reader
 from jaxtune.data.labels import LabelForm
 from jaxtune.data.preview import render_plain, render_rows
 from jaxtune.data.row_form import RowForm
@@ -97,6 +97,9 @@ def prepare(
         [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     ]
     keys = []
+    check_columns(
+        [read(name) for names in (train, eval) if names for name in source_names(names)], settings.get("columns") or {}
+    )
 
     def load(name: str) -> tuple[Rows, SourceReport, Any]:
         source = read(name)

@@ -54,7 +54,7 @@ DEFAULT_TEMPLATE = """\
 # What a template may leave out of a turn that is trained, if data.allow_left_out names it.
 TRAINED_PARTS = ("answers", "calls", "thoughts")
 
-_MARKER = "jxMARKERxj"
+_MARKER, _THOUGHT = "jxMARKERxj", "jxTHOUGHTxj"
 _NUMBERED = re.compile(r"jxMARKER(\d+)xj")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "name", "id")
@@ -102,6 +102,7 @@ class ChatRenderer:
         self._opening: str | None = None
         self._around_user: tuple[str, str] | None = None
         self._closings: dict[str, str] = {}
+        self._commons: dict[tuple[str, str], str] = {}
         self._reads: dict[tuple[str, bool], bool] = {}
         ends = set(special_tokens(tokenizer)) - ({tokenizer.bos_token} - {tokenizer.eos_token})
         self._special = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
@@ -209,18 +210,17 @@ class ChatRenderer:
             for i in turns:
                 found.append(self._span(where, text, messages, tools, i, end))
                 end = found[-1][1]
-        return [(start, self._ended(text, start, end), closing) for start, end, closing in found]
+        # Of a turn that says nothing, the header may end with a special token, which ends no turn.
+        return [(start, self._ended(text, end - len(closing.rstrip()), end), closing) for start, end, closing in found]
 
     def _aligned(self, where, text: str, messages, tools, turns: list[int]) -> list[tuple[int, int, str]] | None:
         """The turns, from one rendering with a marker in each; None where that does not tell them."""
-        marked = list(messages)
-        for n, i in enumerate(turns):
-            marked[i] = _marked(messages[i], f"jxMARKER{n}xj")
-        try:
-            pieces = _NUMBERED.split(self._render(where, marked, tools))
-        except UserError:
-            return None
-        if pieces[1::2] != [str(n) for n in range(len(turns))]:
+        numbers, in_calls = [str(n) for n in range(len(turns))], True
+        pieces = self._pieces(where, messages, tools, turns, in_calls)
+        if any(messages[i].get("tool_calls") and n not in pieces[1::2] for n, i in zip(numbers, turns)):
+            in_calls = False  # the template does not write them
+            pieces = self._pieces(where, messages, tools, turns, in_calls)
+        if pieces[1::2] != numbers:
             return None
         gaps = pieces[::2]  # before the first marker, between two, behind the last
         starts = [self._before_start(where, gap, _before(messages, i)) for gap, i in zip(gaps, turns)]
@@ -234,9 +234,25 @@ class ChatRenderer:
             opening = self._opening_text(where)
             if fits and text.startswith(opening, start - fits):  # the answer begins with the thoughts of the prompt
                 start += len(opening) - fits
-            closing = tail if i + 1 == len(messages) else self._closing(where, messages, tools, i, tail)
+            closing = tail
+            if i + 1 < len(messages):
+                closing = self._closing(where, messages, tools, i, tail, _marked(messages[i], _MARKER, in_calls))
             found.append((start, stop + len(closing.rstrip()), closing))
         return found if all(start <= end for start, end, _ in found) else None
+
+    def _pieces(self, where, messages, tools, turns: list[int], in_calls: bool) -> list[str]:
+        """The text with a marker in each turn, cut there, with the numbers of the markers; [] where it is refused."""
+        marked = list(messages)
+        for n, i in enumerate(turns):
+            marked[i] = _marked(messages[i], f"jxMARKER{n}xj", in_calls)
+        try:
+            rendered = self._render(where, marked, tools)
+        except UserError:
+            return []
+        for n, i in enumerate(turns):
+            if in_calls:
+                rendered = _once(rendered, f"jxMARKER{n}xj", messages[i])
+        return _NUMBERED.split(rendered)
 
     def _before_start(self, where, before: str, asked: str) -> tuple[int, int]:
         """How much of the text before a marker is given to the model, and how much of the opening that ends with.
@@ -259,10 +275,10 @@ class ChatRenderer:
                 return at + k, k
         return len(before.rstrip()), 0
 
-    def _closing(self, where, messages: list[dict], tools, i: int, tail: str) -> str:
+    def _closing(self, where, messages: list[dict], tools, i: int, tail: str, marked: dict) -> str:
         """What closes message i, of the text that follows its marker: what also stands there where it is the last."""
-        marked = _marked(messages[i], _MARKER)
-        key = json.dumps({k: v for k, v in marked.items() if k != "reasoning_content"}, default=str)
+        names = [call["function"]["name"] for call in messages[i].get("tool_calls") or ()]
+        key = json.dumps([{k: v for k, v in marked.items() if k != "reasoning_content"}, names], default=str)
         if key not in self._closings:
             try:
                 alone = self._render(where, [{"role": "user", "content": "x"}, marked], tools)
@@ -270,21 +286,27 @@ class ChatRenderer:
                 alone = self._render(where, [*messages[:i], marked], tools)
             if len(self._closings) > 1000:
                 self._closings.clear()
-            self._closings[key] = alone.rpartition(_MARKER)[2]
+            self._closings[key] = _once(alone, _MARKER, messages[i]).rpartition(_MARKER)[2]
         alone = self._closings[key]
         if tail.startswith(alone.rstrip()):
             return alone
-        return _common(self.tokenizer, alone, tail[: len(alone) + 100])
+        same = next((i for i, (a, b) in enumerate(zip(alone, tail)) if a != b), min(len(alone), len(tail)))
+        near = tail[: same + 24]  # where they part, with the token that begins there
+        if (alone, near) not in self._commons:
+            if len(self._commons) > 1000:
+                self._commons.clear()
+            self._commons[alone, near] = _common(self.tokenizer, alone, near)
+        return self._commons[alone, near]
 
     def _span(self, where, text: str, messages: list[dict], tools, i: int, after: int) -> tuple[int, int, str]:
         """Return where the trained characters of message i start and end, and what the template closes the turn with.
 
         The assistant's turn before ends at `after`.
         """
-        before, tail = self._around_marker(where, messages, tools, i)
+        before, tail, marked = self._around_marker(where, messages, tools, i)
         if not text.endswith(tail):
             raise self._lost(where, i, "what the template writes after it depends on it")
-        closing = tail if i + 1 == len(messages) else self._closing(where, messages, tools, i, tail)
+        closing = tail if i + 1 == len(messages) else self._closing(where, messages, tools, i, tail, marked)
         end = len(text) - len(tail) + len(closing.rstrip())
         keep, fits = self._before_start(where, before[after:], _before(messages, i))
         start, opening = after + keep, self._opening_text(where)
@@ -297,14 +319,22 @@ class ChatRenderer:
             raise self._lost(where, i, "what the template writes before it depends on it")
         return start, end, closing
 
-    def _around_marker(self, where, messages: list[dict], tools, i: int) -> tuple[str, str]:
-        """Render with a marker in message i and cut there."""
-        marked = _marked(messages[i], _MARKER)
-        before, *tails = self._render(where, [*messages[:i], marked, *messages[i + 1 :]], tools).split(_MARKER)
-        if len(tails) != 1:
-            what = "tool calls" if marked.get("tool_calls") else "content"
-            raise self._lost(where, i, f"the template writes its {what} {len(tails)} times")
-        return before, tails[0]
+    def _around_marker(self, where, messages: list[dict], tools, i: int) -> tuple[str, str, dict]:
+        """Render with a marker in message i and cut there: (before, behind, the message with its marker)."""
+        message = messages[i]
+        tries = [_marked(message, _MARKER)]
+        if message.get("tool_calls"):  # where the template does not write calls, `_hold` says so
+            tries.append(_marked(message, _MARKER, in_calls=False))
+        found = []
+        for marked in tries:
+            text = self._render(where, [*messages[:i], marked, *messages[i + 1 :]], tools)
+            before, *tails = _once(text, _MARKER, message).split(_MARKER)
+            if len(tails) == 1:
+                return before, tails[0], marked
+            found.append(len(tails))
+        if message.get("tool_calls") and not any(found):
+            self._vanished(where, i, "calls", _parts(message)["calls"])
+        raise self._lost(where, i, f"the template writes its content {max(found)} times")
 
     def _is_ended(self, turn: str) -> bool:
         return turn.rstrip().endswith(self._ends)
@@ -429,12 +459,25 @@ def special_tokens(tokenizer) -> list[str]:
     return sorted({token for token in (*tokenizer.all_special_tokens, *added) if token.strip()})
 
 
-def _marked(message: dict, marker: str) -> dict:
-    """A message with a marker as its content, or with tool calls as the name of the last."""
-    if not message.get("tool_calls"):
+def _marked(message: dict, marker: str, in_calls: bool = True) -> dict:
+    """A message with a marker as its content, or with tool calls as the name of the last, if the template writes them.
+
+    Its thoughts, which may repeat the question, are no place to look for it.
+    """
+    if message.get("reasoning_content"):
+        message = {**message, "reasoning_content": _THOUGHT}
+    if not (in_calls and message.get("tool_calls")):
         return {**message, "content": marker}
     *calls, last = message["tool_calls"]
     return {**message, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": marker}}]}
+
+
+def _once(text: str, marker: str, message: Mapping) -> str:
+    """A rendering with the marker where it stands first: a template may write a call's name again, behind the turn."""
+    if not message.get("tool_calls"):
+        return text
+    before, found, behind = text.partition(marker)
+    return before + found + behind.replace(marker, message["tool_calls"][-1]["function"]["name"])
 
 
 def _before(messages: list[dict], i: int) -> str:
@@ -505,14 +548,14 @@ def _lost_parts(message: Mapping, region: str) -> dict[str, str]:
         lost["thoughts"] = parts["thoughts"]
     for text in parts["calls"].split("\n"):
         if text and not stands(text, region):
-            lost["calls"] = text
+            lost.setdefault("calls", text)
     return lost
 
 
 def stands(part: str, text: str) -> bool:
     """Whether a part of a message stands in a text, as it is or as a template may write it: trimmed, or in JSON."""
     part = part.strip()
-    if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
+    if part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True)):
         return True
     return _squeezed(part) in _squeezed(text)
 

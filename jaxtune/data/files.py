@@ -294,7 +294,10 @@ def _check_header(name: str, path: Path, header: list[str], delimiter: str) -> N
             f"{_rewritten(path, row='r[1:]' if first else 'r[:-1]', delimiter=delimiter)}"
         )
     if len(set(header)) < len(header) or "" in header:
-        raise UserError(f"{name}:1: the header needs distinct column names, found {', '.join(map(repr, header))}.")
+        raise UserError(
+            f"{name}:1: the header needs distinct column names, found {', '.join(map(repr, header))}."
+            f"{header_hint(name, header)}"
+        )
 
 
 def _escaped(path: Path) -> str:
@@ -327,10 +330,15 @@ def header_hint(name: str, columns: Sequence[str]) -> str:
     path = Path(name)
     if suffix(path) not in (".csv", ".tsv") or path.suffix.lower() in COMPRESSED or not path.is_file():
         return ""
-    mark = "," if suffix(path) == ".csv" else "\\t"
-    names = ("text", "label") if len(columns) == 2 else [f"column_{i}" for i in range(1, len(columns) + 1)]
+    divider, shown = (",", ",") if suffix(path) == ".csv" else ("\t", "\\t")
+    names = [f"column_{i}" for i in range(1, len(columns) + 1)]
+    if len(columns) == 2:  # a label is what repeats
+        with open_text(path, newline="") as file, contextlib.suppress(csv.Error, UnicodeDecodeError):
+            rows = [row for row in islice(csv.reader(file, delimiter=divider), 200) if len(row) == 2]
+            values = [len({row[i] for row in rows}) for i in (0, 1)]
+            names = ["label", "text"] if values[0] < values[1] else ["text", "label"]
     file, out = shlex.quote(name), shlex.quote(_beside(path))
-    return f" If the first line is no header, give the file one: (printf '{mark.join(names)}\\n'; cat {file}) > {out}"
+    return f" If the first line is no header, give the file one: (printf '{shown.join(names)}\\n'; cat {file}) > {out}"
 
 
 # ---------------------------------------------------------------------------------------------- text and tagged words

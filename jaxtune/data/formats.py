@@ -15,6 +15,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from jaxtune.data.files import header_hint
 from jaxtune.data.messages import Notes, known_roles, normalise_messages, normalise_tools, parse_json
@@ -36,18 +37,11 @@ MEANT = {
     **{name: name for name in ("system", "context", "history", "tools", "functions", "input")},
     **{"system_prompt": "system", "system_message": "system"},
 }
-# What people call the two sides of a pair: used to suggest a mapping, never to guess one.
-PAIRS = [
-    ("question", "answer"),
-    ("prompt", "response"),
-    ("query", "response"),
-    ("query", "answer"),
-    ("instruction", "response"),
-    ("input", "output"),
-    ("source", "target"),
-    ("problem", "solution"),
-    ("document", "summary"),
-]
+# What people call the two sides of a pair, the surest names first: used to suggest a mapping, never to guess one.
+ASKED = ("prompt", "instruction", "question", "query", "input", "problem", "source", "document", "article")
+ANSWERED = ("completion", "response", "answer", "output", "target", "solution", "summary", "highlights")
+# Beside a text, what it is to be judged by or answered with.
+JUDGED = ("label", "labels", "text_pair", "gold_label", "label_text", "sentiment", "intent")
 MESSAGES = {"messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat"}
 
 
@@ -160,6 +154,8 @@ def make_reader(
     else:
         if format == "auto":
             format = _detect(where, found, columns)
+            if format == "text" and not columns and not completion_from:
+                _refuse_judged(where, [name for name in found if name not in ignore])
         elif format not in FORMATS:
             raise UserError(
                 f"data.format: unknown format {format!r}.{nearest(format, FORMATS)} Known: auto, {', '.join(FORMATS)}."
@@ -216,16 +212,46 @@ def _rows(source: Source):
 def own_columns(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
     """What of a mapping (our name -> theirs) concerns one of several sources.
 
-    Theirs may be several names, `a|b`: the first that stands in the source's first rows is meant. Where none does, the
-    entry is for other sources.
+    Theirs may be several names, `a|b`: the first that stands in the source's first rows is meant. Of them `a@b.jsonl`
+    is column a of the source b.jsonl alone. Where there is none, the entry is for other sources.
     """
-    own = {ours: theirs for ours, theirs in columns.items() if "|" not in theirs}
-    if len(own) < len(columns):
-        there = {name for row in islice(_rows(source), SEEN) for name in row}
-        for ours in columns.keys() - own.keys():
-            named = [name for name in (columns[ours], *columns[ours].split("|")) if name in there]
-            own |= {ours: named[0]} if named else {}
-    return {ours: own[ours] for ours in columns if ours in own}
+    own, there = {}, None
+    for ours, theirs in columns.items():
+        if "|" not in theirs and "@" not in theirs:
+            own[ours] = theirs
+            continue
+        there = _columns_of(source) if there is None else there
+        for one in (theirs, *theirs.split("|")):
+            name, _, of = one.rpartition("@")
+            if one in there or of in (source.name, Path(source.name).name):
+                own[ours] = one if one in there else name
+                break
+    return own
+
+
+def check_columns(sources: Sequence[Source], columns: Mapping[str, str]) -> None:
+    """Raise UserError for alternatives of a mapping that no source has, and for sources named there that are none."""
+    for ours, theirs in columns.items():
+        if "|" not in theirs and "@" not in theirs:
+            continue
+        found = {name for source in sources for name in _columns_of(source)}
+        named = [of for one in theirs.split("|") if one not in found for _, at, of in [one.rpartition("@")] if at]
+        known = [name for source in sources for name in (source.name, Path(source.name).name)]
+        if wrong := [of for of in named if of not in known]:
+            raise UserError(
+                f"data.columns: {ours}={theirs}: {wrong[0]!r} is none of the sources.{nearest(wrong[0], known)} "
+                f"Known: {', '.join(source.name for source in sources)}."
+            )
+        if not any(own_columns(source, {ours: theirs}) for source in sources):
+            hint = next(filter(None, (nearest(one, found) for one in theirs.split("|"))), "")
+            raise UserError(
+                f"data.columns: {ours}={theirs}: no source has one of these columns.{hint} "
+                f"Columns found: {', '.join(sorted(found))}."
+            )
+
+
+def _columns_of(source: Source) -> set[str]:
+    return {name for row in islice(_rows(source), SEEN) for name in row}
 
 
 def _detect(where: str, found: list[str], columns: Mapping[str, str]) -> str:
@@ -236,17 +262,35 @@ def _detect(where: str, found: list[str], columns: Mapping[str, str]) -> str:
     return (mapped or fits)[0]
 
 
+def _refuse_judged(where: str, found: Sequence[str]) -> None:
+    """Raise UserError for texts with labels or answers, which are no plain text unless that is said."""
+    for name in found:
+        if name.lower() not in JUDGED + ANSWERED:
+            continue
+        learn = f"data.columns=prompt=text,completion={name} trains it as the answer"
+        if name.lower() in JUDGED:
+            learn = "objective.name=sequence_classification learns labels"
+        raise UserError(
+            f"{where}: a text with a column {name!r}, which training on the text alone would leave out: {learn}; "
+            f"data.format=text leaves it out. Columns found: {', '.join(found)}."
+        )
+
+
 def _no_columns(where: str, problem: str, found: list[str], columns: Mapping[str, str]) -> UserError:
     lower = {c.lower(): c for c in found}
-    pair = next(((lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower), None)
+    asked, answered = (next((lower[name] for name in names if name in lower), None) for names in (ASKED, ANSWERED))
+    system = next((f",system={lower[name]}" for name, ours in MEANT.items() if ours == "system" != name in lower), "")
     turns = next((c for c in found if c.lower() in MESSAGES), None)
     other = next((name for name, (needs, _) in FORMATS.items() if all(columns.get(c, c) in found for c in needs)), None)
     if other:
         hint = f"These are the columns of data.format={other}."
     elif columns:
         hint = f"The mapping given was {', '.join(f'{a}={b}' for a, b in columns.items())}."
-    elif pair:
-        hint = f"Set data.columns, for example prompt={pair[0]},completion={pair[1]}."
+    elif "label" in lower or "labels" in lower:
+        kind = "token" if "tokens" in lower else "sequence"
+        hint = f"To learn the labels, set objective.name={kind}_classification."
+    elif asked and answered:
+        hint = f"Set data.columns, for example prompt={asked},completion={answered}{system}."
     elif turns:
         hint = f"Set data.columns, for example messages={turns}."
     elif len(found) == 1:
@@ -294,7 +338,7 @@ class _Columns:
     def reader(self) -> Reader:
         needs, may = FORMATS[self.format]
         convert = {"chat": self.turns, "sharegpt": self.turns, "text": self.text}.get(self.format, self.pair)
-        used = tuple(self.theirs(c) for c in needs + may if c not in self.ignore)
+        used = tuple(self.theirs(c) for c in needs + may if c not in self.ignore and not self.taken(c))
         expected = set(used) | set(self.ignore)
 
         _refuse_other_objectives(*self.first, expected, self.format != "text")
@@ -308,6 +352,10 @@ class _Columns:
 
     def theirs(self, column: str) -> str:
         return self.columns.get(column, column)
+
+    def taken(self, column: str) -> bool:
+        """Whether the file's column of this name is mapped to another of ours, and so is not read a second time."""
+        return column not in self.columns and column in self.columns.values()
 
     def unused(self, where: str, row: dict, used: set[str]) -> None:
         """Refuse rows of another objective and columns that are meant to be read; count the others."""
@@ -327,7 +375,7 @@ class _Columns:
 
     def given(self, row: dict, column: str) -> object:
         """The value of an optional column, None where it is empty."""
-        value = None if column in self.ignore else row.get(self.theirs(column))
+        value = None if column in self.ignore or self.taken(column) else row.get(self.theirs(column))
         return None if value in ("", [], {}) else value
 
     def optional(self, where: str, row: dict, column: str) -> str:

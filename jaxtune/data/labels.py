@@ -34,6 +34,13 @@ PAIRS = (
     *(("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b")),
     *(("sentence_A", "sentence_B"), ("query", "passage")),
 )
+# What people call a label, a text, words and their tags.
+LABELS = (
+    *("label", "labels", "category", "intent", "class", "sentiment", "topic", "emotion", "gold_label", "label_text"),
+    *("is_duplicate", "rating", "stars", "score", "similarity", "relatedness_score", "fine_label", "coarse_label"),
+)
+TEXTS = ("text", "sentence", "message", "utterance", "review", "content", "question", "query", "prompt")
+WORDS, TAGS = ("tokens", "words"), ("labels", "ner_tags", "tags", "pos_tags")
 JOINED = "\n"  # between the two texts of a pair, for a decoder
 IGNORED = -100  # the label of words that are not trained, in transformers' data
 PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls labels without names
@@ -363,10 +370,12 @@ def _mapped(
             theirs["text"], theirs["text_pair"] = pair
         if "text_pair" not in columns and theirs["text_pair"] not in row:
             del theirs["text_pair"]
-    if missing := [column for column in theirs.values() if column not in row]:
+    if missing := [name for name, column in theirs.items() if column not in row]:
+        known = dict(zip(ours, (WORDS, TAGS) if per_token else (TEXTS, (), LABELS)))
+        guess = {name: next((c for c in row if c.lower() in known[name]), "THEIRS") for name in missing}
         raise UserError(
-            f"{where}: no column {missing[0]!r}.{nearest(missing[0], row)} Columns found: {', '.join(row)}. "
-            f"Set data.columns, for example {','.join(f'{name}=THEIRS' for name in theirs)}."
+            f"{where}: no column {theirs[missing[0]]!r}.{nearest(theirs[missing[0]], row)} Columns found: "
+            f"{', '.join(row)}. Set data.columns, for example {','.join(f'{a}={b}' for a, b in guess.items())}."
             f"{header_hint(source.name, list(row))}"
         )
     return theirs

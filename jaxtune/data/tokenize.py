@@ -354,7 +354,10 @@ class Encoder:
             if not ends_itself:
                 ids.append(self.eos)
                 mask.append(int(row[-1][1]) if row else 0)
-            self.ends[self.eos if mask[-1] else NO_END] += any(mask)
+            trains = [trained for _, trained in row]
+            turns = sum(now and not after for now, after in zip(trains, [*trains[1:], False]))
+            self.ends[self.eos] += mask[-1]
+            self.ends[NO_END] += turns - mask[-1]  # what is not trained follows them
             yield ids, mask
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

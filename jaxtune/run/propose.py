@@ -22,33 +22,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune import config
 from jaxtune.data.files import header_hint
-from jaxtune.data.formats import FORMATS, MESSAGES, Reader, make_reader
-from jaxtune.data.labels import PAIR_COLUMNS, PAIRS, LabelForm, count_ids, count_labels
+from jaxtune.data.formats import ANSWERED, ASKED, FORMATS, MESSAGES, Reader, make_reader
+from jaxtune.data.labels import LABELS, PAIR_COLUMNS, PAIRS, TAGS, WORDS, LabelForm, count_ids, count_labels
 from jaxtune.data.sources import Source, kind, read, splits
 from jaxtune.errors import UserError
 from jaxtune.reading import read_json
 
 # What people call the two sides of a pair, the surest names first.
-PROMPTS = (
-    *("prompt", "instruction", "question", "query", "input", "problem", "source", "article", "document"),
-    *("text", "sentence", "message", "utterance", "review", "content"),
-)
-LABELS = (
-    *("label", "labels", "category", "intent", "class", "sentiment", "topic", "emotion", "gold_label", "label_text"),
-    *("is_duplicate", "rating", "stars", "score", "similarity", "relatedness_score", "fine_label", "coarse_label"),
-)
+TEXTS = ("text", "sentence", "review", "content", "message", "utterance")
+PROMPTS = (*(name for name in ASKED if name != "source"), *TEXTS, "source")  # which often says where a text is from
 # What stands beside a question and its answer, and what a system prompt is called.
 CONTEXTS = ("input", "context", "passage", "background", "paragraph", "story")
-SYSTEMS = ("system", "system_prompt")
-WORDS, TAGS = ("tokens", "words"), ("labels", "ner_tags", "tags", "pos_tags")
+SYSTEMS = ("system", "system_prompt", "system_message")
 MOST_LABELS = 1000  # more, or more than half as many as rows, and a column is an answer rather than a label
-COMPLETIONS = (
-    *("completion", "response", "answer", "output", "target", "solution", "summary", "highlights", "sql"),
-    *LABELS,
-)
+COMPLETIONS = (*ANSWERED, "sql", *LABELS)
 # What stands before the answer where prompt and answer are one text. A space after it belongs to the answer.
 MARKERS = ("\n### Response:", "\n### Assistant:", "\nAssistant:", "\nResponse:", "\nAnswer:", "\nSQL:", "\nA:")
+# What the two sides of a conversation begin with where it is one text.
+DIALOGUES = (
+    *(("### Human:", "### Assistant:"), ("### User:", "### Assistant:"), ("### Instruction:", "### Response:")),
+    *(("<|im_start|>user", "<|im_start|>assistant\n"), ("<|user|>", "<|assistant|>"), ("<human>:", "<bot>:")),
+    *(("[INST]", "[/INST]"), ("Human:", "Assistant:"), ("User:", "Assistant:")),
+)
 
 KINDS = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification"}
 SINGLE = "single_label_classification"
@@ -73,29 +70,37 @@ class Recognised:
         labels: how labelled rows are read; None: text.
         problem: of `objective.problem_type`; None: it follows from the model.
         own: the labels are the data's, where the model has others.
+        given: how text is read as the person has said it, as `data.prepare` takes it.
     """
 
     format: str
     columns: Mapping[str, str]
     completion_from: str | None = None
+    prompt_from: str | None = None
     labels: LabelForm | None = None
     notes: tuple[str, ...] = ()
     problem: str | None = None
     own: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """As `data.prepare` takes them."""
         if self.labels is not None:
             return {"labels": self.labels}
-        return {"format": self.format, "columns": dict(self.columns), "completion_from": self.completion_from}
+        marks = {"completion_from": self.completion_from, "prompt_from": self.prompt_from}
+        if self.format == "template":
+            return dict(self.given)
+        return {"format": self.format, "columns": dict(self.columns), **marks} | dict(self.given)
 
     def reader(self, source: Source) -> Reader:
         """Raises UserError if the rows of `source` are not read in this way."""
         if self.labels is None:
             reader = make_reader(source, **self.settings)
-            if self.completion_from and _marker(source, reader.columns[0]) is None:
-                raise UserError(f"{source.name}: not every text has {self.completion_from!r}")
+            if mark := self.completion_from:
+                counts = (str(row.get(reader.columns[0])).count(mark) for _, row in source)
+                if not all(n >= 1 if self.prompt_from else n == 1 for n in counts):
+                    raise UserError(f"{source.name}: not every text has {mark!r}")
             return reader
         counted = set() if self.labels.value else set(count_labels([source], self.labels).labels)
         if self.labels.origin == TRAINING and (more := counted - set(self.labels.names)):
@@ -105,7 +110,7 @@ class Recognised:
     @property
     def is_corpus(self) -> bool:
         """Whether all of each text is trained."""
-        return self.format == "text" and not self.completion_from
+        return self.format == "text" and not (self.completion_from or self.given.get("completion_from"))
 
     def __str__(self) -> str:
         pairs = [f"{ours}={theirs}" for ours, theirs in self.columns.items()]
@@ -146,35 +151,54 @@ def _refuse_bare_table(name: str, path: Path) -> None:
     )
 
 
-def recognise(source: Source, columns: Mapping[str, str] | None = None) -> Recognised:
+def reading(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of settings (path -> value) that say how text is read, as `data.prepare` takes them."""
+    names = ("format", "template", "completion_from", "prompt_from", "system", "system_as_user", "roles", "ignore")
+    return {name: settings[f"data.{name}"] for name in names if f"data.{name}" in settings}
+
+
+def recognise(
+    source: Source, columns: Mapping[str, str] | None = None, given: Mapping[str, Any] | None = None
+) -> Recognised:
     """Find how the rows of `source` are read, from the names and types of the columns of its first row.
 
-    columns: our name -> the file's, where the person has said it.
+    Args:
+        source: the rows.
+        columns: our name -> the file's, where the person has said it.
+        given: the same of other settings, as `reading` gives them.
 
     Raises UserError for rows that no objective of today can use (preferences), prompts without answers, and columns
     whose names are not known.
     """
+    given = dict(given or {})
     number, row = next(iter(source))
-    where = source.where(number)
+    where, row = source.where(number), {name: v for name, v in row.items() if name not in (given.get("ignore") or ())}
     _refuse_other_objectives(where, row)
-    if (labelled := _labelled(source, row, columns or {})) is not None:
+    said = given.get("template") or given.get("format")
+    if not said and (labelled := _labelled(source, row, columns or {})) is not None:
         return labelled
-    if columns:
-        format, columns = make_reader(source, columns=columns).format, dict(columns)
+    if said or columns:
+        format, columns = make_reader(source, columns=columns, **given).format, dict(columns or {})
     else:
         format, columns = _match(where, row)
-    if format == "text" and (label := next((n for n in row if n.lower() in LABELS), None)):
+    if format == "text" and not said and (label := next((n for n in row if n.lower() in LABELS), None)):
         only = shlex.quote(f"text={columns.get('text', 'text')}")
         raise UserError(
             f"{where}: a text with a column {label!r}, which is {kind(row[label])} here and cannot be read as labels "
             f"throughout. Mend it, or to train on the text alone: --columns={only}."
         )
-    reader = Recognised(format, columns).reader(source)
-    marker = _marker(source, reader.columns[0]) if format == "text" else None
+    reader = Recognised(format, columns, given=given).reader(source)
+    looks = format == "text" and not given.get("completion_from")
+    marker, until = _marks(source, reader.columns[0]) if looks else (None, None)
     notes = _label_notes(source, columns)
-    if marker:
+    if until:
+        notes.append(
+            f"every text is a conversation: what follows {marker.strip()!r} is trained, up to the next "
+            f"{until.strip()!r}; rows with messages would be given the model's own marks"
+        )
+    elif marker:
         notes.append(f"{marker.strip()!r} stands once in every text: what follows it is trained")
-    return Recognised(format, columns, marker, notes=tuple(notes))
+    return Recognised(format, columns, marker, until, notes=tuple(notes), given=given)
 
 
 def _refuse_other_objectives(where: str, row: dict) -> None:
@@ -237,7 +261,6 @@ def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognis
     columns = {name: column for name, column in ours.items() if name != column}
     kind = "token_classification" if per_token else "sequence_classification"
     problem = "multi_label_classification" if form.several else "regression" if form.value else None
-    notes += _unused(row, tuple(ours.values()))
     return Recognised(kind, columns, labels=form, notes=tuple(notes), problem=problem)
 
 
@@ -247,7 +270,7 @@ def _text_and_label(row: dict, theirs: Mapping[str, str]) -> dict[str, str] | No
     pair = next(([theirs[n.lower()] for n in pair] for pair in PAIRS if all(n.lower() in theirs for n in pair)), None)
     if pair and found and all(isinstance(row[name], str) for name in pair):
         return dict(zip(PAIR_COLUMNS, (*pair, found)))
-    text, answer = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
+    text, answer = _first_text(row, theirs, TEXTS + PROMPTS), _first_text(row, theirs, COMPLETIONS)
     if not text or not found or (answer and answer.lower() not in LABELS):
         return None
     return {"text": text, "label": found}
@@ -288,7 +311,7 @@ def fitted(layout: Recognised, source: Source, stored: Any) -> Recognised:
         first = "; if they are numbers of these, set objective.first_label" * ("first_label" in str(error))
         note = f"the model's own labels ({mine}) are others, so a new head is trained{first}"
         return replace(layout, notes=(*layout.notes, note), own=True)
-    return replace(layout, labels=trial, notes=(*layout.notes, *trial.notes))
+    return replace(layout, labels=trial)
 
 
 def _is_list(row: dict, theirs: Mapping[str, str], name: str) -> bool:
@@ -359,15 +382,18 @@ def _unknown(where: str, row: dict, theirs: Mapping[str, str]) -> UserError:
     return UserError(f"{where}: no column has a name that says what it is. {found} {say}{hint}")
 
 
-def _marker(source: Source, column: str) -> str | None:
-    """Return the marker that stands exactly once in every text."""
-    markers = MARKERS
+def _marks(source: Source, column: str) -> tuple[str | None, str | None]:
+    """What the answers begin with in every text, and what ends them there: the marker that stands once, and None; or
+    those of the two sides of a conversation. (None, None): neither."""
+    markers, dialogues = MARKERS, DIALOGUES
     for _, row in source:
         text = row.get(column)
-        markers = [m for m in markers if isinstance(text, str) and text.count(m) == 1]
-        if not markers:
-            return None
-    return markers[0]
+        text = text if isinstance(text, str) else ""
+        markers = [mark for mark in markers if text.count(mark) == 1]
+        dialogues = [(asks, answers) for asks, answers in dialogues if 0 <= text.find(asks) < text.find(answers)]
+        if not markers and not dialogues:
+            return None, None
+    return (markers[0], None) if markers else dialogues[0][::-1]
 
 
 def _label_notes(source: Source, columns: Mapping[str, str]) -> list[str]:
@@ -380,11 +406,6 @@ def _label_notes(source: Source, columns: Mapping[str, str]) -> list[str]:
     if all(name.lstrip("-").isdigit() for name in counts):
         notes.append("the labels are numbers: names say more to a language model")
     return notes
-
-
-def _unused(row: dict, used: Sequence[str]) -> list[str]:
-    unused = [name for name in row if name not in used]
-    return [f"columns not used: {', '.join(unused)}"] if unused else []
 
 
 # ------------------------------------------------------------------------------------------ what is held out
@@ -499,6 +520,27 @@ class Proposal:
     def get(self, path: str, default: Any = None) -> Any:
         return next((c.value for c in self.choices if c.path == path), default)
 
+    def changed(self, settings: Mapping[str, str]) -> "Proposal":
+        """The proposal with settings as typed on a command line (path -> text), and without what then has no effect.
+
+        Raises UserError for settings that have no effect beside the others, as `config.resolve` does.
+        """
+        if not settings:
+            return self
+        tree: dict[str, Any] = {}
+        for choice in self.choices:
+            if choice.path == "train.epochs" and "train.steps" in settings:
+                continue
+            *sections, key = choice.path.split(".")
+            at = tree
+            for name in sections:
+                at = at.setdefault(name, {})
+            at[key] = choice.value
+        left = config.given(tree, settings, source="the proposal")
+        ours = {c.path: c for c in self.choices if c.path not in settings}
+        order = sorted(left, key=[s.path for s in config.SETTINGS].index)
+        return replace(self, choices=tuple(ours.get(path, Choice(path, left[path])) for path in order))
+
 
 def max_length(lengths: np.ndarray, positions: int) -> int:
     """Return the length that 99% of the rows have at most, rounded up, or the model's `positions` if that is less."""
@@ -541,13 +583,14 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         *_method(method, corpus, model),
         Choice("data.train", _one_source(data)),
         *_evaluation(held),
-        *([] if labelled else [Choice("data.format", layout.format)]),
+        *([] if labelled or layout.format == "template" else [Choice("data.format", layout.format)]),
         *([Choice("data.columns", dict(layout.columns), "our name: the file's")] if layout.columns else []),
         *(
             [Choice("data.completion_from", layout.completion_from, "what follows it is trained")]
             if layout.completion_from
             else []
         ),
+        *([Choice("data.prompt_from", layout.prompt_from, "up to here")] if layout.prompt_from else []),
         Choice("data.max_length", length, _length_reason(lengths, length, long, model.positions, layout)),
         *_corpus(corpus),
         *_labels(layout),
@@ -563,7 +606,7 @@ def _template_notes(layout: Recognised, model: ModelFacts) -> list[str]:
         if model.has_template:
             return ["rendered with the tokenizer's chat template; only the assistant's turns are trained"]
         return ["the tokenizer has no chat template: a plain one is used and exported with the model"]
-    if layout.format != "text" and layout.labels is None and model.has_template:
+    if layout.format not in ("text", "template") and layout.labels is None and model.has_template:
         return ["a row becomes a user's and an assistant's turn of the tokenizer's chat template"]
     return []
 

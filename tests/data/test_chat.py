@@ -145,7 +145,7 @@ def test_the_default_template_shows_system_tools_and_calls():
 def test_a_template_that_drops_tool_calls_is_refused_by_row():
     conversation = talk("go", "")
     conversation.messages[1]["tool_calls"] = [CALL]
-    with pytest.raises(UserError, match=r"a\.jsonl:1, message 2: .*its tool calls 0 times.*model\.chat_template"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1, message 2 .*leaves out its calls \(f\).*allow_left_out=calls"):
         encode(byte_tokenizer(CHATML), conversation)
 
 

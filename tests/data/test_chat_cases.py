@@ -324,12 +324,63 @@ def test_format_specs_of_a_template_are_obeyed(tmp_path):
         text("{name:.2f}")
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "text"),
+    [
+        ({"input": "a", "output": "b"}, {"instruction": "input"}, "a\nb</s>"),
+        ({"q": "a", "context": "c", "output": "b"}, {"instruction": "q", "input": "context"}, "a\n\nc\nb</s>"),
+        ({"context": "a", "completion": "b"}, {"prompt": "context"}, "a\nb</s>"),
+        ({"system": "a", "completion": "b"}, {"prompt": "system"}, "a\nb</s>"),
+    ],
+)
+def test_a_column_of_the_file_is_read_once(prepare, row, columns, text):
+    texts, _, report = default(prepare, row, columns=columns)
+    assert texts == [text] and len(report.lines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"label": 1}, "a column 'label'.*objective.name=sequence_classification"),
+        ({"Labels": ["a"]}, "a column 'Labels'"),
+        ({"text_pair": "x"}, "a column 'text_pair'"),
+        ({"summary": "x"}, "a column 'summary'.*data.columns=prompt=text,completion=summary trains it"),
+    ],
+)
+def test_a_text_with_labels_or_an_answer_is_no_plain_text_unless_that_is_said(prepare, more, said):
+    row = {"text": "a", **more}
+    with pytest.raises(UserError, match=said):
+        default(prepare, row)
+    (column,) = more
+    for settings in ({"format": "text"}, {"ignore": (column,)}, {"columns": {"text": "text"}}):
+        assert default(prepare, row, **settings)[0] == ["a</s>"]
+    if column == "summary":
+        assert default(prepare, row, columns={"prompt": "text", "completion": "summary"})[1] == [["x</s>"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"question": "a", "response": "b", "system_prompt": "c"}, "prompt=question,completion=response,system=system"),
+        ({"input": "a", "target": "b"}, "prompt=input,completion=target"),
+        ({"sentence1": "a", "sentence2": "b", "label": 1}, "objective.name=sequence_classification"),
+        ({"tokens": ["a"], "labels": [1]}, "objective.name=token_classification"),
+    ],
+)
+def test_columns_that_fit_nothing_get_the_setting_that_reads_them(prepare, row, hint):
+    with pytest.raises(UserError, match=f"fit no known format.*{hint}") as error:
+        default(prepare, row)
+    if "objective" not in hint:
+        columns = str(error.value).partition("data.columns, for example ")[2].rstrip(".")
+        assert default(prepare, row, columns=dict(pair.split("=") for pair in columns.split(",")))[1] == [["b</s>"]]
+
+
 def test_guanaco_text_trains_one_side_only(prepare):
     row = {"text": "### Human: Hi### Assistant: Ho### Human: And?### Assistant: So"}
     _, runs, report = prepare(row, completion_from="### Assistant:")
     assert len(runs[0]) == 1 and "more than once" in report.lines()[1] and "data.prompt_from" in report.lines()[1]
     _, runs, report = prepare(row, completion_from="### Assistant:", prompt_from="### Human:")
-    assert runs == [[" Ho", " So<|im_end|>"]] and len(report.lines()) == 1
+    assert runs == [[" Ho", " So<|im_end|>"]] and report.lines()[1].startswith("1 of 2 trained turns do not end")
     with pytest.raises(UserError, match=r"data.prompt_from has no effect without data.completion_from"):
         prepare(row, prompt_from="### Human:")
 
@@ -382,6 +433,16 @@ def test_an_answer_that_vanishes_is_an_error(prepare):
     row[1]["content"] = "I shall see."
     with pytest.raises(UserError, match=r"its answers \(I shall see\.\)"):
         prepare({"messages": row}, template=calls_alone)
+
+
+def test_calls_that_the_template_leaves_out_can_be_allowed(prepare):
+    row = [*call(name="weather", arguments={"city": "Rome"}), {"role": "tool", "content": "12"}, assistant("Warm.")]
+    row[1]["content"] = "I shall see."
+    with pytest.raises(UserError, match=r"leaves out its calls \(weather\).*data.allow_left_out=calls"):
+        prepare({"messages": row})
+    _, runs, report = prepare({"messages": row}, allow_left_out=("calls",))
+    assert runs == [["I shall see.<|im_end|>", "Warm.<|im_end|>"]]
+    assert "left out by the chat template: calls (1)" in report.lines()[1]
 
 
 def test_thoughts_of_earlier_turns_are_counted(prepare, qwen3):

@@ -103,11 +103,84 @@ def test_calls_and_thoughts_without_marks():
     assert trained_runs(plain, *ours(plain, CONVERSATIONS["thoughts"])) == [
         f"{thought}<|channel|>final<|message|>Ho me<|return|>"
     ]
+    # Of calls these templates write the name once more, behind their answer.
+    final = "<|channel|>final<|message|>Done.<|return|>"
+    called = ' to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>'
+    assert trained_runs(plain, *ours(plain, CONVERSATIONS["calls"])) == [called, final]
+    repeated = [ASK, {"role": "assistant", "content": "Ho", "reasoning_content": "Hi you"}]
+    thought = "<|channel|>analysis<|message|>Hi you<|end|><|start|>assistant"
+    assert trained_runs(plain, *ours(plain, repeated)) == [f"{thought}<|channel|>final<|message|>Ho<|return|>"]
+    plain = tokenizer_of("diffusion_gemma.jinja")
+    assert trained_runs(plain, *ours(plain, CONVERSATIONS["calls"]))[0].startswith(
+        "<|tool_call>call:f{x:1}<tool_call|>"
+    )
     plain = tokenizer_of("glm4moe.jinja")  # TRL writes <|user|> behind the last turn, we write EOS
     assert trained_runs(plain, *ours(plain, CONVERSATIONS["turns"])) == [
         "\n<think></think>\nHo me<|user|>",
         "\n<think></think>\nSo <b>.</s>",
     ]
+
+
+ODD = ["e\u0301", "\u0301x", "\U0001f469\u200d\U0001f467\U0001f3fd", "", " ", "\n", "  lead", "trail \n\n", "\tx\n\ty"]
+ODD += [
+    "a\u2028b\u00a0c",
+    "\u05e9\u05dc",
+    "x\x00y",
+    "assistant",
+    "user\n",
+    "<|im_end",
+    "{{ m }}",
+    "{% raw %}",
+    "a" * 500,
+]
+ODD += ["\r\nx\r\n", "2", "<b>&amp;</b>", "None", "\u212b", "\\n \\u00e9 \"q\" 'q'", "<think>", "<think>\n\n</think>"]
+ODD += ["a" * 500, "###", "\ud55c\uad6d \ubb38\uc7a5", "\u0661\u0662", "Hi", "because " * 300]
+
+
+def odd(rng):
+    """A conversation of turns that are empty, of marks, of letters that are joined, as long as may be."""
+    messages = [{"role": "system", "content": str(rng.choice(ODD))}][: int(rng.random() < 0.3)]
+    for _ in range(int(rng.integers(1, 5))):
+        messages.append({"role": "user", "content": str(rng.choice(ODD))})
+        turn = {"role": "assistant", "content": str(rng.choice(ODD))}
+        if rng.random() < 0.3:
+            turn["reasoning_content"] = str(rng.choice(ODD))
+        if rng.random() < 0.2:
+            value = [str(rng.choice(ODD)), 1.5, None, True, ["a", {"b": 2}], {}][int(rng.integers(6))]
+            call = {"type": "function", "function": {"name": "f", "arguments": {"k": value}}}
+            messages += [turn | {"content": "", "tool_calls": [call]}, {"role": "tool", "name": "f", "content": "Hi"}]
+        messages.append(turn)
+    return messages
+
+
+@pytest.mark.skipif(SPEC is None, reason="trl is not installed")
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gptoss", "phi3", "nemotron_3_nano", "glm4moe"])
+def test_odd_conversations_give_trls_masks(name):
+    tokenizer, rng, compared = tokenizer_of(f"{name}_training.jinja"), np.random.default_rng(len(name)), 0
+    for _ in range(25):
+        if (found := theirs(tokenizer, messages := odd(rng))) is not None:
+            assert ours(tokenizer, messages) == found, messages
+            compared += 1
+    assert compared > 15
+
+
+@pytest.mark.skipif(SPEC is None, reason="trl is not installed")
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("gemma3", ""), ("llama3", ""), ("phi3", ""), ("qwen2_5", "\n"), ("gptoss", "<|start|>assistant")],
+)
+def test_odd_conversations_without_marks_give_trls_masks_but_for_what_is_given(name, given):
+    trained, plain = tokenizer_of(f"{name}_training.jinja"), tokenizer_of(f"{name}.jinja")
+    rng, compared = np.random.default_rng(7), 0
+    for _ in range(25):
+        if (found := theirs(trained, messages := odd(rng))) is None:
+            continue
+        ids, mask = ours(plain, messages)
+        expected = [run.removeprefix(given).removesuffix("\n") for run in trained_runs(trained, *found)]
+        assert plain.decode(ids) == trained.decode(found[0])
+        assert trained_runs(plain, ids, mask) == expected, messages
+        compared += 1
+    assert compared > 5
 
 
 # ------------------------------------------------------------------------------------- the rendering of prefixes

@@ -93,6 +93,15 @@ def test_a_file_without_a_header_gets_one(tmp_path):
     from jaxtune.run import propose
 
     path = tmp_path / "a.csv"
+    for content in (
+        "pos,film 0\npos,film 1\n",
+        "pos,pos\npos,film 1\n",
+    ):  # the label first, or the header twice the same
+        path.write_text(content)
+        with pytest.raises(UserError, match="If the first line is no header") as error:
+            LabelForm(False).reader(read(str(path)))
+        assert [row["label"] for row in mended(path, str(error.value))] == ["pos", "pos"]
+        (tmp_path / "a.clean.csv").unlink()
     path.write_text("film 0,pos\nfilm 1,neg\n")
     for refuse in (LabelForm(False).reader, make_reader, propose.recognise):
         with pytest.raises(UserError, match="If the first line is no header") as error:
@@ -117,8 +126,37 @@ def test_each_source_may_have_columns_of_its_own(tmp_path):
         found.append((reader.format, reader.convert("", row)))
     assert [format for format, _ in found] == ["prompt_completion", "prompt_completion", "chat"]
     assert found[0][1] == found[1][1]
+    named = {"prompt": "question@b.jsonl|prompt", "completion": "answer@b.jsonl|completion"}
+    assert [make_reader(read(str(tmp_path / f"{n}.jsonl")), columns=named).format for n in "ab"] == [found[0][0]] * 2
     with pytest.raises(UserError, match=r"Where sources differ, name both: prompt=question\|prompt"):
         make_reader(read(str(tmp_path / "a.jsonl")), columns={"prompt": "question", "completion": "answer"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"prompt": "qestion|promt"},
+            r"no source has one of these columns\. Did you mean 'question'",
+        ),
+        ({"prompt": "question@c.jsonl|prompt"}, r"'c\.jsonl' is none of the sources\. Did you mean 'b\.jsonl'"),
+        ({"prompt": "question|prompt", "completion": "answer|completion"}, None),
+    ],
+)
+def test_alternatives_that_no_source_has_are_refused(tmp_path, columns, said):
+    from data_zoo import byte_tokenizer
+
+    from jaxtune import curate, data
+
+    rows = {"a": {"prompt": "Hi", "completion": "Ho"}, "b": {"question": "Hi", "answer": "Ho"}}
+    train = [write_jsonl(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()]
+    settings = {"max_length": 64, "columns": columns}
+    if said is None:
+        assert data.prepare(byte_tokenizer(), train, cache=False, **settings)[2].train_rows == 2
+        return
+    for read_all in (data.prepare, curate.examine):
+        with pytest.raises(UserError, match=said):
+            read_all(byte_tokenizer(), train, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------- tagged words
