@@ -1,16 +1,31 @@
 """Every form of attention against a naive float64 oracle in numpy, forward and backward."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from hypothesis import given
+from hypothesis import strategies as st
 
+from jaxtune.errors import UserError
+from jaxtune.models import attention, cudnn
 from jaxtune.models.attention import attend_cache, attend_tokens, choose
 
-FORMS = ["mapped", "xla"]
+FORMS = ["mapped", "blocks", "xla"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_queries_at_once():
+    """Sixteen, so that a block of queries has parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "ROOM", 0)
+        yield
+
+
 C = 8
 SCALE = 0.4
 
@@ -138,7 +153,7 @@ def test_cudnn_has_no_softcap():
     settings = {"segments": None, "scale": SCALE, "window": None, "softcap": 3.0}
     with pytest.raises(ValueError, match="has no softcap"):
         attend_tokens(q, k, v, implementation="cudnn", **settings)
-    assert choose("auto", True, jnp.bfloat16, 64) != "cudnn"
+    assert choose("auto", jnp.bfloat16, 64, "gpu", tokens=512, softcap=3.0) == "blocks"
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (4, 1), (1, 1)])
@@ -218,17 +233,176 @@ def test_segments_are_never_silently_ignored(monkeypatch):
     with pytest.raises(ValueError, match="Unknown attention implementation 'flash'"):
         attend_tokens(q, k, v, segments=None, scale=1.0, window=None, implementation="flash")
 
-    assert choose("auto", True, jnp.float32, 8) == choose("auto", False, jnp.bfloat16, 64) == "mapped"
-    assert choose("auto", True, jnp.float32, 8, short=True) == "xla"
-    assert choose("mapped", True, jnp.float32, 8, short=True) == "mapped"
+    half = jnp.bfloat16
+    long, short, packed = {"tokens": 4096}, {"tokens": 64, "causal": False}, {"tokens": 4096, "segmented": True}
+    assert choose("auto", jnp.float32, 8, **packed) == choose("auto", half, 64, **long) == "mapped"
+    assert choose("auto", jnp.float32, 8, **short) == "xla"
+    assert choose("mapped", jnp.float32, 8, **short) == "mapped"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose("auto", False, jnp.bfloat16, 64) == "cudnn"
-    assert choose("auto", True, jnp.bfloat16, 64) == "xla"
-    assert choose("auto", False, jnp.float32, 64) == "xla"
-    assert choose("auto", False, jnp.bfloat16, 60) == "xla"
-    assert choose("mapped", True, jnp.bfloat16, 64) == "mapped"
+    for capability, expected in (((9, 0), "cudnn"), ((8, 0), "blocks"), ((7, 5), "blocks")):
+        monkeypatch.setattr(cudnn, "capability", lambda capability=capability: capability)
+        assert choose("auto", half, 64, **long) == ("blocks" if capability < (8, 0) else "cudnn")
+        assert choose("auto", half, 64, **long, causal=False, segmented=True) == choose("auto", half, 64, **long)
+        assert choose("auto", half, 64, **packed, most_segments=32) == expected
+        assert choose("auto", half, 256, **long) == expected
+        for special in (
+            {**packed},  # any number of segments
+            {**packed, "most_segments": 33},
+            {**long, "softcap": 3.0},
+            {**long, "causal": False, "window": 128},
+        ):
+            assert choose("auto", half, 64, **special) == "blocks"
+        assert choose("auto", jnp.float32, 64, **long) == choose("auto", half, 60, **long) == "blocks"
+    assert choose("auto", jnp.float32, 64, **short) == "xla"
+    assert choose("mapped", half, 64, **packed) == "mapped"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose("auto", False, jnp.bfloat16, 64) == "xla"
+    assert choose("auto", half, 64, **long) == "blocks"
+
+
+# ------------------------------------------------------------------------------------------ cuDNN, but for its kernel
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=3))
+def test_layouts_of_segments(rows):
+    """Lengths and offsets say where each segment lies, and no more."""
+    most, width = 5, 48
+    ids = np.zeros((len(rows), width), np.int32)
+    for row, lengths in zip(ids, rows):
+        row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    found = jax.tree.map(np.asarray, cudnn.layout(jnp.asarray(ids), most))
+    for i, lengths in enumerate(rows):
+        rest = [-1] * (most - len(lengths))
+        assert found.lengths[i].tolist() == lengths + rest
+        assert found.offsets[i].tolist() == [*np.cumsum([0, *lengths[:-1]]).tolist(), *rest, -1]
+    padded = cudnn.layout(jnp.asarray(ids > 0, jnp.int32), 1)
+    assert padded.lengths.tolist() == [sum(lengths) for lengths in rows] and padded.offsets.shape == (len(rows), 0)
+
+
+def plain_kernel(form, q, k, v, where):
+    """What the kernel computes, from the layout it is given: (output, 0 in the padding; statistics)."""
+    b, t = q.shape[:2]
+    if not form.segments:
+        ids = jnp.ones((b, t), jnp.int32)
+    elif form.segments == 1:
+        ids = (jnp.arange(t) < where.lengths[:, None]).astype(jnp.int32)
+    else:
+        starts, lengths = where.offsets[:, :-1, None], where.lengths[..., None]
+        inside = (jnp.arange(t) >= starts) & (jnp.arange(t) < starts + lengths) & (lengths > 0)
+        ids = (inside * jnp.arange(1, form.segments + 1)[:, None]).sum(1)
+    out = attend_tokens(
+        q, k, v, segments=ids, scale=form.scale, window=form.window, causal=form.causal, implementation="xla"
+    )
+    return out * (ids > 0)[..., None, None], jnp.zeros((b * max(1, form.segments), q.shape[2], t))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Plain arithmetic in place of the kernel, which counts how often its forward part is traced."""
+    calls = []
+
+    def forward(form, *arrays):
+        calls.append(form)
+        return plain_kernel(form, *arrays)
+
+    def backward(form, q, k, v, where, out, statistics, grad):
+        return jax.vjp(lambda *x: plain_kernel(form, *x, where)[0], q, k, v)[1](grad)
+
+    monkeypatch.setattr(cudnn, "forward", forward)
+    monkeypatch.setattr(cudnn, "backward", backward)
+    return calls
+
+
+@pytest.mark.parametrize("members", [0, 3])
+@pytest.mark.parametrize(
+    ("causal", "segmented", "window"),
+    [(True, False, None), (True, False, 9), (False, True, None), (True, True, None), (True, True, 9)],
+    ids=["causal", "causal window", "padded", "packed", "packed window"],
+)
+def test_cudnn_is_given_what_it_needs(kernel, members, causal, segmented, window):
+    """Outputs and gradients are those of blocks, also for members of a sweep that share keys, under grouped heads."""
+    t = 40
+    q, k, v, g = inputs(2, t, 4, 2)
+    ids = documents(t) if causal else (np.arange(t) < np.array([[t], [23]])).astype(np.int32)
+    there = ids > 0 if segmented else np.ones_like(ids, bool)
+    if members:
+        q, v = (jnp.stack([x, -x, 2 * x])[:members] for x in (q, v))
+
+    def run(form):
+        segments = attention.Segments(jnp.asarray(ids), most=3) if segmented else None
+        settings = {"segments": segments, "scale": SCALE, "window": window, "causal": causal}
+
+        def both(q, k, v):
+            attend = functools.partial(attend_tokens, **settings, implementation=form)
+            out, back = jax.vjp(attend, q, k, v)
+            return out, back(g * there[..., None, None])
+
+        return (jax.vmap(both, in_axes=(0, None, 0)) if members else both)(q, k, v)
+
+    (out, gradient), (want, wanted) = run("cudnn"), run("blocks")
+    assert close(np.where(there[..., None, None], out, 0), np.where(there[..., None, None], want, 0))
+    for got, expected in zip(gradient, wanted, strict=True):
+        assert np.abs(np.asarray(got) - np.asarray(expected)).max() < 1e-5 * max(1, np.abs(expected).max())
+
+
+def test_statistics_are_kept_with_the_output(kernel):
+    """A remat policy that keeps "attention" does not run the kernel's forward part again, but where rows are packed."""
+    q, k, v, _ = inputs(2, 24, 2, 2)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    for segments, expected in ((None, 1), (attention.Segments(jnp.asarray(documents(24)), most=3), 2)):
+        settings = {"segments": segments, "scale": SCALE, "window": None, "implementation": "cudnn"}
+        attend = jax.checkpoint(lambda *x, settings=settings: attend_tokens(*x, **settings).sum(), policy=policy)
+        text = str(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(q, k, v))
+        assert text.count("custom_vmap_call") == 1 + expected
+
+
+def test_a_trial_finds_wrong_numbers_and_missing_plans(kernel, monkeypatch):
+    def reference(q, k, v, segments, form):
+        known = None if segments is None else attention.Segments(segments, most=4)
+        settings = {"segments": known, "scale": form.scale, "window": form.window, "causal": form.causal}
+        return attend_tokens(q, k, v, **settings, implementation="xla")
+
+    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn, "_without_plan", [])
+    assert cudnn.trial(reference, 16, 4, 2) is None
+    good = cudnn.forward
+
+    def leaks(form, q, k, v, where):
+        """Packed rows as one text."""
+        return good(form._replace(segments=0) if form.segments > 1 else form, q, k, v, where)
+
+    cudnn._folded.cache_clear()
+    monkeypatch.setattr(cudnn, "forward", leaks)
+    with pytest.raises(UserError, match=r"wrong numbers on packed rows.*model\.attention=blocks"):
+        cudnn.trial(reference, 16, 4, 2)
+
+    def fails(form, *arrays):
+        raise RuntimeError("No valid execution plans built.\nmore")
+
+    monkeypatch.setattr(cudnn, "forward", fails)
+    assert "No valid execution plans built.); attention is computed in blocks" in cudnn.trial(reference, 16, 4, 2)
+    assert choose("auto", jnp.bfloat16, 64, "gpu", tokens=4096) == "blocks"
+
+
+def test_no_square_of_a_long_row_is_in_memory():
+    """Forward and backward, for one device and for members of a sweep; plain XLA has such arrays."""
+    shape = jax.ShapeDtypeStruct((1, 2048, 2, C), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def arrays(form, members):
+        def loss(q, k, v, segments):
+            out = attend_tokens(q, k, v, segments=segments, scale=SCALE, window=None, implementation=form)
+            return out.astype(jnp.float32).sum()
+
+        grad = jax.grad(loss, (0, 1, 2))
+        args = (shape, shape, shape, segments)
+        if members:
+            grad = jax.vmap(grad, in_axes=(0, 0, 0, None))
+            args = (*(jax.ShapeDtypeStruct((members, *x.shape), x.dtype) for x in args[:3]), segments)
+        return re.findall(r"\[(?:\d+,)*2048,2048\]", str(jax.make_jaxpr(grad)(*args)))
+
+    assert arrays("xla", 0)
+    for form in ("mapped", "blocks"):
+        assert not arrays(form, 0) and not arrays(form, 3)
 
 
 @pytest.mark.parametrize(("t", "causal", "loops"), [(64, False, False), (65, False, True), (64, True, True)])

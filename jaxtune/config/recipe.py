@@ -104,6 +104,7 @@ def open_model(
     folder = folder or hf.resolve(cfg.model.path)
     backend = backend or jax.default_backend()
     fields = {"attention": cfg.model.attention, "remat": cfg.model.remat}
+    fields["most_segments"] = (cfg.data.packing and cfg.data.max_segments) or 0
     values = hf.read_config(folder)
     values |= {key: value for key, value in defaults.items() if values.get(key) is None}
     module, task = open_task(

@@ -103,7 +103,9 @@ SETTINGS = (
     Setting("model.tokenizer", Path, None, "directory or hub id of the tokenizer; default: model.path"),
     Setting("model.chat_template", Path, None, "a Jinja file; default: the tokenizer's own"),
     Setting("model.dtype", str, "auto", "auto: bfloat16 on GPU, float32 on CPU", ("auto", "float32", "bfloat16")),
-    Setting("model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "xla", "cudnn")),
+    Setting(
+        "model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "blocks", "xla", "cudnn")
+    ),
     Setting("model.remat", str, "none", "recomputed to save memory", ("none", "full", "dots", "attention")),
     Setting("model.quantization", str, "none", "of the frozen body, while it is read", ("none", "nf4", "int8", "fp8")),
     #
@@ -152,6 +154,9 @@ SETTINGS = (
     Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=TOKENS),
     Setting("data.overlength", str, "drop", "what happens to longer rows", ("drop", "truncate", "split")),
     Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
+    Setting(
+        "data.max_segments", int, None, "rows in one sequence at most; up to 32, a Hopper runs cuDNN", range=AT_LEAST_1
+    ),
     Setting("data.group_by_length", bool, False, "batches of rows of like length: less padding, a little less random"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),
     #
@@ -322,6 +327,7 @@ IDLE = (
         for s in optimizers.SETTINGS
     ),
     Idle(("optim.min_lr_ratio",), lambda v: v["optim.schedule"] == "constant", "optim.schedule is constant"),
+    Idle(("data.max_segments",), lambda v: not v["data.packing"], "data.packing is off"),
     Idle(("data.group_by_length",), lambda v: v["data.packing"], "data.packing leaves nothing to pad"),
     Idle(("data.eval_fraction",), lambda v: v["data.eval"], "data.eval names the held-out data"),
     Idle(("data.weights",), lambda v: v["data.train"] and len(v["data.train"]) == 1, "data.train has one source"),

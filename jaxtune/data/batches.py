@@ -182,6 +182,7 @@ class Batches:
         that no row comes again before all of its source were used.
     batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
     packing: lay several rows, as segments, into one of `max_length` tokens.
+    max_segments: of a packed row at most; None: as many as fit.
     grain: what the lengths that other batches are padded to are multiples of.
     group_by_length: batches of rows of like length, so that little is padded: each run of `GROUPED` batches of the
         permutation is sorted by length and cut into batches, which are shuffled.
@@ -204,6 +205,7 @@ class Batches:
         max_length: int,
         seed: int = 0,
         packing: bool = False,
+        max_segments: int | None = None,
         grain: int = GRAIN,
         group_by_length: bool = False,
         assembler: type[Assembler] = Assembler,
@@ -213,7 +215,7 @@ class Batches:
         self.sources = list(sources)
         self.seed = seed
         self.batch_size = batch_size
-        self.packing = packing
+        self.packing, self.max_segments = packing, max_segments
         self.group_by_length = group_by_length
         sizes = [len(s) for s in self.sources]
         if not sum(sizes):
@@ -299,7 +301,7 @@ class Batches:
             drawn = self._grouped(drawn, epoch)
         if not self.packing:
             return drawn[:, None]
-        bins = pack(self._assembler.length[drawn], self._assembler.max_length)
+        bins = pack(self._assembler.length[drawn], self._assembler.max_length, self.max_segments)
         return [drawn[bins[i]] for i in _shuffled(len(bins), self.seed, 2, epoch)]
 
     def _grouped(self, drawn: np.ndarray, epoch: int) -> np.ndarray:
@@ -369,15 +371,17 @@ class EvalBatches:
         grad_accum: int = 1,
         max_length: int,
         packing: bool = False,
+        max_segments: int | None = None,
         grain: int = GRAIN,
         assembler: type[Assembler] = Assembler,
     ):
         if not len(rows):
             raise UserError("no evaluation rows.")
         self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing, grain)
-        self._plan = (
-            [np.asarray(b) for b in pack(rows.length, max_length)] if packing else list(np.arange(len(rows))[:, None])
-        )
+        if packing:
+            self._plan = [np.asarray(b) for b in pack(rows.length, max_length, max_segments)]
+        else:
+            self._plan = list(np.arange(len(rows))[:, None])
 
     def __len__(self) -> int:
         return -(-len(self._plan) // self._assembler.batch_size)

@@ -3,8 +3,8 @@
 import numpy as np
 
 
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Put items of `lengths` i[N] into bins of `capacity`; return the items of each bin.
+def pack(lengths: np.ndarray, capacity: int, most: int | None = None) -> list[list[int]]:
+    """Put items of `lengths` i[N] into bins of `capacity`, `most` in one at most; return the items of each bin.
 
     The longest item comes first (equal ones in the given order) and goes into the fullest bin that has room, which is
     found in a bitmap of the rooms that are open. Raises ValueError for an item above capacity.
@@ -28,7 +28,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             bins.append([])
         bins[chosen].append(item)
         left = room - size
-        if left:
+        if left and (most is None or len(bins[chosen]) < most):
             open_bins[left].append(chosen)
             rooms |= 1 << left
     return bins

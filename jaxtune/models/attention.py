@@ -1,4 +1,4 @@
-"""Attention over one row of segments, causal or in both directions, three ways, and over a key-value cache.
+"""Attention over one row of segments, causal or in both directions, four ways, and over a key-value cache.
 
 B rows, T tokens, S cache slots, H query heads, G key-value heads, C channels a head.
 Every form takes the same mask: causal (or not), same segment, and less than `window` tokens away.
@@ -6,15 +6,19 @@ Every form takes the same mask: causal (or not), same segment, and less than `wi
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.models import cudnn
+
 Array = jax.Array
 NEG = float(jnp.finfo(jnp.float32).min)
+SMALL = 256  # tokens: on an accelerator, the scores of a row so short are no larger than those of a block
 SHORT = 64  # tokens; MiniLM's attention, 32 rows of 16, 24, 48 on two cores: 3, 6, 20 ms by XLA, 11, 15, 36 mapped
 
 
@@ -23,18 +27,69 @@ def is_short(tokens: int, causal: bool) -> bool:
     return not causal and tokens <= SHORT
 
 
-def choose(name: str, special: bool, dtype, head_dim: int, backend: str | None = None, *, short: bool = False) -> str:
-    """Resolve "auto" for a backend (the one at hand): mapped on CPU, cuDNN on GPU where it applies, else plain XLA.
+def choose(
+    name: str,
+    dtype: Any,
+    head_dim: int,
+    backend: str | None = None,
+    *,
+    tokens: int,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    segmented: bool = False,
+    most_segments: int = 0,
+) -> str:
+    """Resolve "auto" for a backend, so that no [T, T] of a long row is ever in memory.
 
-    cuDNN has neither segments nor softcaps: `special`. On a CPU plain XLA also where rows are `short`.
+    On a GPU cuDNN where it applies, else blocks; on a CPU one head after the other; plain XLA where rows are short.
+
+    Args:
+        backend: default: the one at hand.
+        tokens: of a row.
+        segmented: rows are packed (causal) or padded, as segments tell.
+        most_segments: of a packed row, where that is known.
     """
     if name != "auto":
         return name
     backend = backend or jax.default_backend()
     if backend == "cpu":
-        return "xla" if short else "mapped"
-    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if backend == "gpu" and fits and not special else "xla"
+        return "xla" if is_short(tokens, causal) else "mapped"
+    form = cudnn_form(1.0, causal, window, segmented, most_segments)
+    if backend == "gpu" and softcap is None and form is not None and cudnn.takes(dtype, head_dim, form):
+        return "cudnn"
+    return "xla" if tokens <= SMALL else "blocks"
+
+
+def cudnn_form(
+    scale: float, causal: bool, window: int | None, segmented: bool, most_segments: int
+) -> cudnn.Form | None:
+    """What cuDNN is told; None: how many segments a packed row has is not known."""
+    if segmented and causal and most_segments < 1:
+        return None
+    segments = max(2, most_segments) if segmented and causal else int(segmented)
+    return cudnn.Form(scale, causal, window, segments)
+
+
+@flax.struct.dataclass
+class Segments:
+    """Which tokens belong together, and what is computed of that once a batch, not once a layer.
+
+    Attributes:
+        ids: i32[B, T].
+        layout: as cuDNN takes it; None: that is not used.
+        most: of a packed row; 0: not known.
+    """
+
+    ids: Array
+    layout: cudnn.Layout | None = None
+    most: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def segments_of(ids: Array, causal: bool, most: int) -> Segments:
+    """The segments i32[B, T] of packed (causal) or padded rows, laid for cuDNN."""
+    form = cudnn_form(1.0, causal, None, True, most)
+    return Segments(ids, cudnn.layout(ids, form.segments), most)
 
 
 def attend_tokens(
@@ -42,7 +97,7 @@ def attend_tokens(
     k: Array,
     v: Array,
     *,
-    segments: Array | None,
+    segments: Array | Segments | None,
     scale: float,
     window: int | None,
     implementation: str,
@@ -59,7 +114,7 @@ def attend_tokens(
             which a causal row never sees.
         scale: multiplies q.k.
         window: how many tokens back a token sees, itself included; None: all.
-        implementation: "mapped", "xla", "cudnn" or "auto".
+        implementation: "mapped", "blocks", "xla", "cudnn" or "auto".
         causal: whether a token sees only earlier ones; otherwise it sees as far ahead as back.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None: they stay.
 
@@ -67,25 +122,32 @@ def attend_tokens(
         [B, T, H, C] in q's dtype. What a remat policy has to keep is tagged "attention" (`checkpoint_name`).
 
     Raises:
-        ValueError: the implementation is unknown, or cannot honour segments or a softcap.
+        ValueError: the implementation is unknown, or cannot honour segments, a window or a softcap.
     """
-    plain = segments is None and softcap is None
-    name = choose(implementation, not plain, q.dtype, q.shape[-1], short=is_short(q.shape[1], causal))
+    known = segments if segments is None or isinstance(segments, Segments) else Segments(segments)
+    ids, most = (None, 0) if known is None else (known.ids, known.most)
+    rows = {"causal": causal, "window": window, "segmented": ids is not None, "most_segments": most}
+    name = choose(implementation, q.dtype, q.shape[-1], tokens=q.shape[1], softcap=softcap, **rows)
     if name == "mapped":
-        return _mapped(q, k, v, segments, scale, window, causal, softcap)
+        return _fused(q, k, v, ids, scale, window, causal, softcap, together=False)
+    if name == "blocks":
+        return _fused(q, k, v, ids, scale, window, causal, softcap, together=True)
     if name == "xla":
-        mask = _token_mask(q.shape[1], segments, window, causal)
+        mask = _token_mask(q.shape[1], ids, window, causal)
         return checkpoint_name(_by_head(q, k, v, mask, scale, softcap), "attention")
     if name == "cudnn":
+        form = cudnn_form(scale, causal, window, ids is not None, most)
         if softcap is not None:
-            raise ValueError("attention='cudnn' has no softcap on scores; use 'xla', 'mapped' or 'auto'.")
-        if segments is not None:
-            raise ValueError("attention='cudnn' does not separate packed segments; use 'xla', 'mapped' or 'auto'.")
-        local = None if window is None else (window - 1, 0 if causal else window - 1)
-        out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, local_window_size=local, implementation="cudnn"
-        )
-        return checkpoint_name(out, "attention")
+            raise ValueError("attention='cudnn' has no softcap on scores; use 'blocks' or 'auto'.")
+        if window is not None and not causal:
+            raise ValueError("attention='cudnn' has no window in both directions; use 'blocks' or 'auto'.")
+        if form is None:
+            raise ValueError(
+                "attention='cudnn' does not separate packed segments of any number; set data.max_segments, or use "
+                "'blocks' or 'auto'."
+            )
+        where = None if ids is None else known.layout or cudnn.layout(ids, form.segments)
+        return cudnn.attend(q, k, v, where, form)
     raise ValueError(f"Unknown attention implementation {name!r}.")
 
 
@@ -178,11 +240,18 @@ def _blocks(t: int, form: "_Form") -> list[_Block]:
     return blocks
 
 
-def _mapped(q, k, v, segments, scale, window, causal, softcap):
-    """A loop over (row, key-value head): the scores of a block stay in cache and are computed again backward.
+ROOM = 2**28  # bytes of float32 scores that exist at once where all heads are computed together
+
+
+def _fused(q, k, v, segments, scale, window, causal, softcap, *, together: bool):
+    """Attention whose scores exist for a block of queries at a time, and are computed again backward.
 
     FlashAttention-2's equations (Dao 2023, arXiv:2307.08691, algorithms 1 and 2) with whole rows of scores: the
     backward pass takes the weights from the scores and what the forward pass kept of each row, its maximum and sum.
+
+    Args:
+        together: all rows and heads at once, a few queries at a time, as a GPU likes it; else one (row, key-value head)
+            after the other, whose scores stay in a CPU's cache.
     """
     b, t, h, c = q.shape
     g = k.shape[2]
@@ -190,25 +259,74 @@ def _mapped(q, k, v, segments, scale, window, causal, softcap):
     qs = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4).reshape(b * g, h // g, t, c)
     flat = functools.partial(jnp.reshape, shape=(b * g, t, c))
     qkv = (qs, flat(k.transpose(0, 2, 1, 3)), flat(v.transpose(0, 2, 1, 3)))
-    form = _Form(segments is not None, window, causal, scale, softcap)
+    queries = min(max(ROOM // (4 * b * h * t) // 16 * 16, 16), 512) if together else None
+    form = _Form(segments is not None, window, causal, scale, softcap, queries)
     out = _heads(form, *(checkpoint_name(x, "heads") for x in qkv), jnp.repeat(segs, g, axis=0))
     return out.reshape(b, g, h // g, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
 class _Form(NamedTuple):
-    """What a query sees, and how scores are made."""
+    """What a query sees, and how scores are made.
+
+    Attributes:
+        queries: how many of all rows and heads are computed at once; None: see `_fused`.
+    """
 
     segmented: bool
     window: int | None
     causal: bool
     scale: float
     softcap: float | None
+    queries: int | None
 
-    def mask(self, block: _Block, segments: Array) -> Array:
-        """bool[stop - start, last - first]."""
-        start, stop, first, last = block
-        mask = jnp.asarray(_near(np.arange(start, stop)[:, None], np.arange(first, last), self.window, self.causal))
-        return mask & (segments[start:stop, None] == segments[first:last]) if self.segmented else mask
+    def each(self, one, q, *args):
+        """`one` of every (row, key-value head), and the places of tokens [T]."""
+        places = np.arange(q.shape[2])
+        if self.queries is None:
+            return jax.lax.map(lambda args: one(places, *args), (q, *args))
+        # Masks are made of places and segments alone: but for the barrier, what differentiates the scan over layers
+        # would take them for known beforehand, and keep those of all parts.
+        places, q, *args = jax.lax.optimization_barrier((jnp.asarray(places), q, *args))
+        return jax.vmap(functools.partial(one, places))(q, *args)
+
+    def pieces(self, block: _Block) -> int | None:
+        """How many parts a block's queries are computed in; None: all at once."""
+        size = block.stop - block.start
+        return None if self.queries is None or size <= self.queries else math.ceil(size / self.queries)
+
+    def scores(self, q: Array, k: Array, segments: Array, rows: Array, own: Array, block: _Block) -> tuple[Array, Any]:
+        """Masked scores f32[n * r, s] of queries [n, r, C] at places `rows`, of segments `own` [r]; their slope by q.k.
+
+        Plain matrices, whose products need no copies.
+        """
+        n, r, c = q.shape
+        keys = np.arange(block.first, block.last)
+        scores = jnp.dot(q.reshape(n * r, c), k.T, preferred_element_type=jnp.float32) * self.scale
+        slope = self.scale
+        if self.softcap is not None:
+            squashed = jnp.tanh(scores / self.softcap)
+            scores, slope = self.softcap * squashed, self.scale * (1 - jnp.square(squashed))
+        mask = jnp.asarray(_near(rows[:, None], keys, self.window, self.causal))
+        if self.segmented:
+            mask &= own[:, None] == segments[block.first : block.last]
+        return jnp.where(jnp.tile(mask, (n, 1)), scores, NEG), slope
+
+
+def _parts(x: Array, block: _Block, pieces: int, axis: int = 0, fill: Any = 0) -> Array:
+    """The block's queries along `axis`, padded with `fill` and cut: [pieces, ..., queries, ...]."""
+    x = jax.lax.slice_in_dim(x, block.start, block.stop, axis=axis)
+    size = math.ceil((block.stop - block.start) / pieces)
+    padding = [(0, size * pieces - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, padding, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], pieces, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _whole(x: Array, block: _Block, axis: int) -> Array:
+    """`_parts` undone: [pieces, ..., queries, ...] -> the block's queries along `axis`."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, block.stop - block.start, axis=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -218,70 +336,85 @@ def _heads(form: _Form, q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 
 def _heads_forward(form, q, k, v, segments):
-    def one(args):
-        q, k, v, seg = args
-        n, t, c = q.shape
-        outs, tops, totals = [], [], []
+    def one(places, q, k, v, seg):
+        t = q.shape[1]
+        parts = []
         for block in _blocks(t, form):
-            start, stop, first, last = block
-            scores, _ = _scores(form, q, k, seg, block)
-            top = scores.max(-1, keepdims=True)
-            weights = jnp.exp(scores - top)
-            total = weights.sum(-1, keepdims=True)
-            out = jnp.dot(weights.astype(v.dtype), v[first:last], preferred_element_type=jnp.float32) / total
-            outs.append(out.astype(v.dtype).reshape(n, stop - start, c))
-            tops.append(top.reshape(n, stop - start))
-            totals.append(total.reshape(n, stop - start))
-        return tuple(jnp.concatenate(parts, axis=1) for parts in (outs, tops, totals))
+            ks, vs = k[block.first : block.last], v[block.first : block.last]
 
-    out, *softmax = jax.lax.map(one, (q, k, v, segments))
-    return checkpoint_name(out, "attention"), (q, k, v, segments, *(checkpoint_name(x, "scores") for x in softmax))
+            def some(args, block=block, ks=ks, vs=vs):
+                q, rows, own = args
+                shape = q.shape[:2]
+                scores, _ = form.scores(q, ks, seg, rows, own, block)
+                top = scores.max(-1, keepdims=True)
+                weights = jnp.exp(scores - top)
+                total = weights.sum(-1, keepdims=True)
+                out = jnp.dot(weights.astype(vs.dtype), vs, preferred_element_type=jnp.float32) / total
+                return out.astype(vs.dtype).reshape(*shape, -1), top.reshape(shape), total.reshape(shape)
+
+            pieces = form.pieces(block)
+            if pieces is None:
+                here = slice(block.start, block.stop)
+                parts.append(some((q[:, here], places[here], seg[here])))
+            else:
+                args = _parts(q, block, pieces, 1), _parts(places, block, pieces), _parts(seg, block, pieces)
+                parts.append([_whole(x, block, 1) for x in jax.lax.map(some, args)])
+        return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+
+    out, *softmax = form.each(one, q, k, v, segments)
+    return checkpoint_name(out, "attention"), (q, k, v, segments, *(checkpoint_name(x, "attention") for x in softmax))
 
 
 def _heads_backward(form, kept, grad):
-    def one(args):
-        q, k, v, seg, top, total, grad = args
-        n, t, c = q.shape
-        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+    def one(places, q, k, v, seg, top, total, grad):
+        t, c = k.shape
         # Transposed: XLA's fast product on a CPU takes a large right side as it lies, not a large left side transposed.
         dq, dk, dv = [], jnp.zeros((c, t), jnp.float32), jnp.zeros((c, t), jnp.float32)
         for block in _blocks(t, form):
-            start, stop, first, last = block
-            size = n * (stop - start)
-            rows, cols = slice(start, stop), slice(first, last)
-            scores, slope = _scores(form, q, k, seg, block)
-            # Not exp(scores - log of the sum): that difference has lost the last digits of large scores.
-            weights = jnp.exp(scores - top[:, rows].reshape(size, 1)) / total[:, rows].reshape(size, 1)
-            g = grad[:, rows].reshape(size, c)
-            dv = dv.at[:, cols].add(dot(g.T, weights.astype(v.dtype)))
-            dweights = dot(g, v[cols].T)
-            # FlashAttention takes the inner product of `out` and `grad` here, which leaves rounding where the gradient
-            # is exactly 0: at a query that sees one key.
-            inner = (weights * dweights).sum(-1, keepdims=True)
-            ds = weights * (dweights - inner) * slope
-            ds = ds.astype(q.dtype)
-            dq.append(dot(ds, k[cols]).astype(q.dtype).reshape(n, stop - start, c))
-            dk = dk.at[:, cols].add(dot(q[:, rows].reshape(size, c).T, ds))
+            cols = slice(block.first, block.last)
+            ks, vs = k[cols], v[cols]
+
+            def some(args, block=block, ks=ks, vs=vs):
+                q, rows, own, top, total, g = args
+                size = q.shape[0] * q.shape[1]
+                scores, slope = form.scores(q, ks, seg, rows, own, block)
+                # Not exp(scores - log of the sum): that difference has lost the last digits of large scores.
+                weights = jnp.exp(scores - top.reshape(size, 1)) / total.reshape(size, 1)
+                g = g.reshape(size, c)
+                dweights = dot(g, vs.T)
+                # FlashAttention takes the inner product of `out` and `grad` here, which leaves rounding where the
+                # gradient is exactly 0: at a query that sees one key.
+                inner = (weights * dweights).sum(-1, keepdims=True)
+                ds = (weights * (dweights - inner) * slope).astype(q.dtype)
+                own_dq = dot(ds, ks).astype(q.dtype).reshape(q.shape)
+                return own_dq, dot(q.reshape(size, c).T, ds), dot(g.T, weights.astype(vs.dtype))
+
+            pieces = form.pieces(block)
+            if pieces is None:
+                here = slice(block.start, block.stop)
+                of = (q[:, here], places[here], seg[here], top[:, here], total[:, here], grad[:, here])
+                of_q, of_k, of_v = some(of)
+            else:
+                of = (
+                    *(_parts(q, block, pieces, 1), _parts(places, block, pieces), _parts(seg, block, pieces)),
+                    *(_parts(top, block, pieces, 1, fill=-NEG), _parts(total, block, pieces, 1, fill=1)),
+                    _parts(grad, block, pieces, 1),
+                )
+
+                def add(sums, args, some=some):
+                    of_q, *of_kv = some(args)
+                    return jax.tree.map(jnp.add, sums, tuple(of_kv)), of_q
+
+                none = jnp.zeros((c, block.last - block.first), jnp.float32)
+                (of_k, of_v), of_q = jax.lax.scan(add, (none, none), of)
+                of_q = _whole(of_q, block, 1)
+            dq.append(of_q)
+            dk, dv = dk.at[:, cols].add(of_k), dv.at[:, cols].add(of_v)
         return jnp.concatenate(dq, axis=1), dk.T.astype(k.dtype), dv.T.astype(v.dtype)
 
-    return *jax.lax.map(one, (*kept, grad)), None
-
-
-def _scores(form, q, k, segments, block):
-    """Masked scores of a block, f32[N * rows, columns], and their slope by q.k.
-
-    Plain matrices, whose products need no copies.
-    """
-    n, _, c = q.shape
-    start, stop, first, last = block
-    flat = q[:, start:stop].reshape(n * (stop - start), c)
-    scores = jnp.dot(flat, k[first:last].T, preferred_element_type=jnp.float32) * form.scale
-    slope = form.scale
-    if form.softcap is not None:
-        squashed = jnp.tanh(scores / form.softcap)
-        scores, slope = form.softcap * squashed, form.scale * (1 - jnp.square(squashed))
-    seen = jnp.tile(form.mask(block, segments), (n, 1))
-    return jnp.where(seen, scores, NEG), slope
+    return *form.each(one, *kept, grad), None
 
 
 _heads.defvjp(_heads_forward, _heads_backward)

@@ -1,6 +1,7 @@
 """What decoders and encoders share: segments of stacked blocks under `scan`, and the fields that say how they run."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models import rope
+from jaxtune.models.attention import Segments, choose, segments_of
 from jaxtune.models.layers import Context, leaf
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Segment
@@ -25,6 +27,12 @@ REMAT = {
 # On a CPU "none" keeps what took a large matrix product or random bits, once: the rest is cheaper to compute again than
 # to write and read, and every use of it would be kept as an array of its own.
 PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "low", "dropout")
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(module: "Body") -> Any:
+    """Traced once for each model: it takes a tenth of a second, and loading asks for it several times."""
+    return jax.eval_shape(module.init_params, jax.random.key(0))
 
 
 class Pattern(nn.Module):
@@ -56,7 +64,8 @@ class Body(nn.Module):
     Attributes:
         spec: the architecture.
         dtype: of activations; parameters are cast to it where they are used.
-        attention: "auto", "mapped", "xla" or "cudnn".
+        attention: "auto", "mapped", "blocks", "xla" or "cudnn".
+        most_segments: of a packed row; 0: any number.
         remat: "none" keeps every activation for the backward pass; see `REMAT`.
         unroll: blocks in one iteration of the scan.
         start, stop: the segments that `hidden` runs, as a slice. Above 0, `start` makes it take the residual stream
@@ -66,6 +75,7 @@ class Body(nn.Module):
     spec: Any
     dtype: Any = jnp.float32
     attention: str = "auto"
+    most_segments: int = 0
     remat: str = "none"
     unroll: int = 1
     start: int = 0
@@ -105,7 +115,9 @@ class Body(nn.Module):
             length = jnp.full_like(length, min(jax.tree.leaves(cache)[0].shape[2], spec.positions))
         # Not a set: its order, and with it the program's, would change from process to process.
         ropes = dict.fromkeys(b.rope for s in spec.segments for b in s.pattern if b.rope is not None)
-        ctx = ctx._replace(ropes={str(r): rope.tables(r, positions, length) for r in ropes})
+        ctx = ctx._replace(
+            ropes={str(r): rope.tables(r, positions, length) for r in ropes}, segments=self._laid(ctx.segments)
+        )
         pattern = Pattern
         kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
         if kept is not None and cache is None:
@@ -127,13 +139,24 @@ class Body(nn.Module):
             first += segment.layers
         return x, None if cache is None else tuple(caches)
 
+    def _laid(self, ids: Array | None) -> Segments | None:
+        """The segments, with what attention's kernel wants to know of them: once, not in each layer."""
+        if ids is None:
+            return None
+        for block in {b for s in self.spec.segments for b in s.pattern}:
+            rows = {"causal": block.causal, "window": block.window, "segmented": True}
+            rows |= {"softcap": block.softcap, "tokens": ids.shape[1], "most_segments": self.most_segments}
+            if choose(self.attention, self.dtype, block.head_dim, **rows) == "cudnn":
+                return segments_of(ids, block.causal, self.most_segments)
+        return Segments(ids, most=self.most_segments)
+
     def init_params(self, key: Array) -> Any:
         """Random float32 parameters, as for pretraining."""
         return self.init(key, jnp.zeros((1, 2), jnp.int32), method="hidden")["params"]
 
     def abstract_params(self) -> Any:
         """Shapes and dtypes of `init_params`, nothing allocated."""
-        return jax.eval_shape(self.init_params, jax.random.key(0))
+        return jax.tree.map(lambda leaf: leaf, _abstract_params(self))
 
     def table(self, name: str, rows: int) -> Any:
         """A table of embeddings [rows, D]."""

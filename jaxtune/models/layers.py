@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.models.attention import attend_cache, attend_tokens
+from jaxtune.models.attention import Segments, attend_cache, attend_tokens
 from jaxtune.models.spec import BlockSpec, NormKind
 from jaxtune.weights.leaf import Array, Keys, dot, fold
 
@@ -45,13 +45,13 @@ class Context(NamedTuple):
 
     Attributes:
         positions: i32[B, T], the cache slots to write; None: the first T, and what the cache held is not seen.
-        segments: i32[B, T] or None.
+        segments: which tokens see one another; None: all of a row. Given as i32[B, T].
         ropes: {str(rope): (cos, sin)}, each [B, T, 1, dim/2] float32.
         keys: one PRNG key a row, [B], or None.
     """
 
     positions: Array | None
-    segments: Array | None
+    segments: Segments | Array | None
     ropes: dict[str, tuple[Array, Array]]
     keys: Keys
 

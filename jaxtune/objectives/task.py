@@ -70,6 +70,7 @@ class Entry(NamedTuple):
 
 _TEXT = (
     *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.ignore", "data.packing"),
+    *("data.max_segments",),
     *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "model.chat_template"),
     *("objective.z_loss", "evaluate"),
 )

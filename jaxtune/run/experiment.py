@@ -188,6 +188,7 @@ def make_batches(
         "grad_accum": t.grad_accum,
         "max_length": rows.length,
         "packing": d.packing,
+        "max_segments": d.max_segments,
         "assembler": experiment.task.assembler,
     }
     train = [part.prefixed(rows.prefix) for part in rows.train]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import tree
-from jaxtune.models.attention import choose, is_short
+from jaxtune.models.attention import choose
 from jaxtune.objectives.task import Task
 from jaxtune.train.recipe import Recipe, Start
 
@@ -268,16 +268,16 @@ def saved_by(recipe: Recipe, backend: str, known: Start, policy: str) -> tuple[f
 def _traceable(recipe: Recipe, backend: str, policy: str) -> Any:
     """The module as it is on the planned backend, in a form that any backend traces.
 
-    cuDNN's attention keeps what the mapped form keeps: its inputs, its output, and two numbers a row.
+    cuDNN's attention and blocks keep what the mapped form keeps: their inputs, their output, and two numbers a row.
     """
     module = recipe.module
     block = module.spec.segments[0].pattern[0]
-    special = recipe.batch.packed or not block.causal  # an encoder tells padding by segments
-    short = is_short(recipe.batch.length, block.causal)
-    chosen = choose(module.attention, special, module.dtype, block.head_dim, backend, short=short)
+    segmented = recipe.batch.packed or not block.causal  # an encoder tells padding by segments
+    rows = {"tokens": recipe.batch.length, "causal": block.causal, "softcap": block.softcap, "segmented": segmented}
+    chosen = choose(module.attention, module.dtype, block.head_dim, backend, **rows)
     if policy == "none" and backend != "cpu":
         policy = "everything"
-    return module.clone(attention="mapped" if chosen == "cudnn" else chosen, remat=policy)
+    return module.clone(attention="mapped" if chosen in ("cudnn", "blocks") else chosen, remat=policy)
 
 
 def _loss(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) -> tuple[Callable[..., Any], tuple]:

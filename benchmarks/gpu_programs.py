@@ -1,0 +1,298 @@
+"""Steps compiled for GPUs that are not there: memory by XLA's plan, kernels, and what must not be in the program.
+
+    python benchmarks/gpu_programs.py [--card=h100] [--only=1b] [--json=OUT]
+
+Nothing runs, and no GPU is needed: XLA compiles for a described device with the CUDA wheels alone (`pip install
+--no-deps` of jax-cuda13-plugin, jax-cuda13-pjrt and the nvidia-* libraries; 2.5 GB). Autotuning is off, so which
+library multiplies matrices is not what a GPU would choose; buffers and cuDNN calls are. A case is a process of its own.
+
+Every program is held to: no array [., ., T, T] of a long row; of a frozen matrix no gradient is computed; no
+dequantised copy of a quantised stack; state donated; nothing sent to the host. Exit status 1 where one does not hold.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from typing import Any, NamedTuple
+
+import common
+
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+GEMMA = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+         "query_pre_attn_scalar": 256, "sliding_window": 4096, "head_dim": 256, "num_hidden_layers": 26}  # fmt: skip
+MODELS = {
+    "1b": LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    "70b": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 8, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 128256},  # a tenth of its 80 layers
+    "gemma2-2b": GEMMA | {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+                  "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000},
+    "gemma3-1b": GEMMA | {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912,
+                  "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 262144},
+    "bert": {"model_type": "bert", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512},
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A program.
+
+    Attributes:
+        kind: "train", "sweep" of 8, "classify", "prefill" or "decode".
+    """
+
+    model: str
+    method: str
+    rows: int
+    length: int
+    remat: str = "none"
+    packed: bool = False
+    quantization: str = "none"
+    kind: str = "train"
+
+
+CASES = {
+    "1b lora packed": Case("1b", "lora", 2, 4096, packed=True),
+    "1b lora": Case("1b", "lora", 2, 4096),
+    "1b lora packed, dots": Case("1b", "lora", 2, 4096, "dots", packed=True),
+    "1b lora packed, full": Case("1b", "lora", 2, 4096, "full", packed=True),
+    "1b dora packed, dots": Case("1b", "dora", 2, 4096, "dots", packed=True),
+    "1b full packed, dots": Case("1b", "full", 1, 4096, "dots", packed=True),
+    "1b qlora 32k, full": Case("1b", "lora", 1, 32768, "full", quantization="nf4"),
+    "1b qlora 32k packed, full": Case("1b", "lora", 1, 32768, "full", packed=True, quantization="nf4"),
+    "1b sweep of 8": Case("1b", "lora", 8, 512, "dots", kind="sweep"),
+    "8b lora, dots": Case("8b", "lora", 2, 4096, "dots"),
+    "8b lora packed, dots": Case("8b", "lora", 2, 4096, "dots", packed=True),
+    "8b lora packed, full": Case("8b", "lora", 2, 4096, "full", packed=True),
+    "8b qlora, full": Case("8b", "lora", 1, 4096, "full", quantization="nf4"),
+    "8b qlora packed, full": Case("8b", "lora", 1, 4096, "full", packed=True, quantization="nf4"),
+    "8b full, full": Case("8b", "full", 1, 4096, "full"),
+    "70b/10 qlora packed, full": Case("70b", "lora", 1, 4096, "full", packed=True, quantization="nf4"),
+    "gemma2-2b lora": Case("gemma2-2b", "lora", 1, 4096),
+    "gemma3-1b lora, dots": Case("gemma3-1b", "lora", 2, 4096, "dots"),
+    "gemma3-1b lora packed, dots": Case("gemma3-1b", "lora", 2, 4096, "dots", packed=True),
+    "bert classify full": Case("bert", "full", 32, 512, kind="classify"),
+    "bert classify lora": Case("bert", "lora", 32, 512, kind="classify"),
+    "1b prefill": Case("1b", "lora", 8, 2048, kind="prefill"),
+    "1b decode": Case("1b", "lora", 32, 2048, kind="decode"),
+}
+
+
+class Card(NamedTuple):
+    """A GPU, as XLA describes it: compute capability, cores, shared memory of one, bytes, bytes/s; bfloat16 FLOP/s."""
+
+    capability: tuple[int, int]
+    cores: int
+    shared: int
+    memory: int
+    bandwidth: int
+    flops: float
+
+    def described(self, name: str) -> str:
+        major, minor = self.capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared} threads_per_core_limit: 2048 core_count: {self.cores} fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {self.bandwidth} l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: {self.memory} shared_memory_per_block_optin: {self.shared - 1024}
+  cuda_compute_capability {{ major: {major} minor: {minor} }} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+runtime_version {{ major: 13 }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
+
+
+CARDS = {
+    "h100": Card((9, 0), 132, 233472, 84978434048, 3352320000000, 989e12),
+    "a100": Card((8, 0), 108, 167936, 85899345920, 2039000000000, 312e12),
+    "rtx4090": Card((8, 9), 128, 102400, 25769803776, 1008000000000, 165e12),
+    "b200": Card((10, 0), 148, 233472, 206158430208, 8000000000000, 2250e12),
+}
+
+
+def recipe(case: Case) -> Any:
+    """The recipe of a training case."""
+    import jax.numpy as jnp
+
+    from jaxtune import models
+    from jaxtune.methods.table import tune
+    from jaxtune.models.classifier import SEQUENCE, Labels, with_labels
+    from jaxtune.objectives.causal_lm import causal_lm_task
+    from jaxtune.objectives.labels import label_task
+    from jaxtune.objectives.task import BatchShape
+    from jaxtune.train import optim
+    from jaxtune.train.recipe import Recipe
+
+    module = models.build(MODELS[case.model], remat=case.remat, dtype=jnp.bfloat16)
+    if case.kind == "classify":
+        module = with_labels(module, Labels(SEQUENCE, ("a", "b"), drawn=True))
+        task = label_task(module)
+    else:
+        task = causal_lm_task(module, packed=case.packed)
+    method, settings = case.method, {}
+    if method in ("lora", "dora"):
+        method, settings = "lora", {"r": 16, "use_dora": method == "dora"}
+    return Recipe(
+        module,
+        task,
+        functools.partial(tune, method, settings=settings),
+        functools.partial(optim.optimizer, "adamw", lr=1e-3, grad_clip=1.0),
+        BatchShape(case.rows, case.length, packed=case.packed),
+        quantization=case.quantization,
+    )
+
+
+def program(case: Case) -> tuple[Any, tuple, Any]:
+    """(jitted function, abstract arguments, the recipe)."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtune.infer.generation import prepare
+    from jaxtune.train import stacked
+
+    r = recipe(case)
+    start = r.abstract
+    batch = r.task.batch_like(r.batch)
+    if case.kind == "sweep":
+        state = jax.eval_shape(lambda state: stacked.stack([state] * 8), start.state)
+        return r.programs(members=8)[0], (state, start.frozen, batch), r
+    if case.kind in ("train", "classify"):
+        return r.programs()[0], (start.state, start.frozen, batch), r
+    params = jax.eval_shape(lambda p: prepare(r.module, r.tuned(p)[0]), r.abstract_base())
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), params
+    )
+    tokens = case.length if case.kind == "prefill" else 1
+    cache = jax.eval_shape(lambda: r.module.init_cache(case.rows, case.length))
+    ids = jax.ShapeDtypeStruct((case.rows, tokens), jnp.int32)
+
+    def forward(params, ids, positions, cache):
+        hidden, cache = r.module.apply({"params": params}, ids, positions, None, cache, method="hidden")
+        return hidden[:, -1], cache
+
+    return jax.jit(forward, donate_argnums=3), (params, ids, ids, cache), r
+
+
+def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
+    """What XLA made of a case."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    import jax
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from jaxtune.models import cudnn
+    from jaxtune.train import cost
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=name, topology="1 x 1 x 1", target_config=card.described(name.upper())
+    )
+    there = SingleDeviceSharding(topology.devices[0])
+    jax.default_backend = lambda: "gpu"  # what the model asks where it depends on the device
+    fused.check_compute_capability = lambda needed, *_: card.capability >= tuple(map(int, str(needed).split(".")))
+    fused.check_cudnn_version = lambda: 91000
+    cudnn.capability = lambda: card.capability
+    fn, arguments, r = program(case)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments)
+    executable = fn.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    plan, text = executable.memory_analysis(), executable.as_text()
+    calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+    gib = 2**30
+    total = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes
+    found = {
+        "arguments": plan.argument_size_in_bytes / gib,
+        "temporary": plan.temp_size_in_bytes / gib,
+        "total": (total - plan.alias_size_in_bytes) / gib,
+        "attention": sum(n for c, n in calls.items() if "fmha" in c and "Backward" not in c),
+        "backward": sum(n for c, n in calls.items() if "fmha" in c and "Backward" in c),
+        "wrong": wrong(case, r, text, plan, arguments),
+    }
+    if case.kind in ("train", "classify"):
+        measured = cost.measure(r, "gpu")
+        found["plan"] = measured.bytes(case.rows).total / gib
+        found["TFLOP"] = case.rows * measured.flops / 1e12
+        found["ms at peak"] = 1e15 * found["TFLOP"] / card.flops
+    return found
+
+
+def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[str]:
+    """What is in a program that must not be."""
+    import jax
+
+    said = []
+    block, t = r.module.spec.segments[0].pattern[0], case.length
+    heads = {block.heads, block.kv_heads, case.rows * block.heads, case.rows * block.kv_heads}
+    squares = {
+        f"[{found},{t},{t}]"
+        for found in re.findall(rf"(?:f32|bf16|pred)\[([\d,]+),{t},{t}\]", text)
+        if set(map(int, found.split(","))) & heads
+        and found != f"{r.module.spec.layers},{case.rows}"  # activations [T, D]
+    }
+    if t > 512 and squares:
+        said.append(f"[T, T] arrays: {', '.join(sorted(squares)[:3])}")
+    if case.kind in ("train", "sweep") and case.method != "full":
+        base = {x.shape[1:] for x in jax.tree.leaves(r.abstract_base()) if x.ndim == 3 and min(x.shape[1:]) > 1000}
+        for k, n in base:  # a gradient of a frozen matrix is the output of a product over tokens
+            product = rf"= (?:\(|)(?:bf16|f32)\[(?:{k},{n}|{n},{k})\][^=]*?custom_call_target=\"__cublas"
+            if re.search(product, text):
+                said.append(f"a product of the size of a frozen matrix, {k} x {n}")
+    if case.quantization != "none":
+        for x in jax.tree.leaves(r.module.abstract_params()):
+            tokens = x.shape[0] * x.shape[1] == case.rows * t  # of activations, in parts
+            if (
+                x.ndim == 3
+                and min(x.shape[1:]) > 1000
+                and not tokens
+                and re.search(rf"bf16\[{','.join(map(str, x.shape))}\]", text)
+            ):
+                said.append(f"a dequantised stack {x.shape}")
+    donated = arguments[0] if case.kind != "prefill" and case.kind != "decode" else arguments[3]
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(donated) if hasattr(x.dtype, "itemsize"))
+    if plan.alias_size_in_bytes < 0.9 * size:
+        said.append(f"{plan.alias_size_in_bytes:,} of {size:,} bytes of state are donated")
+    if re.search(r"\b(infeed|outfeed|send|recv)\(|MoveToHost|S\(5\)", text):
+        said.append("something is sent to the host")
+    return said
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--card", default="h100", choices=CARDS)
+    p.add_argument("--only", help="cases whose name contains this")
+    p.add_argument("--case", help="one case, in this process; prints JSON")
+    p.add_argument("--json", help="a file for the figures")
+    a = p.parse_args()
+    if a.case:
+        print(json.dumps(compiled(CASES[a.case], CARDS[a.card], a.card)))
+        return 0
+    found = {}
+    columns = ("arguments", "temporary", "total", "plan", "attention", "backward", "ms at peak")
+    print(f"| {a.card}: program | " + " | ".join(columns) + " | wrong |\n|" + "---|" * (len(columns) + 2))
+    for name in CASES:
+        if a.only and a.only not in name:
+            continue
+        command = [sys.executable, __file__, f"--case={name}", f"--card={a.card}"]
+        try:
+            found[name] = row = common.last_json(common.run(command, 2).stdout)
+        except SystemExit as error:
+            found[name] = row = {"wrong": [str(error).strip().splitlines()[-1][:200]]}
+        cells = ("" if (x := row.get(c)) is None else f"{x:.1f}" if isinstance(x, float) else str(x) for c in columns)
+        print(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(row['wrong'])} |", flush=True)
+    if a.json:
+        common.Path(a.json).write_text(json.dumps(found, indent=1) + "\n")
+    return int(any(row["wrong"] for row in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
