@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
@@ -356,14 +357,13 @@ def test_statistics_are_kept_with_the_output(kernel):
 
 
 def test_a_trial_finds_wrong_numbers_and_missing_plans(kernel, monkeypatch):
-    def reference(q, k, v, segments, form):
-        known = None if segments is None else attention.Segments(segments, most=4)
-        settings = {"segments": known, "scale": form.scale, "window": form.window, "causal": form.causal}
-        return attend_tokens(q, k, v, **settings, implementation="xla")
-
+    module = small.decoder(dtype=jnp.bfloat16, head_dim=16)
+    assert attention.trial(module) is None and not kernel  # there is no GPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "_without_plan", [])
-    assert cudnn.trial(reference, 16, 4, 2) is None
+    assert attention.trial(module) is None and len(kernel) >= 3
+    assert attention.trial(module.clone(attention="blocks")) is None
     good = cudnn.forward
 
     def leaks(form, q, k, v, where):
@@ -373,13 +373,13 @@ def test_a_trial_finds_wrong_numbers_and_missing_plans(kernel, monkeypatch):
     cudnn._folded.cache_clear()
     monkeypatch.setattr(cudnn, "forward", leaks)
     with pytest.raises(UserError, match=r"wrong numbers on packed rows.*model\.attention=blocks"):
-        cudnn.trial(reference, 16, 4, 2)
+        attention.trial(module)
 
     def fails(form, *arrays):
         raise RuntimeError("No valid execution plans built.\nmore")
 
     monkeypatch.setattr(cudnn, "forward", fails)
-    assert "No valid execution plans built.); attention is computed in blocks" in cudnn.trial(reference, 16, 4, 2)
+    assert "No valid execution plans built.); attention is computed in blocks" in attention.trial(module)
     assert choose("auto", jnp.bfloat16, 64, "gpu", tokens=4096) == "blocks"
 
 

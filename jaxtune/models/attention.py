@@ -45,8 +45,14 @@ def choose(
     On a GPU cuDNN where it applies, else blocks; on a CPU one head after the other; plain XLA where rows are short.
 
     Args:
+        name: "auto", or what is returned as it is.
+        dtype: of queries, keys and values.
+        head_dim: channels a head.
         backend: default: the one at hand.
         tokens: of a row.
+        causal: see `attend_tokens`.
+        window: see `attend_tokens`.
+        softcap: see `attend_tokens`.
         segmented: rows are packed (causal) or padded, as segments tell.
         most_segments: of a packed row, where that is known.
     """
@@ -151,6 +157,28 @@ def attend_tokens(
     raise ValueError(f"Unknown attention implementation {name!r}.")
 
 
+def trial(module: Any) -> str | None:
+    """On a GPU, try the kernel that `module` would use once, on its heads; elsewhere do nothing.
+
+    Returns:
+        None where all is well; a sentence where attention is computed in another way.
+
+    Raises:
+        UserError: the kernel's numbers are wrong.
+    """
+    if jax.default_backend() != "gpu" or module.attention not in ("auto", "cudnn"):
+        return None
+    block = module.spec.segments[0].pattern[0]
+
+    def plain(q, k, v, segments, form):
+        known = None if segments is None else Segments(segments, most=form.segments)
+        rows = {"scale": form.scale, "window": form.window, "causal": form.causal}
+        return attend_tokens(q, k, v, segments=known, **rows, implementation="xla")
+
+    with jax.default_matmul_precision("highest"):
+        return cudnn.trial(plain, block.head_dim, 2 * block.heads // block.kv_heads, 2, module.dtype)
+
+
 def attend_cache(
     q: Array, k: Array, v: Array, positions: Array, *, scale: float, window: int | None, softcap: float | None = None
 ) -> Array:
@@ -249,9 +277,8 @@ def _fused(q, k, v, segments, scale, window, causal, softcap, *, together: bool)
     FlashAttention-2's equations (Dao 2023, arXiv:2307.08691, algorithms 1 and 2) with whole rows of scores: the
     backward pass takes the weights from the scores and what the forward pass kept of each row, its maximum and sum.
 
-    Args:
-        together: all rows and heads at once, a few queries at a time, as a GPU likes it; else one (row, key-value head)
-            after the other, whose scores stay in a CPU's cache.
+    With `together` all rows and heads are computed at once, a few queries at a time, as a GPU likes it; else one (row,
+    key-value head) after the other, whose scores stay in a CPU's cache.
     """
     b, t, h, c = q.shape
     g = k.shape[2]

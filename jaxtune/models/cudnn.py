@@ -48,9 +48,10 @@ class Layout(NamedTuple):
 
 
 def layout(segments: Array, most: int) -> Layout:
-    """The layout of rows i32[B, T] whose segments are numbered from 1, in order; 0 is padding, at the end.
+    """The layout of rows for the kernel.
 
     Args:
+        segments: i32[B, T], numbered from 1 in order; 0 is padding, at the end.
         most: segments of a row at most; 1: rows are padded.
     """
     if most == 1:
@@ -195,6 +196,10 @@ def trial(reference: Any, head_dim: int, heads: int, groups: int, dtype: Any = j
 
     Args:
         reference: (q, k, v, segments or None, form) -> the same attention by plain arithmetic.
+        head_dim: channels a head, as in the model that is to run.
+        heads: of queries.
+        groups: heads of keys and values.
+        dtype: of activations.
 
     Returns:
         None where all is well; else a sentence: the kernel cannot run here, and is not used.

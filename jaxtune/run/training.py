@@ -9,6 +9,7 @@ import jax
 
 from jaxtune import data, tree
 from jaxtune.data.batches import GRAIN
+from jaxtune.models.attention import trial
 from jaxtune.run import caching
 from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one_order
 from jaxtune.train.features import Extractor, above
@@ -87,6 +88,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         stacked: put the members into one state with a leading axis.
     """
     first, mesh = experiments[0], make_mesh()
+    otherwise = trial(first.module)
     check_rows(first.recipe.batch.rows, mesh)
     grain = STACKED_GRAIN if stacked else GRAIN
     streams = {e.train.seed: make_batches(e, rows, grain=grain) for e in experiments}
@@ -128,7 +130,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         step_fn=step_fn,
         eval_step=eval_step,
         features=features,
-        note=note,
+        note="\n".join(filter(None, (otherwise, note))) or None,
     )
 
 

@@ -6,6 +6,13 @@ from hypothesis import strategies as st
 from jaxtune.data.packing import pack
 
 
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(1, 5))
+def test_no_bin_has_more_than_the_most(lengths, most):
+    bins = pack(np.array(lengths, int), 64, most)
+    assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
+    assert all(len(members) <= most and sum(lengths[i] for i in members) <= 64 for members in bins)
+
+
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
 def test_every_item_once_and_no_bin_above_capacity(lengths, capacity):
     bins = pack(np.array(lengths, int), capacity)
