@@ -1,6 +1,6 @@
-"""The `jaxtune` command line: finds the command, reads its flags, and turns how it ended into an exit status.
+"""The `jaxtune` command line: finds the command, reads its flags, and turns its outcome into an exit status.
 
-A command is a module of `jaxtune/commands/` with `main(argv) -> int | None` (None meaning 0) that imports what is heavy
+A command is a module of `jaxtune/commands/` with `main(argv) -> int | None` (None meaning 0) that imports heavy modules
 inside its functions. It reads its flags with `parse` (a config and flags) or `parse_options` (flags alone).
 
 `--config.section.key=value` is read by a small parser over the schema: `ml_collections.config_flags` can override only
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "init": ("jaxtune.commands.init", "look at a data file and write a config for it"),
-    "data": ("jaxtune.commands.data", "read the data of a config as training does, and say what is wrong with it"),
-    "plan": ("jaxtune.commands.plan", "say what models and methods cost, and whether they fit a device"),
-    "train": ("jaxtune.commands.train", "tune a model as a config file says; start again to go on"),
+    "data": ("jaxtune.commands.data", "read the data of a config as training does, and report what is wrong with it"),
+    "plan": ("jaxtune.commands.plan", "show what models and methods cost, and whether they fit a device"),
+    "train": ("jaxtune.commands.train", "train a model as a config file says; run again to resume"),
     "sweep": ("jaxtune.commands.sweep", "train many settings together, in one step where they allow it"),
     "generate": ("jaxtune.commands.generate", "continue prompts, or chat, with a run or a model"),
-    "eval": ("jaxtune.commands.eval", "measure a run against its base on held-out rows or tasks"),
+    "eval": ("jaxtune.commands.eval", "compare a run with its base on held-out rows or tasks"),
     "export": ("jaxtune.commands.export", "write a run as a Hugging Face model directory"),
-    "report": ("jaxtune.commands.report", "write the report of a run again"),
+    "report": ("jaxtune.commands.report", "write the report page of a run or a sweep again"),
     "compare": ("jaxtune.commands.compare", "several runs in one table and on one page"),
     "params": ("jaxtune.commands.params", "show which parameters a config would train"),
 }
@@ -50,12 +50,12 @@ EXIT_STATUS = """exit status
   0  done
   1  an unexpected error, with a traceback
   2  the input is wrong; one message says what, where and what to do
-  3  stopped by a signal with a checkpoint saved; the same command goes on"""
+  3  stopped by a signal with a checkpoint saved; the same command resumes"""
 
 
 def run() -> None:
     """Console entry point."""
-    if not any(word.startswith("--tasks") for word in sys.argv):  # whose data sets are hashed with torch's help
+    if not any(word.startswith("--tasks") for word in sys.argv):  # the harness hashes data sets with torch's help
         torchless.hide()
     try:
         status = main()
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxtune: error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except SystemExit as error:  # of a config or scorer file: what the command is for was not done
+    except SystemExit as error:  # raised by a config or scorer file: the command did nothing
         print(f"jaxtune: error: a file of yours called sys.exit({error.code!r}); nothing was done.", file=sys.stderr)
         return 2
     except RunFailed as error:
@@ -92,10 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if (said := disk_trouble(error)) is None:
+        if (message := disk_trouble(error)) is None:
             traceback.print_exc()
             return 1
-        print(f"jaxtune: error: {printable(said)}", file=sys.stderr)
+        print(f"jaxtune: error: {printable(message)}", file=sys.stderr)
         return 2
 
 
@@ -130,7 +130,7 @@ def _help(commands: dict[str, tuple[str, str]]) -> str:
 class Flag:
     """A flag (or positional argument) of a command, besides the settings.
 
-    type: str, int, float or Path (a leading ~ is expanded); bool for a switch; list for strings, given again and again.
+    type: str, int, float or Path (a leading ~ is expanded); bool for a switch; list for strings of a repeated flag.
     """
 
     doc: str
@@ -143,7 +143,7 @@ class Flag:
 # Of every command that reads an adapter.
 OF_ADAPTERS = {
     "base": Flag("directory or hub id of the adapter's base; default: the one that it names"),
-    "allow-other-base": Flag("also where the adapter was made for a base of another name", bool, False),
+    "allow-other-base": Flag("accept a base of another name than the adapter was trained on", bool, False),
 }
 
 
@@ -174,7 +174,7 @@ def parse(
 
     Raises:
       Help: `--help` was given. Raised before ml_collections is imported.
-      UserError: an unknown flag, a flag without value, and all that `resolve` and `load_file` refuse.
+      UserError: an unknown flag, a flag without value, and whatever `resolve` and `load_file` refuse.
     """
     options, settings = _scan(argv, dict(flags or {}), {}, usage, with_config=True, with_sweep=sweeps)
     overrides, source = load_file(options.config_file) if options.config_file else ({}, "the config")
@@ -191,10 +191,10 @@ def parse_options(
     usage: str = "",
     settings: bool = False,
 ) -> SimpleNamespace:
-    """Read the command line of a command without config: `flags`, and positional `arguments` in their order.
+    """Read the command line of a command without a config: `flags`, and positional `arguments` in their order.
 
-    An argument of type list takes all that is left. With `settings`, `--config.section.key=value` are flags, too: the
-    options have `settings`, path -> text. Raises as `parse`.
+    An argument of type list takes all the rest. With `settings`, `--config.section.key=value` are flags, too: the
+    options have `settings`, path -> text. Raises as `parse` does.
     """
     options, given = _scan(argv, dict(flags or {}), dict(arguments or {}), usage, False, with_settings=settings)
     if settings:
@@ -264,7 +264,7 @@ def _setting_text(token: str, queue: deque[str]) -> tuple[str, str]:
     switch = find_setting(path, token).type is bool
     if token.startswith("--no"):
         if equals or not switch:
-            raise UserError(f"{token}: only a true/false setting is negated, and without a value")
+            raise UserError(f"{token}: --no negates true/false settings only, and takes no value")
         return path, "false"
     if equals:
         return path, text
@@ -325,7 +325,7 @@ def _nearest_flag(name: str, flags: Mapping[str, Flag], with_config: bool) -> st
 
 
 def describe() -> str:
-    """Return the schema as text: a block a section, a line a setting with its type, default, meaning and choices."""
+    """Return the schema as text: a block for each section; for each setting its type, default, meaning and choices."""
     blocks = []
     for section, meaning in SECTIONS.items():
         lines = [f"{section}: {meaning}"]
@@ -349,7 +349,7 @@ def _command_help(usage: str, flags: Mapping[str, Flag], arguments: Mapping[str,
     if with_config:
         blocks.append(
             "settings: name, type, default, meaning. Give them as --config.section.key=value; they override the file.\n"
-            "Also --config.data.packing and --noconfig.data.packing; none takes a setting back to its default."
+            "A switch is --config.data.packing or --noconfig.data.packing; none resets a setting to its default."
         )
         blocks.append(describe())
     return "\n\n".join(blocks)

@@ -84,6 +84,7 @@ class Node:
 
 
 def is_node(x: Any) -> bool:
+    """Whether `x` is a `Node`."""
     return isinstance(x, Node)
 
 

@@ -531,7 +531,7 @@ def test_training_takes_the_config_of_labelled_rows(encoder, model, tmp_path, ca
 
 def test_an_encoder_does_not_continue_text(encoder, tmp_path, capsys):
     assert init(encoder, write(tmp_path / "rows.jsonl", pairs(30))) == 2
-    assert "which learns labels" in capsys.readouterr().err
+    assert "which predicts labels" in capsys.readouterr().err
 
 
 def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
@@ -592,7 +592,7 @@ def _without(model, tmp_path, *names, **settings):
         (("tokenizer.json", "tokenizer_config.json"), {}, "--tokenizer=DIR_OR_ID"),
         (("model.safetensors",), {}, "safetensors"),
         (("config.json",), {}, "no config.json"),
-        ((), {"architectures": ["LlamaForSequenceClassification"]}, "which learns labels"),
+        ((), {"architectures": ["LlamaForSequenceClassification"]}, "which predicts labels"),
         ((), {"model_type": "lama"}, "Did you mean 'llama'"),
         ((), {"max_position_embeddings": None}, "max_position_embeddings"),
         ((), {"vocab_size": 5}, "larger than the model's embedding"),

@@ -26,9 +26,7 @@ def test_it_goes_on(tmp_path, monkeypatch, capsys):
     assert losses(Path("run/metrics.jsonl")) == pytest.approx(losses(Path("whole.jsonl")), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "flag, successor", [("model.unroll=2", "no setting any more"), ("log.plot=true", "log.progress")]
-)
+@pytest.mark.parametrize("flag, successor", [("model.unroll=2", "it was removed"), ("log.plot=true", "log.progress")])
 def test_settings_that_are_gone_are_refused_with_what_took_their_place(flag, successor, tmp_path, capsys):
     given = ["--config.model.path=m", "--config.data.train=a.jsonl", f"--config.{flag}"]
     assert main(["train", *given, f"--workdir={tmp_path / 'run'}"]) == 2

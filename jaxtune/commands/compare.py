@@ -7,8 +7,8 @@ from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune compare RUN RUN [RUN ...] [--out=FILE.html]
 
-Prints a table of the runs, best first: settings in which they differ, losses, and the figures of their eval.json, where
-`jaxtune eval` has measured them. Writes the page that compares them, as `jaxtune report RUN RUN` does."""
+Prints a table of the runs, best first: settings in which they differ, losses, and the scores in their eval.json, where
+`jaxtune eval` has written one. Writes the page that compares them, as `jaxtune report RUN RUN` does."""
 
 ARGUMENTS = {"RUN": Flag("directories of runs (the --workdir of jaxtune train)", list, required=True)}
 FLAGS = {"out": Flag("the page to write; default: report.html beside the first run", Path)}

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 USAGE = """usage: jaxtune data --config=FILE.py [--config.section.key=value ...] [--strict] [--write-clean=FILE.jsonl]
 
 Read the data of a config as training does, and report on it: lengths, tokens, duplicates, overlap of training and
-evaluation, contradictions, balance, characters, roles and templates, with rows to look at and what to do. Reads the
+evaluation, contradictions, balance, characters, roles and templates, with example rows and what to do. Reads the
 model's config.json and tokenizer; neither weights nor a GPU are needed.
 
-Exit status: 0 the report is made; 2 the input is wrong, or, with --strict, a finding is an error or a warning."""
+Exit status: 0 the report was made; 2 the input is wrong, or, with --strict, a finding is an error or a warning."""
 
 FLAGS = {
     "workdir": Flag("where data_report.json is written", Path),
     "strict": Flag("exit with status 2 if there are errors or warnings", bool, False),
-    "write-clean": Flag("a .jsonl file for the training rows without those that findings remove", Path),
-    "drop-near": Flag("with --write-clean: leave near duplicates out, too", bool, False),
+    "write-clean": Flag("a .jsonl file to write the training rows to, without those that findings remove", Path),
+    "drop-near": Flag("with --write-clean: leave out near duplicates, too", bool, False),
     "near": Flag("similarity of near duplicates, from 0 to 1; 0: do not look for them", float, 0.8),
     "rows": Flag("rows to show with their trained tokens coloured", int, 3),
 }

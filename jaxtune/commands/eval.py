@@ -13,8 +13,9 @@ USAGE = """usage: jaxtune eval TARGET [--data=FILE ...] [--metrics=a,b] [--group
        jaxtune eval TARGET --tasks=a,b [--include-path=DIR] [flags]
 
 Held-out rows: loss and perplexity, and scores of generated answers, of the base and of the tuned model, with 95%
-bootstrap intervals and a paired test that says better, worse or no evidence. A run knows its base, its data, template
-and columns; its eval.json, report.html and model card are written again. Started again, it goes on where it was killed.
+bootstrap intervals and a paired test with the verdict better, worse or no evidence. A run knows its base, data,
+template and columns; its eval.json, report.html and model card are updated. The same command resumes an evaluation
+that was killed.
 
 With --tasks: tasks of lm-evaluation-harness (pip install 'jaxtune[eval]').
 
@@ -24,21 +25,21 @@ more."""
 
 ARGUMENTS = {"target": Flag("run directory, adapter directory, model directory or hub id", required=True)}
 FLAGS = {
-    "data": Flag("rows to evaluate on; again for more files. Default: what the run held out", list),
-    "format": Flag("of --data; default: that of the run's data, or by its columns"),
-    "columns": Flag("of --data: ours=theirs,...; default: the run's"),
+    "data": Flag("rows to evaluate on; give it again for more files. Default: what the run held out", list),
+    "format": Flag("how --data is read; default: as the run's data, else by its columns"),
+    "columns": Flag("columns of --data, as data.columns: prompt=question,...; default: the run's"),
     "metrics": Flag("names, separated by commas"),
     "schema": Flag("JSON schema that answers should conform to", Path),
     "scorer": Flag("FILE.py:FUNCTION, a metric of your own: (prediction, reference) -> number or None", list),
     "labels": Flag("answers are labels: score each one; accuracy, macro-F1, calibration, confusion", bool, False),
-    "group-by": Flag("column of the rows: everything also for each of its values"),
-    "rows": Flag("use so many rows, drawn by a hash of their content; default: all", int),
-    "max-new-tokens": Flag("longest answer; default: the longest expected one and a quarter more", int),
+    "group-by": Flag("a column of the rows: measure each of its values apart, too"),
+    "rows": Flag("how many rows to use, drawn by a hash of their content; default: all", int),
+    "max-new-tokens": Flag("longest answer in tokens; default: 1.25 times the longest expected one", int),
     "batch-size": Flag("prompts answered together", int, 32),
     "tuned-only": Flag("leave the base out", bool, False),
     "tasks": Flag("tasks of lm-evaluation-harness, separated by commas"),
     "include-path": Flag("folder with YAML tasks of your own; then only those are known", Path),
-    "limit": Flag("documents of a task at most", int),
+    "limit": Flag("at most so many documents of a task", int),
     "num-fewshot": Flag("examples in a task's prompt; default: the task's", int),
     "chat": Flag("render a task's prompts with the chat template", bool, False),
     **OF_ADAPTERS,
@@ -117,7 +118,7 @@ def _columns(text: str | None) -> dict[str, str] | None:
 
 
 def _refresh(source: Any) -> None:
-    """Write the page of the run and the card of its result again."""
+    """Write the run's page and its result's model card again."""
     from jaxtune.report import write_report
     from jaxtune.report.card import carry_evaluation
 
@@ -151,7 +152,7 @@ class Progress:
             self.bar.stop()
 
     def begin(self, what: str, total: int):
-        """Return what is told how many more are done."""
+        """Return a function to call with the number of items done since its last call."""
         task = self.bar.add_task(what, total=total) if self.bar else None
         so_far = 0
 

@@ -1,4 +1,4 @@
-"""`jaxtune export`: a run, an adapter or a model, written for others to load."""
+"""`jaxtune export`: write a run, an adapter or a model as files that other libraries load."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ ARGUMENTS = {
     "out": Flag("directory, or file that ends in .gguf, to write", Path, required=True),
 }
 FLAGS = {
-    "merge": Flag("merge the adapter into its base (what is done anyway)", bool, False),
+    "merge": Flag("merge the adapter into its base (the default)", bool, False),
     "adapter": Flag("write the adapter alone", bool, False),
-    "bake": Flag("with --adapter: multiply scales into B, one rank for all: for engines without patterns", bool, False),
+    "bake": Flag("with --adapter: one rank and scale for all modules, for engines without patterns", bool, False),
     "dtype": Flag("of the weights; default: the base's", choices=("float32", "bfloat16", "float16")),
-    "new-tokens": Flag("names of tokens, separated by commas, to add to the tokenizer, with rows in the table"),
+    "new-tokens": Flag("names of tokens, separated by commas, to add to the tokenizer and the embedding"),
     **OF_ADAPTERS,
 }
 
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
 
         off = rounding(params, read_params(module, source.model, key=jax.random.key(0)))
         print(
-            f"The adapter was trained over the base in {source.quantization}, and is merged into those numbers: they "
-            f"are {off:.2%} of the published matrices away from these (root mean square)."
+            f"The adapter was trained over the base in {source.quantization} and is merged into those weights: they "
+            f"differ from the published matrices by {off:.2%} (root mean square)."
         )
     if as_gguf:
         from jaxtune.hf.gguf import export_gguf
@@ -92,13 +92,13 @@ def main(argv: list[str]) -> None:
 
 
 def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple[Path, Any, Any]:
-    """Add tokens to a tokenizer, and rows for them to the model's table where it has none to spare.
+    """Add tokens to a tokenizer, and rows for them to the model's embedding where it has no unused ones.
 
     Returns:
-        A folder with the tokenizer, which lives as long as the process; module and parameters.
+        (folder of the tokenizer, which is deleted when the process ends; module; parameters).
 
     Raises:
-        UserError: a name is empty, or a token already.
+        UserError: a name is empty, given twice, or a token already.
     """
     import atexit
     import shutil
@@ -111,7 +111,7 @@ def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple
     known = tokenizer.get_vocab()
     for name in names:
         if not name.strip() or name in known or names.count(name) > 1:
-            what = "a token already" if name in known else "empty or there twice"
+            what = "a token already" if name in known else "empty or given twice"
             raise UserError(f"--new-tokens: {name!r} is {what}.")
     tokenizer.add_tokens(names)
     ids = tokenizer.convert_tokens_to_ids(names)
@@ -120,16 +120,16 @@ def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple
     folder = Path(tempfile.mkdtemp(prefix="jaxtune-"))
     atexit.register(shutil.rmtree, folder, True)
     tokenizer.save_pretrained(folder)
-    told = ", ".join(f"{name} ({i})" for name, i in zip(names, ids, strict=True))
+    listed = ", ".join(f"{name} ({i})" for name, i in zip(names, ids, strict=True))
     print(
-        f"new tokens: {told}. New rows are the mean of the others; to train them alone set "
+        f"new tokens: {listed}. New rows are the mean of the others; to train them alone set "
         f"--config.tune.lora.trainable_token_indices={','.join(map(str, ids))}."
     )
     return folder, module, params
 
 
 def read_run_facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a run for the model card, from what it wrote."""
+    """The facts of a run for the model card, read from its files."""
     from jaxtune.hf.tensors import read_json
     from jaxtune.report.card import run_facts
     from jaxtune.train.log import read_metrics

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 
 def complete(target: Any, prompts: list, options: SimpleNamespace, settings: dict[str, Any]) -> None:
-    """Continue prompts and print or write what follows them."""
+    """Continue prompts; print the continuations or write them to a file."""
     from jaxtune.infer.generation import generate_text
 
     model = target.module, target.params, target.tokenizer
@@ -92,14 +92,14 @@ def chat(target: Any, settings: dict[str, Any]) -> None:
     messages: list[dict[str, str]] = []
     while True:
         try:
-            said = input("> ")
+            line = input("> ")
         except EOFError:
             print()
             return
-        if not said.strip():
+        if not line.strip():
             messages = []
             continue
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": line})
         try:
             (answer,) = generate_text(*model, [messages], chat=True, on_text=Printer(), **settings)
         except UserError as error:
@@ -112,7 +112,7 @@ def chat(target: Any, settings: dict[str, Any]) -> None:
 
 
 class Printer:
-    """Prints a text as it grows; a character that is still incomplete waits for its last byte."""
+    """Prints a text as it grows; an incomplete character is held back until its last byte is there."""
 
     def __init__(self):
         self.shown = 0

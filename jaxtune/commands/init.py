@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None, int]:
-    """Return the config.json of a directory or hub id, the shapes of its tensors where they lie here, and the smallest
+    """Return the config.json of a directory or hub id, the shapes of its tensors if they are local, and the smallest
     side of a matrix in its layers.
 
     Raises UserError if there is no such model, or it has no weights.
@@ -123,8 +123,8 @@ def check_generates(path: Path, config: dict, spec) -> None:
     named = not classes or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
     if not named or not isinstance(spec, DecoderSpec):
         raise UserError(
-            f"{path} is a {(classes or [config['model_type']])[0]}, which learns labels (columns text and label, or "
-            "tokens and labels); these rows are text to be continued: give a ...ForCausalLM model, or name the columns "
+            f"{path} is a {(classes or [config['model_type']])[0]}, which predicts labels (columns text and label, or "
+            "tokens and labels), but these rows are text to continue: give a ...ForCausalLM model, or name the columns "
             "with --columns=text=THEIRS,label=THEIRS."
         )
 
@@ -152,7 +152,7 @@ def tokenizer_path(model: Path, tokenizer: Path | None) -> str:
 
 
 def leaked(held_out, train) -> list[str]:
-    """Say how many evaluation rows have the content of a training row."""
+    """A line on how many evaluation rows have the content of a training row; none if there are no such rows."""
     import numpy as np
 
     common = 0 if held_out is None else int(np.isin(held_out.digest, train.digest).sum())
@@ -160,7 +160,7 @@ def leaked(held_out, train) -> list[str]:
 
 
 def steps(proposal, train) -> str:
-    """Say how long the proposed run is."""
+    """The length of the proposed run, in words."""
     from jaxtune.data import Batches
 
     size, length = proposal.get("train.batch_size", 8), proposal["data.max_length"]
@@ -173,7 +173,7 @@ def steps(proposal, train) -> str:
 
 
 def show(rows, tokenizer, form, findings: list[str], last: str) -> None:
-    """Print what was found and two rows: on a terminal the trained tokens are green, elsewhere between ⟦ and ⟧."""
+    """Print the findings and two rows; trained tokens are green on a terminal and between ⟦ and ⟧ elsewhere."""
     from rich.console import Console
 
     from jaxtune.data import render_plain, render_rows

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 USAGE = """usage: jaxtune plan MODEL [MODEL ...] [--method=lora,full] [--gpu=NAME] [--memory=GiB] [...]
 
-Say what a training step takes before anything is loaded: parameters, bytes by part for each remat policy, operations
+Shows what a training step takes before anything is loaded: parameters, bytes by part for each remat policy, operations
 and time, the largest micro-batch and the widest sweep that fit, and what to change where it does not fit.
 
 A MODEL is a directory or a hub id (only its config.json is read), a config FILE.py or the config.json of a run. Without
---gpu and --memory the device at hand is planned for, and the step is compiled to have XLA's own plan of its memory;
-otherwise the memory is a formula over what JAX's autodiff saves."""
+--gpu and --memory the plan is for this machine's device, and the step is compiled to get XLA's own memory plan;
+otherwise memory is computed by a formula over what JAX's autodiff saves."""
 
 FLAGS = {
     "method": Flag("methods to plan, comma-separated; default: the config's"),
@@ -66,15 +66,15 @@ def _list_cards() -> None:
 
 
 def _device(options: Any) -> tuple[str, "Card | None"]:
-    """The name of what is planned for, and its card; None: the device at hand."""
+    """The name of the device to plan for, and its card; None: this machine's device."""
     from jaxtune.train.cost import CARDS, GIB, Card
 
     if options.memory is not None and options.memory <= 0:
         raise UserError(f"--memory={options.memory:g}: expected GiB above 0")
     if options.gpu is not None and options.gpu not in CARDS:
         raise UserError(
-            f"--gpu={options.gpu}: unknown card.{nearest(options.gpu, CARDS)} Known: {', '.join(CARDS)}. For another "
-            "give its --memory."
+            f"--gpu={options.gpu}: unknown card.{nearest(options.gpu, CARDS)} Known: {', '.join(CARDS)}. For another, "
+            "give its memory with --memory=GiB."
         )
     if options.gpu is None:
         if options.memory is None:
@@ -102,7 +102,7 @@ def _configs(model: str, options: Any) -> Iterator[Any]:
 
 
 def _objective(folder: str) -> dict[str, Any]:
-    """The task of a model that is named without a config: that of its head; an encoder's is taken for two classes."""
+    """The task of a model given without a config: that of its head; an encoder gets a classification of two labels."""
     from jaxtune import models
     from jaxtune.hf import load as hf
     from jaxtune.models.classifier import TOKEN, read_labels
@@ -142,7 +142,7 @@ def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any
 
     backend = "gpu" if card else jax.default_backend()
 
-    def opened(cfg):  # which id pads costs nothing, and no tokenizer need be there to name it
+    def opened(cfg):  # the id of padding costs nothing, so no tokenizer is needed
         return experiment(cfg, backend=backend, weights=False, pad_token_id=0)
 
     if cfg.train.micro_batch == "auto":
@@ -189,7 +189,7 @@ def _show(found: dict[str, Any], console: Any) -> None:
         f"{found['rows']} rows x {found['length']} tokens, {found['micro_batches']} micro-batch(es)",
         f"{total:.2f} GiB by {found['source']}: {'fits' if found['fits'] else 'does not fit'} {found['device']} "
         f"({found['device_gib']:.1f} GiB)",
-        "kept: activations for the backward pass; rows: the largest micro-batch; sweep: the most runs in one step",
+        "kept: activations for the backward pass; rows: the largest micro-batch; sweep: most runs in one step",
         *(f"  what to change: {remedy}" for remedy in found["remedies"]),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)

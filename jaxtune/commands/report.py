@@ -6,9 +6,9 @@ from jaxtune.errors import UserError
 USAGE = """usage: jaxtune report RUN [RUN ...] [--out=FILE.html]
        jaxtune report SWEEP [--out=FILE.html]
 
-One run, or the directory of a sweep: writes its report.html again. Several runs: writes one page that compares them,
-beside the first.
-The page is a single file without references to others; it is opened in any browser, with no network."""
+Given one run, or the directory of a sweep, writes its report.html again. Given several runs, writes one page that
+compares them, beside the first.
+A page is one file that opens in any browser without a network."""
 
 ARGUMENTS = {"RUN": Flag("directories of runs (the --workdir of jaxtune train), or of one sweep", list, required=True)}
 FLAGS = {"out": Flag("the page to write; default: report.html in the directory, or beside the first of several")}

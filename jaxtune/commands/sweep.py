@@ -1,4 +1,4 @@
-"""`jaxtune sweep`: many settings over one base, in one step where they allow it; start again to go on."""
+"""`jaxtune sweep`: train many settings over one base, in one step where they allow it; run again to resume."""
 
 import time
 from pathlib import Path
@@ -12,14 +12,14 @@ USAGE = """usage: jaxtune sweep --config=FILE.py --sweep.section.key=v1,v2 [--co
 
 Train every combination of the swept values (several --sweep flags make a grid). Points that differ only in
 optim.lr, optim.weight_decay, train.seed, tune.lora.r, .lora_alpha, .lora_dropout or .use_rslora share one compiled
-step over one frozen base; others run group after group. Each point has a run directory of its own in DIR. The same
-command goes on with a sweep that was stopped; with more values, it trains the new points only."""
+step over one frozen base; others run group after group. Each point has its own run directory in DIR. The same command
+resumes a sweep that was stopped; with more values, it trains the new points only."""
 
 FLAGS = {
     "workdir": Flag("directory of the sweep; made if it is not there"),
     "points": Flag("a .jsonl or .csv file of points, setting paths as keys; crossed with the --sweep flags", Path),
     "group-size": Flag("most points in one step; default: as many as fit the memory", int),
-    "halving": Flag("cut to 1 in so many at growing numbers of steps, by eval loss (successive halving)", int),
+    "halving": Flag("successive halving: at growing numbers of steps keep 1 run in so many, by eval loss", int),
     "find-lr": Flag("find optim.lr: short runs around its default until the eval loss is bracketed", bool, False),
     "find-steps": Flag("steps of a run of --find-lr; default: a tenth of the config's, at least 20", int),
     "write-config": Flag("with --find-lr: write the config with the chosen rate to this new .py file", Path),
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check(sweep: Any, options: Any) -> list[pts.Point]:
-    """The points that are asked for and are not planned yet, after every check."""
+    """Check everything and return the requested points that are not in the sweep yet."""
     asked = pts.read_grid(options.sweep)
     if options.points:
         asked = pts.cross(asked, pts.read_points(options.points))
@@ -83,7 +83,7 @@ def _check_flags(options: Any) -> None:
     if options.group_size is not None and options.group_size < 1:
         raise UserError(f"--group-size={options.group_size}: expected 1 or more")
     if options.halving is not None and options.halving < 2:
-        raise UserError(f"--halving={options.halving}: expected 2 or more: one point in so many goes on")
+        raise UserError(f"--halving={options.halving}: expected 2 or more: one run in so many is kept")
     if options.find_lr:
         for name in ("points", "halving"):
             if getattr(options, name):

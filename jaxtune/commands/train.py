@@ -1,4 +1,4 @@
-"""`jaxtune train`: tune a model as a config says; start again to go on."""
+"""`jaxtune train`: train a model as a config says; run again to resume."""
 
 import time
 from pathlib import Path
@@ -8,12 +8,12 @@ from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune train --config=FILE.py [--config.section.key=value ...] --workdir=DIR [--dry-run]
 
-Tune a model as the config says. The same command goes on with a run that was stopped."""
+Train a model as the config says. The same command resumes a run that was stopped."""
 
 FLAGS = {
     "workdir": Flag("directory of the run; made if it is not there"),
     "dry-run": Flag(
-        "make every check, show two rows with the trained tokens marked, and stop before compiling", bool, False
+        "check everything, show two rows with the trained tokens marked, and stop before compiling", bool, False
     ),
 }
 
@@ -53,8 +53,8 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
         cfg, run = settled, experiment(settled)
     print(*data_lines(run, rows), *config.notes(cfg), sep="\n")
     if run.train.micro_batch == "auto":
-        values, said = fit.settle(run, rows)
-        print(said)
+        values, note = fit.settle(run, rows)
+        print(note)
         run = experiment(config.replaced(cfg, values))
     job = build([run], rows)
     clock("load")
@@ -78,7 +78,7 @@ class Clock:
         self.last, self.parts = began, {}
 
     def branch(self) -> "Clock":
-        """A clock that goes on from here by itself."""
+        """An independent clock that starts with this one's times."""
         other = Clock(time.time())
         other.parts = dict(self.parts)
         return other

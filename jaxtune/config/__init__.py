@@ -1,4 +1,4 @@
-"""Configs: the schema, files and overrides, and what is refused before anything is loaded. No jax is imported here."""
+"""Configs: the schema, files, overrides and the checks before anything is loaded. No jax is imported here."""
 
 from jaxtune.config.kinds import KINDS
 from jaxtune.config.merge import (

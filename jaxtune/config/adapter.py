@@ -1,4 +1,4 @@
-"""model.path=ADAPTER goes on training an adapter: its directory says which base, method and settings that means."""
+"""model.path=ADAPTER trains an adapter further: its directory gives the base, the method and the settings."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
 
 
 def _labels(folder: Path) -> dict[str, Any]:
-    """The objective of an adapter of a label head, which `export_adapter` wrote beside it."""
+    """The objective of an adapter with a label head, which `export_adapter` stored beside it."""
     if not (folder / "config.json").is_file():
         return {}
     config = read_json(folder / "config.json")

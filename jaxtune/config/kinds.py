@@ -23,7 +23,7 @@ from jaxtune.config.schema import (
 
 
 class Explained(ValueError):
-    """A ValueError whose message belongs in the user's."""
+    """A ValueError whose message is shown to the user."""
 
 
 def _integer(value: Any) -> int:
@@ -113,7 +113,7 @@ def _mapping(value: Any) -> dict[str, str]:
 
 
 def _targets(value: Any) -> str | tuple[str, ...]:
-    """Names become a tuple, also a single one: as a regex it would have to be a module's full name."""
+    """Names become a tuple, even a single one, which as a regex would have to match a module's full name."""
     if not isinstance(value, str):
         return _sequence(value, _text)
     if re.fullmatch(r"[\w.]+(,[\w.]+)*", value):

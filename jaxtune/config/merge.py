@@ -1,11 +1,11 @@
-"""The way from a config file and the command line to a checked config; the settings themselves are in schema.py.
+"""From a config file and the command line to a checked config; the settings themselves are in schema.py.
 
     load_file         runs `get_config()` of a config file, which returns overrides only; or reads a run's config.json
-    resolve           merges defaults, file and command line, and names everything that is wrong in one message
-    check_resume      says what may differ when a run goes on
+    resolve           merges defaults, file and command line, and reports everything that is wrong in one message
+    check_resume      refuses to resume a run with a config that computes something else
 
 Only this module and the command line (cli.py, commands/) know ConfigDict: below them, functions take plain arguments.
-Nothing here imports jax, and ml_collections is imported when a config is resolved: `--help` needs neither.
+Nothing here imports jax, and ml_collections is imported only when a config is resolved: `--help` needs neither.
 """
 
 import inspect
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Given(NamedTuple):
-    """A value somebody wrote, and where: a file, or the flag as typed."""
+    """A value that the user gave, and where: a file, or the flag as typed."""
 
     value: Any
     origin: str
@@ -72,17 +72,17 @@ def resolve(
     """Merge defaults, a file's overrides and the command line, check everything, and return the frozen config.
 
     Args:
-      overrides: nested, with keys of the schema only. None takes a setting back to its default. What loses its effect
-        by a flag is taken back with it.
-      flags: setting path -> text as typed on the command line; wins over `overrides`; "none" takes back.
-      source: what an error calls `overrides`.
+      overrides: nested, with keys of the schema only. None resets a setting to its default. A setting that has no
+        effect under the flags is reset, too.
+      flags: setting path -> text as typed on the command line; wins over `overrides`; "none" resets.
+      source: the name of `overrides` in error messages.
       required: settings that must be given.
 
     The result holds every setting; `optim.lr`, `train.epochs` and `model.tokenizer` hold the value that applies.
     `data.train` and `data.eval` are tuples, `tune.lora.target_modules` is a tuple of names, "all-linear" or a regex.
 
     Raises:
-      UserError: with one line for each thing that is wrong.
+      UserError: one line for each problem.
     """
     from ml_collections import FrozenConfigDict
 
@@ -115,9 +115,9 @@ def _merged(overrides: Any, flags: Mapping[str, str] | None, source: str, requir
 
 
 def _of_adapter(given: Mapping[str, Given], problems: list[str]) -> dict[str, Given]:
-    """What model.path means where it is an adapter: its base, method and settings; another word on one is a problem.
+    """Settings from an adapter in model.path: its base, method and settings; a different value for one is a problem.
 
-    model.adapter beside a model.path that is the base, wherever that lies, means the same.
+    model.adapter together with a model.path that is the base (in any place) means the same.
     """
     named = next((p for p in ("model.path", "model.adapter") if p in given and is_adapter(given[p].value)), None)
     if named is None:
@@ -132,7 +132,7 @@ def _of_adapter(given: Mapping[str, Given], problems: list[str]) -> dict[str, Gi
         own = given.get(path)
         if own is not None and own.value != found[path].value and path not in ("model.path", "model.tokenizer"):
             problems.append(
-                f"{own.origin}: {path}={own.value!r}, and the adapter in model.path, which is trained on, has "
+                f"{own.origin}: {path}={own.value!r}, but the adapter in model.path, which is trained further, has "
                 f"{found[path].value!r}; leave it out"
             )
     if "model.tokenizer" in given:
@@ -145,9 +145,9 @@ def _values(given: Mapping[str, Given]) -> dict[str, Any]:
 
 
 def _overruled(given: Mapping[str, Given], file: Mapping[str, Given]) -> set[str]:
-    """Settings of the file that have an effect there, and none since the command line changed another: taken back.
+    """Settings of the file that lost their effect because the command line changed another one; they are reset.
 
-    So `--config.tune.method=full` makes a LoRA recipe one for full tuning.
+    So `--config.tune.method=full` turns a LoRA config into one for full fine-tuning.
     """
     now, before = _values(given), _values(file)
     idle = {p for rule in IDLE for p in rule.at(now)} - {p for rule in IDLE for p in rule.at(before)}
@@ -155,13 +155,13 @@ def _overruled(given: Mapping[str, Given], file: Mapping[str, Given]) -> set[str
 
 
 def notes(config: "ConfigDict") -> list[str]:
-    """Return what the log should say about choices that the user may not have made."""
-    said = []
+    """Return lines for the log on values that the user did not choose."""
+    lines = []
     if config.optim.lr == DEFAULT_LR[config.tune.method]:
-        said.append(f"optim.lr is {config.optim.lr:g}, the default for tune.method={config.tune.method}")
+        lines.append(f"optim.lr is {config.optim.lr:g}, the default for tune.method={config.tune.method}")
     if no_eval_data(dict(_flat(config))):
-        said.append("no held-out data: the last weights count as the best; data.eval_fraction=0.05 would hold some out")
-    return said
+        lines.append("no held-out data: the last weights are taken as the best; data.eval_fraction=0.05 holds some out")
+    return lines
 
 
 def _derive(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _read_flags(flags: Mapping[str, str], problems: list[str]) -> Iterator[tuple
 
 
 def read_value(path: str, raw: Any, origin: str) -> Any:
-    """Return `raw` (text, if a flag is its origin) in the setting's type, within its choices and range."""
+    """Check `raw` (text, if a flag is its origin) and return it in the setting's type."""
     setting = find_setting(path, origin)
     kind = KINDS[setting.type]
     is_flag = origin.startswith("--")
@@ -209,7 +209,7 @@ def read_value(path: str, raw: Any, origin: str) -> Any:
 
 
 def _without_quotes(setting: Setting, raw: Any) -> str:
-    """A number or a switch in quotes is a string in Python: say so where that is all that is wrong ("2e-5")."""
+    """A hint where the only error is that a number or a switch is in quotes ("2e-5")."""
     if setting.type not in (int, float, bool) or not isinstance(raw, str):
         return ""
     try:
@@ -237,12 +237,13 @@ def find_setting(path: str, origin: str) -> Setting:
 
 
 def did_you_mean(path: str) -> str:
-    """The settings with this key in another section, or the one another tool calls so; else the nearest."""
+    """A hint: settings with this key in another section, or the one that other tools call so; else the nearest."""
     same = namesakes(path)
     return f" Did you mean {' or '.join(map(repr, same))}?" if same else nearest(path, BY_PATH, n=1)
 
 
 def namesakes(path: str) -> list[str]:
+    """Paths of the settings whose last part is that of `path`, or that another library calls so."""
     key = path.rpartition(".")[2].replace("-", "_")
     return [s.path for s in SETTINGS if s.key == key or s.path == OTHER_NAMES.get(key)]
 
@@ -263,12 +264,12 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     if values["train.steps"] is not None and values["train.epochs"] is not None:
         yield (
             f"train.steps={values['train.steps']} and train.epochs={values['train.epochs']:g} are both given; keep one "
-            "(--config.train.epochs=none takes back what a file says)"
+            "(--config.train.epochs=none unsets the one in the file)"
         )
     if values["train.grad_accum"] is not None and values["train.micro_batch"] is not None:
         yield (
             f"train.grad_accum={values['train.grad_accum']} and train.micro_batch={values['train.micro_batch']} both "
-            "split a batch; keep one (--config.train.grad_accum=none takes back what a file says)"
+            "split a batch; keep one (--config.train.grad_accum=none unsets the one in the file)"
         )
     elif values["train.batch_size"] % (values["train.grad_accum"] or 1):
         yield (
@@ -303,7 +304,7 @@ def _idle(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str
             if value not in OFF and _within(path, rule.at(values)):
                 yield (
                     f"{origin}: {path} has no effect: {because}. Remove it"
-                    + ("" if origin.startswith("--") else f", or take it back with --config.{path}=none")
+                    + ("" if origin.startswith("--") else f", or unset it with --config.{path}=none")
                 )
 
 
@@ -335,7 +336,7 @@ def to_json(config: "ConfigDict", versions: Mapping[str, str] | None = None) -> 
 
 
 def from_json(text: str, source: str = "config.json") -> "FrozenConfigDict":
-    """Return the config that `to_json` wrote; settings that are younger than the file get their defaults.
+    """Return the config that `to_json` wrote; settings that are newer than the file get their defaults.
 
     Raises:
       UserError: not JSON, or not a config.
@@ -349,7 +350,7 @@ def changes(old: "ConfigDict", new: "ConfigDict") -> list[tuple[str, Any, Any]]:
 
 
 def check_resume(old: "ConfigDict", new: "ConfigDict") -> None:
-    """Refuse to go on with a config that computes something else than `old` did.
+    """Refuse to resume a run with a config that computes something else than `old` did.
 
     Raises:
       UserError: naming each difference outside RESUMABLE.
@@ -360,7 +361,7 @@ def check_resume(old: "ConfigDict", new: "ConfigDict") -> None:
         raise UserError(
             "the workdir holds a run with another config; nothing was changed:\n  "
             + "\n  ".join(lines)
-            + "\nTake the differences back to go on with that run, or give another --workdir."
+            + "\nUndo the differences to resume that run, or give another --workdir."
         )
 
 
@@ -372,13 +373,13 @@ def replaced(config: "ConfigDict", values: Mapping[str, Any]) -> "FrozenConfigDi
 
 
 def overrides(config: "ConfigDict") -> list[tuple[str, Any]]:
-    """Return `(path, value)` of the settings that a config has beyond the defaults, as a file would give them."""
+    """Return `(path, value)` of the settings that differ from the defaults, as a file would give them."""
     tree = _overrides_in_json(to_json(config), "config")
     return [(path, g.value) for path, g in _read_overrides(tree, "config", [])]
 
 
 def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
-    """Return what a `config.json` says beyond the defaults, so that other settings of it can be overridden freely.
+    """Return the values of a `config.json` that differ from the defaults, so that the others can be overridden freely.
 
     A derived value (the learning rate of its method, say) is dropped too: it follows the settings it was derived from.
     """
@@ -403,7 +404,7 @@ def _overrides_in_json(text: str, source: str) -> dict[str, Any]:
     for path, rule in DERIVED.items():
         if values[path] == rule(values):
             values[path] = None
-    idle = [p for rule in IDLE for p in rule.at(values)]  # defaults that were others when the file was written
+    idle = [p for rule in IDLE for p in rule.at(values)]  # defaults that have changed since the file was written
     return _nested(
         {path: v for path, v in values.items() if v != BY_PATH[path].default and not (v is None or _within(path, idle))}
     )
@@ -453,11 +454,11 @@ def load_file(spec: str) -> tuple[Any, str]:
 
 @contextmanager
 def _user_code(path: Path) -> Iterator[None]:
-    """Let a config file import what lies beside it, leave no trace of that, and turn its errors into UserError."""
+    """Let a config file import its neighbours, undo changes to sys afterwards, and turn its errors into UserError."""
     folder = path.resolve().parent
     modules, write_bytecode = set(sys.modules), sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = True  # an edit within the same second would be run from the stale file
+    sys.dont_write_bytecode = True  # after an edit within the same second Python would run the stale cache
     try:
         yield
     except UserError:
@@ -472,7 +473,7 @@ def _user_code(path: Path) -> Iterator[None]:
     finally:
         sys.dont_write_bytecode = write_bytecode
         sys.path.remove(str(folder))
-        for name in set(sys.modules) - modules:  # another folder's common.py is another module
+        for name in set(sys.modules) - modules:  # another config's folder may have modules of the same names
             file = getattr(sys.modules[name], "__file__", None)
             if file and Path(file).resolve().parent == folder:
                 del sys.modules[name]

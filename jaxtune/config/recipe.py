@@ -1,6 +1,6 @@
-"""From a resolved config to plain values: `experiment` is the one place where settings become what they act on.
+"""From a resolved config to plain values: `experiment` is the one place where settings become the objects of a run.
 
-Below it nothing knows a ConfigDict.
+Code below it takes plain arguments and knows no ConfigDict.
 """
 
 from collections import namedtuple
@@ -29,13 +29,13 @@ DEFAULT_LENGTH = 1024  # of data.max_length, where the model's own limit is high
 
 
 def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **defaults: Any) -> Experiment:
-    """Read the model's config.json and open the task on it: all that decides a run, before weights and rows are read.
+    """Read the model's config.json and make the model, task and recipe of a run; no weights or rows are read.
 
     Args:
         cfg: a resolved config.
-        backend: what it is planned for, "cpu" or "gpu"; default: JAX's own.
+        backend: to plan for, "cpu" or "gpu"; default: JAX's own.
         weights: refuse a model whose weights are absent, pickled or cut short.
-        defaults: what config.json is given where it says nothing.
+        defaults: values for keys that config.json lacks or leaves null.
 
     Raises:
         UserError: the model, the task and the method do not fit one another.
@@ -126,7 +126,7 @@ def compute_dtype(name: str = "auto", backend: str | None = None) -> Any:
 
 
 def max_length(cfg: Any, module: Any) -> int:
-    """Resolve data.max_length against the positions the model knows.
+    """Return data.max_length, by default 1024 or the model's positions, whichever is less.
 
     Raises:
         UserError: it exceeds them.
@@ -140,7 +140,7 @@ def max_length(cfg: Any, module: Any) -> int:
 
 
 def _adapted(adapter: Path, folder: Path, params: Any, key: jax.Array, module: Any) -> tuple[Any, Any]:
-    """The method of a run that goes on training an adapter; of a label head, what the base lacks is in the adapter."""
+    """The method of a run that trains an adapter further; a label head that the base lacks comes from the adapter."""
     drawn = None
     if module.label_head:
         drawn = module.drawn(tensors.index_dir(folder), names(module), jax.random.key(0)).keys()
@@ -149,7 +149,7 @@ def _adapted(adapter: Path, folder: Path, params: Any, key: jax.Array, module: A
 
 
 def method_settings(cfg: Any) -> Mapping[str, Any]:
-    """The method's own section, by its name: tune.lora for tune.method=lora; none for methods without settings."""
+    """The section of the method, tune.lora for tune.method=lora; empty for methods without settings."""
     chosen = cfg.tune.get(cfg.tune.method, None)
     return {} if chosen is None else dict(chosen)
 

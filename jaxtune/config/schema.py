@@ -1,7 +1,7 @@
-"""Every setting of jaxtune once: the table SETTINGS, with type, default, choices, range and one line of meaning.
+"""Every setting of jaxtune: the table SETTINGS, with type, default, choices, range and one line of meaning.
 
-Beside it what follows from other settings (DERIVED), what has no effect under others (IDLE) and what may differ when a
-run goes on (RESUMABLE). Nothing here imports jax.
+Beside it, defaults that follow from other settings (DERIVED), settings without effect under others (IDLE), and those
+that may change when a run is resumed (RESUMABLE). Nothing here imports jax.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +15,7 @@ from jaxtune.train import optimizers
 
 
 class Range(NamedTuple):
-    """What values a setting takes, in words and as a predicate."""
+    """The values that a setting may have, in words and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -35,7 +35,7 @@ ALL_POSITIVE = Range("above 0, each of them", lambda v: min(v) > 0)
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting. None always means the default, which is itself None where there is nothing to say in advance."""
+    """One setting. None: use the default; a default of None is filled in from other settings."""
 
     path: str
     type: Any
@@ -65,8 +65,8 @@ SECTIONS = {
     "objective": "the loss",
     "optim": "the optimizer and its schedule",
     "train": "the run",
-    "log": "what is written while it runs",
-    "evaluate": "what is generated at evaluations, and scored at the end",
+    "log": "what is written during training",
+    "evaluate": "texts to generate at evaluations, and scores of answers",
 }
 
 Paths = tuple[Path, ...]
@@ -90,7 +90,7 @@ FORMATS = ("auto", "chat", "prompt_completion", "instruction", "sharegpt", "text
 
 
 def _of(setting: str, words: str) -> str:
-    """What a setting of some optimizers is, and of which."""
+    """The meaning of an optimizer's setting, with the optimizers that have it."""
     found = optimizers.defaults(setting)
     shown = [name if len(set(found.values())) == 1 else f"{name} {default:g}" for name, default in found.items()]
     return f"{words} ({', '.join(shown)})"
@@ -98,116 +98,122 @@ def _of(setting: str, words: str) -> str:
 
 SETTINGS = (
     Setting("model.path", Path, None, "Hugging Face directory or hub id (required)"),
-    Setting("model.init", str, "pretrained", "random: only config and tokenizer are read", ("pretrained", "random")),
-    Setting("model.adapter", Path, None, "PEFT directory to train on from; model.path=ADAPTER sets it, and the rest"),
+    Setting(
+        "model.init",
+        str,
+        "pretrained",
+        "random: new weights; only config and tokenizer are read",
+        ("pretrained", "random"),
+    ),
+    Setting("model.adapter", Path, None, "PEFT directory to train further; model.path=ADAPTER sets it and its base"),
     Setting("model.tokenizer", Path, None, "directory or hub id of the tokenizer; default: model.path"),
     Setting("model.chat_template", Path, None, "a Jinja file; default: the tokenizer's own"),
     Setting("model.dtype", str, "auto", "auto: bfloat16 on GPU, float32 on CPU", ("auto", "float32", "bfloat16")),
     Setting(
         "model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "blocks", "xla", "cudnn")
     ),
-    Setting("model.remat", str, "none", "recomputed to save memory", ("none", "full", "dots", "attention")),
-    Setting("model.quantization", str, "none", "of the frozen body, while it is read", ("none", "nf4", "int8", "fp8")),
+    Setting("model.remat", str, "none", "what to recompute to save memory", ("none", "full", "dots", "attention")),
+    Setting(
+        "model.quantization", str, "none", "of the frozen weights, as they are loaded", ("none", "nf4", "int8", "fp8")
+    ),
     #
-    Setting("tune.method", str, "lora", "adapters, all weights, or a part of them (head: final norm too)", METHODS),
+    Setting("tune.method", str, "lora", "which weights are trained (head: with the final norm)", METHODS),
     Setting("tune.lora.r", int, 8, "rank", range=AT_LEAST_1),
     Setting("tune.lora.lora_alpha", float, 8.0, "the update is scaled by lora_alpha / r", range=POSITIVE),
-    Setting("tune.lora.lora_dropout", float, 0.0, "on the input of the adapters", range=BELOW_1),
+    Setting("tune.lora.lora_dropout", float, 0.0, "dropout on the adapters' input", range=BELOW_1),
     Setting("tune.lora.target_modules", Targets, "all-linear", "all-linear, module names, or a regex over full names"),
     Setting("tune.lora.bias", str, "none", "which biases are trained too", ("none", "all", "lora_only")),
     Setting("tune.lora.use_rslora", bool, False, "scale by lora_alpha / sqrt(r)"),
-    Setting("tune.lora.use_dora", bool, False, "train direction and magnitude apart (DoRA)"),
-    Setting("tune.lora.init_lora_weights", str, "default", "how adapters begin", ("default", "gaussian", "pissa")),
-    Setting("tune.lora.rank_pattern", Ranks, None, "other ranks for modules whose names end in a regex"),
-    Setting("tune.lora.alpha_pattern", Alphas, None, "other alphas, as rank_pattern"),
-    Setting("tune.lora.layers_to_transform", Integers, None, "numbers of the layers with adapters; default: all"),
+    Setting("tune.lora.use_dora", bool, False, "train direction and magnitude separately (DoRA)"),
+    Setting("tune.lora.init_lora_weights", str, "default", "initial values", ("default", "gaussian", "pissa")),
+    Setting("tune.lora.rank_pattern", Ranks, None, "ranks of modules whose names end with a match of a regex"),
+    Setting("tune.lora.alpha_pattern", Alphas, None, "alphas, as rank_pattern"),
+    Setting("tune.lora.layers_to_transform", Integers, None, "indices of the layers with adapters; default: all"),
     Setting("tune.lora.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
-    Setting("tune.lora.modules_to_save", Names, None, "modules that are trained whole, such as embed_tokens,lm_head"),
-    Setting("tune.lora.trainable_token_indices", Integers, None, "rows of the token embedding that are trained"),
+    Setting("tune.lora.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
+    Setting("tune.lora.trainable_token_indices", Integers, None, "token ids whose rows of the embedding are trained"),
     Setting("tune.ia3.target_modules", Targets, None, "module names or a regex; default: PEFT's for the family"),
-    Setting("tune.ia3.feedforward_modules", Targets, None, "targets whose input is scaled, not the output"),
+    Setting("tune.ia3.feedforward_modules", Targets, None, "targets whose input is scaled instead of the output"),
     Setting("tune.ia3.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
     Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=ROWS),
     Setting("tune.prompt_tuning.init", str, "vocab", "rows of the embedding, or N(0, 1)", ("vocab", "random")),
     Setting("tune.last_n.layers", int, 2, "blocks from the top, trained with the final norm", range=AT_LEAST_1),
-    Setting("tune.regex.pattern", str, ".*", "over whole HF names: model.layers.0.mlp.up_proj.weight"),
+    Setting("tune.regex.pattern", str, ".*", "matches full HF names: model.layers.0.mlp.up_proj.weight"),
     #
     Setting("data.train", Paths, None, "files, directories or hub ids (required)"),
-    Setting("data.weights", Numbers, None, "how often each source is drawn; default: by its size", range=ALL_POSITIVE),
+    Setting("data.weights", Numbers, None, "how often each source is drawn; default: by size", range=ALL_POSITIVE),
     Setting("data.eval", Paths, None, "held-out data, given as data.train is"),
     Setting("data.eval_fraction", float, 0.0, "share of data.train held out, chosen by content", range=BELOW_1),
     Setting("data.format", str, "auto", "how a row is read; auto: by its columns", FORMATS),
-    Setting("data.columns", Columns, {}, "our names of columns and the files': prompt=question,completion=answer|text"),
-    Setting("data.template", str, None, r"a text made of the file's columns: 'Q: {question}\nA: {answer}'"),
-    Setting("data.completion_from", str, None, "text after which tokens are trained (data.format=text, data.template)"),
-    Setting(
-        "data.prompt_from", str, None, "text after which tokens are not trained, up to the next data.completion_from"
-    ),
+    Setting("data.columns", Columns, {}, "jaxtune's column names = the file's: prompt=question,completion=answer|text"),
+    Setting("data.template", str, None, r"builds a text from the file's columns: 'Q: {question}\nA: {answer}'"),
+    Setting("data.completion_from", str, None, "text after which training starts (data.format=text, data.template)"),
+    Setting("data.prompt_from", str, None, "text after which training stops, up to the next data.completion_from"),
     Setting("data.system", str, None, "a system prompt for conversations that have none"),
     Setting("data.system_as_user", bool, False, "system messages go to the start of the user's first message"),
-    Setting("data.date", str, None, "that chat templates write, YYYY-MM-DD; default: the day on which the run began"),
-    Setting("data.roles", Columns, {}, "other names of roles, and ours: customer=user,agent=assistant"),
-    Setting("data.ignore", Names, None, "columns, and fields of messages, that are left out knowingly"),
+    Setting("data.date", str, None, "date that chat templates write, YYYY-MM-DD; default: when the run began"),
+    Setting("data.roles", Columns, {}, "the file's role names = jaxtune's: customer=user,agent=assistant"),
+    Setting("data.ignore", Names, None, "columns, and fields of messages, to leave out without an error"),
     Setting(
         "data.allow_left_out", Names, None, "what the template may drop of trained turns: thoughts, answers, calls"
     ),
     Setting("data.max_length", int, None, "tokens a row; default: the model's, at most 1024", range=TOKENS),
     Setting("data.overlength", str, "drop", "what happens to longer rows", ("drop", "truncate", "split")),
-    Setting("data.packing", bool, False, "several rows in one sequence; none sees another"),
+    Setting("data.packing", bool, False, "several rows in one sequence, which do not see each other"),
     Setting(
-        "data.max_segments", int, None, "rows in one sequence at most; up to 32, a Hopper runs cuDNN", range=AT_LEAST_1
+        "data.max_segments", int, None, "most rows in a sequence; up to 32, a Hopper can use cuDNN", range=AT_LEAST_1
     ),
-    Setting("data.group_by_length", bool, False, "batches of rows of like length: less padding, a little less random"),
+    Setting("data.group_by_length", bool, False, "batch rows of similar length: less padding, a little less random"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),
     #
     Setting("objective.name", str, "causal_lm", "the task", TASKS),
-    Setting("objective.problem_type", str, "auto", "auto: the model's, else one label a text", PROBLEM_TYPES),
+    Setting("objective.problem_type", str, "auto", "auto: the model's, else one label for each text", PROBLEM_TYPES),
     Setting("objective.labels", Names, None, "names of the labels in order; default: the model's, else the data's"),
-    Setting("objective.first_label", int, None, "number of the first label, where rows have numbers for named labels"),
-    Setting("objective.class_weights", ClassWeights, None, "of the loss: balanced, or a number for each label"),
-    Setting("objective.pooling", str, "auto", "from tokens to a text; auto: the family's", POOLINGS),
+    Setting("objective.first_label", int, None, "number of the first label, where rows number the labels (0 or 1)"),
+    Setting("objective.class_weights", ClassWeights, None, "weights of labels in the loss: balanced, or one each"),
+    Setting("objective.pooling", str, "auto", "how token states become a text's; auto: the family's", POOLINGS),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
     #
     Setting("optim.name", str, "adamw", "the optimizer", tuple(optimizers.OPTIMIZERS)),
     Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
     Setting(
-        "optim.loraplus_lr_ratio", float, 1.0, "LoRA+: the rate of B and of vectors is this times lr", range=POSITIVE
+        "optim.loraplus_lr_ratio", float, 1.0, "LoRA+: rate of B and of vectors, as a multiple of lr", range=POSITIVE
     ),
-    Setting("optim.schedule", str, "cosine", "from the peak to min_lr_ratio of it", ("constant", "linear", "cosine")),
-    Setting("optim.warmup", float, 0.03, "below 1: share of the steps; from 1: steps", range=SHARE_OR_STEPS),
-    Setting("optim.min_lr_ratio", float, 0.0, "where the schedule ends, as a share of lr", range=UP_TO_1),
-    Setting("optim.weight_decay", float, 0.0, "decoupled, on matrices only", range=NOT_NEGATIVE),
+    Setting("optim.schedule", str, "cosine", "decay from lr to min_lr_ratio * lr", ("constant", "linear", "cosine")),
+    Setting("optim.warmup", float, 0.03, "below 1: share of the steps; 1 or more: steps", range=SHARE_OR_STEPS),
+    Setting("optim.min_lr_ratio", float, 0.0, "learning rate at the end, as a share of lr", range=UP_TO_1),
+    Setting("optim.weight_decay", float, 0.0, "decoupled weight decay, on matrices only", range=NOT_NEGATIVE),
     Setting("optim.grad_clip", float, 1.0, "largest global norm of the gradient; 0: off", range=NOT_NEGATIVE),
     Setting("optim.b1", float, 0.9, _of("b1", "decay of the first moment"), range=BELOW_1),
     Setting("optim.b2", float, 0.999, _of("b2", "decay of the second moment"), range=BELOW_1),
     Setting("optim.eps", float, 1e-8, _of("eps", "added before a division"), range=POSITIVE),
     Setting("optim.momentum", float, None, _of("momentum", "decay of the velocity"), range=BELOW_1),
     #
-    Setting("train.steps", int, None, "optimizer steps; this or epochs", range=AT_LEAST_1),
+    Setting("train.steps", int, None, "optimizer steps; give this or epochs", range=AT_LEAST_1),
     Setting("train.epochs", float, None, "passes over data.train; default: 1", range=POSITIVE),
     Setting("train.batch_size", int, 8, "rows in an optimizer step, over all devices", range=ROWS),
-    Setting(
-        "train.grad_accum", int, None, "parts a batch is computed in, to save memory; default: 1", range=AT_LEAST_1
-    ),
-    Setting("train.micro_batch", MicroBatch, None, "or rows of a part; auto: with model.remat, as the memory allows"),
-    Setting("train.eval_every", int, 0, "steps; 0: after each epoch and at the end", range=NOT_NEGATIVE),
+    Setting("train.grad_accum", int, None, "parts to split a batch into, to save memory; default: 1", range=AT_LEAST_1),
+    Setting("train.micro_batch", MicroBatch, None, "rows of a part, instead of grad_accum; auto: as memory allows"),
+    Setting("train.eval_every", int, 0, "steps between evaluations; 0: each epoch and at the end", range=NOT_NEGATIVE),
     Setting("train.eval_batches", int, 0, "batches in an evaluation; 0: all", range=NOT_NEGATIVE),
-    Setting("train.save_every", int, 0, "steps; 0: at evaluations and at the end", range=NOT_NEGATIVE),
+    Setting(
+        "train.save_every", int, 0, "steps between checkpoints; 0: at evaluations and at the end", range=NOT_NEGATIVE
+    ),
     Setting("train.keep", int, 2, "checkpoints kept beside the best", range=AT_LEAST_1),
     Setting("train.early_stop", int, 0, "evaluations without improvement before stopping; 0: off", range=NOT_NEGATIVE),
-    Setting("train.cache_features", str, "auto", "what lies below all that is trained, computed once", AUTO),
-    Setting("train.cache_gib", float, 20.0, "most that such features of all runs take on disk", range=POSITIVE),
-    Setting("train.seed", int, 0, "of the order of rows, dropout and initial values", range=SEED),
+    Setting("train.cache_features", str, "auto", "compute once what lies below all trained layers", AUTO),
+    Setting("train.cache_gib", float, 20.0, "GiB on disk that cached features of all runs may take", range=POSITIVE),
+    Setting("train.seed", int, 0, "seed of the order of rows, dropout and initial values", range=SEED),
     #
-    Setting("log.every", int, 10, "steps", range=AT_LEAST_1),
+    Setting("log.every", int, 10, "steps between logged lines", range=AT_LEAST_1),
     Setting("log.tensorboard", bool, True, "write event files"),
     Setting("log.wandb", bool, False, "also log to Weights & Biases"),
     Setting("log.progress", bool, True, "show a progress bar and a plot of the losses on a terminal"),
     #
     Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
     Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
-    Setting("evaluate.metrics", Names, None, "scores of answers to held-out rows, before and after; see jaxtune eval"),
-    Setting("evaluate.max_new_tokens", int, 64, "longest generated answer", range=AT_LEAST_1),
+    Setting("evaluate.metrics", Names, None, "scores of answers before and after training; see jaxtune eval"),
+    Setting("evaluate.max_new_tokens", int, 64, "tokens of a generated answer at most", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
 )
 BY_PATH = {setting.path: setting for setting in SETTINGS}
@@ -221,7 +227,7 @@ class Retired(NamedTuple):
     Attributes:
         neutral: the value that changed nothing, which older config.json files hold.
         instead: what to do now.
-        becomes: what its other value is now called, (setting, value), so that older runs can be gone on with.
+        becomes: what another value is now, as (setting, value), so that older runs can be resumed.
     """
 
     neutral: Any
@@ -230,8 +236,8 @@ class Retired(NamedTuple):
 
 
 RETIRED: dict[str, Retired] = {
-    "model.unroll": Retired(1, "it is no setting any more: it copied weights and never paid off"),
-    "log.plot": Retired(True, "log.progress switches bar and plot"),
+    "model.unroll": Retired(1, "it was removed: it copied weights and was never faster"),
+    "log.plot": Retired(True, "log.progress switches both bar and plot"),
     "evaluate.json": Retired(
         False,
         "write evaluate.metrics=json_valid,json_exact",
@@ -239,7 +245,7 @@ RETIRED: dict[str, Retired] = {
     ),
 }
 
-# What other tools call a setting: used to suggest our name, never accepted.
+# Other tools' names of settings: only used to suggest jaxtune's, never accepted.
 OTHER_NAMES = {
     "model_name_or_path": "model.path",
     "gradient_checkpointing": "model.remat",
@@ -267,7 +273,7 @@ OTHER_NAMES = {
 
 DEFAULT_LR = {name: row.lr for name, row in methods.ROWS.items()}
 
-# Defaults that follow from other settings: what is left None becomes a value in the resolved config.
+# Defaults that follow from other settings: they replace None in the resolved config.
 DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "model.tokenizer": lambda values: values["model.path"],
     "optim.lr": lambda values: DEFAULT_LR[values["tune.method"]],
@@ -279,7 +285,7 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     ),
 }
 
-# What may differ when a run goes on in its workdir: how long, how often, and what is written; never what is computed.
+# What may change when a run is resumed: how long, how often, and what is written; never what is computed.
 RESUMABLE = frozenset(
     [
         *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches", "train.early_stop"),
@@ -290,14 +296,14 @@ RESUMABLE = frozenset(
 
 
 class Idle(NamedTuple):
-    """Settings (or a section) that change nothing while `when` holds: if given, and not as OFF, they are an error."""
+    """Settings (or a section) that have no effect while `when` holds: an error if given, unless the value is in OFF."""
 
     paths: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     when: Callable[[Mapping[str, Any]], bool]
     because: str  # {a.b} stands for the value of setting a.b
 
     def at(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """What has no effect under these values of all settings."""
+        """The settings of this rule that have no effect, given the values of all settings."""
         if not self.when(values):
             return ()
         return self.paths if isinstance(self.paths, tuple) else self.paths(values)
@@ -309,6 +315,7 @@ OFF = (0, False, "auto", "none", {})
 
 
 def no_eval_data(values: Mapping[str, Any]) -> bool:
+    """Whether the values name no held-out data."""
     return not values["data.eval"] and not values["data.eval_fraction"]
 
 
@@ -335,12 +342,12 @@ IDLE = (
     Idle(
         ("model.chat_template", *CONVERSATIONS, "data.ignore", "data.format", "data.columns"),
         lambda v: v["data.template"],
-        "data.template makes a text of the file's own columns",
+        "data.template builds a text from the file's own columns",
     ),
     Idle(
         ("data.completion_from",),
         lambda v: not v["data.template"] and v["data.format"] not in ("auto", "text"),
-        "the completion of {data.format} rows is known",
+        "{data.format} rows name their completion",
     ),
     Idle(
         ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate"),
@@ -356,7 +363,7 @@ IDLE = (
     Idle(
         ("evaluate.max_new_tokens",),
         lambda v: not (v["evaluate.metrics"] or v["evaluate.samples"] or v["evaluate.prompts"]),
-        "evaluate.metrics, evaluate.samples and evaluate.prompts ask for none",
+        "evaluate.metrics, evaluate.samples and evaluate.prompts ask for no text",
     ),
     Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
 )

@@ -1,8 +1,8 @@
-"""Data curation: what is wrong with a data set, as training would read it, and the set without it.
+"""Data curation: find what is wrong with a data set, as training would read it, and write a clean one.
 
     sources -> stream.py (chunks, and a ledger of a few numbers a row) -> checks -> report.py, clean.py
 
-A check sees every chunk once, then says what it found (`rows.Check`); `report.examine` lists them all. No jax here.
+A check sees every chunk once, then gives its findings (`rows.Check`); `report.examine` runs all checks. No jax here.
 """
 
 from jaxtune.curate.clean import write_clean

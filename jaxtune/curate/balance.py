@@ -10,9 +10,9 @@ from jaxtune.curate.finding import NOTE, WARNING, Finding
 from jaxtune.curate.stream import TRAIN, Chunk, Ledger
 from jaxtune.data.row_form import RowForm
 
-MOST = 200  # values from which a column is no longer a group
+MOST = 200  # values of a column at most, for it to define groups
 LONGEST = 64  # characters in a value
-ROWS_A_VALUE = 5  # on average; with fewer, values are names, not groups
+ROWS_A_VALUE = 5  # at least, on average; with fewer, values are names, not groups
 IMBALANCE = 10.0  # the largest class over the smallest
 RARE = 0.02  # share of the rows under which a group is small
 ASSOCIATION = 0.3  # Cramér's V that counts as a medium effect for two classes (Cohen 1988)
@@ -20,12 +20,12 @@ ANSWER = "answer"
 
 
 class Balance:
-    """Counts rows by the answer, where it is a class, and by every column of few values.
+    """Counts rows by answer (if answers are classes) and by every column of few values.
 
     After the last chunk, `groups` is {column: Counter}; the answer's is under "answer".
 
     Args:
-        several: example -> its classes, where it has any number of them; then they are what is counted.
+        several: example -> its classes, where an example has several; then these are counted.
     """
 
     def __init__(self, several: Callable[[Any], Iterable[str]] | None = None):
@@ -94,7 +94,7 @@ class Balance:
                 "group_balance",
                 NOTE,
                 f"of the {len(counts)} groups by column {column!r}, {len(rare)} have under {RARE:.0%} of the rows each",
-                "what is learnt there is little, and a score over all rows does not show it: score by group",
+                "the model learns little about them, and a score over all rows hides it: score by group",
                 tuple(f"{_named(value)}: {n:,} rows" for value, n in rare[:5]),
             )
         strength = cramers_v(self._with_answer.get(column, Counter()))
@@ -109,14 +109,14 @@ class Balance:
 
 
 def label_notes(form: RowForm) -> Iterator[Finding]:
-    """How the labels were read, where one would want to know."""
+    """Notes on how the labels were read."""
     for note in form.notes:
         alike = "differ in case" in note
-        yield Finding("labels", WARNING if alike else NOTE, note, "see that this is what is meant")
+        yield Finding("labels", WARNING if alike else NOTE, note, "check that this is meant")
 
 
 def class_balance(counts: Counter) -> Iterator[Finding]:
-    """Say if the rows of the classes are of very different number."""
+    """A finding if the classes have very different numbers of rows."""
     ordered = counts.most_common()
     (most, many), (least, few) = ordered[0], ordered[-1]
     if many >= IMBALANCE * few:

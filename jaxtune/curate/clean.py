@@ -1,4 +1,4 @@
-"""The training data without the rows that findings would drop, and a log of what went and why."""
+"""Write the training data without the rows that findings drop, and a log of what was removed and why."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from jaxtune.files import atomic_open, refuse_existing
 
 
 def targets(out: Path, sources: int) -> tuple[list[Path], Path]:
-    """Return the file of each training source (`clean.jsonl`, or `clean-1.jsonl`, ...) and the log's.
+    """Return the path of each training source's file (`clean.jsonl`, or `clean-1.jsonl`, ...) and of the log.
 
     Raises:
         UserError: not a .jsonl file, or one of them exists.
@@ -32,9 +32,9 @@ def targets(out: Path, sources: int) -> tuple[list[Path], Path]:
 def write_clean(report: DataReport, out: Path, near: bool = False) -> tuple[list[Path], Path, int, int]:
     """Write every training row but those that a finding drops: (files, log, rows kept, rows removed).
 
-    A row of the log says where it stood (`row`), which check dropped it, the row it repeats (`because`, if any), and
-    its content. Sources are read a second time. Rows that only resemble others stay, unless `near` says otherwise: a
-    duplicate equals another row in all that is rendered of it.
+    A line of the log gives a row's place (`row`), the check that dropped it, the row it repeats (`because`, if any) and
+    its content. Sources are read a second time. Near duplicates stay unless `near` is set; an exact
+    duplicate equals another row in everything that is rendered.
 
     Raises:
         UserError: see `targets`; nothing would be left; no room on the disk.

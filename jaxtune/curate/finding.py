@@ -1,4 +1,4 @@
-"""What a check says: a finding, with how bad it is, where to look and what to do."""
+"""What a check returns: a finding, with its severity, where to look and what to do."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,19 +13,19 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a data set, or that one should know of it.
+    """One thing that is wrong with a data set, or worth knowing about it.
 
     Attributes:
         check: the name of the check, "duplicates".
-        severity: "error": training refuses it, or does not learn what was meant, or the evaluation measures nothing;
-            "warning": look at it; "note": good to know.
+        severity: "error": training refuses it or learns something else than intended, or evaluation is meaningless;
+            "warning": worth a look; "note": for information.
         message: what was found, in numbers.
         fix: what to do.
-        rows: places to look at, in words, `SHOWN` at most.
+        rows: places of example rows, in words, `SHOWN` at most.
         count: how many rows it concerns; 0: all of them together.
-        drops: ledger indices of training rows that a clean set does without, i64[N].
-        asked: whether a clean set does without them only where that is asked for (--drop-near).
-        because: for each of `drops` the index of the row that makes it superfluous, or -1.
+        drops: ledger indices of training rows that a clean set leaves out, i64[N].
+        asked: whether they are left out only on request (--drop-near).
+        because: for each of `drops` the index of the row that it repeats, or -1.
     """
 
     check: str

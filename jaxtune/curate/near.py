@@ -1,8 +1,8 @@
 """Near duplicates by MinHash and locality-sensitive hashing (Broder 1997; Leskovec et al., chapter 3).
 
-A row is the set of its runs of three words; the share of equal entries in two signatures estimates the Jaccard
-similarity of their sets. Rows that agree in a whole band of the signature are compared. Of a signature the low 16 bits
-of each entry are kept (b-bit minwise hashing, Li & König 2010, arXiv:0910.3349), so that a band of four is one uint64:
+A row is the set of its three-word shingles; the share of equal entries in two signatures estimates the Jaccard
+similarity of two sets. Rows that agree in a whole band of the signature are compared. Of each entry the low 16 bits
+are kept (b-bit minwise hashing, Li & König 2010, arXiv:0910.3349), so that a band of four is one uint64:
 128 bytes a row.
 """
 
@@ -21,14 +21,14 @@ BAND = 4  # 16 bands: a pair at 0.8 is missed once in 4,000, one at 0.5 is compa
 SHINGLE = 3  # words
 FEWEST = 4  # shingles: shorter rows are near to one another without being copies
 TEMPLATE = 0.1  # the share of rows from which a shingle belongs to their template
-SAMPLE = 100  # rows from which a template can be told
+SAMPLE = 100  # rows needed to recognise a template
 SEED = 1
 
 
 class NearDuplicates:
-    """Rows that say nearly the same, in training, and between training and evaluation.
+    """Rows with nearly the same text, within training, and between training and evaluation.
 
-    Shingles that stand in over a tenth of the first rows are the template's, and are left out.
+    Shingles in over a tenth of the first rows belong to a template and are left out.
 
     Args:
         threshold: the similarity from 0 to 1 from which rows count as copies.
@@ -57,7 +57,7 @@ class NearDuplicates:
         if not self._index:
             return
         index = np.concatenate(self._index)
-        # A row and its exact copies are one here: the copies are another check's.
+        # A row and its exact copies count once here; another check reports exact copies.
         once = first_of(ledger.digest[index]) == np.arange(len(index))
         held = ledger.split[index] == EVAL
         order = np.concatenate([np.flatnonzero(~held & once), np.flatnonzero(held)])  # evaluation rows come last
@@ -98,7 +98,7 @@ class NearDuplicates:
             )
 
     def _taken(self, order: np.ndarray, n: int) -> np.ndarray:
-        """Signatures in this order; each part is let go once it is copied, so that all are never there twice."""
+        """Signatures in this order; each part is freed once it is copied, so that memory never holds them twice."""
         place = np.full(n, len(order))
         place[order] = np.arange(len(order))
         kept = np.empty((len(order) + 1, PERMUTATIONS), np.uint16)  # one row more, for those that are left out
@@ -116,12 +116,12 @@ def _pairs(ledger: Ledger, index: np.ndarray, others: np.ndarray) -> tuple[str, 
 
 
 def _divided(length: int, words: list[str]) -> list[str]:
-    """The words of a text of so many characters; its characters where words are not divided by spaces."""
+    """The words of a text of `length` characters; its characters, where spaces do not separate words."""
     return words if length < 15 * len(words) else list("".join(words))
 
 
 def shingles(words: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes u64[N] of all runs of three words, each once a text, and the text each is of, i64[N]."""
+    """Return the hashes u64[N] of all three-word shingles, once for each text, and the index of their text i64[N]."""
     counts = np.array([len(w) for w in words], np.int64)
     flat = np.fromiter(map(crc32, map(str.encode, chain.from_iterable(words))), np.uint64, int(counts.sum()))
     owner = np.repeat(np.arange(len(words)), counts)
@@ -142,7 +142,7 @@ def shingles(words: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _template(hashes: np.ndarray, owner: np.ndarray, rows: int) -> np.ndarray:
-    """Shingles that stand in many rows."""
+    """Shingles that occur in many rows."""
     if rows < SAMPLE:
         return hashes[:0]
     values, counts = np.unique(hashes, return_counts=True)
@@ -161,7 +161,7 @@ def signatures(hashes: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def similar_pairs(kept: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Return (later, earlier) positions of rows whose signatures agree in `threshold` of their entries or more.
 
-    In a bucket of a band, a row is compared with the first and with the one before it, so work stays linear however
+    In a bucket of a band, a row is compared with the first one and with the one before it, so work stays linear however
     many rows are alike.
     """
     bands = np.ascontiguousarray(kept).view(np.uint64)
@@ -187,7 +187,7 @@ def similar_pairs(kept: np.ndarray, threshold: float) -> tuple[np.ndarray, np.nd
 
 
 def superfluous(later: np.ndarray, earlier: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (copies, originals): every copy has its original among the rows that stay. `later` must be in order."""
+    """Return (copies, originals); every original is among the rows that stay. `later` must be sorted."""
     original: dict[int, int] = {}
     for j, i in zip(later.tolist(), earlier.tolist()):
         if j not in original and i not in original:

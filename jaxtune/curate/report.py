@@ -1,4 +1,4 @@
-"""All checks over the data of a config, and what they found as a value, as JSON and on a terminal."""
+"""Run all checks over the data of a config; the findings as a value, as JSON and on a terminal."""
 
 import heapq
 import json
@@ -54,7 +54,7 @@ class NothingLeft(SetCheck):
 
 
 class Samples:
-    """A few rows with what is trained, drawn by their hashes: the same ones whatever their order."""
+    """A few rows with their trained tokens, drawn by hash, so that the order of rows does not matter."""
 
     def __init__(self, tokenizer: Any, n: int, labels: RowForm | None = None):
         self.tokenizer, self.n, self.labels = tokenizer, n, labels
@@ -90,7 +90,7 @@ class DataReport:
         findings: the worst first.
         summary: numbers of the training data as a whole, JSON.
         samples: see `Samples.drawn`.
-        ledger: what is known of each row; findings refer to it.
+        ledger: numbers on each row; findings refer to its indices.
     """
 
     findings: list[Finding]
@@ -186,7 +186,7 @@ def examine(
         reading: as `prepare` takes it.
 
     Raises:
-      UserError: a source that cannot be opened or read on, and columns that fit no format.
+        UserError: a source cannot be opened, or read to its end, or its columns fit no format.
     """
     if labels is None:
         form = text_form(tokenizer, reader_settings(tokenizer, **reading), allow_left_out)
@@ -233,14 +233,14 @@ def examine(
 
 
 def kept(ledger: Ledger, overlength: str) -> np.ndarray:
-    """Return which rows are trained on, bool[N]: readable, within the limit or cut to it, with a token to predict."""
+    """Which rows are trained on, bool[N]: readable, within the limit or cut to it, with a token to predict."""
     long = ledger.length > ledger.max_length
     trained = {"drop": (ledger.trained > 0) & ~long, "truncate": ledger.fitted > 0, "split": ledger.trained > 0}
     return ledger.readable & (ledger.split == TRAIN) & trained[overlength]
 
 
 def _hold_out(ledger: Ledger, fraction: float, overlength: str) -> None:
-    """Move to evaluation the rows that training would hold out."""
+    """Mark the rows that training would hold out as evaluation rows."""
     rows = np.flatnonzero(kept(ledger, overlength))
     if not len(rows):
         return
@@ -292,11 +292,11 @@ def _summary(
 
 
 def length_summary(lengths: np.ndarray) -> dict[str, Any]:
-    """Percentiles and a histogram of rows by tokens, i64[N]; nothing where there is no row."""
+    """Percentiles and a histogram of rows by tokens, i64[N]; empty where there is no row."""
     if not len(lengths):
         return {}
-    most, usual = int(lengths.max()), int(np.percentile(lengths, 99))
-    even = np.linspace(0, usual + 1, BINS) if most > 1.5 * usual else np.linspace(0, most + 1, BINS + 1)
+    most, typical = int(lengths.max()), int(np.percentile(lengths, 99))
+    even = np.linspace(0, typical + 1, BINS) if most > 1.5 * typical else np.linspace(0, most + 1, BINS + 1)
     counts, edges = np.histogram(lengths, bins=np.unique([*even.astype(int), most + 1]))  # a long tail is one bin
     percentiles = {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES}
     return {"lengths": {"percentiles": percentiles, "edges": edges.tolist(), "counts": counts.tolist()}}
@@ -316,7 +316,7 @@ def _facts(s: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _histogram(lengths: Mapping[str, Any], limit: int) -> str:
-    """Bars of the rows by tokens; a mark where the limit falls."""
+    """Bars of the rows by tokens, with a mark at the limit."""
     most = max(lengths["counts"])
     lines = ["tokens a row: " + ", ".join(f"{p}% up to {n:,}" for p, n in lengths["percentiles"].items())]
     for low, high, n in zip(lengths["edges"], lengths["edges"][1:], lengths["counts"]):

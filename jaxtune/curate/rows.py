@@ -14,8 +14,8 @@ from jaxtune.data.chat import special_tokens
 from jaxtune.data.formats import Conversation
 from jaxtune.data.row_form import RowForm
 
-# Replacement and private-use characters, controls but tab and line ends, marks that have no width or turn the direction
-# (joiners belong to Persian, Indic scripts and emoji), and UTF-8 that was once read as Latin-1 or Windows-1252.
+# Replacement and private-use characters, controls except tab and line ends, marks of no width or that set the direction
+# (except joiners, which Persian, Indic scripts and emoji use), and UTF-8 that was once read as Latin-1 or Windows-1252.
 ODD = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ue000-\uf8ff\ufeff\ufffd]"
     "|â€[\x80-\xbf™œ“”˜¦\u2018-\u201f]|Ã[\x80-\xbf]|Â[\xa0-\xbf]"
@@ -26,7 +26,7 @@ ODD_ASCII = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the part of ODD th
 
 
 class Check(Protocol):
-    """What `examine` asks of a check: to look at every chunk, then to say what it found."""
+    """The interface of a check: `examine` calls `see` with every chunk, then `findings`."""
 
     def see(self, chunk: Chunk) -> None: ...
 
@@ -34,15 +34,15 @@ class Check(Protocol):
 
 
 class RowCheck:
-    """Rows that have a defect of their own.
+    """A check for a defect of single rows.
 
     Args:
         name: of the check.
-        find: a chunk -> positions in it, with a word on each or "".
-        message: said after the number of rows: "12 rows (3.4%) have an empty answer".
+        find: a chunk -> (index in the chunk, a detail or "") of each row with the defect.
+        message: follows the number of rows: "12 rows (3.4%) have an empty answer".
         fix: what to do.
-        severity: None: by the share of rows.
-        drops: whether a clean set does without them.
+        severity: of the finding; None: by the share of rows.
+        drops: whether a clean set leaves them out.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RowCheck:
 
 
 class Unreadable:
-    """Rows that training refuses; it would stop at the first, here all of them are listed."""
+    """Rows that training refuses. Training would stop at the first; this lists them all."""
 
     def __init__(self):
         self._broken: list[tuple[int, str]] = []
@@ -99,7 +99,7 @@ class Unreadable:
                 "unreadable",
                 ERROR,
                 f"{share(len(index), len(ledger))} cannot be read, and training stops at the first",
-                "mend them, or leave them out with jaxtune data --write-clean",
+                "correct them, or leave them out with jaxtune data --write-clean",
                 tuple(message for _, message in self._broken[:SHOWN]),
                 len(index),
                 index[ledger.split[index] == TRAIN],
@@ -112,21 +112,24 @@ def _excerpt(text: str, n: int = 60) -> str:
 
 
 def has_prompts(chunk: Chunk) -> bool:
-    """Whether rows have two sides; plain text has one."""
+    """Whether rows have a prompt; plain text has none."""
     return any(chunk.prompts)
 
 
 def empty_answers(chunk: Chunk) -> Iterator[tuple[int, str]]:
+    """Rows with a prompt and an empty answer: (index in the chunk, "")."""
     if has_prompts(chunk):
         yield from ((k, "") for k, text in enumerate(chunk.answers) if not text.strip())
 
 
 def empty_prompts(chunk: Chunk) -> Iterator[tuple[int, str]]:
+    """Rows whose prompt is empty: (index in the chunk, an excerpt of the answer)."""
     if has_prompts(chunk):
         yield from ((k, _excerpt(chunk.answers[k])) for k, text in enumerate(chunk.prompts) if not text.strip())
 
 
 def odd_characters(chunk: Chunk) -> Iterator[tuple[int, str]]:
+    """Rows with control characters and the like: (index in the chunk, the first one and the text around it)."""
     for k, pair in enumerate(zip(chunk.prompts, chunk.answers)):
         for text in pair:
             if found := (ODD_ASCII if text.isascii() else ODD).search(text):
@@ -136,6 +139,7 @@ def odd_characters(chunk: Chunk) -> Iterator[tuple[int, str]]:
 
 
 def roles(chunk: Chunk) -> Iterator[tuple[int, str]]:
+    """Conversations whose roles do not alternate as expected: (index in the chunk, what is wrong)."""
     for k, example in enumerate(chunk.examples):
         if isinstance(example, Conversation) and (problem := _role_problem([m["role"] for m in example.messages])):
             yield k, problem
@@ -162,7 +166,7 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
     specials = sorted(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
     names = [t for t in tokenizer.all_special_tokens if t.strip()]
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
-    begins = {name[0] for name in names}  # nearly always "<" or "[": a search for one character is fast
+    begins = {name[0] for name in names}  # nearly always "<" or "[", and searching for one character is fast
     edges = [t or "" for t in (tokenizer.bos_token, tokenizer.eos_token)]
 
     def double_bos(chunk: Chunk):
@@ -175,20 +179,20 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
         """Each turn that is trained, and each text, should end with a special token."""
         trained = chunk.mask > 0
         row = np.repeat(np.arange(len(chunk)), chunk.length)
-        last = trained & ~np.append(trained[1:] & (row[1:] == row[:-1]), False)  # of an unbroken run
+        last = trained & ~np.append(trained[1:] & (row[1:] == row[:-1]), False)  # the last token of each trained run
         ends = [*specials, *([] if eos is None else [eos])]
-        said = set()
+        found = set()
         for place in np.flatnonzero(last & ~np.isin(chunk.ids, ends)).tolist():
             k = int(row[place])
             first, at = int(chunk.start[k]), place
-            if k in said or (
+            if k in found or (
                 trained[place : chunk.end[k]][1:].any() and not isinstance(chunk.examples[k], Conversation)
             ):
-                continue  # a text goes on, and only its end is an end
-            while at > first and is_blank(int(chunk.ids[at])):  # marks may close behind the line break after the end
+                continue  # a text has one end only, the last run's
+            while at > first and is_blank(int(chunk.ids[at])):  # white space may follow the end token
                 at -= 1
             if int(chunk.ids[at]) not in ends:
-                said.add(k)
+                found.add(k)
                 text = tokenizer.decode(chunk.ids[max(first, at - 20) : at + 1].tolist())
                 yield k, f"a trained turn ends with {_excerpt(text[-40:])}"
 
@@ -209,7 +213,7 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
             "double_bos",
             double_bos,
             "begin with two start tokens, which the model never saw in pretraining",
-            "take the start token out of the chat template or out of the text",
+            "remove the start token from the chat template or from the text",
             severity=WARNING,
         ),
         RowCheck(
@@ -226,14 +230,14 @@ def template_checks(tokenizer: Any) -> list[RowCheck]:
                 "special_text",
                 special_text,
                 "have a special token of the tokenizer spelled out in their text: it is read as the token itself",
-                "take it out, unless it is meant",
+                "remove it, unless it is meant",
             )
         )
     return checks
 
 
 def lost_words(chunk: Chunk) -> Iterator[tuple[int, str]]:
-    """Rows of tagged words with fewer marks than labels."""
+    """Rows of tagged words in which some labelled words give no token."""
     trained = chunk.sums(chunk.mask > 0)
     for k, (_, labels) in enumerate(chunk.examples):
         if lost := sum(label is not None for label in labels) - int(trained[k]):
@@ -241,12 +245,12 @@ def lost_words(chunk: Chunk) -> Iterator[tuple[int, str]]:
 
 
 def label_row_checks(tokenizer: Any, labels: RowForm) -> list[Check]:
-    """Return the checks of single labelled rows, fresh."""
+    """Return new checks of single labelled rows."""
     lost = RowCheck(
         "lost_words",
         lost_words,
         "have labelled words that give no token, so that their labels are not trained",
-        "they are white space or marks that the tokenizer drops: take them out",
+        "they are white space or characters that the tokenizer drops: remove them",
         severity=WARNING,
     )
     return [
@@ -255,7 +259,7 @@ def label_row_checks(tokenizer: Any, labels: RowForm) -> list[Check]:
         RowCheck(
             "empty_texts",
             empty_prompts,
-            "have an empty text, from which no label can be told",
+            "have an empty text, from which no label can be predicted",
             "fill them in, or leave them out with jaxtune data --write-clean; check data.columns if there are many",
             severity=WARNING,
             drops=True,
@@ -270,18 +274,18 @@ def _odd_characters() -> RowCheck:
         "odd_characters",
         odd_characters,
         "have odd characters: controls, replacement marks, no-width marks, or UTF-8 once read as another encoding",
-        "save the file as UTF-8 from its origin, or mend the text (ftfy does much of it)",
+        "save the original as UTF-8 again, or repair the text (the package ftfy does much of it)",
     )
 
 
 def row_checks(tokenizer: Any) -> list[Check]:
-    """Return the checks of single rows, fresh."""
+    """Return new checks of single rows."""
     return [
         Unreadable(),
         RowCheck(
             "empty_answers",
             empty_answers,
-            "have an empty answer: the model learns to say nothing",
+            "have an empty answer: the model learns to answer nothing",
             "fill them in, or leave them out with jaxtune data --write-clean",
             severity=WARNING,
             drops=True,

@@ -1,4 +1,4 @@
-"""Checks that compare rows with one another, by the hashes in the ledger. None of them looks at a chunk."""
+"""Checks that compare rows with one another by the hashes in the ledger; none of them reads a chunk."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtune.curate.finding import ERROR, SHOWN, WARNING, Finding, graded, share
 from jaxtune.curate.stream import EVAL, TRAIN, Chunk, Ledger
 
-FEW = 5  # copies of an answer from which it is worth a word
+FEW = 5  # copies of an answer from which it is reported
 
 
 class SetCheck:
@@ -64,7 +64,7 @@ class Overlap(SetCheck):
                 "overlap",
                 ERROR,
                 f"{share(int(same.sum()), len(held))} of the evaluation data are in the training data: their score is "
-                "memory",
+                "memory, not skill",
                 "leave the training rows out with jaxtune data --write-clean, or draw other evaluation rows",
                 pairs(ledger, held[same], train[known[same]]),
                 int(same.sum()),
@@ -86,7 +86,7 @@ class Overlap(SetCheck):
 
 
 def _lookup(train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """For each of `held` the first equal position in `train` or -1; and all (position in train, first in held)."""
+    """For each of `held` the position of the first equal in `train` or -1; and all pairs (in train, first in held)."""
     values, first = np.unique(held, return_index=True)
     at = np.searchsorted(values, train)
     hit = (at < len(values)) & (values[np.minimum(at, len(values) - 1)] == train)
@@ -99,7 +99,7 @@ def _lookup(train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, tuple[np.n
 
 
 class Conflicts(SetCheck):
-    """Training rows with the same prompt and another answer."""
+    """Training rows with the same prompt and different answers."""
 
     def findings(self, ledger: Ledger) -> Iterator[Finding]:
         rows = ledger.rows(TRAIN)
@@ -148,5 +148,5 @@ class RepeatedAnswers(SetCheck):
 
 
 def set_checks(*, labelled: bool = False) -> list[SetCheck]:
-    """Return the checks, fresh; labels are repeated by nature."""
+    """Return new checks; labels repeat by nature, so labelled rows are not checked for repeated answers."""
     return [Overlap(), Duplicates(), Conflicts(), *([] if labelled else [RepeatedAnswers()])]

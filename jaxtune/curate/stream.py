@@ -1,10 +1,10 @@
-"""Rows as training reads them, a chunk at a time, and the few numbers that are kept of each.
+"""Rows as training reads them, a chunk at a time, and the few numbers kept for each.
 
     sources -> reader -> encoder -> Chunk (texts, tokens, masks: dropped when the checks have seen it)
                                       '-> Ledger (52 bytes a row: where it stands, lengths, hashes of its texts)
 
-So a million rows need some tens of megabytes, however long they are. A row that training would refuse does not end the
-stream: it is kept with what is wrong with it.
+So a million rows need some tens of megabytes, however long they are. A row that training would refuse does not stop
+the stream: it is recorded with its error.
 """
 
 import gc
@@ -28,7 +28,7 @@ from jaxtune.errors import UserError
 CHUNK = 1024  # rows
 TRAIN, EVAL = 0, 1
 
-# What is kept of a row.
+# The columns of the ledger: what is kept for each row.
 COLUMNS = {
     "source": np.int32,  # index into Ledger.sources
     "number": np.int64,  # its line or row number there
@@ -43,7 +43,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Opened:
-    """A source with the way its rows are read. `split` is TRAIN or EVAL."""
+    """A source with its reader. `split` is TRAIN or EVAL."""
 
     source: Source
     reader: Reader
@@ -52,7 +52,7 @@ class Opened:
 
 @dataclass
 class Chunk:
-    """Rows of one source that could be read, and those that could not.
+    """Rows of one source: those that could be read, and those that could not.
 
     Row k has the ledger index `first + k`, the texts `prompts[k]` (what is given) and `answers[k]` (what is trained),
     and the tokens `ids[start[k] : start[k] + length[k]]`, i32, with `mask` u8 (1: to be predicted).
@@ -105,7 +105,7 @@ class Ledger:
         self._readable = [np.zeros(0, bool)]
 
     def see(self, chunk: Chunk) -> None:
-        """Add the rows of a chunk, those that could not be read behind the others."""
+        """Add the rows of a chunk; those that could not be read come last."""
         n, lost = len(chunk), len(chunk.broken)
         predicted = chunk.mask.copy()
         predicted[chunk.start[chunk.length > 0]] = 0  # nothing comes before a row's first token
@@ -125,7 +125,7 @@ class Ledger:
         self.add(lost, broken, readable=False)
 
     def add(self, n: int, columns: Mapping[str, Any], *, readable: bool = True) -> None:
-        """Add n rows by their columns; one that is not given is 0."""
+        """Add n rows by their columns; a column that is not given is 0."""
         for name, kind in COLUMNS.items():
             row = np.zeros(n, kind)
             row[:] = columns.get(name, 0)
@@ -152,7 +152,7 @@ class Ledger:
         return self.sources[self.source[i]].source.where(int(self.number[i]))
 
     def places(self, index: Iterable[int], n: int) -> tuple[str, ...]:
-        """Return where the first n rows of an index stand."""
+        """Return the places (file and line) of the first n rows of an index."""
         return tuple(self.where(i) for i in islice(index, n))
 
 
@@ -161,12 +161,12 @@ def _text_hashes(texts: list[str], words: list[list[str]]) -> list[int]:
 
 
 class Reading(NamedTuple):
-    """How rows are read, as training does.
+    """How rows become tokens, as in training.
 
     Attributes:
         reader: source -> reader; raises UserError for columns that do not fit.
         encoder: examples -> (ids, mask, ...).
-        sides: example -> (what is given, what is to be answered), as text.
+        sides: example -> (prompt, answer), as text.
     """
 
     reader: Callable[[Source], Reader]
@@ -187,7 +187,8 @@ def label_form(tokenizer: Any, labels: RowForm) -> Reading:
 def chunks(sources: Sequence[Opened], form: Reading) -> Iterator[Chunk]:
     """Yield all rows of all sources; the next chunk is tokenised in a thread while one is looked at.
 
-    Raises UserError for a file that cannot be read on: a malformed line.
+    Raises:
+        UserError: a file cannot be read to its end, because of a malformed line.
     """
     made = _chunks(sources, form)
     with _collected_rarely(), Prefetch(lambda _: next(made)) as ahead:
@@ -196,13 +197,13 @@ def chunks(sources: Sequence[Opened], form: Reading) -> Iterator[Chunk]:
 
 @contextmanager
 def _collected_rarely() -> Iterator[None]:
-    """Look for cycles a hundred times less often: a chunk holds many small objects and none, and that took a fifth."""
-    usual = gc.get_threshold()
-    gc.set_threshold(100 * usual[0], *usual[1:])
+    """Run the cycle collector a hundred times less often: chunks have no cycles, and it took a fifth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*usual)
+        gc.set_threshold(*before)
 
 
 def _chunks(sources: Sequence[Opened], form: Reading) -> Iterator[Chunk]:
@@ -250,7 +251,7 @@ def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: Colu
 
 
 def _encode(encoder: Any, places: list[str], examples: list[Any]) -> list[tuple[list[int], Any] | str]:
-    """(ids, mask, ...) of each example, or what is wrong with it."""
+    """(ids, mask, ...) of each example, or its error message."""
     try:
         return list(encoder.encode(places, examples))
     except UserError as error:
@@ -260,7 +261,7 @@ def _encode(encoder: Any, places: list[str], examples: list[Any]) -> list[tuple[
 
 
 def sides(example: Example) -> tuple[str, str]:
-    """Return what is given and what is to be answered, as plain text; of a conversation its last answer."""
+    """Return (prompt, answer) as plain text; the answer of a conversation is its last one."""
     if isinstance(example, Document):
         given = answer = ""
         for text, trained in example.pieces:

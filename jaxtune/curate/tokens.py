@@ -1,4 +1,4 @@
-"""Checks of tokens: lengths against the limit, what is trained, packing, and how well the tokenizer fits the text."""
+"""Checks of tokens: lengths against the limit, trained tokens, packing, and how well the tokenizer fits the text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Lengths(SetCheck):
 
     Args:
         overlength: "drop", "truncate" or "split".
-        positions: the longest row that the model knows.
+        positions: tokens of the longest row that the model can read.
     """
 
     def __init__(self, overlength: str, positions: int):
@@ -47,9 +47,9 @@ class Lengths(SetCheck):
         longest = int(lengths.max())
         fits = min(self.positions, -(-int(np.percentile(lengths, 99)) // 32) * 32)
         if longest <= self.positions:
-            fix = f"data.max_length={longest} keeps all, the model knows {self.positions:,} positions"
+            fix = f"data.max_length={longest} keeps all; the model has {self.positions:,} positions"
         else:
-            fix = f"the model knows {self.positions:,} positions: shorten these rows, or data.overlength=split for text"
+            fix = f"the model has {self.positions:,} positions: shorten these rows, or data.overlength=split for text"
         if limit < fits < longest:
             fix += f"; data.max_length={fits} keeps {np.mean(lengths <= fits):.1%}"
         yield Finding(
@@ -117,9 +117,9 @@ class NotUsed(SetCheck):
                 "not_used" if plain else "left_out",
                 NOTE if plain else WARNING,
                 f"{what}: " + ", ".join(f"{detail} ({n:,})".strip() for detail, (n, _) in of_kind.items()),
-                "nothing to do if they say nothing of the answers; data.ignore leaves them out knowingly"
+                "nothing to do if the answers do not depend on them; data.ignore leaves them out without this note"
                 if plain
-                else "train on it only if that is meant: what is not in the text is not learned",
+                else "make sure this is meant: what is not in the text is not learned",
                 tuple(f"{place}: {detail}" if detail else place for detail, (_, place) in of_kind.items())[:SHOWN],
                 max(n for n, _ in of_kind.values()),
             )
@@ -127,7 +127,7 @@ class NotUsed(SetCheck):
 
 @dataclass
 class _Lengths:
-    """As much of rows as decides how they are laid."""
+    """The part of `Rows` that packing and batching look at: lengths."""
 
     length: np.ndarray
 
@@ -165,10 +165,10 @@ class Packing(SetCheck):
 
 
 class TokenQuality:
-    """Tokens a word, unknown tokens, characters that fall to bytes, and tokens that the model does not have."""
+    """Tokens a word, unknown tokens, characters split into bytes, and tokens that the model does not have."""
 
     def __init__(self, tokenizer: Any, vocab_size: int | None = None, *, labelled: bool = False):
-        self.labelled = labelled  # then answers are no text
+        self.labelled = labelled  # answers are then not text
         self.vocab_size, self.largest = vocab_size, -1
         self.unknown = tokenizer.unk_token_id
         self.pieces = byte_pieces(tokenizer)
@@ -206,9 +206,9 @@ class TokenQuality:
             yield Finding(
                 "unknown_tokens",
                 WARNING if self.unknowns >= UNKNOWN * self.tokens else NOTE,
-                f"{self.unknowns:,} tokens ({self.unknowns / self.tokens:.2%}) are unknown to the tokenizer: what they "
-                "said is lost",
-                "replace these characters, or take a model whose tokenizer knows them",
+                f"{self.unknowns:,} tokens ({self.unknowns / self.tokens:.2%}) are unknown to the tokenizer: their "
+                "text is lost",
+                "replace these characters, or use a model whose tokenizer knows them",
                 rows,
             )
         if self.bytes >= BYTES * self.tokens:
@@ -224,13 +224,13 @@ class TokenQuality:
             yield Finding(
                 "fertility",
                 NOTE,
-                f"{self.tokens / self.words:.1f} tokens a word, where a tokenizer that fits takes 1.2 to 2",
-                "usual for code, numbers and scripts without spaces; otherwise the model may not know this language",
+                f"{self.tokens / self.words:.1f} tokens a word; a tokenizer that fits the text takes 1.2 to 2",
+                "normal for code, numbers and scripts without spaces; otherwise the model may not know this language",
             )
 
 
 def byte_pieces(tokenizer: Any) -> np.ndarray:
-    """Return which tokens are bytes of a character, not characters, bool[V]: `<0xE2>`, or half of a UTF-8 sequence."""
+    """Which tokens are bytes rather than whole characters, bool[V]: `<0xE2>`, or part of a UTF-8 sequence."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     vocab = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""What training can say of its data on the way, from the tokens that it has read anyway: no text is looked at."""
+"""Checks that training makes on its data, from the tokens that it has read anyway, without the texts."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def _add(ledger: Ledger, rows: Rows, split: int, form: RowForm | None, plain: bo
         ledger.sources.append(Opened(named, Reader("", (), lambda where, row: row), split))
     if form is None:
         given, answer = token_hashes(rows, 0), token_hashes(rows, 1)
-    else:  # all of a text is given, and what is predicted is no token
+    else:  # the whole text is the prompt; what is predicted is not a token
         given, answer = token_hashes(rows, None), form.answers(rows)
     trained = trained_counts(rows, first=1 if form is None else 0)
     numbers = {"source": base + rows.source, "number": rows.origin, "length": rows.length, "digest": rows.digest}

@@ -66,10 +66,12 @@ def suffix(path: Path) -> str:
 
 
 def open_bytes(path: Path) -> Any:
+    """Open a file for reading bytes, decompressed if its suffix is one of COMPRESSED."""
     return COMPRESSED.get(path.suffix.lower(), lambda path: path.open("rb"))(path)
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Open a file as UTF-8 text, decompressed if its suffix is one of COMPRESSED."""
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
 
 
@@ -108,6 +110,7 @@ def _object(where: str, value: object) -> dict:
 
 
 def json_lines(name: str, path: Path) -> Numbered:
+    """Yield (line number, row) of a JSON Lines file."""
     with open_text(path) as lines:
         first = True
         for number, line in enumerate(lines, 1):
@@ -152,6 +155,7 @@ def _objects(name: str, first: int, text: str) -> Numbered:
 
 
 def is_json_list(path: Path) -> bool:
+    """Whether the first character of a file, after white space, opens a JSON list."""
     with open_bytes(path) as file:
         while block := file.read(4096):
             block = block.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -216,6 +220,7 @@ def _refuse_wrapped(name: str, path: Path, value: dict) -> None:
 
 
 def csv_file(name: str, path: Path) -> Numbered:
+    """Yield (line number, row) of a CSV file with a header."""
     return _table(name, path, ",")
 
 
@@ -345,6 +350,7 @@ def header_hint(name: str, columns: Sequence[str]) -> str:
 
 
 def text_file(name: str, path: Path) -> Numbered:
+    """Yield (line number, {"text": document}) of a text file, split at DOCUMENT_SEPARATOR or else at blank lines."""
     with open_text(path) as lines:
         marked = any(line.strip() == DOCUMENT_SEPARATOR for line in lines)
     ends = {DOCUMENT_SEPARATOR} if marked else {""}
@@ -436,6 +442,7 @@ def _types(tags: Sequence[str]) -> set[str]:
 
 
 def parquet_file(name: str, path: Path) -> Numbered:
+    """Yield (row number, row) of a Parquet file, from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -475,6 +482,7 @@ def arrow_classes(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def arrow_rows(batches: Any, classes: Mapping[str, Sequence[str]]) -> Numbered:
+    """Yield (row number, row) of Arrow batches, from 1; class ids become their names."""
     number = 0
     for batch in batches:
         for row in batch.to_pylist():

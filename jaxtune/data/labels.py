@@ -313,6 +313,7 @@ def whole_number(label: Any) -> int | None:
 
 
 def is_ignored(label: Any) -> bool:
+    """Whether a label is -100, which training skips."""
     return whole_number(label) == IGNORED
 
 
@@ -494,6 +495,7 @@ def written_alike(names: Iterable[str]) -> list[list[str]]:
 
 
 def alike(group: Sequence[str]) -> str:
+    """The note on labels that differ only in case or white space."""
     shown = " and ".join(map(repr, group))
     return (
         f"the labels {shown} differ in case or white space only, and each is a class of its own; mend the rows if not"

@@ -248,6 +248,7 @@ def normalise_tools(where: str, tools: object, column: str = "tools") -> list[di
 
 
 def parse_json(where: str, what: str, text: str) -> object:
+    """Parse the JSON string `text`; `where` and `what` name it in the error message."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

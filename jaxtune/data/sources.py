@@ -335,6 +335,7 @@ def hash_files(paths: list[Path]) -> str:
 
 
 def hash_rows(rows) -> str:
+    """SHA-256 of rows as JSON, in hexadecimal."""
     total = hashlib.sha256()
     for row in rows:
         total.update(json.dumps(row, sort_keys=True, default=str).encode())

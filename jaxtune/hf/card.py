@@ -146,6 +146,7 @@ def put_evaluation(card: Path, block: str) -> None:
 
 
 def cell(value: Any) -> str:
+    """A value as the text of a cell of a Markdown table."""
     return _text(value).replace("|", "\\|").replace("\n", " ")
 
 

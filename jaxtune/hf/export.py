@@ -188,6 +188,7 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES[:-2])
 
 

@@ -357,6 +357,7 @@ def ia3_places(
     feedforward_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[Place]:
+    """Choose the modules that (IA)^3 scales, as peft does from an IA3Config."""
     targets = resolve_targets(target_modules, candidates)
     check_names("exclude_modules", exclude_modules, targets)
     chosen = [p for p in targets if not excluded(p.name, exclude_modules)]

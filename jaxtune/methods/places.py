@@ -120,6 +120,7 @@ def check_names(label: str, names: str | Sequence[str] | None, chosen: Sequence[
 
 
 def in_label_head(path: str) -> bool:
+    """Whether a parameter's path lies in the label head."""
     return path.startswith("classifier/")
 
 

@@ -115,6 +115,7 @@ def differing_settings(runs: list[Path]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    """Write the points of a sweep, or with --plan its planned runs, to OUTDIR; return the exit status."""
     *flags, outdir = [Path(argument) if argument != "--plan" else argument for argument in argv] or [None]
     if flags not in ([], ["--plan"]) or not isinstance(outdir, Path):
         print("usage: python -m jaxtune.report.sweep_table [--plan] OUTDIR", file=sys.stderr)
@@ -207,6 +208,7 @@ def _why(run: Path) -> str:
 
 
 def last_line(log: Path) -> str:
+    """The last line of a log that is not blank."""
     lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 

@@ -69,6 +69,7 @@ EARLY = "early"
 
 
 def fresh_record() -> dict[str, Any]:
+    """The record of a run that has not begun: best evaluation, patience, end, loss window, tokens."""
     return {"best": None, "waited": 0, "ended": None, "window": fresh_window(), "tokens": 0}
 
 

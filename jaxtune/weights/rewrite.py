@@ -86,6 +86,7 @@ class Rider:
 
 
 def ride(leaf: Weight, path: str) -> Rider:
+    """Wrap a leaf as the Rider that stands for it while the model is traced."""
     if isinstance(leaf, ShapedWeight):
         plain = jax.eval_shape(leaf.merge)
         dims: list[tuple[Axis, ...]] = [()] * len(plain.shape)

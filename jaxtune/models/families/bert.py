@@ -12,10 +12,12 @@ __all__ = ["NAMES", "encoder", "label_layout", "linear", "norm", "spec", "table"
 
 
 def linear(hf: str, ours: str) -> dict[str, str]:
+    """The names of a linear module's weight and bias: HF's -> jaxtune's."""
     return {f"{hf}.weight": f"{ours}/kernel", f"{hf}.bias": f"{ours}/bias"}
 
 
 def norm(hf: str, ours: str) -> dict[str, str]:
+    """The names of a norm's scale and bias: HF's -> jaxtune's."""
     return {f"{hf}.weight": f"{ours}/scale", f"{hf}.bias": f"{ours}/bias"}
 
 
