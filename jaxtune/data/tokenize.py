@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,11 @@ def load_tokenizer(path: str, chat_template: str | None = None, date: str | None
 
     folder = Path(path)
     if folder.is_dir() and not has_tokenizer(folder):
+        if found := [*folder.glob("tiktoken.model"), *folder.glob("*.tiktoken")]:
+            raise UserError(
+                f"{path}: no tokenizer.json here. {found[0].name} is read as tokenizer.model, without special tokens: "
+                f"cp {shlex.quote(str(found[0]))} {shlex.quote(str(folder / 'tokenizer.model'))}"
+            )
         raise UserError(f"{path}: no tokenizer here (tokenizer.json). Name one with model.tokenizer.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -242,7 +248,8 @@ def _conversion(folder: Path) -> str:
     code = (
         f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('OUT')"
     )
-    kind = {"vocab.txt": "bert", "vocab.json": "gpt2", "merges.txt": "gpt2"}.get(found[0], "llama")
+    kinds = {"vocab.txt": "bert", "vocab.json": "gpt2", "spiece.model": "t5", "sentencepiece.bpe.model": "xlm-roberta"}
+    kind = kinds.get(found[0], "llama")
     why = (
         ""
         if (folder / "config.json").is_file()

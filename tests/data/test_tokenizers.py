@@ -1,7 +1,11 @@
 """Tokenizers as they lie in directories, and templates that write the day."""
 
+import base64
 import datetime
+import io
 import json
+import re
+import subprocess
 
 import pytest
 import transformers
@@ -46,6 +50,51 @@ def test_older_files_are_read_as_transformers_converts_them(tmp_path):
 def test_files_that_say_too_little_are_refused_with_what_mends_them(tmp_path, files, said):
     with pytest.raises(UserError, match=said):
         load_tokenizer(write(tmp_path / "x", **files))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "settings"),
+    [
+        ("llama", "tokenizer.model", {"model_type": "bpe", "byte_fallback": True}),
+        ("t5", "spiece.model", {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+        ("xlm-roberta", "sentencepiece.bpe.model", {"model_type": "unigram"}),
+    ],
+)
+def test_sentencepiece_models_give_its_pieces(tmp_path, kind, name, settings):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = [TEXT, "def f(n):", "    return n", "the quick brown fox jumps over the lazy dog"] * 20
+    trained = io.BytesIO()
+    settings |= {"vocab_size": 320, "hard_vocab_limit": False, "minloglevel": 2, "model_writer": trained}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **settings)
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / name).write_bytes(trained.getvalue())
+    if kind != "llama":
+        with pytest.raises(UserError, match=r"and a config\.json such as") as error:
+            load_tokenizer(str(folder))
+        (folder / "config.json").write_text(re.search(r"such as (\{.*?\})", str(error.value))[1])
+        assert json.loads((folder / "config.json").read_text()) == {"model_type": kind}
+    tokenizer = load_tokenizer(str(folder))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    for text in (TEXT, "foxes, 😀 and def f(n)"):
+        theirs = [pieces.id_to_piece(i) for i in pieces.encode(text)]
+        assert tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids) == theirs
+
+
+def test_tiktoken_files_give_its_ids(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"ow": 256, b" a": 257, b" are": 258, b"re": 259}
+    lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    folder = write(tmp_path / "x", tiktoken__model=lines)
+    with pytest.raises(UserError, match=r"tiktoken\.model is read as tokenizer\.model") as error:
+        load_tokenizer(folder)
+    subprocess.run(str(error.value).partition("tokens: ")[2], shell=True, check=True)
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"  # that of cl100k and Llama 3
+    pattern += r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    own = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    tokenizer = load_tokenizer(folder)
+    for text in (TEXT, "def f(n):\n    return 12345 😀"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path, monkeypatch):
