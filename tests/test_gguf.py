@@ -198,6 +198,30 @@ def byte_level(split=None):
     return made
 
 
+@pytest.mark.parametrize(
+    ("stops", "ends", "turn"), [([], [], None), ([300], [], 300), ([], [301], 301), ([300], [301], 300)]
+)
+def test_the_token_that_ends_a_turn(stops, ends, turn, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    zoo.build("llama", vocab_size=310).save_pretrained(tmp_path / "base")
+    made = byte_level()
+    made.add_special_tokens(["<|im_end|>", "<|call|>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    first, second, eos = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|call|>", "</s>"))
+    ids = {300: first, 301: second, None: None}
+    tokenizer.save_pretrained(tmp_path / "base")
+    stored = {"eos_token_id": [eos, *(ids[i] for i in stops)]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(stored))
+    module, params = jaxtune.load(tmp_path / "base")
+    where = {"base": tmp_path / "base", "ends": [ids[i] for i in ends]}
+    notes = jaxtune.export_gguf(module, params, tmp_path / "m.gguf", **where)
+    field = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.eot_token_id")
+    assert (field and field.contents()) == ids[turn]
+    assert len(notes) == (len(stops) + len(ends) > 1)
+    assert not notes or f"also at <|call|> ({second})" in notes[0]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["gpt-2", "qwen2", "llama-bpe"])
 def test_byte_level_tokenizers(name, tmp_path):

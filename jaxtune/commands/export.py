@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
         from jaxtune.hf.gguf import export_gguf
 
         where = {"base": source.model, "tuned_from": source.base, "tokenizer": source.tokenizer}
+        where["ends"] = stop_ids(source.adapter) if source.adapter else ()
         for note in export_gguf(module, params, options.out, dtype=options.dtype, **where):
             print(note)
         print(f"written: {options.out}")

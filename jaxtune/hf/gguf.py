@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_file, refuse_existing, require_space
 from jaxtune.hf.export import dtypes_of, hf_tensor, public_name, whole
+from jaxtune.hf.stops import stop_ids
 from jaxtune.models.rope import RULES, Rope
 from jaxtune.models.spec import BlockSpec
 from jaxtune.weights.leaf import plain, weights_by_path
@@ -47,6 +48,7 @@ def export_gguf(
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
     tuned_from: str | None = None,
+    ends: Collection[int] = (),
 ) -> list[str]:
     """Merge adapters and write the model as one GGUF file, atomically. Llama, Mistral, Qwen2 and Qwen3.
 
@@ -61,6 +63,7 @@ def export_gguf(
         tokenizer: directory of the tokenizer, if it is not in `base`.
         chat_template: Jinja text, if it is not the tokenizer's own.
         tuned_from: name of the model in the file; default: `base`.
+        ends: tokens that end a trained turn, beside those at which `base` stops.
 
     Returns:
         Sentences that the user should read: a head that was untied, a tokenizer that was not found.
@@ -90,6 +93,8 @@ def export_gguf(
     words = read_tokenizer(source, module.spec.vocab, chat_template)
     if not words:
         notes.append(f"No tokenizer was written: {source} has none.")
+    elif turn := _end_of_turn({*ends, *stop_ids(base)} - {words.get("eos_token_id")}, words["token_list"], notes):
+        words["eot_token_id"] = turn
     names = gguf.get_tensor_name_map(_arch(gguf, arch), module.spec.layers)
 
     with atomic_file(out) as temporary, contextlib.closing(gguf.GGUFWriter(temporary, arch)) as writer:
@@ -128,6 +133,18 @@ def export_gguf(
             writer.write_tensor_data(np.ascontiguousarray(array).view(np.uint8))
         _refuse(out)
     return notes
+
+
+def _end_of_turn(stops: Collection[int], names: Sequence[str], notes: list[str]) -> int | None:
+    """The token beside EOS at which the model stops; a GGUF file has one."""
+    first, *others = sorted(i for i in stops if i < len(names)) or [None]
+    if others:
+        told = ", ".join(f"{names[i]} ({i})" for i in others)
+        notes.append(
+            f"The model stops at {names[first]} ({first}), and also at {told}, which a GGUF file has no key for: "
+            "llama.cpp knows the usual ones by name."
+        )
+    return first
 
 
 def _refuse(out: Path) -> None:
