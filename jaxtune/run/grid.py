@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxtune.run import fit, running
 from jaxtune.run import points as pts
 from jaxtune.run.experiment import Data, Experiment, data_lines, make_batches, one_order, open_data
 from jaxtune.run.training import Job, build
-from jaxtune.run.workdir import check_is_ours, check_room, check_workdir
+from jaxtune.run.workdir import check_is_ours, check_room, check_workdir, dated
 from jaxtune.train import loop
 from jaxtune.train.checkpoint import Damaged
 from jaxtune.train.cost import measure
@@ -46,8 +46,9 @@ class Sweep:
         argv: the command line without what is swept, of which the points' own are made.
         limit: most points that may be asked for; None: any number.
         points: name -> point, of those that are planned.
-        plan: what sweep.json holds: the points' values; halving; and rungs, each with the step it goes `until` (None:
-            the end), its groups of names, and for each name that has `ended` there, what the loop remembers.
+        plan: what sweep.json holds: the points' values; halving; the date that the chat template writes, if it does;
+            and rungs, each with the step it goes `until` (None: the end), its groups of names, and for each name that
+            has `ended` there, what the loop remembers.
     """
 
     folder: Path | None
@@ -74,7 +75,7 @@ class Sweep:
         """
         self._read()
         known = [p.values for p in self.points.values()]
-        new = [p for p in pts.resolve_points(asked, self.resolve, limit=self.limit) if p.values not in known]
+        new = [p for p in pts.resolve_points(asked, self._resolved, limit=self.limit) if p.values not in known]
         if clash := [p.name for p in new if p.name in self.points]:
             raise UserError(f"{self.folder} holds another point called {clash[0]}; give another --workdir")
         if new and self.plan["halving"]:
@@ -88,7 +89,23 @@ class Sweep:
             self._check_point(point)
         if self.halving:
             self._check_halving(everyone)
-        return new
+        return [self._dated(point) for point in new]
+
+    def _resolved(self, settings: dict[str, str]) -> Any:
+        """The config of these settings, with the date of the sweep where its chat template writes one."""
+        cfg, date = self.resolve(settings), self.plan.get("date")
+        return config.replaced(cfg, {"data.date": date}) if date and not cfg.data.date else cfg
+
+    def _dated(self, point: pts.Point) -> pts.Point:
+        """The point with the date that its chat template writes, which is kept for another day."""
+        rows = self.open(point)[1]
+        if (cfg := dated(point.cfg, rows)) is point.cfg:
+            return point
+        self.plan["date"] = cfg.data.date
+        point = replace(point, cfg=cfg)
+        self._experiments[point.name] = found = experiment(cfg)
+        self._rows[_rows_key(found, cfg)] = rows
+        return point
 
     def _read(self) -> None:
         if self.folder is None or not check_is_ours(self.folder, "sweep.json"):
@@ -110,7 +127,7 @@ class Sweep:
             raise UserError(f"the sweep in {self.folder} has {before}, and this command {now}; nothing was changed")
         for name, values in self.plan["points"].items():
             values = {path: tuple(v) if isinstance(v, list) else v for path, v in values.items()}
-            cfg = self.resolve({path: pts.text_of(value) for path, value in values.items()})
+            cfg = self._resolved({path: pts.text_of(value) for path, value in values.items()})
             self.points[name] = pts.Point(name, values, cfg)
 
     def _check_point(self, point: pts.Point) -> None:
@@ -151,7 +168,7 @@ class Sweep:
         if point.name not in self._experiments:
             self._experiments[point.name] = experiment(point.cfg)
         found = self._experiments[point.name]
-        key = _sections(point.cfg, "model", "data", "objective") + str(found.prefix)
+        key = _rows_key(found, point.cfg)
         if key not in self._rows:
             first = not self._rows
             self._rows[key] = open_data(found)
@@ -331,7 +348,9 @@ class Sweep:
 
     def _place(self, name: str) -> running.RunFolder:
         point = self.points[name]
-        command = ["jaxtune", "train", *_alone(self.argv), *point.flags(), f"--workdir={self.folder.name}-{name}"]
+        flags, date = [*_alone(self.argv), *point.flags()], self.plan.get("date")
+        flags += [f"--config.data.date={date}"] if date else []
+        command = ["jaxtune", "train", *flags, f"--workdir={self.folder.name}-{name}"]
         return running.RunFolder(name, self.folder / name, command, {"point": point.values})
 
     def _mark(self, name: str, what: str, **facts: Any) -> None:
@@ -359,6 +378,10 @@ class Sweep:
         rows = sweep_table.sweep_rows(self.folder)
         if rows[0]["status"] == "finished" and rows[0]["eval_loss"] is not None:
             print(f"again, alone:\n  {shlex.join(self._place(Path(rows[0]['run']).name).argv)}")
+
+
+def _rows_key(found: Experiment, cfg: Any) -> str:
+    return _sections(cfg, "model", "data", "objective") + str(found.prefix)
 
 
 def _sections(cfg: Any, *names: str) -> str:
