@@ -32,7 +32,8 @@ def write_encoder(folder, **changes):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
     tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(folder)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **tokens).save_pretrained(folder)
     torch.manual_seed(0)
     config = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"intermediate_size": 24, "max_position_embeddings": 24, "initializer_range": 0.3, "pad_token_id": 14}
@@ -120,6 +121,46 @@ def test_texts_are_learnt_and_transformers_agrees_on_each(home, tmp_path, capsys
     more = tmp_path / "more"
     assert train(home, f"--config.model.path={folder}", "--config.train.steps=1", workdir=more) == 0
     assert evaluations(more)[0]["eval/accuracy"] == 1.0
+
+
+def pairs(first, last):
+    """Whether two texts have the same colour."""
+    rows = []
+    for row, other in zip(texts(first, last), texts(first + 1, last + 1)):
+        second = other if len(rows) % 2 else row
+        label = "same" if row["label"] == second["label"] else "other"
+        rows.append({"sentence1": row["text"], "sentence2": f"very {second['text']}", "label": label})
+    return rows
+
+
+@pytest.mark.parametrize("method", ["head", pytest.param("full", marks=pytest.mark.slow)])
+def test_pairs_of_texts_from_training_to_a_result_that_transformers_agrees_with(method, home, tmp_path, capsys):
+    """Token types reach the step, the features that are kept, the evaluation, the export and `jaxtune eval`."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    write_jsonl(tmp_path / "train.jsonl", pairs(0, 48))
+    write_jsonl(tmp_path / "eval.jsonl", rows := pairs(48, 60))
+    files = [f"--config.data.{split}={tmp_path}/{split}.jsonl" for split in ("train", "eval")]
+    flags = [*files, f"--config.tune.method={method}", "--config.train.steps=8", "--config.train.eval_every=8"]
+    assert train(home, *flags, "--config.train.cache_features=auto", workdir=tmp_path / "run") == 0, capsys.readouterr()
+    after = evaluations(tmp_path / "run")[-1]
+    folder = tmp_path / "run" / "model"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts_of = [[row[side] for row in rows] for side in ("sentence1", "sentence2")]
+    inputs = tokenizer(*texts_of, padding=True, return_tensors="pt")
+    assert inputs["token_type_ids"].max() == 1
+    with torch.no_grad():
+        said = model(**inputs, labels=torch.tensor([model.config.label2id[row["label"]] for row in rows]))
+        inputs["token_type_ids"][:] = 0
+        blind = model(**inputs).logits
+    assert float(said.loss) == pytest.approx(after["eval/loss"], rel=1e-3)
+    assert (said.logits - blind).abs().max() > 1e-3  # the types say something
+    accuracy = np.mean([model.config.id2label[i] == r["label"] for i, r in zip(said.logits.argmax(-1).tolist(), rows)])
+    assert after["eval/accuracy"] == pytest.approx(accuracy)
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())["held_out"]["metrics"]
+    assert found["loss"]["tuned"]["value"] == pytest.approx(float(said.loss), rel=1e-3)
+    assert found["accuracy"]["tuned"]["value"] == pytest.approx(accuracy)
 
 
 def test_tags_are_learnt_by_lora_and_the_adapter_holds_the_head(home, tmp_path, capsys):
