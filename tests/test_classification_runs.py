@@ -9,8 +9,8 @@ import torch
 from runs import compiled, write_jsonl  # noqa: F401
 
 from jaxtune import cli, data
-from jaxtune.config import resolve
-from jaxtune.config.recipe import open_model
+from jaxtune.config import from_json, resolve
+from jaxtune.config.recipe import experiment, open_model
 from jaxtune.data.labels import LabelAssembler, LabelForm
 from jaxtune.errors import UserError
 
@@ -157,6 +157,8 @@ def test_pairs_of_texts_from_training_to_a_result_that_transformers_agrees_with(
     assert (said.logits - blind).abs().max() > 1e-3  # the types say something
     accuracy = np.mean([model.config.id2label[i] == r["label"] for i, r in zip(said.logits.argmax(-1).tolist(), rows)])
     assert after["eval/accuracy"] == pytest.approx(accuracy)
+    recipe = experiment(from_json((tmp_path / "run" / "config.json").read_text())).recipe
+    assert "types" in recipe.task.batch_like(recipe.batch)  # what `jaxtune plan` counts
     assert cli.main(["eval", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())["held_out"]["metrics"]
     assert found["loss"]["tuned"]["value"] == pytest.approx(float(said.loss), rel=1e-3)

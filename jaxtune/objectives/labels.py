@@ -1,6 +1,6 @@
 """The tasks with labels: sequence_classification and token_classification. What each reads, lays out and measures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,14 +74,25 @@ def _open(
         config |= {} if padding is None else {"pad_token_id": padding}
     module = with_labels(models.build(config, **fields), labels)
     form.joined = None if module.is_encoder else JOINED
-    return module, label_task(module, form, _class_weights(objective["class_weights"], form, counted))
+    typed = module.is_encoder and module.spec.types > 1 and kind != TOKEN and _paired(form, data["train"])
+    return module, label_task(module, form, _class_weights(objective["class_weights"], form, counted), typed)
 
 
-def label_task(module: Any, form: LabelForm | None = None, class_weights: tuple[float, ...] | None = None) -> Task:
-    """Return the task of a `Classifier`; `class_weights` as for `classification`."""
+def _paired(form: LabelForm, sources: Sequence[str]) -> bool:
+    """Whether rows are pairs of texts, as far as the first ones say."""
+    try:
+        return any("text_pair" in form.theirs(read(name)) for name in sources or ())
+    except UserError:  # which is said where all rows are read
+        return False
+
+
+def label_task(
+    module: Any, form: LabelForm | None = None, class_weights: tuple[float, ...] | None = None, typed: bool = False
+) -> Task:
+    """Return the task of a `Classifier`; `class_weights` as for `classification`; typed: batches have token types."""
     return Task(
         loss=lambda module, members: classification(module, class_weights),
-        batch_like=partial(_batch_like, module.labels),
+        batch_like=partial(_batch_like, module.labels, typed),
         metrics=lambda loss, weight, counts: metrics(counts),
         assembler=LabelAssembler,
         form=form,
@@ -91,7 +102,7 @@ def label_task(module: Any, form: LabelForm | None = None, class_weights: tuple[
 open_sequence, open_token = partial(_open, SEQUENCE), partial(_open, TOKEN)
 
 
-def _batch_like(labels: Labels, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_like(labels: Labels, typed: bool, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
     rows = (shape.micros, shape.rows)
     tokens = jax.ShapeDtypeStruct((*rows, shape.length), jnp.int32)
     batch = {"tokens": tokens, "positions": tokens, "segments": tokens, "row": jax.ShapeDtypeStruct(rows, jnp.int32)}
@@ -99,6 +110,7 @@ def _batch_like(labels: Labels, shape: BatchShape) -> dict[str, jax.ShapeDtypeSt
         return batch | {"targets": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
     width = 1 if labels.problem == PROBLEMS[0] else len(labels.names)
     label = jax.ShapeDtypeStruct((*rows, width), jnp.float32)
+    batch |= {"types": tokens} if typed else {}
     return batch | {"label": label, "weights": jax.ShapeDtypeStruct(rows, jnp.float32)}
 
 
