@@ -1,4 +1,4 @@
-"""The two ways a run ends that are not a defect: wrong input, and a signal."""
+"""Errors that end a command without a traceback: wrong input, a signal, a failed run, a full disk."""
 
 import difflib
 import errno
@@ -28,7 +28,7 @@ class RunFailed(Exception):
 
 
 class DiskError(UserError):
-    """Something cannot be written. Within a run that is under way it becomes a `RunFailed`.
+    """Something cannot be written. During a run it becomes a `RunFailed`.
 
     `number`: the errno, where there was one.
     """
@@ -39,7 +39,7 @@ class DiskError(UserError):
 
     @property
     def refused(self) -> bool:
-        """Whether the place is somebody else's, or read-only."""
+        """Whether the path belongs to another user or is read-only."""
         return self.number in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -52,9 +52,9 @@ _IN_WORDS = {
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What the disk refused, in one sentence, where an error, or one that led to it, says so; else None.
+    """A sentence on the disk error in an error or its causes; None if there is none.
 
-    Libraries in C++ (tensorstore) say it in words only.
+    C++ libraries (tensorstore) report it in the message only.
     """
     while error is not None:
         if isinstance(error, DiskError):
@@ -78,7 +78,7 @@ def _text(path: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from data as a terminal may be given it: control characters and half characters are spelled out."""
+    """Text that is safe to print: control characters and half characters are escaped."""
     keep = "\n\t"
     return "".join(
         c if c in keep or (c.isprintable() and not "\ud800" <= c <= "\udfff") else repr(c)[1:-1] for c in text

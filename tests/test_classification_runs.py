@@ -183,7 +183,11 @@ SEQUENCE_ERRORS = {
     ),
     "an unknown label in evaluation data": ([], {"label": "grey"}, "eval.jsonl:1: label 'grey' is not one of the 3"),
     "no label column": (["--config.data.columns=label=class"], {}, "no column 'class'"),
-    "a column that is not ours": (["--config.data.columns=prompt=text"], {}, "no column of ours is called 'prompt'"),
+    "a column that is not ours": (
+        ["--config.data.columns=prompt=text"],
+        {},
+        "'prompt' is not a column that jaxtune knows",
+    ),
     "a label that is none": ([], {"label": None}, "eval.jsonl:1: column 'label' is null; expected a label"),
     "a text that is none": ([], {"text": 3}, "eval.jsonl:1: column 'text' is a number, expected text"),
     "a value that is none": (["--config.objective.problem_type=regression"], {}, "a regression needs a number"),

@@ -123,7 +123,7 @@ def _left_out(source: SourceReport) -> Iterator[Finding]:
             "lost_words",
             WARNING,
             f"{source.lost:,} labelled words of {source.name} give no token, so that their labels are not trained",
-            "they are white space or marks that the tokenizer drops: take them out",
+            "they are white space or characters that the tokenizer drops: remove them",
             count=source.lost,
         )
     if source.too_long:
@@ -133,7 +133,7 @@ def _left_out(source: SourceReport) -> Iterator[Finding]:
             graded(source.too_long, source.rows),
             f"{share(source.too_long, source.rows)} of {source.name} exceed data.max_length={source.max_length:,} "
             f"and {fate} (the longest has {source.longest:,} tokens)",
-            "raise data.max_length if the model knows more positions, or shorten these rows",
+            "raise data.max_length if the model has more positions, or shorten these rows",
             count=source.too_long,
         )
     if source.untrained:

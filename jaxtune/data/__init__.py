@@ -70,19 +70,26 @@ def prepare(
     cache_dir: str | Path | None = None,
     **reading: Any,
 ) -> tuple[list[Rows], Rows | None, Report]:
-    """Read and tokenise data: (train rows of each source, evaluation rows or None, what became of them).
+    """Read and tokenise data: (training rows of each source, evaluation rows or None, report).
 
-    train, eval: sources as `read` takes them; several as a sequence or separated by commas.
-    eval_fraction: the share of the training rows held out: those with the lowest hashes of their content, at least one.
-        It depends on no seed and no order, and equal rows are all on one side.
-    reading: format, columns, template, completion_from, system and the others of `reader_settings`; they hold for all
-        sources.
-    labels: read labelled rows; `reading` then has no effect.
-    allow_left_out: what the chat template may leave out of a trained turn; see `ChatRenderer`.
-    max_length, overlength: see `fit`. vocab_size: rows of the model's embedding, to check the tokens against.
-    cache, cache_dir: tokens are kept on disk by content, by default in tokens/ of $JAXTUNE_CACHE or ~/.cache/jaxtune.
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        train: training data: sources as `read` takes them, as a sequence or separated by commas.
+        eval: held-out data, given in the same way.
+        eval_fraction: instead of `eval`, the share of the training rows to hold out: those with the lowest hashes of
+            their content, at least one. It depends on no seed or order of rows, and equal rows are never divided.
+        labels: how to read labelled rows; `reading` then has no effect. None: rows of text.
+        allow_left_out: what the chat template may leave out of a trained turn; see `ChatRenderer`.
+        max_length: tokens of a row at most.
+        overlength: what happens to longer rows; see `fit`.
+        vocab_size: rows of the model's embedding, to check the tokens against; None: no check.
+        cache: keep tokens on disk, by content.
+        cache_dir: where; default: tokens/ in $JAXTUNE_CACHE or ~/.cache/jaxtune.
+        reading: format, columns, template, completion_from, system and the others of `reader_settings`, for all
+            sources.
 
-    Raises UserError for anything wrong with the input, naming file, row or field.
+    Raises:
+        UserError: something is wrong with the input; the message names file, row or field.
     """
     if eval and eval_fraction:
         raise UserError("give either data.eval or data.eval_fraction, not both.")
@@ -157,9 +164,9 @@ def reader_settings(
 ) -> dict:
     """Return the keyword arguments of `make_reader` for a tokenizer.
 
-    chat: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
-        Otherwise prompt and completion are joined as they are, with a newline between them where neither has white
-        space at the seam.
+    `chat`: read prompt/completion and instruction rows as a conversation; None: if the tokenizer has a chat template.
+    Otherwise prompt and completion are joined as they are, with a newline between them if neither has white space
+    there.
     """
     return {
         "format": format,
@@ -176,7 +183,7 @@ def reader_settings(
 
 
 def reading(section: Any) -> dict[str, Any]:
-    """Return what section `data` of a config says of how text is read, as `prepare` and `curate.examine` take it."""
+    """Return the options for reading text in section `data` of a config, for `prepare` and `curate.examine`."""
     names = ("format", "template", "completion_from", "prompt_from", "system", "system_as_user")
     return {
         **{name: getattr(section, name) for name in names},
@@ -188,7 +195,7 @@ def reading(section: Any) -> dict[str, Any]:
 
 
 def source_names(sources: str | Sequence[str]) -> list[str]:
-    """Return the sources that data.train or data.eval names, one by one."""
+    """Return the sources in data.train or data.eval as a list."""
     if not isinstance(sources, str):
         names = list(sources)
     elif Path(sources).exists():  # a name with a comma in it
@@ -228,8 +235,8 @@ def _nothing_left(report: SourceReport) -> UserError:
         )
     elif report.too_long and report.overlength != "split":
         why = (
-            f"{report.too_long:,} of them are over data.max_length={report.max_length}, and nothing trained is left "
-            "without what lies beyond: raise it, or set data.overlength=split"
+            f"{report.too_long:,} of them are over data.max_length={report.max_length}, and within it no trained token "
+            "is left: raise it, or set data.overlength=split"
         )
     elif report.format in ("chat", "sharegpt"):
         why = "no conversation has an assistant's turn"

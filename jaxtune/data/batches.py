@@ -18,12 +18,12 @@ from jaxtune.data.packing import pack
 from jaxtune.data.tokenize import Rows
 from jaxtune.errors import UserError
 
-GRAIN = 2  # tokens: what widths are multiples of, if nothing else is asked; cuDNN takes no odd ones
+GRAIN = 2  # tokens: widths are multiples of it by default; cuDNN takes no odd ones
 Plan = Sequence[np.ndarray]  # one entry a batch row: the data rows in it, one, or several where they are packed
 
 
 def _shuffled(n: int, *key: int) -> np.ndarray:
-    """Return a permutation of n, from raw bits whose stream numpy keeps between versions."""
+    """Return a permutation of n, made of raw bits, which numpy keeps the same between versions."""
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
@@ -47,7 +47,7 @@ def widths(
     grain *= -(-longest // (64 * grain))
     edges = grain * np.arange(-(-longest // grain) + 1)  # from 0
     shorter = np.searchsorted(np.sort(length), edges, side="right") / len(length)
-    within = shorter**rows  # the chance that a batch's longest row is at most so long
+    within = shorter**rows  # the probability that a batch's longest row is at most this long
     pool = max(1, min(pool, len(length) // rows))
     if pool > 1:  # it is the k-th of the pool's: its rank has a beta distribution (David & Nagaraja, eq. 2.1.5)
         from scipy.special import betainc  # takes a third of a second
@@ -70,7 +70,7 @@ def widths(
 
 
 class Features(Protocol):
-    """What a model makes of each data row, which batches then hold in place of its tokens; see `train.features`.
+    """Precomputed features of each data row, which batches hold in place of its tokens; see `train.features`.
 
     Attributes:
         per_token: one vector for each token, not for each row.
@@ -79,7 +79,7 @@ class Features(Protocol):
     per_token: bool
 
     def lay(self, plan: Plan, n: int, t: int) -> np.ndarray:
-        """Return [n, t, D] of the rows of `plan`, laid as their tokens are; or [n, D]."""
+        """Return the features of the rows of `plan`, placed as their tokens would be: [n, t, D], or [n, D]."""
 
 
 class Assembler:
@@ -123,12 +123,12 @@ class Assembler:
         if self.packing:
             return self.max_length
         if self.features is not None and not self.features.per_token:
-            plan = [self.length.argmax(keepdims=True)]  # nothing is computed over T, so there is one for all
+            plan = [self.length.argmax(keepdims=True)]  # nothing is computed over T, so one width serves all batches
         longest = max((int(self.length[row].sum()) for row in plan), default=1)
         return int(self.widths[np.searchsorted(self.widths, longest)])
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
-        """Return the batch of `plan`; rows that are missing to batch_size are empty, with weight 0."""
+        """Return the batch of `plan`, filled up to batch_size with empty rows of weight 0."""
         n, t = self.batch_size, width or self.width(plan)
         tokens, targets, positions, segments = (np.zeros((n, t), np.int32) for _ in range(4))
         weights = np.zeros((n, t), np.float32)
@@ -153,7 +153,7 @@ class Assembler:
         return self._finished(batch, plan, t)
 
     def _finished(self, batch: dict[str, np.ndarray], plan: Plan, t: int) -> dict[str, np.ndarray]:
-        """What all batches have in common: numbers of rows, maybe features, and micro-batches [A, B, ...]."""
+        """Add row numbers and, if any, features, and split into micro-batches [A, B, ...]."""
         n = self.batch_size
         batch["row"] = np.arange(n, dtype=np.int32)
         if self.features is not None:
@@ -176,17 +176,21 @@ def with_features(batches: Any, features: Features) -> Any:
 class Batches:
     """An endless stream of training batches with random access.
 
-    sources: the rows of each source.
-    weights: the share of each source in an epoch's rows, normalised; None: each row once an epoch. With weights an
-        epoch still has as many rows as all sources together, and each source goes on through its own permutations, so
-        that no row comes again before all of its source were used.
-    batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
-    packing: lay several rows, as segments, into one of `max_length` tokens.
-    max_segments: of a packed row at most; None: as many as fit.
-    grain: what the lengths that other batches are padded to are multiples of.
-    group_by_length: batches of rows of like length, so that little is padded: each run of `GROUPED` batches of the
-        permutation is sorted by length and cut into batches, which are shuffled.
-    assembler: what lays rows into arrays.
+    Args:
+        sources: the rows of each source.
+        weights: the share of each source in an epoch's rows, normalised; None: each row once an epoch. With weights an
+            epoch still has as many rows as all sources together; each source runs through permutations of its rows, so
+            that no row is repeated before all of its source were used.
+        batch_size: rows (packed: bins) of a step, over all `grad_accum` micro-batches.
+        grad_accum: micro-batches of a step.
+        max_length: tokens of a row at most.
+        seed: draws the permutations.
+        packing: put several rows, as segments, into one row of `max_length` tokens.
+        max_segments: of a packed row at most; None: as many as fit.
+        grain: without packing, lengths are padded to multiples of it.
+        group_by_length: make batches of rows of similar length, so that little is padded: each run of `GROUPED` batches
+            of the permutation is sorted by length and cut into batches, which are shuffled.
+        assembler: the class that puts rows into arrays.
 
     Raises:
         UserError: no rows, or weights that do not fit them.
@@ -235,11 +239,11 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches in the first epoch, as a broken number: epochs are not padded to whole batches."""
+        """Batches in the first epoch, a fraction: epochs are not padded to whole batches."""
         return len(self._plan(0)) / self.batch_size
 
     def steps(self, epochs: float) -> int:
-        """Return the number of whole or broken batches that hold `epochs` epochs; at least 1."""
+        """Return how many batches it takes to cover `epochs` epochs, rounded up; at least 1."""
         return max(1, int(np.ceil(epochs * self.steps_per_epoch - 1e-9)))
 
     def epoch(self, step: int) -> float:
@@ -255,11 +259,11 @@ class Batches:
         return self._assembler.assemble(self._members(step))
 
     def places(self, step: int) -> list[str]:
-        """Return where the rows of `step` stand in the data, in words, in the order of the batch."""
+        """Return the places (file and line) of the rows of `step`, in the order of the batch."""
         return self._assembler.places(self._members(step))
 
     def filled(self, steps: int) -> float:
-        """Return the share of what the first `steps` batches lay that is tokens; the rest is padding."""
+        """Return the share of the first `steps` batches that is tokens; the rest is padding."""
         plans = [self._members(step) for step in range(steps)]
         tokens = sum(int(self._assembler.length[row].sum()) for plan in plans for row in plan)
         return tokens / (self.batch_size * sum(map(self._assembler.width, plans)))
@@ -305,7 +309,7 @@ class Batches:
         return [drawn[bins[i]] for i in _shuffled(len(bins), self.seed, 2, epoch)]
 
     def _grouped(self, drawn: np.ndarray, epoch: int) -> np.ndarray:
-        """Reorder the rows of an epoch; those of a batch that begins or ends in another epoch stay where they are."""
+        """Reorder the rows of an epoch, except those of a batch that it shares with another epoch."""
         first = -self._ends[epoch] % self.batch_size
         count = max(0, len(drawn) - first) // self.batch_size
         whole = slice(first, first + count * self.batch_size)
@@ -316,7 +320,7 @@ class Batches:
         return np.concatenate([drawn[:first], batches[shuffled].ravel(), drawn[whole.stop :]])
 
     def _drawn(self, source: int, epoch: int) -> np.ndarray:
-        """Return the rows that `source` gives to `epoch`: a stretch of its permutations laid end to end."""
+        """Return the rows that `source` gives to `epoch`: a slice of its permutations laid end to end."""
         size, count = len(self.sources[source]), self.draws[source]
         first, last = epoch * count, (epoch + 1) * count
         parts = []
@@ -354,8 +358,8 @@ def side_by_side(streams: Sequence[Batches]) -> Callable[[int], dict[str, np.nda
         plans = {id(s): s._members(step) for s in streams}
         width = max(s._assembler.width(plans[id(s)]) for s in streams)
         laid = {id(s): s._assembler.assemble(plans[id(s)], width) for s in {id(s): s for s in streams}.values()}
-        lanes = [laid[id(s)] for s in streams]
-        return {name: np.stack([lane[name] for lane in lanes]) for name in lanes[0]}
+        batches = [laid[id(s)] for s in streams]
+        return {name: np.stack([one[name] for one in batches]) for name in batches[0]}
 
     return batch
 
@@ -412,7 +416,7 @@ class Prefetch:
         while not self._closed.is_set():
             try:
                 item = (True, fn(i)) if stop is None or i < stop else (False, StopIteration())
-            except BaseException as error:  # handed over to the reader, whatever it is
+            except BaseException as error:  # raised again in the reader
                 item = (False, error)
             self._queue.put(item)
             if not item[0]:

@@ -1,4 +1,4 @@
-"""Tokenised rows on the disk, in a folder called by a hash of all that decides them, and verified at every use."""
+"""Tokenised rows on disk, in a folder named by a hash of everything that decides them, and verified at every use."""
 
 import json
 from collections.abc import Callable
@@ -10,18 +10,18 @@ import numpy as np
 from jaxtune.errors import DiskError
 from jaxtune.files import atomic_dir, hash_of
 
-TOKENS, MASK, ROWS, SAID, CHECKSUMS = "tokens.bin", "mask.bin", "rows.npy", "said.json", "checksums.json"
+TOKENS, MASK, ROWS, NOTES, CHECKSUMS = "tokens.bin", "mask.bin", "rows.npy", "said.json", "checksums.json"
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a set: "absent", or a file that is not what was written; None: nothing.
+    """What is wrong with a set: "absent", or the name of a damaged file; None: nothing.
 
     Raises:
         OSError: it cannot be read.
     """
     try:
         written = json.loads((folder / CHECKSUMS).read_bytes())
-        for name in (TOKENS, MASK, ROWS, SAID):
+        for name in (TOKENS, MASK, ROWS, NOTES):
             if written[name] != hash_of(folder / name):
                 return name
     except FileNotFoundError as error:
@@ -32,14 +32,14 @@ def damage(folder: Path) -> str | None:
 
 
 def build(
-    folder: Path, write: Callable[[IO[bytes], IO[bytes]], np.ndarray], said: Callable[[], dict[str, Any]]
+    folder: Path, write: Callable[[IO[bytes], IO[bytes]], np.ndarray], notes: Callable[[], dict[str, Any]]
 ) -> None:
     """Write a set, replacing one that is there; a reader finds all of it or nothing.
 
     Args:
         folder: of the set.
         write: writes tokens and masks to the two files it is given and returns the table of rows.
-        said: called after `write`; returns the notes on the data, as JSON values.
+        notes: called after `write`; returns the notes on the data, as JSON values.
 
     Raises:
         DiskError: it cannot be written.
@@ -49,14 +49,14 @@ def build(
             with open(temporary / TOKENS, "wb") as tokens, open(temporary / MASK, "wb") as mask:
                 rows = write(tokens, mask)
             np.save(temporary / ROWS, rows)
-            (temporary / SAID).write_text(json.dumps(said()), encoding="utf-8")
-            checksums = {name: hash_of(temporary / name) for name in (TOKENS, MASK, ROWS, SAID)}
+            (temporary / NOTES).write_text(json.dumps(notes()), encoding="utf-8")
+            checksums = {name: hash_of(temporary / name) for name in (TOKENS, MASK, ROWS, NOTES)}
             (temporary / CHECKSUMS).write_text(json.dumps(checksums))
     except DiskError as error:
         raise DiskError(f"The token cache: {error} Set JAXTUNE_CACHE or data.cache=false.", error.number) from None
 
 
 def read(folder: Path, mark: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-    """The tokens and masks of a set, mapped from their files, its table of rows, and what was noticed."""
+    """The tokens and masks of a set, mapped from their files, its table of rows, and the notes on it."""
     tokens, mask = (np.memmap(folder / name, kind, mode="r") for name, kind in ((TOKENS, "<i4"), (MASK, mark)))
-    return tokens, mask, np.load(folder / ROWS), json.loads((folder / SAID).read_text(encoding="utf-8"))
+    return tokens, mask, np.load(folder / ROWS), json.loads((folder / NOTES).read_text(encoding="utf-8"))

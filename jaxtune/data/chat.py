@@ -3,16 +3,16 @@
 Only what the assistant says is trained, with the token that ends its turn. Most templates do not mark these parts
 (`{% generation %}`), and the rendering of a prefix of a conversation is often not a prefix of its rendering (Qwen3
 drops the thoughts of earlier turns and adds empty ones to the last). So the conversation is rendered once more with a
-marker in each turn of the assistant: what stands between the markers stands between the turns of the real text.
+marker in each turn of the assistant: the text between the markers is also the text between the turns.
 
     ...<|im_start|>assistant\\n  Paris.    <|im_end|>\\n<|im_start|>user\\n...      the real text
     ...<|im_start|>assistant\\n  MARKER    <|im_end|>\\n<|im_start|>user\\n...      the tail is the same
                                 trained-------------^
 
-Where that leaves two ways to lay the one over the other, or none, turns are marked one at a time. A turn ends with a
+Where the two can be aligned in several ways, or in none, turns are marked one at a time. A turn ends with a
 special token: its own, or that of the next role where the template writes no other (GLM).
 
-The text is then held against the messages: what the template left out is counted, or refused if it was to be trained.
+The text is then compared with the messages: what the template left out is counted, or an error if it was to be trained.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from jaxtune.errors import UserError
 from jaxtune.limits import time_limit
 
 # Used where a tokenizer has no chat template, and exported with the tuned model. Plain text, for any vocabulary.
-TEMPLATE_SECONDS = 10  # for one conversation; a template is a program, and one that never ends is stopped
+TEMPLATE_SECONDS = 10  # for one conversation; a template is a program, which may never end
 DEFAULT_TEMPLATE = """\
 {{- bos_token if bos_token else '' -}}
 {%- if tools -%}
@@ -58,7 +58,7 @@ _MARKER, _THOUGHT = "jxMARKERxj", "jxTHOUGHTxj"
 _NUMBERED = re.compile(r"jxMARKER(\d+)xj")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "name", "id")
-# How other templates begin a message: text that holds it has been rendered already.
+# How known templates begin a message: text that contains one has been rendered already.
 _RENDERED = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
     r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|\[gMASK\]|<\|(?:user|system|assistant)\|>)"
@@ -75,7 +75,7 @@ class Rendered(NamedTuple):
     Attributes:
         text: what the template gives.
         spans: (start, end) of the trained characters, in order.
-        unended: the last turn is the assistant's and no special token ends it, which leaves that to the EOS token.
+        unended: the last turn is the assistant's and no special token ends it; the encoder appends EOS.
         notes: what the template left out.
     """
 
@@ -112,7 +112,7 @@ class ChatRenderer:
         return self.tokenizer.get_chat_template(tools=tools) if self.own else DEFAULT_TEMPLATE
 
     def render(self, where: str, conversation: Conversation) -> Rendered:
-        """Render a conversation, and find what of it is trained.
+        """Render a conversation, and find its trained parts.
 
         Raises:
             UserError: the template refuses it, or leaves out what was to be trained; which text is the assistant's
@@ -144,7 +144,7 @@ class ChatRenderer:
             ended, closed = self._is_ended(text[slice(*spans[-1])]), found[-1][2]
         last = bool(trained) and turns[-1] == len(messages) - 1 and turns[-1] not in conversation.untrained
         unended = last and not ended and not self._special.search(closed) and not (tagged and closed.strip())
-        if unended:  # EOS comes behind what closes the turn in words
+        if unended:  # EOS comes after the text that closes the turn
             trained[-1] = (trained[-1][0], len(text))
         return Rendered(text, trained, unended, notes)
 
@@ -186,9 +186,9 @@ class ChatRenderer:
                 mark = next(end for end in self._ends if content.rstrip().endswith(end))
         if mark:
             raise UserError(
-                f"{where}, message {i + 1} ({message['role']}): has been through a chat template already ({mark!r}), "
-                "and would go through one again. Give its text alone; or take a prompt and its completion as they "
-                "stand with data.template='{prompt}{completion}'."
+                f"{where}, message {i + 1} ({message['role']}): a chat template was already applied to it ({mark!r}), "
+                "and would be applied again. Give its text alone; or train on a prompt and its completion as they "
+                "are with data.template='{prompt}{completion}'."
             )
 
     def _opening_text(self, where: str) -> str:
@@ -214,7 +214,7 @@ class ChatRenderer:
         return [(start, self._ended(text, end - len(closing.rstrip()), end), closing) for start, end, closing in found]
 
     def _aligned(self, where, text: str, messages, tools, turns: list[int]) -> list[tuple[int, int, str]] | None:
-        """The turns, from one rendering with a marker in each; None where that does not tell them."""
+        """The turns, from one rendering with a marker in each; None where that is ambiguous."""
         numbers, in_calls = [str(n) for n in range(len(turns))], True
         pieces = self._pieces(where, messages, tools, turns, in_calls)
         if any(messages[i].get("tool_calls") and n not in pieces[1::2] for n, i in zip(numbers, turns)):
@@ -255,7 +255,7 @@ class ChatRenderer:
         return _NUMBERED.split(rendered)
 
     def _before_start(self, where, before: str, asked: str) -> tuple[int, int]:
-        """How much of the text before a marker is given to the model, and how much of the opening that ends with.
+        """How much of the text before a marker is prompt, and how many characters of the opening stand at its end.
 
         The second is 0 unless the opening stands there in part only: a template may open with thoughts when it prompts,
         and write others or none. `asked` is the message before, behind which the turn begins, also where a turn has
@@ -276,13 +276,13 @@ class ChatRenderer:
         return len(before.rstrip()), 0
 
     def _closing(self, where, messages: list[dict], tools, i: int, tail: str, marked: dict) -> str:
-        """What closes message i, of the text that follows its marker: what also stands there where it is the last."""
+        """The text that closes message i: the part after its marker that also follows when it is the last message."""
         names = [call["function"]["name"] for call in messages[i].get("tool_calls") or ()]
         key = json.dumps([{k: v for k, v in marked.items() if k != "reasoning_content"}, names], default=str)
         if key not in self._closings:
             try:
                 alone = self._render(where, [{"role": "user", "content": "x"}, marked], tools)
-            except UserError:  # a template that wants more of the conversation
+            except UserError:  # a template that requires more messages
                 alone = self._render(where, [*messages[:i], marked], tools)
             if len(self._closings) > 1000:
                 self._closings.clear()
@@ -340,7 +340,7 @@ class ChatRenderer:
         return turn.rstrip().endswith(self._ends)
 
     def _ended(self, text: str, start: int, end: int) -> int:
-        """The end of a turn with the special token that ends it, the next role's where it has none of its own."""
+        """The end of a turn, with the special token that ends it, or the next role's where the turn has none."""
         if self._is_ended(text[start:end]):
             return end
         follows = re.compile(r"\s*").match(text, end).end()
@@ -348,7 +348,7 @@ class ChatRenderer:
         return token.end() if token else end
 
     def _tagged_spans(self, where, text: str, messages: list[dict], tools) -> list[Span]:
-        """The template's own marks, each extended over the special token that ends the turn where that follows."""
+        """The spans that the template marks itself, each extended over the special token that ends the turn, if any."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, marks = render_jinja_template(
@@ -376,7 +376,7 @@ class ChatRenderer:
     # ------------------------------------------------------------------------------------- what was left out
 
     def _hold(self, where, text: str, conversation: Conversation, spans: list[Span], notes: Notes) -> None:
-        """Hold the text against the messages: count what is not in it, and refuse it where it was to be trained."""
+        """Compare the text with the messages: count what is missing, and refuse it where it was to be trained."""
         messages, at, turn = conversation.messages, 0, 0
         last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         for i, message in enumerate(messages):
@@ -388,7 +388,9 @@ class ChatRenderer:
                     region = text[start:at]
                 lost = _lost_parts(message, region)
                 for part, value in lost.items():
-                    left = set(lost) < {name for name, v in _parts(message).items() if v}  # something of it is trained
+                    left = set(lost) < {
+                        name for name, v in _parts(message).items() if v
+                    }  # part of the message is trained
                     earlier = part == "thoughts" and i < last_user and left
                     if i in conversation.untrained or earlier or part in self.allowed:
                         notes.add(_LEFT_OUT, f"{part} of earlier turns" if earlier else part, where)
@@ -428,13 +430,13 @@ class ChatRenderer:
         )
 
 
-_DATED = "{{ 'the date is fixed'[:0] }}"  # not a comment: that would take a line break with it
-# strftime's directives; those of a clock are those of midnight.
+_DATED = "{{ 'the date is fixed'[:0] }}"  # not a comment, which would remove a line break
+# strftime's directives; for times of day they give midnight.
 _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZC"
 
 
 def uses_date(template: object) -> bool:
-    """Whether a chat template, or one of several by name, writes the day on which it is rendered."""
+    """Whether a chat template (or one of several named ones) writes the current date."""
     templates = template.values() if isinstance(template, Mapping) else [template]
     return any("strftime_now" in text for text in templates if isinstance(text, str))
 
@@ -442,8 +444,8 @@ def uses_date(template: object) -> bool:
 def with_date(template: str, date: datetime.date) -> str:
     """A chat template that writes this date, whatever the day."""
     midnight = datetime.datetime.combine(date, datetime.time())
-    said = {f"%{flag}{d}": midnight.strftime(f"%{flag}{d}") for flag in ("", "-") for d in _DIRECTIVES}
-    steps = "".join(f" | replace({key!r}, {value!r})" for key, value in said.items() if value != key)
+    dates = {f"%{flag}{d}": midnight.strftime(f"%{flag}{d}") for flag in ("", "-") for d in _DIRECTIVES}
+    steps = "".join(f" | replace({key!r}, {value!r})" for key, value in dates.items() if value != key)
     macro = f"{{%- macro strftime_now(form) -%}}{{{{ form{steps} | replace('%%', '%') }}}}{{%- endmacro -%}}"
     return f"{macro}{_DATED}{template}"
 
@@ -454,7 +456,7 @@ def without_date(template: str) -> str:
 
 
 def special_tokens(tokenizer) -> list[str]:
-    """The tokens that steer a model, as text: those named, and those added as special."""
+    """The special tokens of a tokenizer, as text: the named ones and those added as special."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return sorted({token for token in (*tokenizer.all_special_tokens, *added) if token.strip()})
 
@@ -481,7 +483,7 @@ def _once(text: str, marker: str, message: Mapping) -> str:
 
 
 def _before(messages: list[dict], i: int) -> str:
-    """What is said right before message i."""
+    """The content of the message before message i."""
     return messages[i - 1]["content"] if i and messages[i - 1]["role"] != "assistant" else ""
 
 
@@ -515,7 +517,7 @@ def _without(spans: Iterable[Span], others: Iterable[Span]) -> list[Span]:
 
 
 def _parts(message: Mapping) -> dict[str, str]:
-    """What an assistant's message says, each stripped: thoughts, answers, and the names and values of calls."""
+    """The parts of an assistant's message, stripped: thoughts, answers, and the names and values of calls."""
     content, thoughts = message["content"], [message.get("reasoning_content") or ""]
     if "</think>" in content:
         thought, _, content = content.rpartition("</think>")
@@ -539,7 +541,7 @@ def _leaves(value: object) -> Iterable[str]:
 
 
 def _lost_parts(message: Mapping, region: str) -> dict[str, str]:
-    """Those of `_parts` that do not stand in the text of a turn."""
+    """The parts of a message (`_parts`) that are missing in the text of its turn."""
     parts, lost = _parts(message), {}
     if parts["answers"] and not stands(parts["answers"], region):
         lost["answers"] = parts["answers"]
@@ -553,7 +555,7 @@ def _lost_parts(message: Mapping, region: str) -> dict[str, str]:
 
 
 def stands(part: str, text: str) -> bool:
-    """Whether a part of a message stands in a text, as it is or as a template may write it: trimmed, or in JSON."""
+    """Whether a text contains a part of a message, verbatim or as a template may write it: trimmed, or as JSON."""
     part = part.strip()
     if part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True)):
         return True
@@ -561,7 +563,7 @@ def stands(part: str, text: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    """Without white space, quotes and escapes, in which one JSON text differs from another."""
+    """The text without white space, quotes and escapes, which vary between ways to write JSON."""
     return re.sub(r"[\s\"'\\]+", "", text).casefold()
 
 

@@ -38,16 +38,14 @@ KINDS = {
     list: "a list",
     dict: "an object",
 }
-# Columns that rows have: an object with one of them is a row, and not a wrapper around rows.
+# Columns of rows: an object with one of them is a row, not a wrapper around rows.
 ROW_COLUMNS = {
     *("text", "prompt", "messages", "conversations", "instruction", "question", "input", "label", "labels", "tokens"),
     *("chosen", "rejected"),
 }
 LIKE_TAG = re.compile(r"[BIELSU]-\S+|O")
-MOST_FIELDS = (
-    4  # of a CoNLL file, without an index: with more, which is the word and which the label is anybody's guess
-)
-SAMPLED = 5000  # lines from which the layout of a CoNLL file is told
+MOST_FIELDS = 4  # fields of a CoNLL file without an index; with more, it is unclear which are the word and the label
+SAMPLED = 5000  # lines read to find the layout of a CoNLL file
 
 # JSON has no NaN, but Python writes it for a value that is missing.
 DECODER = json.JSONDecoder(parse_constant=lambda word: None if word == "NaN" else float(word))
@@ -56,12 +54,12 @@ Numbered = Iterator[tuple[int, dict]]
 
 
 def kind(value: object) -> str:
-    """Return the everyday name of a JSON value's type: `text`, `a number`, `a list`, ..."""
+    """Return a plain name of a JSON value's type: `text`, `a number`, `a list`, ..."""
     return KINDS.get(type(value)) or type(value).__name__
 
 
 def suffix(path: Path) -> str:
-    """The suffix that says how a file is read, in lower case, without that of its compression."""
+    """The suffix that decides how a file is read, in lower case, without that of compression."""
     return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
@@ -82,7 +80,7 @@ def _zstd(path: Path) -> Any:
 
 
 def decoded(name: str, path: Path, rows: Numbered) -> Numbered:
-    """`rows`, with errors of encoding and compression in words."""
+    """`rows`, with errors of encoding and compression as UserError."""
     try:
         yield from rows
     except UnicodeDecodeError:
@@ -198,7 +196,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _refuse_wrapped(name: str, path: Path, value: dict) -> None:
-    """Raise UserError for an object that holds rows instead of being one."""
+    """Raise UserError for an object that contains rows instead of being one."""
     if ROW_COLUMNS & set(value) and not all(isinstance(v, dict) for v in value.values()):
         return
     if keys := [key for key, rows in value.items() if _is_rows(rows)]:
@@ -225,12 +223,12 @@ def csv_file(name: str, path: Path) -> Numbered:
 
 
 def tsv_file(name: str, path: Path) -> Numbered:
-    """Cells as they stand, unless the file quotes them throughout."""
+    """Yield (line number, row) of a TSV file; quotation marks count only if the file quotes throughout."""
     return _table(name, path, "\t", quoted=_quotes(path))
 
 
 def _quotes(path: Path) -> bool:
-    """Whether quotation marks at the start of a cell are the file's way to write cells, and not text."""
+    """Whether quotation marks at the start of a cell quote it, rather than being part of its text."""
     width, ragged, opened, closed = None, False, False, False
     with open_text(path) as lines:
         for line in lines:
@@ -270,7 +268,7 @@ def _table(name: str, path: Path, delimiter: str, quoted: bool = True) -> Number
                 elif cells == header and len(header) > 1:
                     file, out = shlex.quote(str(path)), shlex.quote(_beside(path))
                     raise UserError(
-                        f"{name}:{number}: the header stands here again: were files joined? Take it out: "
+                        f"{name}:{number}: the header is repeated here: were files joined? Remove it: "
                         f"awk 'NR == 1 {{h = $0}} NR == 1 || $0 != h' {file} > {out}"
                     )
                 else:
@@ -306,7 +304,7 @@ def _check_header(name: str, path: Path, header: list[str], delimiter: str) -> N
 
 
 def _escaped(path: Path) -> str:
-    """The way out for quotation marks that are written with a backslash."""
+    """A hint for quotation marks that are escaped with a backslash."""
     with open_text(path) as lines:
         if not any('\\"' in line for line in islice(lines, SAMPLED)):
             return ""
@@ -319,7 +317,7 @@ def _beside(path: Path) -> str:
 
 
 def _rewritten(path: Path, *, row: str = "r", reading: str = "", delimiter: str = ",") -> str:
-    """A command that writes a table anew: `reading` are further arguments of csv.reader, `row` is of each row r."""
+    """A command that rewrites a table: `reading` holds arguments of csv.reader, `row` an expression over each row r."""
     given = ", ".join(part for part in ("newline=''", "encoding='utf-8-sig'") if part)
     how = reading or (f"delimiter={delimiter!r}" if delimiter != "," else "")
     write = f", delimiter={delimiter!r}" if delimiter != "," else ""
@@ -331,7 +329,7 @@ def _rewritten(path: Path, *, row: str = "r", reading: str = "", delimiter: str 
 
 
 def header_hint(name: str, columns: Sequence[str]) -> str:
-    """What to do about a table whose first line may be no header; for messages about unknown columns."""
+    """A hint on a table whose first line may not be a header, for messages about unknown columns."""
     path = Path(name)
     if suffix(path) not in (".csv", ".tsv") or path.suffix.lower() in COMPRESSED or not path.is_file():
         return ""
@@ -368,7 +366,8 @@ def text_file(name: str, path: Path) -> Numbered:
 def conll_file(name: str, path: Path) -> Numbered:
     """One word a line, with its label in another field; a blank line ends a sentence.
 
-    Raises UserError where it cannot be told which field is the word and which the label.
+    Raises:
+        UserError: it is unclear which field is the word and which the label.
     """
     word, label, tabs, indexed, width = _conll_layout(name, path)
     with open_text(path) as lines:
@@ -382,7 +381,7 @@ def conll_file(name: str, path: Path) -> Numbered:
                 if len(fields) < max(word + 1, 2):
                     raise UserError(f"{name}:{number}: expected a word and its label, found {line!r}.")
                 if indexed and not fields[0].isdecimal():
-                    continue  # 1-2, 1.1: words that are written as one, or not at all
+                    continue  # 1-2, 1.1: multiword and empty tokens
                 words.append(fields[word])
                 tags.append(fields[label])
                 continue
@@ -392,7 +391,7 @@ def conll_file(name: str, path: Path) -> Numbered:
 
 
 def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
-    """(field of the word, field of the label, whether tabs divide, whether an index comes first, usual fields)."""
+    """(field of the word, field of the label, whether tabs separate, whether an index comes first, usual field count)."""
     with open_text(path) as lines:
         sample = [line.rstrip("\r\n") for line in islice(lines, SAMPLED)]
     sample = [line for line in sample if not line.startswith("-DOCSTART-")]
@@ -406,7 +405,7 @@ def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
         known, which = (" (CoNLL-U)" if width == 10 else "", "2,4") if indexed else ("", "1,2")
         tabbed = "" if tabs else " | tr -s ' ' '\\t'"
         raise UserError(
-            f"{name}: {width} fields a line{known}; which are the word and its label cannot be told. Keep two, for "
+            f"{name}: {width} fields a line{known}; which of them are the word and its label is unclear. Keep two, for "
             f"example {which.replace(',', ' and ')}: grep -v '^#' {shlex.quote(str(path))}{tabbed} | cut -f{which} > "
             f"{shlex.quote(_beside(path))}"
         )
@@ -414,7 +413,7 @@ def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
     tags = [all(map(LIKE_TAG.fullmatch, column)) for column in columns]
     if indexed:
         nested = width == 4 and tags[2] and tags[3] and _types(columns[3]) <= _types(columns[2])
-        return 1, 2 if nested else width - 1, tabs, True, width  # of nested entities the outer ones
+        return 1, 2 if nested else width - 1, tabs, True, width  # the outer labels of nested entities
     if tags[0] and not tags[-1]:
         if width > 2:
             raise UserError(
@@ -426,7 +425,7 @@ def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
 
 
 def _counts_up(firsts: Sequence[str]) -> bool:
-    """Whether first fields are 1, 2, 3, ... or 0, 1, 2, ..., from the start again in each sentence."""
+    """Whether first fields count 1, 2, 3, ... or 0, 1, 2, ... in each sentence."""
     numbers = [int(f) for f in firsts if f.isdecimal()]
     odd = [f for f in firsts if not f.isdecimal() and not re.fullmatch(r"\d+[-.]\d+", f)]
     if odd or not numbers or numbers[0] not in (0, 1):
@@ -454,7 +453,7 @@ def parquet_file(name: str, path: Path) -> Numbered:
 
 
 def arrow_file(name: str, path: Path) -> Numbered:
-    """What `datasets` writes (a stream), or an arrow file with a footer."""
+    """Yield (row number, row) of an Arrow stream, as `datasets` writes it, or of an Arrow file with a footer."""
     import pyarrow as pa
 
     try:
@@ -491,9 +490,9 @@ def arrow_rows(batches: Any, classes: Mapping[str, Sequence[str]]) -> Numbered:
 
 
 def from_arrow(row: Mapping[str, Any], classes: Mapping[str, Sequence[str]]) -> dict:
-    """A row as it was before it went into columns: class ids are names, and NaN and padded fields are not there.
+    """A row as it was before Arrow: class ids become names; NaN and fields that Arrow filled in are left out.
 
-    Arrow gives each object of a column the fields of all of them; those an object had not are null.
+    Arrow gives each object of a column the fields of all objects; those that it did not have are null.
     """
     return {
         column: _named(value, classes[column]) if column in classes else _padding_off(value)
@@ -518,13 +517,13 @@ def _named(value: Any, names: Sequence[str]) -> Any:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What `datasets` says of the columns in a schema's metadata."""
+    """The features of the columns that `datasets` stored in a schema's metadata."""
     stored = (schema.metadata or {}).get(b"huggingface")
     return (json.loads(stored).get("info") or {}).get("features") or {} if stored else {}
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """{column: names in the order of their ids} of the columns that hold classes, also in lists."""
+    """{column: class names in the order of their ids} of columns of classes or of lists of classes."""
     found = {}
     for column, feature in features.items():
         while isinstance(feature, list) or (isinstance(feature, dict) and isinstance(feature.get("feature"), dict)):
@@ -546,4 +545,4 @@ READERS: dict[str, Callable[[str, Path], Numbered]] = {
     ".conll": conll_file,
 }
 SUFFIXES = tuple(READERS)
-UNCOMPRESSED = (".parquet", ".arrow")  # compressed inside, and read by parts
+UNCOMPRESSED = (".parquet", ".arrow")  # compressed inside, and read in parts

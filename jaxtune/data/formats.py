@@ -1,4 +1,4 @@
-"""From a row's columns to what is trained on: a conversation, or pieces of text.
+"""From a row's columns to a training example: a conversation, or pieces of text.
 
     chat                messages = [{"role": ..., "content": ...}, ...]              (+ tools, functions, system)
     sharegpt            conversations = [{"from": ..., "value": ...}, ...]           (+ tools, functions, system)
@@ -6,7 +6,7 @@
     instruction         instruction, output                                          (+ input, context, system, history)
     text                text
 
-A file with other columns is mapped by `columns` (our name -> the file's name) or rendered by `template`.
+A file with other columns is mapped by `columns` (jaxtune's name -> the file's) or rendered by `template`.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ FORMATS = {
     "instruction": (("instruction", "output"), ("input", "system", "context", "history")),
     "text": (("text",), ()),
 }
-# Columns that say what is to be answered or learned: left out in silence, another thing than the file's is trained.
-# Where data.columns can take them, our name for them.
+# Columns that change what is trained; ignoring one silently would train something else than the file means.
+# jaxtune's names for them, where data.columns can map them.
 MEANT = {
     **dict.fromkeys(("images", "image", "audio", "audios", "video", "videos", "documents", "chat_template_kwargs")),
     **{name: name for name in ("system", "context", "history", "tools", "functions", "input")},
     **{"system_prompt": "system", "system_message": "system"},
 }
-# What people call the two sides of a pair, the surest names first: used to suggest a mapping, never to guess one.
+# Common names of prompts and completions, the surest first: used to suggest a mapping, never to guess one.
 ASKED = ("prompt", "instruction", "question", "query", "input", "problem", "source", "document", "article")
 ANSWERED = ("completion", "response", "answer", "output", "target", "solution", "summary", "highlights")
 # Beside a text, what it is to be judged by or answered with.
@@ -49,7 +49,7 @@ MESSAGES = {"messages", "conversations", "conversation", "dialog", "dialogue", "
 class Conversation:
     """Messages as chat templates take them (`role`, `content` as text, `tool_calls`), and tool schemas or None.
 
-    `untrained` are the indices of turns of the assistant that are not trained.
+    `untrained` are the indices of the assistant's turns that are not trained.
     """
 
     messages: list[dict]
@@ -59,14 +59,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """Text in order, each piece with whether it is trained. The end-of-sequence token follows the last one."""
+    """Pieces of text in order, each with whether it is trained. The end-of-sequence token follows the last piece."""
 
     pieces: tuple[tuple[str, bool], ...]
 
 
 Example = Conversation | Document
 
-CANONICAL = json.JSONEncoder(sort_keys=True, default=str).encode  # made once: json.dumps makes one a call
+CANONICAL = json.JSONEncoder(sort_keys=True, default=str).encode  # made once: json.dumps makes an encoder in each call
 QUOTED = json.encoder.encode_basestring_ascii
 
 
@@ -85,11 +85,11 @@ class Reader:
     notes: Notes = field(default_factory=Notes)
 
     def digest(self, row: dict) -> int:
-        """Return 64 bits over the columns in use: equal rows are equal whatever their number, id or order."""
+        """Return a 64-bit hash of the columns in use; a row's number, id and order do not matter."""
         values = [row.get(c) for c in self.columns]
-        while len(values) > 1 and values[-1] is None:  # columns that only other rows have
+        while len(values) > 1 and values[-1] is None:  # columns that this row lacks
             values.pop()
-        plain = all(type(v) is str for v in values)  # the usual row, for which the same text is made sooner
+        plain = all(type(v) is str for v in values)  # most rows: a faster way to the same text
         used = f"[{', '.join(map(QUOTED, values))}]" if plain else CANONICAL(values)
         return int.from_bytes(hashlib.blake2b(used.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
@@ -135,7 +135,7 @@ def make_reader(
         known = sorted({c for needs, may in FORMATS.values() for c in needs + may})
         if ours not in known:
             raise UserError(
-                f"data.columns: no column of ours is called {ours!r} (ours=theirs).{nearest(ours, known)} "
+                f"data.columns: {ours!r} is not a column that jaxtune knows (ours=theirs).{nearest(ours, known)} "
                 f"Known: {', '.join(known)}."
             )
         if theirs not in row and not any(ours in may for _, may in FORMATS.values()):
@@ -167,7 +167,7 @@ def make_reader(
         if idle := [ours for ours in columns if ours not in needs + may]:
             raise UserError(
                 f"data.columns: {idle[0]}={columns[idle[0]]} has no effect on {format} rows, which have "
-                f"{', '.join(needs + may)}. Leave it out, or set data.format to what is meant."
+                f"{', '.join(needs + may)}. Leave it out, or set data.format."
             )
         for ours in may:
             if ours in columns and not any(columns[ours] in other for _, other in zip(range(SEEN), _rows(source))):
@@ -202,7 +202,7 @@ def make_reader(
     return reader
 
 
-SEEN = 1000  # rows that are looked through for a column that the first does not have
+SEEN = 1000  # rows searched for a column that the first row lacks
 
 
 def _rows(source: Source):
@@ -210,10 +210,10 @@ def _rows(source: Source):
 
 
 def own_columns(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
-    """What of a mapping (our name -> theirs) concerns one of several sources.
+    """The part of a mapping (jaxtune's name -> the file's) that applies to one of several sources.
 
-    Theirs may be several names, `a|b`: the first that stands in the source's first rows is meant. Of them `a@b.jsonl`
-    is column a of the source b.jsonl alone. Where there is none, the entry is for other sources.
+    The file's side may list several names, `a|b`: the first one in the source's first rows is used. `a@b.jsonl` means
+    column a of the source b.jsonl only. If no name is found, the entry is for other sources.
     """
     own, there = {}, None
     for ours, theirs in columns.items():
@@ -321,7 +321,7 @@ def _text_value(where: str, row: dict, column: str) -> str:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Rows of one of FORMATS; the fields are those of `make_reader`."""
+    """A reader for one of FORMATS; the fields are the arguments of `make_reader`."""
 
     format: str
     columns: Mapping[str, str]
@@ -358,7 +358,7 @@ class _Columns:
         return column not in self.columns and column in self.columns.values()
 
     def unused(self, where: str, row: dict, used: set[str]) -> None:
-        """Refuse rows of another objective and columns that are meant to be read; count the others."""
+        """Refuse rows of another objective and unused columns that change what is trained; count other unused columns."""
         _refuse_other_objectives(where, row, used, self.format != "text")
         for name in row:
             if name in used:
@@ -369,7 +369,7 @@ class _Columns:
                 use = f"read it with data.columns={ours}={name}, or " if ours and fits else ""
                 raise UserError(
                     f"{where}: column {name!r} would change what is trained, and is not read as {self.format}: "
-                    f"{use}leave it out knowingly with data.ignore={name}."
+                    f"{use}ignore it with data.ignore={name}."
                 )
             self.notes.add("columns that are not used", name, where)
 
@@ -392,7 +392,7 @@ class _Columns:
         return normalise_messages(where, column, value, self.roles, self.ignore, self.notes)
 
     def conversation(self, where: str, row: dict, messages: list[dict], untrained: Sequence[int] = ()) -> Conversation:
-        """With the system message and the tools of the row."""
+        """The conversation, with the system message and the tools of the row."""
         own = self.optional(where, row, "system")
         first = messages[0]
         if own and first["role"] == "system" and first["content"] != own:
@@ -435,7 +435,7 @@ class _Columns:
         return Document(((prompt + seam, False), (completion, True)))
 
     def messages_pair(self, where: str, row: dict, asked: str, answered: str) -> Conversation:
-        """Prompt and completion as lists of messages, as TRL has them: what the prompt holds is not trained."""
+        """Prompt and completion as lists of messages, as in TRL; messages of the prompt are not trained."""
         sides = []
         for column, role in ((asked, "user"), (answered, "assistant")):
             value = _value(where, row, column)
@@ -479,7 +479,7 @@ def is_messages(value: object) -> bool:
 
 
 def _folded(where: str, messages: list[dict]) -> list[dict]:
-    """With the system message at the start of the user's, for templates that know no system role."""
+    """The messages with the system message moved into the user's, for templates without a system role."""
     system, *rest = messages
     if not rest or rest[0]["role"] != "user":
         raise UserError(f"{where}: data.system_as_user: no user's message follows the system message.")
@@ -487,7 +487,7 @@ def _folded(where: str, messages: list[dict]) -> list[dict]:
 
 
 def _refuse_other_objectives(where: str, row: dict, used: set[str], answered: bool) -> None:
-    """Raise UserError for rows of preferences, unless what makes them so is `used` or left out knowingly."""
+    """Raise UserError for rows of preferences, unless the columns that make them so are `used` or ignored."""
     found = f"Columns found: {', '.join(row)}."
     instead = 'To tune on the good answers alone, write them as {"messages": [...]} rows to a file of their own.'
     if {"chosen", "rejected"} <= set(row) and not {"chosen", "rejected"} & used:
@@ -522,8 +522,8 @@ def _marked(where: str, text: str, marker: str, until: str | None, notes: Notes)
         raise UserError(f"{where}: data.completion_from={marker!r} does not occur in this text: {text[:80]!r}.")
     if until is None and marker in text[start:]:
         notes.add(
-            f"texts that have data.completion_from={marker!r} more than once, so that all after the first is trained, "
-            "also what the other side says (data.prompt_from names what it begins with)",
+            f"texts that have data.completion_from={marker!r} more than once; everything after the first is trained, "
+            "including later prompts (data.prompt_from names the text that they begin with)",
             "",
             where,
         )
@@ -568,7 +568,7 @@ def _template_reader(
 
 
 def _formatted(where: str, row: dict, name: str, spec: str, conversion: str | None) -> str:
-    """A column's text as `{name!conversion:spec}` asks for it."""
+    """A column's text, formatted as `{name!conversion:spec}`."""
     if not spec and not conversion:
         return _text_value(where, row, name)
     value = _value(where, row, name)
@@ -580,14 +580,14 @@ def _formatted(where: str, row: dict, name: str, spec: str, conversion: str | No
 
 
 def with_system(messages: list[dict], system: str | None) -> list[dict]:
-    """Put a system message first where there is none."""
+    """Put `system` first as a system message, if the messages have none."""
     if not system or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
 class ColumnTypes:
-    """Notices a column that changes its type between rows. Null is no type; whole and broken numbers are one."""
+    """Finds columns that change their type between rows. Null has no type; integers and floats count as one type."""
 
     def __init__(self, source: Source, columns: tuple[str, ...]):
         self.source = source
@@ -607,6 +607,6 @@ class ColumnTypes:
                 raise UserError(
                     f"{self.source.where(number)}: column {column!r} is {found} "
                     f"({json.dumps(value, default=str)[:40]}), but {expected} at {self.source.where(first)}. "
-                    "A column has one type: mend the rows."
+                    "A column has one type: correct the rows."
                 )
             self._usual[column] = type(value)

@@ -4,7 +4,7 @@
     text, text_pair, label      two texts, which the tokenizer joins as transformers' does
     tokens, labels              lists of equal length, as CoNLL files (.conll) give them
 
-A file with other columns is mapped by `columns` (our name -> the file's name). The names of pairs that data sets use
+A file with other columns is mapped by `columns` (jaxtune's name -> the file's). The names of pairs that data sets use
 (PAIRS) are known.
 """
 
@@ -28,7 +28,7 @@ from jaxtune.errors import UserError, nearest
 
 SEQUENCE_COLUMNS, PAIR_COLUMNS = ("text", "label"), ("text", "text_pair", "label")
 TOKEN_COLUMNS = ("tokens", "labels")
-# What data sets call two texts that are judged together.
+# Names that data sets give to the two texts of a pair.
 PAIRS = (
     *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")),
     *(("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b")),
@@ -45,23 +45,23 @@ JOINED = "\n"  # between the two texts of a pair, for a decoder
 IGNORED = -100  # the label of words that are not trained, in transformers' data
 PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls labels without names
 NUMBER = re.compile(r"-?[0-9]+")
-OUTSIDE = "O"  # the tag of words that belong to nothing
+OUTSIDE = "O"  # the tag of words outside any entity
 
 
 @dataclass
 class LabelForm(RowForm):
-    """How labelled rows are read and tokenised: what `prepare` does instead for them.
+    """How labelled rows are read and tokenised, for `prepare`.
 
     Attributes:
         per_token: a label for each word, else for each text.
         names: of the labels, in the order of their ids.
-        several: a text has any number of labels.
-        value: a text has a number instead of a label.
-        columns: our name of a column -> the file's.
+        several: a text may have several labels, or none.
+        value: a text has a number instead of a label (regression).
+        columns: jaxtune's name of a column -> the file's.
         origin: where the names come from, for errors.
         first: the number of the first label, where rows have numbers and the labels have names; None: 0 if it occurs.
         joined: what is put between the two texts of a pair; None: they are two segments.
-        notes: what a reader would want to know of how the labels were read.
+        notes: sentences for the user on how the labels were read.
     """
 
     per_token: bool
@@ -73,29 +73,31 @@ class LabelForm(RowForm):
     first: int | None = None
     joined: str | None = None
     notes: list[str] = field(default_factory=list)
-    learnt: int | None = field(default=None, init=False)  # `first`, from a source that was read before
+    learnt: int | None = field(default=None, init=False)  # `first`, as found in a source that was read before
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the tokens and labels of a row."""
+        """Everything that decides the tokens and labels of a row."""
         return {
             **{"per_token": self.per_token, "names": self.names, "several": self.several, "value": self.value},
             **{"columns": dict(self.columns or {}), "first": self.first, "joined": self.joined},
         }
 
     def theirs(self, source: Source) -> dict[str, str]:
-        """Our name of each column that is used -> the file's. Raises UserError for missing columns."""
+        """{jaxtune's name: the file's} of the columns in use. Raises UserError for missing columns."""
         number, row = next(iter(source))
         return _mapped(source, number, row, self.per_token, own_columns(source, self.columns or {}))
 
     def reader(self, source: Source) -> Reader:
-        """Raises UserError for missing columns, and for numbers and vectors that could mean several things."""
+        """The reader of a source. Raises UserError for missing columns, and for ambiguous numbers and vectors."""
         columns = self.theirs(source)
         *first, second = columns.values()
         if unused := [name for name in next(iter(source))[1] if name not in columns.values()]:
             self.note(f"columns of {source.name} that are not used: {', '.join(unused)}")
         if len(first) == 2 and self.joined is not None:
-            self.note(f"{first[0]} and {first[1]} are one text for a decoder, with {self.joined!r} between them")
+            self.note(
+                f"{first[0]} and {first[1]} are joined to one text for a decoder, with {self.joined!r} between them"
+            )
         alone = not self.per_token and len(first) == 1 and "text" not in (self.columns or {})
         vectors = self.several and self._vectors(source, second)
         ids = {} if vectors else self._ids_of(source, second)
@@ -104,7 +106,7 @@ class LabelForm(RowForm):
             if not self.per_token:
                 if alone and "text_pair" in row:
                     raise UserError(
-                        f"{where}: a second text in column 'text_pair', which the first row has not. Give all rows one "
+                        f"{where}: a second text in column 'text_pair', which the first row lacks. Give all rows one "
                         f"or set data.columns=text={first[0]} if it is not to be read."
                     )
                 texts = tuple(_text(where, row, column) for column in first)
@@ -126,9 +128,9 @@ class LabelForm(RowForm):
         return LabelEncoder(tokenizer, self)
 
     def _ids_of(self, source: Source, column: str) -> Mapping[str, int]:
-        """{label as the source has it: id} of labels that are no names: numbers, or names for placeholders.
+        """{label in the source: id} of labels that are not names: numbers, or names where the model has placeholders.
 
-        Raises UserError for numbers of which it cannot be told whether they count from 0 or from 1.
+        Raises UserError for numbers that may count from 0 or from 1.
         """
         if self.value or _numbered(self.names):
             return {}
@@ -152,8 +154,8 @@ class LabelForm(RowForm):
                 shown = f"{self.names[0]!r}, {self.names[1]!r}, ..." if len(self.names) > 1 else repr(self.names[0])
                 raise UserError(
                     f"{source.name}: column {column!r} has the numbers {min(seen)} to {max(seen)} and no 0, and the "
-                    f"labels of {self.origin} have names ({shown}): whether the first of them is 0 or 1 cannot be "
-                    "told. Set objective.first_label to 0 or 1, or write the names."
+                    f"labels of {self.origin} have names ({shown}): it is unclear whether the first is 0 or "
+                    "1. Set objective.first_label to 0 or 1, or write the names."
                 )
             first = self.learnt = 0
         shown = ", ".join(f"{i + first} = {name}" for i, name in enumerate(self.names[:3]))
@@ -161,7 +163,7 @@ class LabelForm(RowForm):
         return {str(i + first): i for i in range(len(self.names))}
 
     def _vectors(self, source: Source, column: str) -> bool:
-        """Whether all rows say of each label whether it is there. Raises UserError where they do so of other labels."""
+        """Whether all rows hold a 0 or 1 for each label. Raises UserError if there are more or fewer of them than labels."""
         width = vector_width(several_labels(source.where(n), column, row.get(column)) for n, row in source)
         if width is None or (width != len(self.names) and width < 2):
             return False
@@ -205,15 +207,15 @@ class LabelForm(RowForm):
             return known
         if name in ("-1", str(IGNORED)):
             raise UserError(
-                f"{where}: {column} is {name}, as data sets mark rows whose label is not told: leave those rows out."
+                f"{where}: {column} is {name}, as data sets mark rows without a label: leave those rows out."
             )
         raise UserError(
             f"{where}: {column} {name!r} is not one of the {len(self.names)} labels of {self.origin} "
-            f"({_shown(self.names)}).{nearest(name, self.names)} Mend the row, or list all labels in objective.labels."
+            f"({_shown(self.names)}).{nearest(name, self.names)} Correct it, or list all labels in objective.labels."
         )
 
     def check(self, rows: Sequence[Rows]) -> None:
-        """Raise UserError if all that is trained has the same label (or value), from which nothing can be learnt."""
+        """Raise UserError if all training rows have the same label (or value), from which nothing can be learnt."""
         if self.per_token:
             marks = np.unique(np.concatenate([np.unique(r[i][1]) for r in rows for i in range(len(r))]))
             seen = [self.names[int(mark) - 1] for mark in marks if mark]
@@ -227,7 +229,7 @@ class LabelForm(RowForm):
             )
 
     def classes(self, rows: Sequence[Rows]) -> Counter | None:
-        """How often each label occurs in what is trained, of tags but O, which is no class; None for values."""
+        """How often each label occurs in the training rows, without the tag O, which is no class; None for values."""
         if self.value:
             return None
         counts = dict(zip(self.names, label_counts(rows, self).tolist(), strict=True))
@@ -246,14 +248,14 @@ class LabelForm(RowForm):
         return (" ".join(given), " ".join(names)) if self.per_token else (given, ", ".join(names))
 
     def names_of(self, found: list) -> list[str]:
-        """The names of a row's labels, of tagged words one for each, "" for those that are ignored."""
+        """The names of a row's labels; for tagged words one for each word, "" for ignored ones."""
         if self.per_token:
             return ["" if i is None else self.names[i] for i in found]
         ids = [i for i, yes in enumerate(found) if yes] if self.several else map(int, found)
         return [self.names[i] for i in ids]
 
     def classes_of(self, example: tuple[Any, list]) -> list[str]:
-        """Labels, or tags but O."""
+        """Labels, or tags without O."""
         return [name for name in self.names_of(example[1]) if not (self.per_token and name in ("", OUTSIDE))]
 
     def pieces(self, example: tuple[Any, list]) -> list[tuple[str, bool]]:
@@ -291,18 +293,18 @@ def _index(names: tuple[str, ...]) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def _numbered(names: tuple[str, ...]) -> bool:
-    """Whether labels are called by numbers, so that a number in the data is a name and never an id."""
+    """Whether the names of labels are numbers, so that a number in the data is a name and not an id."""
     return any(NUMBER.fullmatch(name) for name in names)
 
 
 def canonical(name: str) -> str:
-    """A label's name as it is compared: without white space around it; true and false in lower case."""
+    """A label's name for comparison: without surrounding white space; true and false in lower case."""
     name = name.strip()
     return name.lower() if name.lower() in ("true", "false") else name
 
 
 def whole_number(label: Any) -> int | None:
-    """The whole number that a label is, or that its text is; None for others."""
+    """The integer that a label, or its text, is; None if it is not one."""
     if isinstance(label, bool):
         return None
     if isinstance(label, float) and label.is_integer():
@@ -318,7 +320,7 @@ def is_ignored(label: Any) -> bool:
 
 
 def vector_width(lists: Iterable[list[Any]]) -> int | None:
-    """How long all lists are, if they are equally long and of 0 and 1 alone; else None."""
+    """The length of all lists if they have the same length and hold 0 and 1 only; else None."""
     width = None
     for found in lists:
         if width is None:
@@ -330,7 +332,7 @@ def vector_width(lists: Iterable[list[Any]]) -> int | None:
 
 
 def _each(value: Any, per_token: bool, several: bool) -> list[Any]:
-    """The labels of a row, as far as they can be told without an error."""
+    """The labels of a row, as a list; unreadable ones are skipped."""
     if several and isinstance(value, str):
         value = several_labels("", "", value)
     return value if isinstance(value, list) else [] if value is None or per_token else [value]
@@ -357,11 +359,11 @@ def _word(where: str, column: str, word: Any) -> str:
 def _mapped(
     source: Source, number: int, row: Mapping[str, Any], per_token: bool, columns: dict[str, str]
 ) -> dict[str, str]:
-    """Our name of each column -> the file's."""
+    """{jaxtune's name of each column: the file's}."""
     where, ours = source.where(number), TOKEN_COLUMNS if per_token else PAIR_COLUMNS
     for name in columns:
         if name not in ours:
-            raise UserError(f"data.columns: no column of ours is called {name!r}. Known: {', '.join(ours)}.")
+            raise UserError(f"data.columns: {name!r} is not a column that jaxtune knows. Known: {', '.join(ours)}.")
     theirs = {name: columns.get(name, name) for name in ours}
     if not per_token:
         if "label" not in columns and "label" not in row and "labels" in row:
@@ -383,7 +385,7 @@ def _mapped(
 
 
 def label_name(where: str, column: str, label: Any) -> str:
-    """The name of one label, which data may give as text or as a whole number."""
+    """The name of a label, which data may give as text or as an integer."""
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, str) and label.strip():
@@ -400,7 +402,7 @@ def label_name(where: str, column: str, label: Any) -> str:
 
 
 def several_labels(where: str, column: str, label: Any) -> list[Any]:
-    """A list of labels; in a file without lists, as JSON."""
+    """A list of labels; in a file without lists, from JSON text."""
     if isinstance(label, str):
         try:
             label = json.loads(label)
@@ -420,13 +422,13 @@ def _list(where: str, row: Mapping[str, Any], column: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Counted:
-    """What labels the data has.
+    """The labels of the data.
 
     Attributes:
         labels: how often each occurs, by name.
         rows: how many there are.
         names: in the order of their ids: that of the data set where it has one, else sorted.
-        notes: names that are written in several ways.
+        notes: sentences on names that are written in several ways.
     """
 
     labels: Counter
@@ -463,7 +465,9 @@ def count_labels(sources: Iterable[Source], form: LabelForm) -> Counted:
             spaced.update(one.strip() for one in labels if isinstance(one, str) and one != one.strip())
     if widths - {None}:
         if len(widths) > 1:
-            raise UserError("data.train: labels are 0 and 1 for each label in one source, and otherwise in another.")
+            raise UserError(
+                "data.train: one source gives a 0 or 1 for each label, and another gives labels in another way."
+            )
         names = tuple(f"LABEL_{i}" for i in range(widths.pop()))
     else:
         names = tuple(order) if order and set(found) <= set(order) else in_order(found)
@@ -473,7 +477,7 @@ def count_labels(sources: Iterable[Source], form: LabelForm) -> Counted:
 
 
 def count_ids(sources: Iterable[Source], form: LabelForm) -> Counted:
-    """Count the labels of the data by the names in `form`, whatever the data calls them."""
+    """Count the labels of the data by the names in `form`, into which the data's are translated."""
     found: Counter = Counter()
     rows = 0
     for source in sources:
@@ -498,12 +502,12 @@ def alike(group: Sequence[str]) -> str:
     """The note on labels that differ only in case or white space."""
     shown = " and ".join(map(repr, group))
     return (
-        f"the labels {shown} differ in case or white space only, and each is a class of its own; mend the rows if not"
+        f"the labels {shown} differ in case or white space only and count as different classes; correct the rows if not"
     )
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Labels sorted: numbers by size, names by the alphabet, O first among tags."""
+    """Labels sorted: numbers by size, names alphabetically, O first among tags."""
     names = list(names)
     if all(map(NUMBER.fullmatch, names)):
         return tuple(sorted(names, key=int))
@@ -515,15 +519,15 @@ class LabelEncoder:
 
     A mark is 1 at each token of a text. Of a pair it also holds which text the token is of and its type:
     1 + type + 2 * (0 for a special token, 1 or 2 for those of a text). Of tagged words it is 1 + the label's id at the
-    first token of each word, else 0: what continues a word is not counted, as is usual since BERT.
+    first token of each word, else 0: later tokens of a word are not trained, as in BERT.
     """
 
-    FIRST = 0  # every token can be trained, also the first
+    FIRST = 0  # the first token can be trained, too
 
     def __init__(self, tokenizer: Any, form: LabelForm):
         self.form = form
         self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()  # a tokenizer.json may carry both; neither may act unseen
+        self.backend.no_truncation()  # a tokenizer.json may set both, silently
         self.backend.no_padding()
         self.typed = "token_type_ids" in tokenizer.model_input_names
         self.MARK = np.dtype("<i4" if form.per_token else "u1")
@@ -537,7 +541,7 @@ class LabelEncoder:
         self.suffix = x.ids[len(x.ids) - behind :]
 
     def _glues(self) -> bool:
-        """Whether words that are given apart have to be given with a space, to be tokens as they are in a text."""
+        """Whether words given separately need a leading space to get the tokens that they have in a text."""
 
         def second(*words):
             found = self.backend.encode(words, is_pretokenized=True, add_special_tokens=False)
@@ -577,7 +581,7 @@ class LabelEncoder:
             if word is None:
                 continue
             first = at.setdefault(word, i)
-            # A space of its own before a word (of numbers, say) is not yet the word.
+            # A separate space token before a word is not its first token.
             if self.spaced and i == first + 1 and offsets[first][1] <= 1:
                 at[word] = i
         for word, i in at.items():
@@ -587,9 +591,9 @@ class LabelEncoder:
         return encoding.ids, marks, [], lost
 
     def closed(self, rows: Rows, max_length: int, whole: Rows) -> Rows:
-        """`rows` of `whole`, cut to `max_length`, so that those that were cut end as the tokenizer ends a text.
+        """`rows` of `whole`, cut to `max_length`; rows that were cut end with the tokens that the tokenizer ends a text with.
 
-        Of two texts the longer is cut first, as transformers does it.
+        Of two texts the longer is cut first, as in transformers.
         """
         n = len(self.suffix)
         full = np.flatnonzero(rows.length == max_length)
@@ -615,7 +619,7 @@ class LabelEncoder:
 
 
 def has_types(rows: Rows) -> bool:
-    """Whether the rows are texts with labels, whose marks hold token types."""
+    """Whether the marks of the rows hold token types: they are texts with labels."""
     return rows.target is not None and rows.target.shape[1] > 0
 
 
@@ -625,7 +629,7 @@ def token_types(marks: np.ndarray) -> np.ndarray:
 
 
 def longest_first(marks: np.ndarray, max_length: int) -> np.ndarray:
-    """Which tokens of a pair stay, bool[n], as transformers' `truncation="longest_first"` chooses."""
+    """Which tokens of a pair are kept, bool[n], as with transformers' `truncation="longest_first"`."""
     text = (np.asarray(marks, np.int32) - 1) >> 1
     a, b = int((text == 1).sum()), int((text == 2).sum())
     room = max(0, max_length - (len(marks) - a - b))
@@ -640,7 +644,7 @@ def longest_first(marks: np.ndarray, max_length: int) -> np.ndarray:
 
 
 def label_counts(rows: Sequence[Rows], form: LabelForm) -> np.ndarray:
-    """How often each label occurs in what is trained, i64[C]."""
+    """How often each label occurs in the training rows, i64[C]."""
     counts = np.zeros(len(form.names), np.int64)
     for part in rows:
         if form.per_token:

@@ -1,7 +1,7 @@
-"""Messages of a conversation, from the names that other tools give them to those that chat templates read.
+"""Messages of a conversation: from the field names of other tools to those that chat templates read.
 
-The fields of a message and of a tool call are closed lists: what is known is used, what would change the meaning and is
-not known is refused, and the rest is kept for the template; `chat.ChatRenderer` counts what the template leaves out.
+Known fields of a message or tool call are used. Of unknown fields, those that would change the meaning are refused, and
+the rest is kept for the template; `chat.ChatRenderer` counts what the template leaves out.
 """
 
 import json
@@ -20,7 +20,7 @@ ROLES = {
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("weight", "train", "training", "trainable", "loss")  # OpenAI, axolotl, ms-swift: whether a turn is trained
 ARGUMENTS = ("arguments", "parameters", "args", "input")
-# What says more than text, or which part of a message is trained.
+# Fields with content other than text, or that select which part of a message is trained.
 REFUSED_FIELDS = {
     *("image", "images", "image_url", "audio", "audios", "video", "videos", "file", "files", "attachments"),
     *("train_detail", "training_detail", "mask", "masked", "loss_mask", "loss_weight", "loss_scale", "refusal"),
@@ -30,9 +30,9 @@ CALL_FIELDS = ("id", "type", "index", "name", "function", *ARGUMENTS)
 
 
 class Notes:
-    """What was not used, or left out by the chat template: how often, and where first.
+    """Counts what was not used or was left out by the chat template, with the place where it occurred first.
 
-    `found` maps (what, detail) to [count, place]; what is a phrase, detail the name of a field or column or "".
+    `found` maps (what, detail) to [count, place]: `what` is a phrase, `detail` the name of a field or column or "".
     """
 
     def __init__(self, found: Sequence[Sequence] = ()):
@@ -61,7 +61,7 @@ class Notes:
 
 
 def known_roles(roles: Mapping[str, str] | None) -> dict[str, str]:
-    """Return name of a role, in lower case -> ours, with those of data.roles (theirs -> ours).
+    """Return {name of a role in lower case: jaxtune's name}, with those of data.roles added.
 
     Raises UserError for a role of ours that there is not.
     """
@@ -69,7 +69,7 @@ def known_roles(roles: Mapping[str, str] | None) -> dict[str, str]:
     for theirs, role in (roles or {}).items():
         if role not in ours:
             raise UserError(
-                f"data.roles: {theirs}={role}: {role!r} is no role (theirs=ours).{nearest(role, ours)} "
+                f"data.roles: {theirs}={role}: {role!r} is no role that jaxtune knows.{nearest(role, ours)} "
                 f"Known: {', '.join(ours)}."
             )
     return ROLES | {theirs.lower(): role for theirs, role in (roles or {}).items()}
@@ -86,7 +86,7 @@ def normalise_messages(
     """Return messages with `role`, `content`, `reasoning_content`, `tool_calls`, and the indices of untrained ones.
 
     A `function_call`, as a role or as a field, becomes `tool_calls`; arguments given as a JSON string are parsed, as
-    chat templates expect; thoughts are found under any of THOUGHTS; FLAGS say which of the assistant's turns are
+    chat templates expect; thoughts are read from any of THOUGHTS; FLAGS tell which of the assistant's turns are
     trained. A list of messages may be a dict of lists, as some libraries store it.
 
     Args:
@@ -128,12 +128,12 @@ def _message(
     if (named := roles.get(role) or roles.get(role.lower())) is None:
         raise UserError(
             f"{where}: unknown role {role!r}.{nearest(role, roles)} Known: {', '.join(roles)}. "
-            f"Say which it is with data.roles={role}=user."
+            f"Map it to one of these with data.roles={role}=user."
         )
     if refused := [name for name in message if name in REFUSED_FIELDS and message[name] not in ([], "", {}, False)]:
         raise UserError(
             f"{where} ({role}): the field {refused[0]!r} would change what is trained, and cannot be read: take it "
-            f"out, or leave it out knowingly with data.ignore={','.join(refused)}."
+            f"out, or ignore it with data.ignore={','.join(refused)}."
         )
     if isinstance(content, list):
         content = "".join(_text_part(where, part) for part in content)
@@ -168,7 +168,7 @@ def _message(
 
 
 def _either(where: str, fields: dict, names: Sequence[str]) -> object:
-    """Take the one value that stands under any of the names."""
+    """Take the one value that is given under any of the names."""
     given = {name: fields.pop(name) for name in names if fields.get(name) is not None}
     values = list(given.values())
     if any(value != values[0] for value in values):
@@ -177,18 +177,18 @@ def _either(where: str, fields: dict, names: Sequence[str]) -> object:
 
 
 def _trained(where: str, role: str, named: str, message: Mapping[str, object]) -> bool:
-    """Whether a turn is trained, as its flags say."""
+    """Whether a turn is trained, by its flags."""
     flags = {name: message[name] for name in FLAGS if name in message}
     for name, value in flags.items():
         if value not in (0, 1):
             raise UserError(
                 f"{where} ({role}): {name!r} is {json.dumps(value, default=str)[:40]}; a turn is trained (1, true) or "
-                "not (0, false). Weights between are not known."
+                "not (0, false). Weights in between are not supported."
             )
         if value and named != "assistant":
             raise UserError(
-                f"{where} ({role}): {name!r} asks to train on it, and only what the assistant says is trained: set it "
-                f"to false, or leave it out with data.ignore={name}."
+                f"{where} ({role}): {name!r} asks to train on it, but only the assistant's messages are trained: set "
+                f"it to false, or leave it out with data.ignore={name}."
             )
     if len(set(map(bool, flags.values()))) > 1:
         raise UserError(f"{where} ({role}): {' and '.join(flags)} say different things; leave one.")

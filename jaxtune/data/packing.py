@@ -6,8 +6,8 @@ import numpy as np
 def pack(lengths: np.ndarray, capacity: int, most: int | None = None) -> list[list[int]]:
     """Put items of `lengths` i[N] into bins of `capacity`, `most` in one at most; return the items of each bin.
 
-    The longest item comes first (equal ones in the given order) and goes into the fullest bin that has room, which is
-    found in a bitmap of the rooms that are open. Raises ValueError for an item above capacity.
+    Items are placed from the longest to the shortest (equal ones in the given order), each into the fullest bin with
+    room, which a bitmap of free room finds. Raises ValueError for an item above capacity.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and int(lengths.max()) > capacity:

@@ -1,4 +1,4 @@
-"""Rows shown to a person, with the tokens that are trained marked."""
+"""Rows as text for the user, with the trained tokens marked."""
 
 from itertools import groupby
 
@@ -34,7 +34,7 @@ def render_rows(rows: Rows, tokenizer, n: int = 2):
 
 
 def render_plain(rows: Rows, tokenizer, n: int = 2) -> str:
-    """Return the same without colour: trained tokens stand between ⟦ and ⟧."""
+    """Return the first n rows as plain text: trained tokens are between ⟦ and ⟧."""
     blocks = []
     for i in range(min(n, len(rows))):
         pieces = runs(tokenizer, *rows[i])

@@ -1,4 +1,4 @@
-"""What a task may say of its rows, where they are not text to be continued: how they are read, tokenised and shown."""
+"""How a task whose rows are not text to continue reads, tokenises and shows them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ class RowForm:
     """The form of a task's rows. A subclass gives `settings`, `reader`, `encoder`, `sides` and `answers`.
 
     Attributes:
-        notes: what a reader would want to know of how the rows were read.
+        notes: sentences for the user on how the rows were read.
         per_token: marks name a label for each word.
-        several: a row has any number of classes.
+        several: a row may have several classes, or none.
     """
 
     notes: Sequence[str] = ()
@@ -26,7 +26,7 @@ class RowForm:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the tokens, marks and targets of a row, as JSON: tokens are cached by it."""
+        """Everything that decides the tokens, marks and targets of a row, as JSON; it is part of the cache's key."""
         raise NotImplementedError
 
     def reader(self, source: Source) -> Reader:
@@ -46,22 +46,22 @@ class RowForm:
         raise NotImplementedError
 
     def sides(self, example: Any) -> tuple[str, str]:
-        """Return what is given and what is to be answered, as text."""
+        """Return (prompt, answer) of an example, as text."""
         raise NotImplementedError
 
     def answers(self, rows: Rows) -> np.ndarray:
-        """Return a hash of what is to be answered, i64[R]: rows of one text and two answers contradict each other."""
+        """Return a hash of each row's answer, i64[R], to find rows of the same text and different answers."""
         raise NotImplementedError
 
     def check(self, rows: Sequence[Rows]) -> None:
         """Raise UserError if nothing can be learnt from the training rows of all sources."""
 
     def classes(self, rows: Sequence[Rows]) -> Counter | None:
-        """Return how often each class occurs in what is trained; None: there are no classes."""
+        """Return how often each class occurs in the training rows; None: there are no classes."""
         return None
 
     def classes_of(self, example: Any) -> list[str]:
-        """Return the classes of a row that has any number of them."""
+        """Return the classes of a row that may have several."""
         return []
 
     def pieces(self, example: Any) -> list[tuple[str, bool]]:

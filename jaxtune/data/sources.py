@@ -1,7 +1,7 @@
 """Where rows come from: files, folders, saved data sets and the hub, all as an iterator of numbered dictionaries.
 
 `read("train.jsonl")` gives a `Source`. Iterating it yields `(number, row)`, and `Source.where(number)` says in words
-where that row stands. Files are read as they are iterated: a large JSON-lines file never lies in memory as a whole.
+where that row is. Files are read while they are iterated: a large JSON-lines file is never in memory as a whole.
 """
 
 import hashlib
@@ -34,19 +34,19 @@ from jaxtune.errors import UserError, nearest
 
 __all__ = ["Source", "hash_files", "hash_rows", "kind", "place_of", "read", "splits"]
 
-# What the files of a folder call its splits; the first word of each is ours.
+# Words for splits in the names of a folder's files; the first word of each is jaxtune's.
 SPLITS = (
     ("train", "training"),
     ("validation", "valid", "val", "dev", "eval"),
     ("test", "testing"),
 )
-OF_FOLDERS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about rows, not rows
-VERSION = 2  # raise it when the same bytes would give other rows
-FILE = 40  # bits of a row's number within its file; those above number the files of a folder
+OF_FOLDERS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # metadata, not rows
+VERSION = 2  # raise it when the same bytes are read as other rows
+FILE = 40  # the low bits of a row's number count within its file, the others count the files of a folder
 
 
 def place_of(label: str, number: int) -> str:
-    """Where a row stands, in words: see `Source.label`."""
+    """The place of a row, in words: see `Source.label`."""
     return label.split("\n")[number >> FILE].replace("{}", str(number & ((1 << FILE) - 1)))
 
 
@@ -84,14 +84,14 @@ def read(source: str) -> Source:
     """Open a data set: a file, a folder, a pattern (`data/*.jsonl`), a data set that `datasets` saved, or a hub id.
 
     Files: `.jsonl` and `.ndjson`; `.json` (a list of objects, or one object a line); `.csv` with a header; `.tsv`,
-    whose cells are taken as they stand unless they are quoted throughout; `.parquet` and `.arrow`; `.txt`, which has
+    whose quotation marks are text unless the file quotes throughout; `.parquet` and `.arrow`; `.txt`, which has
     one column `text`: one document a block of text between blank lines, or, where the file has lines that are exactly
     `<|endoftext|>`, between those; `.conll`, which has columns `tokens` and `labels`: the word and the label of each
     line, up to a blank line. Text may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
 
-    A folder is its files of one kind; where their names tell splits, those of the split. Folders, saved data sets and
-    hub ids take a split after a colon (`"openai/gsm8k:test"`, without one `train`), and before it a configuration
-    (`"openai/gsm8k:main:test"`); a `.json` file the key under which rows stand.
+    A folder is read as its data files, of one kind, or those of a split if their names tell one. Folders, saved data sets
+    and hub ids take a split after a colon (`"openai/gsm8k:test"`; default: `train`), and before it a configuration
+    (`"openai/gsm8k:main:test"`); a `.json` file takes the key that holds the rows.
 
     Class ids of data sets are read as the names of the classes.
 
@@ -118,7 +118,7 @@ def read(source: str) -> Source:
 
 
 def _parts(source: str) -> tuple[str, str, str]:
-    """(file, folder or hub id; configuration; split) of `BASE:CONFIG:SPLIT`, of which the last two may be missing."""
+    """(file, folder or hub id; configuration; split) of `BASE:CONFIG:SPLIT`; the last two may be missing."""
     if Path(source).expanduser().exists():
         return source, "", ""
     base, *rest = re.split(r":(?![^\[]*\])", source)  # no colon of train[:100]
@@ -178,7 +178,7 @@ def _not_empty(name: str, rows: Numbered) -> Numbered:
 
 
 def _read_files(name: str, files: Sequence[Path]) -> Source:
-    """Several files of one kind, one after another."""
+    """Read several files of one kind, one after another."""
     kinds = sorted({suffix(path) for path in files})
     if len(kinds) > 1:
         raise UserError(
@@ -207,7 +207,7 @@ def _read_files(name: str, files: Sequence[Path]) -> Source:
 
 
 def _split_of(path: Path, folder: Path) -> str | None:
-    """The split that a file's name, or that of a folder above it, tells."""
+    """The split in a file's name or in that of a folder above it, or None."""
     for text in reversed(path.relative_to(folder).parts):
         words = re.findall(r"[a-z]+", text.lower())
         for split, *others in SPLITS:
@@ -217,7 +217,7 @@ def _split_of(path: Path, folder: Path) -> str | None:
 
 
 def splits(folder: Path) -> dict[str | None, list[Path]]:
-    """{split: its files} of a folder of data files; None: those whose names tell none."""
+    """{split: its files} of a folder of data files; key None: files whose names tell no split."""
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
@@ -278,7 +278,7 @@ def _read_saved(name: str, path: Path, split: str) -> Source:
 
 
 def _of_datasets(name: str, load: Callable[[], Any], hashed: Callable[[Any], str]) -> Source:
-    """What `datasets` has loaded, once and when it is first needed."""
+    """A source that `datasets` loads, once, when it is first needed."""
     loaded = []
 
     def data() -> Any:
@@ -297,7 +297,7 @@ def _of_datasets(name: str, load: Callable[[], Any], hashed: Callable[[Any], str
 
 
 def _datasets() -> Any:
-    """The library, which looks for torch again, and breaks where the command line hides it."""
+    """Import `datasets`, which looks for torch again and fails where the command line hides it."""
     torchless.unhide()
     import datasets
 

@@ -1,6 +1,6 @@
 """Examples to token ids with a mask, in flat arrays, cached on disk by content.
 
-What is cached is every row of a source, whole: `fit` then drops, truncates or splits by selecting spans, without a
+The cache holds every row of a source in full; `fit` then drops, truncates or splits rows by selecting spans, without a
 copy. So another `max_length` or evaluation split needs no new tokenisation.
 """
 
@@ -115,7 +115,7 @@ class Rows:
 
 @dataclass
 class SourceReport:
-    """What became of the rows of one source."""
+    """How many rows and tokens of one source were read, kept and left out, with notes."""
 
     name: str
     format: str
@@ -129,7 +129,7 @@ class SourceReport:
     tokens: int = 0  # in the rows kept
     trained: int = 0
     cached: bool = False
-    on_cache: str | None = None  # what is to be said of the cache
+    on_cache: str | None = None  # a line on the cache for the user
     lost: int = 0  # labelled words that gave no token
     notes: Notes = field(default_factory=Notes)  # what was not used, or left out by the chat template
     chat: bool = False  # whether a chat template made its text
@@ -150,7 +150,7 @@ class SourceReport:
 
 @dataclass
 class Report:
-    """What became of the data. `fingerprint` (hex) changes with anything that changes the rows of a batch."""
+    """What was read and left out. `fingerprint` (hex) changes with anything that changes the rows of a batch."""
 
     sources: list[SourceReport] = field(default_factory=list)
     eval_sources: list[SourceReport] = field(default_factory=list)
@@ -159,7 +159,7 @@ class Report:
     fingerprint: str = ""
 
     def lines(self) -> list[str]:
-        """Return human sentences, one a source, and the size of the evaluation set."""
+        """Return a sentence for each source, and one on the evaluation set."""
         held_out = (
             [f"evaluation: {self.eval_rows:,} rows held out of training"]
             if self.eval_rows and not self.eval_sources
@@ -181,12 +181,12 @@ class Report:
         return sum((Counter(source.ends) for source in self.sources), Counter())
 
 
-# What a directory holds one of, alone or with the others, if it has a tokenizer.
+# A directory with a tokenizer has at least one of these files.
 TOKENIZER_FILES = (
     *(("tokenizer.json",), ("tokenizer_config.json",), ("vocab.txt",), ("vocab.json", "merges.txt")),
     *(("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",), ("tekken.json",)),
 )
-# Spaces, code, another script, an emoji, mathematics.
+# Texts that must survive encoding and decoding: spaces, code, another script, an emoji, mathematics.
 ROUND_TRIP = ("How are you doing today?", "def f(n):\n    return n\n", "你好,世界", "so 😀", "∑ x² ≤ ℕ")
 
 
@@ -241,7 +241,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, date: str | None
 
 
 def _conversion(folder: Path) -> str:
-    """How to make a tokenizer.json of older files, where there are any."""
+    """How to make a tokenizer.json from files of an older format, if there are any."""
     found = [name for names in TOKENIZER_FILES[2:] for name in names if (folder / name).is_file()]
     if not found or (folder / "tokenizer.json").is_file():
         return ""
@@ -262,9 +262,9 @@ def _conversion(folder: Path) -> str:
 
 
 def check_round_trip(tokenizer, folder: Path) -> None:
-    """Raise UserError for a tokenizer that loses text which it does not count as unknown.
+    """Raise UserError for a tokenizer that loses text without marking it as unknown.
 
-    What its own tokenizer.json does to a text (lower case, no spaces) is its way; what transformers does beyond is not.
+    What its own tokenizer.json does to a text (lower case, no spaces) is intended; further losses in transformers are not.
     """
     file = folder / "tokenizer.json"
     own = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
@@ -290,7 +290,7 @@ def check_round_trip(tokenizer, folder: Path) -> None:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Return a hex hash of all of a tokenizer that decides ids: vocabulary, added and special tokens, chat template."""
+    """Return a hex hash of everything in a tokenizer that decides ids: vocabulary, added tokens, chat template."""
     parts = [
         tokenizer.backend_tokenizer.to_str(),
         json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
@@ -307,18 +307,18 @@ class Encoder:
     gets the space that sentencepiece tokenizers put before a text.
     """
 
-    # Put before a piece and cut off again, so that it is not the start of a text. The second is for a piece that would
+    # Put before a piece and cut off again, so that the piece is not the start of a text. The second is for a piece that
     # merge with the first.
     ANCHORS = ("\n", "\x02")
     # How rows are stored, and the first token of a row that can be trained.
     ROW, MARK, FIRST = ROW, np.dtype("u1"), 1
 
     def __init__(self, tokenizer, allow_left_out: Sequence[str] = ()):
-        self.notes, self.ends, self.chats = Notes(), Counter(), 0  # of all that was encoded
+        self.notes, self.ends, self.chats = Notes(), Counter(), 0  # counted over all that was encoded
         self.special = set(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()  # a tokenizer.json may carry both; neither may act unseen
+        self.backend.no_truncation()  # a tokenizer.json may set both, silently
         self.backend.no_padding()
         self.chat = ChatRenderer(tokenizer, allow_left_out)
         self.eos = tokenizer.eos_token_id
@@ -329,7 +329,7 @@ class Encoder:
         self.prefix = [i for i in self.prefix if i in tokenizer.all_special_ids]
         anchored = self.backend.encode(self.ANCHORS[0] + "x", add_special_tokens=False)
         tail = [i for i, (start, _) in zip(anchored.ids, anchored.offsets) if start >= 1]
-        self.prepends = tail != without  # a text starts otherwise than it goes on
+        self.prepends = tail != without  # the start of a text is tokenised differently from its middle
 
     def encode(self, places: list[str], examples: list) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (ids, mask) for each example, in order. `places` name the rows in errors."""
@@ -371,7 +371,7 @@ class Encoder:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise texts as they would go on after another, without the space before the start of a text."""
+        """Tokenise texts as continuations of another, without the space that is put before the start of a text."""
         if not self.prepends:
             return self._ids(texts)
         result: list[list[int] | None] = [None] * len(texts)
@@ -387,7 +387,7 @@ class Encoder:
         rendered = [self.chat.render(p, c) for p, c in zip(places, conversations)]
         for place, row in zip(places, rendered):
             check_unicode(place, row.text)
-        for row in rendered:  # not before all are: a row that is refused has the others rendered again
+        for row in rendered:  # only after all are rendered: if one is refused, the others are rendered again
             self.notes.merge(row.notes)
         self.chats += len(rendered)
         encodings = self.backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
@@ -413,13 +413,13 @@ class Encoder:
             yield ids, mask
 
     def _seamed(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokenise in parts, cut at `cuts`: there the model is given a prompt, and no token may span that place."""
+        """Tokenise in parts, cut at `cuts`: a prompt ends there, and no token may span its end."""
         ids, offsets = [], []
         cuts = sorted({0, *cuts, len(text)})
         for a, b in pairwise(cuts):
             part = self._continuations([text[a:b]])[0] if a else self._ids([text[a:b]])[0]
             ids += part
-            offsets += [(a, b)] * len(part)  # coarse, but no part is trained in part
+            offsets += [(a, b)] * len(part)  # coarse, but a part is trained as a whole or not at all
         return ids, offsets
 
 
@@ -443,10 +443,10 @@ def tokenise(
     cache: bool = True,
     cache_dir: str | Path | None = None,
 ) -> tuple[Rows, SourceReport]:
-    """Return all rows of a source, whole, and what there is to say of them, with whether they came from the cache.
+    """Return all rows of a source in full, and the report on them, which tells whether they came from the cache.
 
-    `key` (hex) stands for everything that decides the tokens; rows are cached in `cache_dir/key`. A set that is damaged
-    is made again; where it is somebody else's and cannot be read or written, there is no cache.
+    `key` (hex) is a hash of everything that decides the tokens; rows are cached in `cache_dir/key`. A damaged set is
+    made again; one that another user owns and that cannot be read or written is not used.
     """
     note = None
     if cache:
@@ -455,38 +455,38 @@ def tokenise(
             wrong = token_cache.damage(folder)
             if wrong is not None:
                 write = functools.partial(_write, source, reader, encoder)
-                token_cache.build(folder, write, lambda: _said(source, reader, encoder))
+                token_cache.build(folder, write, lambda: _notes(source, reader, encoder))
             if wrong not in (None, "absent"):
-                note = f"The cached tokens of {source.name} were damaged ({folder / wrong}); they are made again."
-            *arrays, said = token_cache.read(folder, encoder.MARK)
-            return _rows(source, *arrays), _report(source, reader, said, wrong is None, note)
+                note = f"The cached tokens of {source.name} were damaged ({folder / wrong}) and are recomputed."
+            *arrays, stored = token_cache.read(folder, encoder.MARK)
+            return _rows(source, *arrays), _report(source, reader, stored, wrong is None, note)
         except (PermissionError, DiskError) as error:
             if isinstance(error, DiskError) and not error.refused:
                 raise
         note = (
-            f"The token cache in {folder.parent} is not ours to use, so {source.name} is tokenised each time; set "
+            f"The token cache in {folder.parent} belongs to another user, so {source.name} is tokenised each time; set "
             "JAXTUNE_CACHE to a folder of your own."
         )
     tokens, mask = io.BytesIO(), io.BytesIO()
     rows = _write(source, reader, encoder, tokens, mask)
     flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), encoder.MARK)
-    return _rows(source, *flat, rows), _report(source, reader, _said(source, reader, encoder), False, note)
+    return _rows(source, *flat, rows), _report(source, reader, _notes(source, reader, encoder), False, note)
 
 
-def _said(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
-    """What was noticed while a source was read and tokenised, as JSON; labelled rows have nothing from the template."""
+def _notes(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
+    """Notes on reading and tokenising a source, as JSON; labelled rows have none from a chat template."""
     notes = Notes(reader.notes.as_json())
     notes.merge(getattr(encoder, "notes", Notes()))
     ends, chat = getattr(encoder, "ends", {}), getattr(encoder, "chats", 0)
     return {"source": source.name, "notes": notes.as_json(), "ends": list(ends.items()), "chat": bool(chat)}
 
 
-def _report(source: Source, reader: Reader, said: dict[str, Any], cached: bool, note: str | None) -> SourceReport:
-    moved = said["source"], source.name  # the same content may have been read from elsewhere
-    notes = Notes([(what, detail, n, place.replace(*moved, 1)) for what, detail, n, place in said["notes"]])
-    ends = {token: n for token, n in said["ends"] if n}
-    told = {"notes": notes, "ends": ends, "chat": said["chat"], "on_cache": note}
-    return SourceReport(source.name, reader.format, cached=cached, **told)
+def _report(source: Source, reader: Reader, stored: dict[str, Any], cached: bool, note: str | None) -> SourceReport:
+    moved = stored["source"], source.name  # the same content may have been cached from another path
+    notes = Notes([(what, detail, n, place.replace(*moved, 1)) for what, detail, n, place in stored["notes"]])
+    ends = {token: n for token, n in stored["ends"] if n}
+    fields = {"notes": notes, "ends": ends, "chat": stored["chat"], "on_cache": note}
+    return SourceReport(source.name, reader.format, cached=cached, **fields)
 
 
 def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> Rows:
@@ -522,8 +522,8 @@ def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_f
 def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport, first: int = 1) -> Rows:
     """Bring rows to at most `max_length` tokens and drop those without a token to predict; count both in `report`.
 
-    overlength: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that every
-    token of the row but the first is still predicted. first: the first token of a row that can be trained.
+    `overlength`: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that every
+    token of the row but the first is still predicted. `first`: the first token of a row that can be trained.
     """
     if overlength not in ("drop", "truncate", "split"):
         raise UserError(f"data.overlength: unknown {overlength!r}. Known: drop, truncate, split.")
@@ -550,7 +550,7 @@ def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport, firs
 
 
 def _split(rows: Rows, max_length: int) -> Rows:
-    # The last token of a piece is the first of the next: predicted in the one, context in the other.
+    # The last token of a piece is the first of the next: predicted in one, context in the other.
     stride = max_length - 1
     pieces = np.maximum(1, -(-(rows.length.astype(np.int64) - 1) // stride))
     index = np.repeat(np.arange(len(rows)), pieces)

@@ -1,1 +1,1 @@
-"""Measuring what a model does, before and after."""
+"""Evaluation: what a model does before and after training."""

@@ -1,4 +1,4 @@
-"""Models that continue text on held-out rows: losses, generated answers and their scores, or the likeliest label."""
+"""Evaluate models that continue text on held-out rows: losses, scores of generated answers, or the likeliest label."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ LOSSES = ("loss", "perplexity")
 
 @dataclass
 class Measured:
-    """What one model did on the rows, each list in their order.
+    """The results of one model, each list in the order of the rows.
 
     Attributes:
         nats, tokens: of the trained tokens.
@@ -44,13 +44,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Request:
-    """What is measured.
+    """What to measure.
 
     Attributes:
         metrics: scores of generated answers, by name; without any, nothing is generated.
-        labels: the answers are labels: of those that occur, the likeliest is the prediction.
-        max_new_tokens: longest answer; `answer_length` has a default.
-        batch_size: prompts answered together.
+        labels: the answers are labels: the prediction is the likeliest of those that occur.
+        max_new_tokens: longest answer; see `answer_length` for the default.
+        batch_size: prompts decoded together.
         eos_ids: tokens that end an answer.
         virtual: positions that a soft prompt takes before each row.
     """
@@ -64,7 +64,7 @@ class Request:
 
 
 def answer_length(rows: Sequence[Row]) -> int:
-    """Room for an answer: that of the longest expected one, and a quarter more."""
+    """The default length of an answer in tokens: 1.25 times the longest expected one."""
     longest = max((len(row.answer) for row in rows if row.prompt), default=1)
     return longest + max(4, longest // 4)
 
@@ -73,7 +73,7 @@ def label_names(rows: Sequence[Row]) -> dict[str, list[int]]:
     """The labels that occur as expected answers, sorted: name -> its tokens as a row has them.
 
     Raises:
-        UserError: there is one only, or so many that they are no labels.
+        UserError: there is only one, or there are too many to be labels.
     """
     found = {row.expected: row.answer for row in rows if row.prompt}
     if not 2 <= len(found) <= MOST_LABELS:
@@ -92,7 +92,7 @@ def measure(
     kept: Kept,
     progress: Progress = silent,
 ) -> Measured:
-    """Run one model over the rows; what is kept from an earlier start is not computed again.
+    """Run one model over the rows; results stored by an earlier, interrupted run are not computed again.
 
     Raises:
         UserError: a row is longer than the model's positions.
@@ -118,7 +118,7 @@ def measure(
 
 
 def answerable(rows: Sequence[Row], positions: int, request: Request) -> list[int]:
-    """The rows that have a whole prompt, and room behind it for an answer."""
+    """Indices of the rows with a whole prompt and room for an answer after it."""
     room = positions - request.virtual - request.max_new_tokens
     return [i for i, row in enumerate(rows) if row.prompt and len(row.prompt) <= room]
 
@@ -148,7 +148,7 @@ def _answer(system, rows, asked, tokenizer, request, kept, progress) -> list[str
 
 
 def _choose_labels(system, rows, asked, kept, progress) -> list[tuple[int, float] | None]:
-    """The likeliest label after each prompt, and its share of the probability of all labels."""
+    """The likeliest label after each prompt, with its probability relative to all labels."""
     names = label_names(rows)
     pairs = [(rows[i].prompt, label) for i in asked for label in names.values()]
     batches, score = scorer(system.module, system.params, pairs)
@@ -193,7 +193,7 @@ def _scores(metric: Metric, expected: Sequence[str], answers: Sequence[str | Non
 
 
 def _column(metric: Metric, scores: Mapping[str, Sequence[float | bool | None]]) -> Column | None:
-    """The rows to which the metric applies for all models; None where there are none. Of yes and no, it is a share."""
+    """The scores of rows to which the metric applies for all models; None if there are none. Booleans give a share."""
     at = np.array([i for i, pair in enumerate(zip(*scores.values(), strict=True)) if None not in pair], int)
     if not len(at):
         return None
@@ -257,15 +257,15 @@ def row_records(
         if row.group is not None:
             record["group"] = row.group
         for who, m in measured.items():
-            told: dict[str, Any] = {"loss": m.nats[i] / max(1, m.tokens[i]), "tokens": m.tokens[i]}
+            scores: dict[str, Any] = {"loss": m.nats[i] / max(1, m.tokens[i]), "tokens": m.tokens[i]}
             if m.answers and m.answers[i] is not None:
-                told["answer"] = m.answers[i]
+                scores["answer"] = m.answers[i]
             if m.labels and m.labels[i] is not None:
-                told["label"], told["confidence"] = labels[m.labels[i][0]], m.labels[i][1]
+                scores["label"], scores["confidence"] = labels[m.labels[i][0]], m.labels[i][1]
             for name, column in found.items():
                 if column.values[who].ndim == 1 and i in lookup[name]:
-                    told[name] = float(column.values[who][lookup[name][i]])
-            record[who] = told
+                    scores[name] = float(column.values[who][lookup[name][i]])
+            record[who] = scores
         yield record
 
 

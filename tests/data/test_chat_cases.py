@@ -81,7 +81,7 @@ def test_a_turn_that_is_not_trained_may_stand_behind_a_system_message_that_is_fo
         (assistant("b", weight=0.5), r"message 2 \(assistant\): 'weight' is 0.5"),
         (assistant("b", weight="yes"), r"'weight' is \"yes\""),
         (assistant("b", weight=1, train=False), r"weight and train say different things"),
-        (user("b", train=True), r"'train' asks to train on it, and only what the assistant says is trained"),
+        (user("b", train=True), r"'train' asks to train on it, but only the assistant.s messages are trained"),
         (assistant("b", images=["x.png"]), r"'images' would change what is trained.*data.ignore=images"),
         (assistant("b", train_detail=[]), None),
         (assistant("b", train_detail=[{"begin_offset": 0}]), r"'train_detail' would change"),
@@ -399,7 +399,7 @@ def test_guanaco_text_trains_one_side_only(prepare):
     ],
 )
 def test_what_is_rendered_already_is_not_rendered_again(prepare, prompt, completion):
-    with pytest.raises(UserError, match=r"has been through a chat template already.*data.template='{prompt}{compl"):
+    with pytest.raises(UserError, match=r"a chat template was already applied to it.*data.template='{prompt}{compl"):
         prepare({"prompt": prompt, "completion": completion})
 
 

@@ -52,7 +52,7 @@ LABELLED = [{"text": "film 0", "label": "pos"}, {"text": "film 1", "label": "neg
             r'malformed csv.* not \\"',
             [{"text": 'He said "hi" to me', "label": "pos"}, {"text": "b", "label": "neg"}],
         ),
-        ("a.csv", "text,label\nfilm 0,pos\ntext,label\nfilm 1,neg\n", r"csv:3: the header stands here again", LABELLED),
+        ("a.csv", "text,label\nfilm 0,pos\ntext,label\nfilm 1,neg\n", r"csv:3: the header is repeated here", LABELLED),
         ("it's a.csv", "text;label\nfilm 0;pos\nfilm 1;neg\n", "separated by ';'", LABELLED),
     ],
 )  # fmt: skip

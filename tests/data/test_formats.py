@@ -132,7 +132,7 @@ def test_content_parts_are_joined_and_pictures_refused(convert):
         ({"prompt": "a"}, {"format": "prompt_completion"}, r"needs completion.*Columns found: prompt"),
         ({"a": "x"}, {"columns": {"prompt": "qestion"}}, r"no column 'qestion' for 'prompt'"),
         ({"question": "x"}, {"columns": {"prompt": "qestion"}}, r"Did you mean 'question'"),
-        ({"a": "x"}, {"columns": {"promt": "a"}}, r"no column of ours is called 'promt'.*Did you mean 'prompt'"),
+        ({"a": "x"}, {"columns": {"promt": "a"}}, r"'promt' is not a column that jaxtune knows.*Did you mean 'prompt'"),
         ({"text": "x"}, {"format": "txt"}, r"unknown format 'txt'.*Did you mean 'text'"),
         ({"q": "x"}, {"template": "{p}"}, r"no column 'p'.*Columns found: q"),
         ({"q": "x"}, {"template": "nothing"}, r"no placeholder"),

@@ -295,7 +295,7 @@ def test_a_decoder_reads_a_pair_as_one_text(tmp_path):
     form = LabelForm(False, ("0", "1"), joined="\n")
     source = read(path)
     assert form.reader(source).convert("", next(iter(source))[1]) == ("a\nb", [0])
-    assert form.notes == ["premise and hypothesis are one text for a decoder, with '\\n' between them"]
+    assert form.notes == ["premise and hypothesis are joined to one text for a decoder, with '\\n' between them"]
 
 
 def test_a_second_text_that_the_first_row_has_not_is_no_silence(tmp_path):

@@ -363,7 +363,7 @@ def test_a_cache_of_another_user_is_done_without(closed, tmp_path, cache, monkey
         monkeypatch.setattr(files.os, "mkdir", refuse)
     rows, _, again = one(tmp_path, PAIRS)
     assert np.array_equal(first.tokens, rows.tokens) and again.fingerprint == report.fingerprint
-    assert [line for line in again.lines() if "is not ours to use" in line and "JAXTUNE_CACHE" in line]
+    assert [line for line in again.lines() if "belongs to another user" in line and "JAXTUNE_CACHE" in line]
 
 
 def test_other_users_can_read_what_is_cached(tmp_path, cache):
