@@ -391,7 +391,7 @@ def conll_file(name: str, path: Path) -> Numbered:
 
 
 def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
-    """(field of the word, field of the label, whether tabs separate, whether an index comes first, usual field count)."""
+    """(field of the word, field of the label, whether tabs separate, whether an index is first, usual field count)."""
     with open_text(path) as lines:
         sample = [line.rstrip("\r\n") for line in islice(lines, SAMPLED)]
     sample = [line for line in sample if not line.startswith("-DOCSTART-")]

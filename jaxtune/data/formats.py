@@ -358,7 +358,7 @@ class _Columns:
         return column not in self.columns and column in self.columns.values()
 
     def unused(self, where: str, row: dict, used: set[str]) -> None:
-        """Refuse rows of another objective and unused columns that change what is trained; count other unused columns."""
+        """Refuse rows of another objective and unused columns that change what is trained; count other unused ones."""
         _refuse_other_objectives(where, row, used, self.format != "text")
         for name in row:
             if name in used:

@@ -163,7 +163,7 @@ class LabelForm(RowForm):
         return {str(i + first): i for i in range(len(self.names))}
 
     def _vectors(self, source: Source, column: str) -> bool:
-        """Whether all rows hold a 0 or 1 for each label. Raises UserError if there are more or fewer of them than labels."""
+        """Whether all rows hold a 0 or 1 for each label. Raises UserError if their count is not that of labels."""
         width = vector_width(several_labels(source.where(n), column, row.get(column)) for n, row in source)
         if width is None or (width != len(self.names) and width < 2):
             return False
@@ -591,7 +591,7 @@ class LabelEncoder:
         return encoding.ids, marks, [], lost
 
     def closed(self, rows: Rows, max_length: int, whole: Rows) -> Rows:
-        """`rows` of `whole`, cut to `max_length`; rows that were cut end with the tokens that the tokenizer ends a text with.
+        """`rows` of `whole`, cut to `max_length`; rows that were cut get the tokenizer's end tokens again.
 
         Of two texts the longer is cut first, as in transformers.
         """

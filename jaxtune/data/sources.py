@@ -89,8 +89,8 @@ def read(source: str) -> Source:
     `<|endoftext|>`, between those; `.conll`, which has columns `tokens` and `labels`: the word and the label of each
     line, up to a blank line. Text may be compressed: `.gz`, `.zst`, `.bz2`, `.xz`.
 
-    A folder is read as its data files, of one kind, or those of a split if their names tell one. Folders, saved data sets
-    and hub ids take a split after a colon (`"openai/gsm8k:test"`; default: `train`), and before it a configuration
+    A folder is read as its data files, of one kind, or those of a split if names tell one. Folders, saved data sets and
+    hub ids take a split after a colon (`"openai/gsm8k:test"`; default: `train`), and before it a configuration
     (`"openai/gsm8k:main:test"`); a `.json` file takes the key that holds the rows.
 
     Class ids of data sets are read as the names of the classes.

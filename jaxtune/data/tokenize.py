@@ -264,7 +264,7 @@ def _conversion(folder: Path) -> str:
 def check_round_trip(tokenizer, folder: Path) -> None:
     """Raise UserError for a tokenizer that loses text without marking it as unknown.
 
-    What its own tokenizer.json does to a text (lower case, no spaces) is intended; further losses in transformers are not.
+    What its tokenizer.json does to a text (lower case, no spaces) is intended; further losses in transformers are not.
     """
     file = folder / "tokenizer.json"
     own = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
@@ -522,8 +522,8 @@ def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_f
 def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport, first: int = 1) -> Rows:
     """Bring rows to at most `max_length` tokens and drop those without a token to predict; count both in `report`.
 
-    `overlength`: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that every
-    token of the row but the first is still predicted. `first`: the first token of a row that can be trained.
+    `overlength`: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that
+    every token of the row but the first is still predicted. `first`: the first token of a row that can be trained.
     """
     if overlength not in ("drop", "truncate", "split"):
         raise UserError(f"data.overlength: unknown {overlength!r}. Known: drop, truncate, split.")
