@@ -1,6 +1,6 @@
 """Atomic writes: a temporary sibling, fsync, rename. A reader finds the old, or the new, never half of it.
 
-A temporary is locked while its process lives. One that nobody holds was left by a process that was killed: the next
+A temporary is locked while its process lives. An unlocked one was left by a process that was killed: the next
 writer of the same name removes it, and whoever takes the directory (`exclusive`) removes them all.
 """
 
@@ -29,7 +29,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextlib.contextmanager
 def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty folder to write into; it becomes `out` when the block ends well, and vanishes otherwise.
+    """Yield an empty folder to write into; it becomes `out` when the block succeeds, and is removed otherwise.
 
     Args:
         out: the target. Its parents are made; an empty folder may stand there already.
@@ -40,7 +40,7 @@ def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     out = Path(out).expanduser().absolute()
     if out.is_symlink() and out.is_dir():
-        out = out.resolve()  # what a link names is written, and the link stays
+        out = out.resolve()  # the target of a link is written, and the link stays
     if not overwrite:
         refuse_existing(out)
     with _plain_errors(out):
@@ -76,7 +76,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_open(path: str | Path) -> Iterator[TextIO]:
-    """Give a UTF-8 file to write to; it becomes `path`, or replaces it, when the block ends well.
+    """Yield a UTF-8 file to write to; it becomes `path`, or replaces it, when the block succeeds.
 
     Raises:
         UserError: there is no room on the disk.
@@ -87,7 +87,7 @@ def atomic_open(path: str | Path) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Give the name of a file to write; that becomes `path`, or replaces it, when the block ends well.
+    """Yield the name of a file to write; it becomes `path`, or replaces it, when the block succeeds.
 
     Raises:
         UserError: there is no room on the disk, or nothing can be written there.
@@ -108,11 +108,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
-    """A temporary sibling of `path`, and the lock on it: the descriptor is to be closed when it is gone."""
+    """Make a temporary sibling of `path` and lock it; the caller closes the lock's descriptor after removing it."""
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         make(temporary)
-        with contextlib.suppress(FileNotFoundError):  # a sweep came between
+        with contextlib.suppress(FileNotFoundError):  # another process's `sweep` removed it
             lock = _lock(temporary)
             if lock is not None:
                 return temporary, lock
@@ -137,7 +137,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file or folder that is there, until the descriptor is closed; None: another process has, or it is gone."""
+    """Lock an existing path until the descriptor is closed; None: another process holds the lock, or it is gone."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +150,7 @@ def _lock(path: Path) -> int | None:
 
 
 def is_still(fd: int, path: Path) -> bool:
-    """Whether the file that is open as `fd` is the one at `path`: it may have been removed, and made again."""
+    """Whether the file open as `fd` is still the one at `path`, which may have been removed and made again."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def is_still(fd: int, path: Path) -> bool:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError if something stands at `out`, except an empty folder."""
+    """Raise UserError if `out` exists, unless it is an empty folder."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
@@ -173,7 +173,7 @@ def require_space(folder: Path, nbytes: int) -> None:
 
 
 def _put_in_place(new: Path, out: Path) -> None:
-    """Rename the folder `new` to `out`; a folder that stood there is then at `new`."""
+    """Rename the folder `new` to `out`; an existing `out` is renamed to `new`."""
     try:
         os.rename(new, out)
         return
@@ -232,11 +232,10 @@ def hash_of(path: Path) -> str:
 def cache_root() -> Path:
     """Where tokens, features and compiled programs are kept: $JAXTUNE_CACHE, or ~/.cache/jaxtune.
 
-    Where there is no home, or nothing can be written in it (a container), a folder of the user's own for temporary
-    files.
+    Where there is no home, or it cannot be written to (a container): a private folder for temporary files.
     """
-    if told := os.environ.get("JAXTUNE_CACHE"):
-        return Path(told).expanduser() if told.startswith("~") else Path(told)
+    if chosen := os.environ.get("JAXTUNE_CACHE"):
+        return Path(chosen).expanduser() if chosen.startswith("~") else Path(chosen)
     with contextlib.suppress(RuntimeError):
         folder = Path("~/.cache/jaxtune").expanduser()
         if is_ours(folder):
@@ -245,7 +244,7 @@ def cache_root() -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder, which is made if it is not there, can be written in."""
+    """Whether a folder, which is made if missing, can be written to."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
@@ -254,7 +253,7 @@ def is_ours(folder: Path) -> bool:
 
 @functools.cache
 def _private_folder() -> Path:
-    """A folder for temporary files that nobody else can have put anything into."""
+    """A folder for temporary files that no other user can write to."""
     folder = Path(tempfile.gettempdir()) / f"jaxtune-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -265,7 +264,7 @@ def _private_folder() -> Path:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, which is made if it is not there and may be another user's; never what a link points to.
+    """Open a lock file, made if missing, which may belong to another user; links are not followed.
 
     Raises:
         UserError: something else stands there, or none can be made.
@@ -277,16 +276,16 @@ def open_lock(path: Path) -> int:
         except PermissionError:
             if not path.exists():
                 raise
-            fd = os.open(path, flags | os.O_RDONLY)  # a lock needs no right to write
+            fd = os.open(path, flags | os.O_RDONLY)  # locking needs no write permission
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise UserError(f"{path} is not a file, as a lock is; remove it.")
+            raise UserError(f"{path} is not a regular file, as a lock must be; remove it.")
         return fd
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it against other processes; the lock goes with the process, however that ends.
+    """Make `folder` and lock it against other processes; the lock ends with the process, however that ends.
 
     What killed processes left half written in it, and in the folders in it, is removed. Where nothing is written, the
     folder is not left behind.
@@ -298,7 +297,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = folder / ".lock"
     if lock.is_symlink():
-        raise UserError(f"{lock} is a link, and a lock is none; remove it.")
+        raise UserError(f"{lock} is a link, which a lock must not be; remove it.")
     fresh, fd = not lock.exists(), _hold(folder)
     try:
         if not os.access(folder, os.W_OK | os.X_OK):  # the lock was there, and could be read
@@ -330,4 +329,4 @@ def _hold(folder: Path) -> int:
             ) from None
         if is_still(fd, folder / ".lock"):
             return fd
-        os.close(fd)  # its last holder has removed it
+        os.close(fd)  # the process that held it last has removed it

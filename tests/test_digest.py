@@ -93,10 +93,10 @@ def test_what_the_quick_hash_does_not_see_the_whole_one_does(tmp_path, monkeypat
     flip(file, at)
     base = BaseFiles(tmp_path / "model")
     base.check(tmp_path / "run")
-    with pytest.raises(UserError, match=r"model\.safetensors is not what it was"):
+    with pytest.raises(UserError, match=r"model\.safetensors has changed"):
         base.check(tmp_path / "run", whole=True)
     with (
-        pytest.raises(UserError, match=r"model\.safetensors is not what it was"),
+        pytest.raises(UserError, match=r"model\.safetensors has changed"),
         BaseFiles(tmp_path / "model").same(tmp_path / "run"),
     ):
         pass
@@ -121,7 +121,7 @@ def test_a_tokenizer_of_its_own_is_part_of_the_base(model, tmp_path, run):
     (run / RECORD).unlink()
     BaseFiles(model, apart).record(run)
     edit(apart / "tokenizer.json", version="2.0")
-    with pytest.raises(UserError, match=r"tokenizer/tokenizer\.json is not what it was"):
+    with pytest.raises(UserError, match=r"tokenizer/tokenizer\.json has changed"):
         BaseFiles(model, apart).check(run)
 
 
@@ -159,7 +159,7 @@ def test_commands_refuse_another_base(argv, tuned, tmp_path, capsys):
     argv = [word.replace("RUN", str(tuned)).replace("OUT", str(tmp_path / "out")) for word in argv]
     assert main(argv) == 2
     err = capsys.readouterr().err
-    assert "model.safetensors is not what it was" in err
+    assert "model.safetensors has changed" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
@@ -179,7 +179,7 @@ def test_a_run_goes_on_over_its_own_base_only(home, tmp_path, capsys):  # noqa: 
     kept = (folder / "model.safetensors").read_bytes()
     change_weights(folder)
     assert main(argv) == 2
-    assert "model.safetensors is not what it was" in capsys.readouterr().err
+    assert "model.safetensors has changed" in capsys.readouterr().err
     assert everything(tmp_path / "run") == before
     (folder / "model.safetensors").write_bytes(kept)
     assert main(argv) == 0

@@ -249,7 +249,7 @@ def answer_scores(metrics: Mapping[str, Metric], expected: Sequence[str], **answ
 def row_records(
     rows: Sequence[Row], measured: Mapping[str, Measured], found: Mapping[str, Column]
 ) -> Iterable[dict[str, Any]]:
-    """One JSON object a row: where it stands, what was asked and expected, and what each model made of it."""
+    """One JSON object for each row: its place, the prompt, the expected answer, and each model's results."""
     lookup = {name: {int(i): n for n, i in enumerate(column.at)} for name, column in found.items()}
     labels = list(label_names(rows)) if any(m.labels for m in measured.values()) else []
     for i, row in enumerate(rows):
@@ -273,8 +273,8 @@ class AnswerScores:
     """Scores of greedy answers to held-out rows, before a run and after it: parameters -> {"eval/...": score}.
 
     Attributes:
-        rows: those that are asked.
-        answers: of each call, one text a row.
+        rows: those that are answered.
+        answers: for each call, one text for each row.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class AnswerScores:
         eos_ids: tuple[int, ...],
         virtual: int = 0,
     ):
-        """Ask the first `most_rows` rows that have a prompt, and room for an answer behind `virtual` positions.
+        """Choose the first `most_rows` rows that have a prompt, and room for an answer after `virtual` positions.
 
         Raises:
             UserError: a metric is unknown or applies to no row, or there is no such row.
@@ -315,7 +315,7 @@ class AnswerScores:
         return {f"eval/{name}": _mean([m.score(*pair) for pair in pairs]) for name, m in self.metrics.items()}
 
     def samples(self, most: int = MOST_SAMPLES) -> list[dict[str, str]]:
-        """The first rows with what was answered before and after."""
+        """The first rows with their answers before and after training."""
         if not self.answers:
             return []
         before = self.answers[0] if len(self.answers) > 1 else [""] * len(self.rows)
@@ -323,7 +323,7 @@ class AnswerScores:
         return [{"prompt": r.asked, "expected": r.expected, "before": b, "after": a} for r, b, a in rows]
 
     def scores(self) -> dict[str, Any]:
-        """What the answers before and after come to, with intervals and a paired test, as `jaxtune eval` has it."""
+        """Scores of the answers before and after, with intervals and a paired test, as in `jaxtune eval`."""
         if len(self.answers) < 2:
             return {}
         expected = [row.expected for row in self.rows]
@@ -331,7 +331,7 @@ class AnswerScores:
 
 
 def _mean(scores: Sequence[float | None]) -> float:
-    """Of the rows that a metric applies to, of which there is one."""
+    """The mean over the rows that a metric applies to; there is at least one."""
     return float(np.mean([score for score in scores if score is not None]))
 
 
@@ -416,7 +416,7 @@ def _virtual(source: Tuned) -> int:
 def _request(
     options: Options, rows: Sequence[Row], own: Mapping[str, Metric], stops: tuple[int, ...], virtual: int
 ) -> Request:
-    """What to measure on these rows."""
+    """Choose what to measure on these rows."""
     shared = {"batch_size": options.batch_size, "eos_ids": stops, "virtual": virtual}
     references = [row.expected for row in rows if row.prompt]
     named = None if options.metrics is None else [name for name in options.metrics if name not in LOSSES]

@@ -1,6 +1,6 @@
-"""Label heads on held-out rows: what they say of each text or word, scored with intervals, and by group.
+"""Evaluate label heads on held-out rows: predictions for each text or word, scored with intervals, and by group.
 
-A row's share in a score is a vector of counts, so that a draw of rows is a sum of vectors: macro-F1, entity F1 and
+Each row contributes a vector of counts, so that a resample of rows is a sum of vectors: macro-F1, entity F1 and
 calibration are functions of such sums.
 """
 
@@ -32,12 +32,12 @@ BINS = 10  # of calibration
 
 
 class Predictions(NamedTuple):
-    """What a head says of one row.
+    """The predictions of a head for one row.
 
     Attributes:
         loss: summed over the row's labels: nats, or squared errors of values.
-        labels: ids, of words one each, of a text any number; or its value.
-        confidence: the probability of each; empty for values and texts with any number of labels.
+        labels: ids: one for each word, or any number for a text; or a text's value.
+        confidence: the probability of each; empty for values and for texts with several labels.
     """
 
     loss: float
@@ -46,7 +46,7 @@ class Predictions(NamedTuple):
 
 
 def truth(rows: Rows, i: int, form: LabelForm) -> list[Any]:
-    """What row i should be given, as `Predictions.labels`."""
+    """The true labels of row i, as `Predictions.labels`."""
     if form.per_token:
         return [int(mark) - 1 for mark in rows[i][1] if mark]
     target = rows.target[i]
@@ -62,9 +62,9 @@ def classify(
     kept: Kept,
     progress: Progress = silent,
 ) -> list[Predictions]:
-    """Ask a label head about every row; what is kept from an earlier start is not computed again."""
+    """Run a label head over every row; results stored by an earlier, interrupted run are not computed again."""
 
-    def said(batch):
+    def predict(batch):
         width = bucket(max(int(rows.length[i]) for i in batch))
         width = min(width, max(system.module.spec.positions, int(rows.length[list(batch)].max())))
         tokens, segments, types = np.zeros((3, 1 << (len(batch) - 1).bit_length(), width), np.int32)
@@ -74,13 +74,13 @@ def classify(
             if has_types(rows):
                 types[row, : len(ids)] = token_types(marks)
         logits = np.asarray(_logits(system.module, system.params, tokens, segments, types), np.float64)
-        return [_said(logits[row, : rows.length[i]] if form.per_token else logits[row], rows, i, form)
+        return [_predicted(logits[row, : rows.length[i]] if form.per_token else logits[row], rows, i, form)
                 for row, i in enumerate(batch)]  # fmt: skip
 
     lengths = rows.length.tolist()
     keys = [key_of("class", system.identity, rows[i][0].tolist(), truth(rows, i, form)) for i in range(len(rows))]
     batches = batches_by_length(lengths, most_tokens())
-    found = in_batches(kept, keys, batches, said, progress(f"{system.name}: labels", len(rows)))
+    found = in_batches(kept, keys, batches, predict, progress(f"{system.name}: labels", len(rows)))
     return [Predictions(*record) for record in found]
 
 
@@ -90,7 +90,7 @@ def _logits(module: Any, params: Any, tokens: jax.Array, segments: jax.Array, ty
     return module.apply({"params": params}, tokens, positions, segments, types=types)
 
 
-def _said(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Predictions:
+def _predicted(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Predictions:
     """logits [C] of a text, or [T, C]."""
     wanted = truth(rows, i, form)
     if form.value:
@@ -106,7 +106,7 @@ def _said(logits: np.ndarray, rows: Rows, i: int, form: LabelForm) -> Prediction
     return Predictions(float(-logprobs[nth, wanted].sum()), best.tolist(), np.exp(logprobs[nth, best]).tolist())
 
 
-def columns(rows: Rows, said: Mapping[str, Sequence[Predictions]], form: LabelForm) -> dict[str, Column]:
+def columns(rows: Rows, predicted: Mapping[str, Sequence[Predictions]], form: LabelForm) -> dict[str, Column]:
     """Everything that was measured, as columns of per-row values."""
     wanted = [truth(rows, i, form) for i in range(len(rows))]
     every = np.arange(len(rows))
@@ -116,21 +116,23 @@ def columns(rows: Rows, said: Mapping[str, Sequence[Predictions]], form: LabelFo
         return Column(label, better, share, statistic, values, every)
 
     weight = [count if form.several else len(labels) for labels in wanted]
-    losses = {who: np.array([(s.loss, w) for s, w in zip(found, weight)]) for who, found in said.items()}
+    losses = {who: np.array([(s.loss, w) for s, w in zip(found, weight)]) for who, found in predicted.items()}
     loss = "squared error" if form.value else "held-out loss"
     found = {"loss": column(loss, -1, False, statistics.mean, losses)}
     if form.value:
         return found
-    right = {who: np.array([_right(s.labels, w, form) for s, w in zip(f, wanted)], float) for who, f in said.items()}
+    right = {
+        who: np.array([_right(s.labels, w, form) for s, w in zip(f, wanted)], float) for who, f in predicted.items()
+    }
     found["accuracy"] = column("accuracy", 1, True, statistics.mean, right)
-    hits = {who: np.stack([_hits(s.labels, w, form, count) for s, w in zip(f, wanted)]) for who, f in said.items()}
+    hits = {who: np.stack([_hits(s.labels, w, form, count) for s, w in zip(f, wanted)]) for who, f in predicted.items()}
     found["macro_f1"] = column("macro-F1", 1, True, *summed(hits, _macro_f1))
     tables = entity_tables(form.names) if form.per_token else None
     if tables is not None:
-        entities = {who: _entities(tables, [s.labels for s in f], wanted) for who, f in said.items()}
+        entities = {who: _entities(tables, [s.labels for s in f], wanted) for who, f in predicted.items()}
         found["entity_f1"] = column("entity F1", 1, True, *summed(entities, _macro_f1))
     if not form.several:
-        gaps = {who: np.stack([_gaps(s, w) for s, w in zip(f, wanted)]) for who, f in said.items()}
+        gaps = {who: np.stack([_gaps(s, w) for s, w in zip(f, wanted)]) for who, f in predicted.items()}
         found["ece"] = column("calibration error (ECE)", -1, True, *summed(gaps, _ece))
     return found
 
@@ -138,7 +140,7 @@ def columns(rows: Rows, said: Mapping[str, Sequence[Predictions]], form: LabelFo
 def summed(
     counts: Mapping[str, np.ndarray], score: Callable[[np.ndarray], float]
 ) -> tuple[statistics.Statistic, dict[str, np.ndarray]]:
-    """A score of summed counts as (statistic, values): a row's value is where its counts [N, K] stand among all."""
+    """A score of summed counts as (statistic, values): a row's value is the index of its counts in counts [N, K]."""
     table = np.concatenate(list(counts.values()))
     starts = np.cumsum([0, *(len(part) for part in counts.values())])
 
@@ -151,29 +153,29 @@ def summed(
 
 
 def _right(labels: list[int], wanted: list[int], form: LabelForm) -> tuple[float, float]:
-    """(right, of how many): words, or the row as a whole."""
+    """(number right, number in all): of words, or of the row as a whole."""
     if form.per_token:
         return sum(a == b for a, b in zip(labels, wanted, strict=True)), len(wanted)
     return float(labels == wanted), 1.0
 
 
 def _hits(labels: list[int], wanted: list[int], form: LabelForm, count: int) -> np.ndarray:
-    """[3 C]: how often each label was right, said and there."""
+    """[3 C]: for each label true positives, predictions and occurrences."""
     hits = [a for a, b in zip(labels, wanted) if a == b] if not form.several else [*{*labels} & {*wanted}]
     return np.concatenate([np.bincount(np.array(ids, int), minlength=count) for ids in (hits, labels, wanted)])
 
 
 def _macro_f1(counts: np.ndarray) -> float:
-    hits, said, there = np.split(counts, 3)
-    both = said + there
+    hits, predicted, present = np.split(counts, 3)
+    both = predicted + present
     return float(np.mean(2 * hits[both > 0] / both[both > 0])) if both.any() else 0.0
 
 
-def _entities(tables: Any, said: Sequence[list[int]], wanted: Sequence[list[int]]) -> np.ndarray:
-    """[N, 3]: entities right, said and there in each row."""
+def _entities(tables: Any, predicted: Sequence[list[int]], wanted: Sequence[list[int]]) -> np.ndarray:
+    """[N, 3]: true positives, predicted and true entities in each row."""
     width = max(map(len, wanted))
     tags, weights = np.zeros((2, len(wanted), width), np.int32), np.zeros((len(wanted), width), np.float32)
-    for i, (ours, theirs) in enumerate(zip(said, wanted)):
+    for i, (ours, theirs) in enumerate(zip(predicted, wanted)):
         tags[0, i, : len(ours)], tags[1, i, : len(theirs)], weights[i, : len(theirs)] = ours, theirs, 1
 
     def one(ours, theirs, weight):
@@ -182,30 +184,30 @@ def _entities(tables: Any, said: Sequence[list[int]], wanted: Sequence[list[int]
     return np.asarray(jax.jit(jax.vmap(one))(*tags, weights), float)
 
 
-def _gaps(said: Predictions, wanted: list[int]) -> np.ndarray:
-    """[BINS + 1]: confidence less rightness, summed by bin of confidence; and how many."""
-    right = [float(a == b) for a, b in zip(said.labels, wanted, strict=True)]
-    return np.append(gap_bins(said.confidence, right, BINS), len(wanted))
+def _gaps(predicted: Predictions, wanted: list[int]) -> np.ndarray:
+    """[BINS + 1]: confidence minus correctness, summed by bin of confidence; and the number of predictions."""
+    right = [float(a == b) for a, b in zip(predicted.labels, wanted, strict=True)]
+    return np.append(gap_bins(predicted.confidence, right, BINS), len(wanted))
 
 
 def _ece(counts: np.ndarray) -> float:
     return float(np.abs(counts[:-1]).sum() / max(counts[-1], 1))
 
 
-def confusions(rows: Rows, said: Mapping[str, Sequence[Predictions]], form: LabelForm) -> dict[str, Any] | None:
+def confusions(rows: Rows, predicted: Mapping[str, Sequence[Predictions]], form: LabelForm) -> dict[str, Any] | None:
     """Label names, and for each model its counts: row the expected label, column the predicted one."""
     if form.value or form.several:
         return None
     true = [form.names[label] for i in range(len(rows)) for label in truth(rows, i, form)]
     tables = {
         who: confusion(true, [form.names[label] for s in found for label in s.labels], form.names).tolist()
-        for who, found in said.items()
+        for who, found in predicted.items()
     }
     return {"names": list(form.names), "confusion": tables}
 
 
 def majority_baseline(rows: Rows, form: LabelForm) -> str | None:
-    """A sentence on what it takes to be right without reading."""
+    """A sentence on the majority baseline: the accuracy of always predicting the commonest label."""
     if form.value or form.several:
         return None
     labels = [label for i in range(len(rows)) for label in truth(rows, i, form)]
@@ -217,19 +219,19 @@ def majority_baseline(rows: Rows, form: LabelForm) -> str | None:
 
 def records(
     rows: Rows,
-    said: Mapping[str, Sequence[Predictions]],
+    predicted: Mapping[str, Sequence[Predictions]],
     form: LabelForm,
     tokenizer: Any,
     groups: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One JSON object a row: where it stands, its text, what is expected, and what each model says of it."""
+    """One JSON object for each row: its place, its text, the expected labels, and each model's predictions."""
     found = []
     for i in range(len(rows)):
         ids, marks = rows[i]
         pieces = np.split(ids, np.flatnonzero(marks)[1:]) if form.per_token else []
         words = [tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces]
 
-        def told(labels, words=words):
+        def named(labels, words=words):
             if form.value:
                 return f"{labels[0]:g}"
             names = [form.names[label] for label in labels]
@@ -240,12 +242,12 @@ def records(
         record = {
             "where": rows.where(i),
             "prompt": tokenizer.decode(ids, skip_special_tokens=True),
-            "expected": told(truth(rows, i, form)),
+            "expected": named(truth(rows, i, form)),
         }
         if groups is not None:
             record["group"] = groups[i]
-        for who, of_rows in said.items():
-            record[who] = {"loss": of_rows[i].loss, "label": told(of_rows[i].labels)}
+        for who, of_rows in predicted.items():
+            record[who] = {"loss": of_rows[i].loss, "label": named(of_rows[i].labels)}
             if of_rows[i].confidence and not form.per_token:
                 record[who]["confidence"] = of_rows[i].confidence[0]
         found.append(record)
@@ -320,7 +322,7 @@ def _heads(source: Tuned, dtype: Any, base: bool) -> list[System]:
 
 
 def _form(module: Any, cfg: Any, given: Mapping[str, str] | None) -> LabelForm:
-    """How rows for a head are read."""
+    """How rows for a label head are read."""
     labels = module.labels
     return LabelForm(
         per_token=labels.kind == TOKEN,

@@ -25,12 +25,12 @@ class Column:
 
 
 def compare(found: Mapping[str, Column]) -> dict[str, Any]:
-    """For each metric the values of the models with intervals; of two models also the difference and a verdict."""
+    """For each metric the value of each model with its interval; for two models also the difference and a verdict."""
     return {name: _compared(column, np.arange(len(column.at))) for name, column in found.items()}
 
 
 def compare_groups(found: Mapping[str, Column], groups: Sequence[str]) -> dict[str, Any]:
-    """The same for each group; p-values are Holm's over the groups of a metric.
+    """The same for each group, with p-values adjusted over the groups of a metric (Holm).
 
     Returns:
         {"rows": {group: n}, "metrics": {metric: {group: ...}}}, without groups where a metric applies to no row.
@@ -54,17 +54,17 @@ def _compared(column: Column, at: np.ndarray) -> dict[str, Any]:
     values = {name: v[at] for name, v in column.values.items()}
     entry = {"label": column.label, "better": column.better, "share": column.share, "rows": len(at)}
 
-    def told(interval):
+    def as_json(interval):
         share = column.share and column.better > 0
         return (statistics.exact_at_the_edge(interval, len(at)) if share else interval)._asdict()
 
     if set(values) != {"base", "tuned"}:
         [(name, alone)] = values.items()
-        return entry | {name: told(statistics.interval(alone, column.statistic))}
+        return entry | {name: as_json(statistics.interval(alone, column.statistic))}
     result = statistics.paired(values["base"], values["tuned"], column.statistic)
     verdict = statistics.verdict(result.difference.value, result.p, column.better)
     difference = result.difference
     if column.share:
         difference = statistics.paired_at_the_edge(result, values["base"], values["tuned"])
-    models = {"base": told(result.base), "tuned": told(result.tuned), "difference": difference._asdict()}
+    models = {"base": as_json(result.base), "tuned": as_json(result.tuned), "difference": difference._asdict()}
     return entry | models | {"p": result.p, "verdict": verdict}

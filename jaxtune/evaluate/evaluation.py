@@ -1,7 +1,7 @@
 """The evaluation pipeline: rows through one model or two, compared and written, whatever the task.
 
-An `Evaluator` knows the rows of its task, what a model makes of them and which metrics that gives. Everything else is
-the same for all tasks: what is kept of an earlier start, the intervals, the groups, eval.json and eval/rows.jsonl.
+An `Evaluator` knows the rows of its task, how a model is run on them and which metrics that gives. Everything else is
+the same for all tasks: results stored by an interrupted run, intervals, groups, eval.json and eval/rows.jsonl.
 """
 
 import importlib
@@ -24,7 +24,9 @@ from jaxtune.objectives.task import TASKS, of_model
 
 MOST_SAMPLES = 20
 
-Progress = Callable[[str, int], Callable[[int], None]]  # (what is done, rows) -> a function told how many more are done
+Progress = Callable[
+    [str, int], Callable[[int], None]
+]  # (task, rows) -> a function to call with the rows done since its last call
 
 
 def silent(what: str, total: int) -> Callable[[int], None]:
@@ -34,19 +36,19 @@ def silent(what: str, total: int) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of an evaluation, named as the flags of `jaxtune eval`; not every task reads every one.
+    """The options of an evaluation, named as the flags of `jaxtune eval`; a task may read only some of them.
 
     Attributes:
         data: files of rows; None: what the run held out.
         format, columns: of `data`; None: those of the run's data.
         metrics: scores of generated answers; None: those that fit the expected ones.
         schema: a JSON schema that answers should conform to.
-        scorer: metrics of one's own, FILE.py:FUNCTION each.
+        scorer: the user's own metrics, each as FILE.py:FUNCTION.
         labels: the answers are labels, and each one is scored.
-        group_by: a column; everything also for each of its values.
-        rows: use so many rows, drawn by a hash of their content.
-        max_new_tokens: longest answer; None: the longest expected one, and a quarter more.
-        batch_size: prompts answered together.
+        group_by: a column; everything is also measured for each of its values.
+        rows: how many rows to use, drawn by a hash of their content; None: all.
+        max_new_tokens: longest answer; None: 1.25 times the longest expected one.
+        batch_size: prompts decoded together.
         base: compare with the base.
     """
 
@@ -71,12 +73,12 @@ class Options:
 
 
 class Evaluator(Protocol):
-    """How held-out rows of a task are measured; `(source, config of the run or None, options) -> Evaluator` opens one.
+    """Measures held-out rows of a task; `(source, config of the run or None, options) -> Evaluator` makes one.
 
     Attributes:
         names: the single sources of the rows.
-        lines: what became of the data, in sentences.
-        notes: what a reader of the figures should know.
+        lines: sentences on the rows that were read and left out.
+        notes: sentences that belong to the results.
         tokens: how many tokens of the rows count.
         groups: the group of each row, or None.
     """
@@ -91,20 +93,20 @@ class Evaluator(Protocol):
         """Yield the models to measure, the tuned one last."""
 
     def measure(self, system: System, kept: Kept, progress: Progress) -> Any:
-        """Run one model over the rows; what is kept from an earlier start is not computed again."""
+        """Run one model over the rows; results stored by an earlier, interrupted run are not computed again."""
 
     def columns(self, measured: Mapping[str, Any]) -> dict[str, Column]:
         """Everything that was measured, by the name of the model, as columns of per-row values."""
 
     def records(self, measured: Mapping[str, Any], found: Mapping[str, Column]) -> Iterable[dict[str, Any]]:
-        """One JSON object a row: `where` it stands, its `prompt`, what is `expected`, and by model what was found."""
+        """One JSON object for each row: its place `where`, `prompt`, what is `expected`, and each model's results."""
 
     def confusion(self, measured: Mapping[str, Any]) -> dict[str, Any] | None:
         """Label names, and by model the counts: row the expected label, column the predicted one."""
 
 
 def run_config(source: Tuned) -> Any:
-    """The resolved config of a run; None of what is no run."""
+    """The resolved config of a run; None if the source is not a run."""
     from jaxtune import config
 
     if source.run is None:
@@ -114,7 +116,7 @@ def run_config(source: Tuned) -> Any:
 
 
 def open_evaluator(source: Tuned, cfg: Any, options: Options) -> Evaluator:
-    """Open what measures a source: the evaluator of its run's task, or of the task that the model was made for."""
+    """Make the evaluator of a source: that of its run's task, else that of the model's head."""
     if cfg is not None:
         name = cfg.objective.name
     else:
@@ -157,7 +159,7 @@ def evaluate(
     with Kept(out and out / "eval" / "kept.jsonl") as kept:
         for system in evaluator.systems():
             measured[system.name] = evaluator.measure(system, kept, progress)
-            del system  # a whole base leaves the memory before the tuned model comes
+            del system  # frees a whole base before the tuned model is loaded
     found = evaluator.columns(measured)
     records = list(evaluator.records(measured, found))
     quantised = [f"The base is in {q}, as it was in the run."] if (q := source.quantization) else []
@@ -183,7 +185,7 @@ def evaluate(
 
 
 def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as the page of a run shows it."""
+    """A row in the form that a run's page shows."""
     names = {"base": "before", "tuned": "after", "model": "after"}
     answers = {names[who]: record[who].get("answer", record[who].get("label")) for who in measured}
     kept = {key: record[key] for key in ("where", "prompt", "expected", "group") if key in record}
@@ -191,7 +193,7 @@ def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, An
 
 
 def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any]) -> None:
-    """Put a part into eval.json, with the step of the run; the other one stays."""
+    """Write one part of eval.json, with the step of the run; the other part is kept."""
     from jaxtune.hf.tensors import read_json
     from jaxtune.train.log import read_metrics
 
@@ -206,7 +208,7 @@ def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any]) -> N
 
 
 def sources(source: Tuned, cfg: Any, options: Options) -> tuple[Any, Any, float]:
-    """(settings, sources, the share of them that is held out): --data, or what the run held out."""
+    """(settings, sources, the fraction of them that is held out) of --data, or of the rows that the run held out."""
     from jaxtune import config
 
     settings = cfg or config.resolve({}, {}, source="the defaults", required=())
@@ -214,7 +216,7 @@ def sources(source: Tuned, cfg: Any, options: Options) -> tuple[Any, Any, float]
         return settings, options.data, 0.0
     if cfg is None:
         where = source.adapter or source.model
-        raise UserError(f"{where} is no run, so it has no data of its own; give --data=FILE.")
+        raise UserError(f"{where} is not a run, so it has no data of its own; give --data=FILE.")
     if cfg.data.eval:
         return settings, cfg.data.eval, 0.0
     if not cfg.data.eval_fraction:
@@ -223,7 +225,7 @@ def sources(source: Tuned, cfg: Any, options: Options) -> tuple[Any, Any, float]
 
 
 def base_to_compare(cfg: Any, options: Options) -> tuple[bool, list[str]]:
-    """Whether there is a base to compare with, and a sentence where one would expect it."""
+    """Whether there is a base to compare with, and a sentence if one is missing unexpectedly."""
     if cfg is not None and cfg.model.init == "random":
         return False, ["The run started from random weights: there is no base to compare with."]
     return options.base, []

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a jaxtune model: which are known, and what they come to."""
+"""Run tasks of lm-evaluation-harness on a jaxtune model."""
 
 from collections.abc import Sequence
 from pathlib import Path

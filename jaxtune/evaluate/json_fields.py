@@ -1,9 +1,9 @@
-"""Strict JSON: texts as values, and when two values are the same."""
+"""Strict JSON: parse a text, and compare two values."""
 
 import json
 from typing import Any
 
-NULL = object()  # the JSON value null, told apart from "no JSON"
+NULL = object()  # the JSON value null, as distinct from "no JSON"
 
 
 def parse_json(text: str) -> Any:

@@ -1,7 +1,7 @@
-"""Results kept on the disk by their content, one JSON object a line, so that an evaluation goes on where it was killed.
+"""Results stored by a hash of their inputs, one JSON object a line, so that an evaluation that was killed can resume.
 
-Work is cut into batches before any of it is done, and a batch is done again unless all of it is kept: rounding depends
-on what is computed together, so a run that was killed ends with the same bytes as one left alone.
+Work is cut into batches before any of it is done, and a batch is done again unless all of it is stored: rounding
+depends on what is computed together, so a run that was killed ends with the same bytes as an uninterrupted one.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ class Kept:
                 entry = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 entry = None
-            if entry is None:  # torn by a kill: what follows it was never written
+            if entry is None:  # cut off by a kill: nothing follows it
                 break
             whole += len(line)
             self.records[entry["key"]] = entry["record"]
         self.file.truncate(whole)
 
     def add(self, pairs: Iterable[tuple[str, Any]]) -> None:
-        """Keep records; they are on the disk when it returns."""
+        """Store records; they are on disk when this returns."""
         pairs = list(pairs)
         self.records.update(pairs)
         if self.file is not None:

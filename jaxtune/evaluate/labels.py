@@ -53,7 +53,7 @@ def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> f
 
 
 def gap_bins(confidence: Sequence[float], right: Sequence[bool], bins: int) -> np.ndarray:
-    """Confidence less rightness, summed over each bin of `ece`, f64[bins]."""
+    """Confidence minus correctness, summed over each bin of `ece`, f64[bins]."""
     confidence, right = np.asarray(confidence, float), np.asarray(right, float)
     at = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return np.bincount(at, confidence - right, bins)

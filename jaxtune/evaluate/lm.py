@@ -1,6 +1,6 @@
 """A jaxtune model for lm-evaluation-harness: log-likelihoods, rolling ones and generation, batched by length.
 
-Requests are turned into tokens as by the harness's own Hugging Face backend, so that results compare with published
+Requests are tokenised as by the harness's own Hugging Face backend, so that results compare with published
 ones: BOS as its tokenizer adds it, contexts cut on the left, rolling windows that predict each token once.
 """
 
@@ -28,7 +28,7 @@ class JaxtuneLM(TemplateLM):
         module, params: a decoder and its parameters, also with adapters.
         tokenizer: a fast transformers tokenizer.
         target: instead of these three, a run, an adapter, or a model directory or hub id.
-        batch_size: prompts answered together.
+        batch_size: prompts decoded together.
         max_length: positions to use; default: all that the model knows.
         eos_ids: tokens that end an answer; default: those of the target, else the tokenizer's.
     """
@@ -82,7 +82,7 @@ class JaxtuneLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _tokenise(self, texts: Iterable[str]) -> None:
-        """Forget the texts known so far and tokenise these, with BOS where the tokenizer adds it and they lack it."""
+        """Replace the tokenised texts by these, with BOS where the tokenizer adds it and they lack it."""
         bos = self.tokenizer.decode(self.prefix_token_id)
         parts: dict[bool, list[str]] = {True: [], False: []}
         for text in dict.fromkeys(texts):
@@ -105,7 +105,7 @@ class JaxtuneLM(TemplateLM):
         )
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As the harness's own; the texts that it asks for one by one are tokenised together before."""
+        """As in the harness, but all texts are tokenised together first."""
         contexts = [context for context, _ in (request.args for request in requests)]
         self._tokenise([c[: len(c.rstrip())] for c in contexts] + ["".join(request.args) for request in requests])
         return super().loglikelihood(requests, disable_tqdm)
@@ -183,7 +183,7 @@ class JaxtuneLM(TemplateLM):
         draws = settings["do_sample"] and settings.get("temperature", 1.0) > 0
         for at in range(0, len(order), self.batch_size):
             batch = order[at : at + self.batch_size]
-            # Filled up with a copy of its last prompt, a last batch runs as the programs of the others.
+            # Filled up with copies of its last prompt, the last batch runs the same program as the others.
             filled = batch + [batch[-1]] * (self.batch_size - len(batch) if at else 0)
             out = generate(
                 self.module,

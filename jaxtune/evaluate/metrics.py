@@ -1,7 +1,7 @@
 """Scores of one answer against the expected one: `(prediction, reference) -> float | None`, in a registry.
 
 None says that the metric does not apply to this row: its reference is of another kind. A new metric is a function in
-`METRICS`; everything after it, intervals, tests, groups and pages, needs no more than that.
+`METRICS`; intervals, tests, groups and pages follow without further changes.
 """
 
 import functools
@@ -24,10 +24,10 @@ Score = Callable[[str, str], float | None]
 
 
 class Metric(NamedTuple):
-    """A score with what a table says of it.
+    """A score, with its presentation in tables.
 
     Attributes:
-        label: in words.
+        label: its name in tables.
         score: `(prediction, reference) -> float | None`.
         better: 1 where more is better, -1 where less is.
         share: lies between 0 and 1 and is shown in percent.
@@ -43,7 +43,7 @@ class Metric(NamedTuple):
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where the texts are equal but for white space around them."""
+    """1 where the texts are equal, apart from surrounding white space."""
     return float(prediction.strip() == reference.strip())
 
 
@@ -88,7 +88,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number an answer comes to: the first after the last `####` (GSM8K's mark), or the last of the text."""
+    """The final number of an answer: the first after the last `####` (GSM8K's mark), else the last in the text."""
     marked = text.rpartition("####")
     found = _NUMBER.findall(marked[2])
     if not found:
@@ -100,7 +100,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def numeric(prediction: str, reference: str) -> float | None:
-    """1 where both come to the same number; None where the reference has none (GSM8K: arXiv:2110.14168)."""
+    """1 where both have the same final number; None where the reference has none (GSM8K: arXiv:2110.14168)."""
     expected = final_number(reference)
     return None if expected is None else float(final_number(prediction) == expected)
 
@@ -123,9 +123,9 @@ def json_exact(prediction: str, reference: str) -> float | None:
 
 
 def json_fields(prediction: str, reference: str) -> float | None:
-    """Share of fields that are right, of those in either object; None where the reference is no object.
+    """Share of correct fields among those in either object; None where the reference is no object.
 
-    Nested objects count by their innermost fields, lists as one value. Text that is no JSON object has none right.
+    Nested objects count by their innermost fields, lists as one value. A prediction that is no JSON object scores 0.
     """
     expected, got = parse_json(reference), parse_json(prediction)
     if not isinstance(expected, dict):
@@ -148,7 +148,7 @@ def schema_metric(file: Path) -> Metric:
     """Conformity with the JSON schema in `file`, of the draft that it names (default 2020-12).
 
     Raises:
-        UserError: it is missing, not JSON, not a valid schema, or refers to what lies outside of it.
+        UserError: it is missing, not JSON, not a valid schema, or refers to something outside the file.
     """
     import jsonschema
     from jsonschema.validators import validator_for

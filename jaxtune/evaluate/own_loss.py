@@ -1,4 +1,4 @@
-"""Tasks without an evaluator of their own on held-out rows: the task's loss and metrics, of each row by itself."""
+"""Evaluate tasks without their own evaluator on held-out rows: the task's loss and metrics, one row at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -22,7 +22,7 @@ from jaxtune.infer.source import Tuned, open_source, tokenizer_of
 
 
 class OfRow(NamedTuple):
-    """The summed loss of a row, its weight, and the task's metrics of it alone."""
+    """The summed loss of a row, its weight, and the task's metrics on this row."""
 
     loss: float
     weight: float
@@ -104,7 +104,7 @@ class OwnLoss:
     def columns(self, measured: Mapping[str, list[OfRow]]) -> dict[str, Column]:
         at = np.array([i for i, row in enumerate(next(iter(measured.values()))) if row.weight])
         if not len(at):
-            raise UserError(f"No row of {', '.join(self.names)} has anything that a loss is taken of.")
+            raise UserError(f"No row of {', '.join(self.names)} has anything to compute a loss on.")
         names = next(iter(measured.values()))[at[0]].metrics
 
         def column(name, value):
@@ -138,7 +138,7 @@ def _listed(part: Any) -> list[Any]:
 
 
 def _drawn(source: Tuned) -> bool:
-    """Whether the head of a whole model was drawn for its run, so that the base has none."""
+    """Whether the head of a whole model was new in its run, so that the base has none."""
     from jaxtune.hf.load import read_config, resolve
 
     return read_config(resolve(source.base)).get("architectures") != read_config(source.model).get("architectures")

@@ -1,4 +1,4 @@
-"""Held-out rows as an evaluation sees them: tokens to score, a prompt to answer, what is expected, and a group."""
+"""Held-out rows for evaluation: tokens to score, a prompt to answer, the expected answer, and a group."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ def read_rows(
         settings: of `jaxtune.data.prepare`; with `eval_fraction` the rows that training held out of `sources`.
 
     Raises:
-        UserError: as `prepare`; a column to group by that is not there, or that has too many values.
+        UserError: as `prepare`; the column to group by is missing or has too many values.
     """
     rows, lines = tokenised(tokenizer, sources, limit, **settings)
     groups = group_values(rows, data_names(sources), group_by) if group_by else [None] * len(rows)
@@ -68,7 +68,7 @@ def read_rows(
 def tokenised(
     tokenizer: Any, sources: str | Sequence[str], limit: int | None = None, **settings: Any
 ) -> tuple[data.Rows, list[str]]:
-    """Read rows as training would, or those that it held out: (rows, what became of the data); see `read_rows`."""
+    """Read rows as training would, or those that it held out: (rows, sentences on them); see `read_rows`."""
     train, held_out, report = data.prepare(tokenizer, sources, **settings)
     rows = data.Rows.concatenate(train) if held_out is None else held_out
     lines = [report.lines()[-1]] if held_out is not None else report.lines()
@@ -79,7 +79,7 @@ def tokenised(
 
 
 def data_names(sources: str | Sequence[str]) -> list[str]:
-    """The single sources of what `prepare` takes."""
+    """The names of the sources in an argument of `prepare`."""
     return data.source_names(sources)
 
 
@@ -87,7 +87,7 @@ def check_format(training: str, names: Sequence[str], settings: Mapping[str, Any
     """Refuse evaluation data that would be read in another format than the training data was.
 
     Args:
-        training: the first source of the training data; nothing is checked where it cannot be read any more.
+        training: the first source of the training data; if it cannot be read any more, nothing is checked.
         names: the sources of the evaluation data.
         settings: of `make_reader`.
     """
@@ -112,7 +112,7 @@ def check_format(training: str, names: Sequence[str], settings: Mapping[str, Any
 
 
 def _cut(rows: data.Rows, settings: Mapping[str, Any]) -> np.ndarray:
-    """Which rows may be pieces of longer ones, so that prompt or answer is not whole."""
+    """Which rows may be pieces of longer ones, so that prompt or answer is incomplete."""
     if settings.get("overlength", "drop") == "drop":
         return np.zeros(len(rows), bool)
     places = np.stack([rows.source.astype(np.int64), rows.origin])

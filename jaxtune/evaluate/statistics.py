@@ -1,9 +1,9 @@
 """How sure a measured difference is: bootstrap intervals, and a paired test between base and tuned.
 
-Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13); of shares where no row differs, of
-which a bootstrap sees no other, `exact_at_the_edge` and `paired_at_the_edge`. The test is approximate
-randomisation (Noreen 1989; for language tasks Dror et al. 2018, aclanthology.org/P18-1128): were the two models alike,
-each row's pair of results could as well be swapped. Several tests together are corrected by Holm's step-down procedure.
+Intervals are percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13). Where all rows agree, all
+resamples are the same; `exact_at_the_edge` and `paired_at_the_edge` then give the interval of a share. The test is
+approximate randomisation (Noreen 1989; for language tasks Dror et al. 2018, aclanthology.org/P18-1128): if the two
+models were alike, each row's pair of results could as well be swapped. Several tests are corrected by Holm's procedure.
 Draws come from a fixed seed, so that the same results give the same verdict.
 """
 
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """What two models come to on the same rows. `p`: how likely so large a difference is if they were alike."""
+    """The results of two models on the same rows. `p`: how likely so large a difference is if they were alike."""
 
     base: Interval
     tuned: Interval
@@ -44,7 +44,7 @@ def mean(values: np.ndarray) -> np.ndarray:
 
 
 def each(score: Callable[[np.ndarray], float]) -> Statistic:
-    """The statistic that scores one draw [N, ...] after the other."""
+    """A statistic that applies `score` to each draw [N, ...] in turn."""
     return lambda values: np.array([score(draw) for draw in values])
 
 
@@ -83,7 +83,7 @@ def _whole(statistic: Statistic, values: np.ndarray) -> float:
 
 
 def _randomisation(base, tuned, statistic: Statistic, difference: float, resamples: int, seed: int) -> float | None:
-    """The share of swaps, with that of none, that come to a difference as large."""
+    """The share of random swaps (counting the identity) that give a difference at least as large."""
     if len(base) < FEWEST:
         return None
     rng = np.random.default_rng([seed, 1])
@@ -97,7 +97,7 @@ def _randomisation(base, tuned, statistic: Statistic, difference: float, resampl
 
 
 def _resampled(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of rows drawn with replacement, i64[R, N], a part of the resamples at a time."""
+    """Yield indices of rows drawn with replacement, i64[R, N], for some of the resamples at a time."""
     rng = np.random.default_rng([seed, 0])
     for count in _chunks(n, resamples) if n >= FEWEST else ():
         yield rng.integers(0, n, (count, n))
@@ -116,7 +116,7 @@ def _interval(value: float, drawn: Sequence[np.ndarray]) -> Interval:
 
 
 def exact_at_the_edge(interval: Interval, n: int) -> Interval:
-    """For a share of n rows that is 0 or 1, of which a bootstrap sees no other: the exact binomial interval.
+    """The exact binomial interval of a share of n rows that is 0 or 1, for which a bootstrap gives no interval.
 
     Clopper and Pearson 1934; at the edge it has a closed form.
     """
@@ -150,7 +150,7 @@ def paired_at_the_edge(result: Paired, base: np.ndarray, tuned: np.ndarray) -> I
     both, neither = int((before & after).sum()), int((~before & ~after).sum())
     product = both * neither - int((after & ~before).sum()) * int((before & ~after).sum())
     if product > 0:
-        product = max(product - n / 2, 0)  # his correction for continuity
+        product = max(product - n / 2, 0)  # Newcombe's continuity correction
     spread = n * n * np.sqrt(p1 * (1 - p1) * p2 * (1 - p2))
     phi = product / spread if spread else 0.0
 
@@ -162,7 +162,7 @@ def paired_at_the_edge(result: Paired, base: np.ndarray, tuned: np.ndarray) -> I
 
 
 def _right(values: np.ndarray, share: float) -> np.ndarray | None:
-    """Which rows are right, bool[N]; None where that cannot be told."""
+    """Which rows are right, bool[N]; None where the values do not tell."""
     if share in (0.0, 1.0):
         return np.full(len(values), bool(share))
     return values.astype(bool) if values.ndim == 1 and np.isin(values, (0, 1)).all() else None

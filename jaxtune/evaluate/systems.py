@@ -1,4 +1,4 @@
-"""The models that an evaluation compares: what a path holds tuned, and the base it was tuned from."""
+"""The models that an evaluation compares: a tuned model and its base."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -61,7 +61,7 @@ def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[
 
 
 def base_identity(source: Tuned, dtype: Any) -> str:
-    """A hash of an adapter's base as it is used."""
+    """A hash of an adapter's base, with its quantization and dtype."""
     return identity(source.model, str(dtype), *filter(None, [source.quantization]))
 
 

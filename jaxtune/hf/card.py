@@ -57,7 +57,7 @@ def loading(
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The names of a label head's labels, and what else `from_pretrained` of its base needs, as text."""
+    """The names of a label head's labels, and the further arguments for `from_pretrained` of its base, as text."""
     table = config.get("id2label")
     if not table:
         return [], []
@@ -135,7 +135,7 @@ _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 def put_evaluation(card: Path, block: str) -> None:
-    """Put a block of results into a card that `model_card` wrote, before how to load it; an older one goes."""
+    """Put a block of results into a card that `model_card` wrote, before "How to load it", replacing an older one."""
     text = card.read_text(encoding="utf-8")
     head, found, rest = text.partition(_BEGIN)
     if found:

@@ -1,7 +1,7 @@
-"""What a base is known by: hashes of its config, tokenizer and weights, so that a run goes on over what it began on.
+"""Hashes of a base's config, tokenizer and weights, so that a run is resumed over the base it was started with.
 
-A weight file has two: a quick one over its size, its header and blocks spread over it, which is compared before
-anything is loaded; and one over all of it, made while the weights are read.
+A weight file has two: a quick one of its size, its header and blocks spread over it, which is compared before
+anything is loaded; and one of the whole file, made while the weights are read.
 """
 
 import json
@@ -30,7 +30,7 @@ TOKENIZER = (
     "spiece",
     "sentencepiece",
 )
-PASSING = ("transformers_version", "_name_or_path")  # of config.json, which no number depends on
+PASSING = ("transformers_version", "_name_or_path")  # keys of config.json that do not affect the model
 
 
 class BaseFiles:
@@ -54,7 +54,7 @@ class BaseFiles:
 
     @cached_property
     def quick(self) -> dict[str, str]:
-        """{name: hash}, of little of each weight file."""
+        """{name: hash}, with quick hashes of weight files."""
         found = {
             name: _of_config(path) if name == "config.json" else hash_of(path) for name, path in self.small.items()
         }
@@ -74,13 +74,13 @@ class BaseFiles:
         return self._under_way.result()
 
     def record(self, run: Path) -> None:
-        """Write down what a run begins on, unless it has been."""
+        """Record the base of a run, unless a record exists."""
         if not (run / RECORD).exists():
             found = {"path": str(self.folder), "files": self.quick, "whole": self.whole}
             atomic_write_text(run / RECORD, json.dumps(found, indent=1) + "\n")
 
     def check(self, run: Path, *, whole: bool = False) -> None:
-        """Compare with what a run began on, quickly or as a whole; a run without a record is not compared.
+        """Compare with the recorded base of a run, by quick or whole hashes; a run without a record is not compared.
 
         Raises:
             UserError: it is another base.
@@ -95,10 +95,10 @@ class BaseFiles:
         unlike = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if unlike:
             name = unlike[0]
-            what = "is not what it was" if name in before and name in now else "is new" if name in now else "is gone"
+            what = "has changed" if name in before and name in now else "is new" if name in now else "is gone"
             more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
             raise UserError(
-                f"{self.small.get(name, self.folder / name)} {what}{more}: the run in {run} began on another base "
+                f"{self.small.get(name, self.folder / name)} {what}{more}: the run in {run} started from another base "
                 f"(then in {recorded['path']}). Nothing was changed; put that base back, or give another run."
             )
 
@@ -120,7 +120,7 @@ class BaseFiles:
 
 
 def read_record(run: Path) -> Mapping:
-    """What a run wrote down of its base.
+    """The record of a run's base.
 
     Raises:
         UserError: it is damaged.
@@ -132,7 +132,7 @@ def read_record(run: Path) -> Mapping:
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{file} is damaged. Remove it to go on without comparing the base.")
+    raise UserError(f"{file} is damaged. Remove it to resume without comparing the base.")
 
 
 def _sampled(path: Path) -> str:
@@ -149,10 +149,10 @@ def _sampled(path: Path) -> str:
 
 
 def _of_config(path: Path) -> str:
-    """A hash of what a config says, however it is laid out."""
+    """A hash of a config's values, whatever its layout."""
     try:
         config = json.loads(path.read_bytes())
-        told = {key: value for key, value in config.items() if key not in PASSING}
+        compared = {key: value for key, value in config.items() if key not in PASSING}
     except (ValueError, AttributeError, RecursionError):
         return hash_of(path)
-    return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(compared, sort_keys=True).encode())

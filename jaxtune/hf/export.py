@@ -94,7 +94,7 @@ def export_model(
 
 
 def whole(module: Any, params: Any) -> tuple[Any, list[str]]:
-    """The tree that a whole model is written from, leaf by leaf, and what the user should know of it.
+    """The tree that a whole model is written from, leaf by leaf, and sentences for the user on it.
 
     Raises:
         UserError: there is a soft prompt, which no plain model holds.
@@ -143,14 +143,14 @@ def dtypes_of(
     if any(base.glob("model*.safetensors*")):
         stored = {name: entry.dtype for name, entry in tensors.index_dir(base).items()}
         stored |= {prefix + name: dtype for name, dtype in stored.items() if not name.startswith(prefix)}
-    # For a head that the base has not. Old checkpoints of BERT also hold a buffer of integers.
+    # For a head that the base lacks. Old checkpoints of BERT also hold a buffer of integers.
     floats = [dtype for dtype in stored.values() if jnp.issubdtype(dtype, jnp.floating)]
     new = max(floats, key=floats.count) if floats else None
     return {t.hf: stored.get(t.hf, new) or plain(leaves[t.path]).dtype for t in wanted}
 
 
 def _config(base: Mapping[str, Any], tied: bool | None, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-    """config.json: the base's, with what the export may have changed. `tied` is None where there is no output head."""
+    """config.json: the base's, with the values that the export changed. `tied`: None if there is no output head."""
     name = max(dtypes.values(), key=list(dtypes.values()).count).name
     config = {k: v for k, v in base.items() if k not in ("dtype", "torch_dtype")}
     if tied is not None:
@@ -179,7 +179,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None)
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether what a file is, links followed, lies in its folder, or in the hub's cache that the folder is part of."""
+    """Whether a file, links followed, lies in its folder, or in the hub's cache that the folder is part of."""
     real = file.resolve()
     if real.is_relative_to(folder.resolve()):
         return True
@@ -193,7 +193,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def public_name(base: str | Path) -> str:
-    """What others should know a model by: its hub id, also for a folder of the hub's cache, else an absolute path."""
+    """The name of a model for others: its hub id, also for a folder of the hub's cache, else an absolute path."""
     path = Path(base).expanduser()
     if not path.exists():
         return str(base)

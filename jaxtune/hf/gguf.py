@@ -24,7 +24,7 @@ from jaxtune.models.spec import BlockSpec
 from jaxtune.weights.leaf import plain, weights_by_path
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# What a block may have beside sizes, a rope and an epsilon; everything else must be as in Llama.
+# Features that a block may have besides sizes, a rope and an epsilon; everything else must be as in Llama.
 _BLOCK = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"}}
 _SIZES = ("heads", "kv_heads", "head_dim", "mlp", "rope", "eps", "window")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -69,7 +69,7 @@ def export_gguf(
         Sentences that the user should read: a head that was untied, a tokenizer that was not found.
 
     Raises:
-        UserError: `out` exists, the disk is full, gguf is not installed, or a file could not say what the model or its
+        UserError: `out` exists, the disk is full, gguf is not installed, or GGUF cannot express what the model or its
             tokenizer does; nothing is written then.
     """
     try:
@@ -139,9 +139,9 @@ def _end_of_turn(stops: Collection[int], names: Sequence[str], notes: list[str])
     """The token beside EOS at which the model stops; a GGUF file has one."""
     first, *others = sorted(i for i in stops if i < len(names)) or [None]
     if others:
-        told = ", ".join(f"{names[i]} ({i})" for i in others)
+        listed = ", ".join(f"{names[i]} ({i})" for i in others)
         notes.append(
-            f"The model stops at {names[first]} ({first}), and also at {told}, which a GGUF file has no key for: "
+            f"The model stops at {names[first]} ({first}), and also at {listed}, which a GGUF file has no key for: "
             "llama.cpp knows the usual ones by name."
         )
     return first
@@ -158,7 +158,7 @@ def _arch(gguf: Any, name: str) -> Any:
 
 
 def check(module: Any) -> str:
-    """The GGUF architecture that says all that a model does.
+    """The GGUF architecture that describes a model completely.
 
     Raises:
         UserError: there is none; the feature that is missing is named.
@@ -199,13 +199,15 @@ def _check_rope(rope: Rope, arch: str, refuse: Any) -> None:
     # llama.cpp's own: 1 + 0.1 log(factor), and channels by whole numbers.
     if not rule.get("truncate", True):
         raise refuse("yarn with truncate=false")
-    factor, usual = RULES["yarn"](rope, None, **rule)[1], 1 + 0.1 * math.log(max(rule["factor"], 1))
-    if abs(factor - usual) > 1e-6:
-        raise refuse(f"yarn with an attention factor of {factor:.4f} (its own for this stretch is {usual:.4f})")
+    factor, standard = RULES["yarn"](rope, None, **rule)[1], 1 + 0.1 * math.log(max(rule["factor"], 1))
+    if abs(factor - standard) > 1e-6:
+        raise refuse(
+            f"yarn with an attention factor of {factor:.4f} (the standard one for this rope is {standard:.4f})"
+        )
 
 
 def metadata(module: Any, arch: str) -> dict[str, Any]:
-    """{what GGUFWriter's `add_...` is called: value}."""
+    """{NAME of GGUFWriter's method `add_NAME`: value}."""
     spec, block = module.spec, module.spec.segments[0].pattern[0]
     rule = dict(block.rope.rule)
     found = {
@@ -236,18 +238,18 @@ def metadata(module: Any, arch: str) -> dict[str, Any]:
 
 
 def rope_factors(rope: Rope) -> np.ndarray:
-    """What llama.cpp divides each plain frequency by, f32[dim/2]."""
+    """The factors by which llama.cpp divides the plain frequencies, f32[dim/2]."""
     plain = RULES["default"](rope, None)[0]
     return (plain / RULES[rope.kind](rope, None, **dict(rope.rule))[0]).astype(np.float32)
 
 
 def _rotated_heads(path: str, block: BlockSpec) -> int | None:
-    """How many heads are in the rows of a tensor that rope turns; None where it turns none."""
+    """The number of heads in the rows of a tensor that rope rotates; None for other tensors."""
     return {"q_proj": block.heads, "k_proj": block.kv_heads}.get(path.split("/")[-2])
 
 
 def pairs_adjacent(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of [heads * C, ...] so that a pair which rope turns is adjacent: HF keeps heads in halves."""
+    """Reorder the rows of [heads * C, ...] so that each rotated pair is adjacent: HF keeps heads in halves."""
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
@@ -271,8 +273,8 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
     from jaxtune.data.tokenize import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
-    where, told = f"The tokenizer in {folder}", json.loads(tokenizer.backend_tokenizer.to_str())
-    model, cuts = told["model"], _parts(told["pre_tokenizer"], "pretokenizers")
+    where, parsed = f"The tokenizer in {folder}", json.loads(tokenizer.backend_tokenizer.to_str())
+    model, cuts = parsed["model"], _parts(parsed["pre_tokenizer"], "pretokenizers")
     tokens: dict[int, str] = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(tokens) >= vocab:
         raise UserError(f"{where} has ids up to {max(tokens)}, the model's table only {vocab} rows.")
@@ -283,20 +285,22 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
             raise UserError(f"{where} has {field}={model[field]!r}, which GGUF cannot express.")
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     types = dict.fromkeys(tokens, _NORMAL)
-    for added in told["added_tokens"]:
+    for added in parsed["added_tokens"]:
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     if any(part["type"] == "ByteLevel" for part in cuts):
-        found = {"tokenizer_model": "gpt2", "tokenizer_pre": _cut_name(told, cuts, where)}
+        found = {"tokenizer_model": "gpt2", "tokenizer_pre": _cut_name(parsed, cuts, where)}
         found["token_merges"] = [" ".join(pair) for pair in merges]
     else:
         found = {"tokenizer_model": "llama", "tokenizer_pre": "default"}
-        found["add_space_prefix"] = _space_prefix(told, cuts, where)
+        found["add_space_prefix"] = _space_prefix(parsed, cuts, where)
         scores = _scores(merges, model["vocab"], where)
         found["token_scores"] = [scores.get(tokens.get(i), 0.0) for i in range(vocab)]
         types |= {i: _BYTE for i, t in tokens.items() if len(t) == 6 and t.startswith("<0x") and t.endswith(">")}
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = _UNKNOWN
-    if model.get("ignore_merges") and found["tokenizer_pre"] != "llama-bpe":  # llama.cpp does so for that name alone
+    if (
+        model.get("ignore_merges") and found["tokenizer_pre"] != "llama-bpe"
+    ):  # llama.cpp ignores merges for that name only
         raise UserError(f"{where} has ignore_merges=True, which GGUF's {found['tokenizer_pre']!r} does not do.")
     found["token_list"] = [tokens.get(i, f"[PAD{i}]") for i in range(vocab)]
     found["token_types"] = [types.get(i, _UNUSED) for i in range(vocab)]
@@ -314,14 +318,16 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
     return found | ({"chat_template": template} if template else {})
 
 
-def _parts(told: dict | None, inside: str) -> list[dict]:
+def _parts(parsed: dict | None, inside: str) -> list[dict]:
     """The parts of a normalizer or pre-tokenizer, which may be one, several in a sequence, or absent."""
-    return [] if told is None else told[inside] if told["type"] == "Sequence" else [told]
+    return [] if parsed is None else parsed[inside] if parsed["type"] == "Sequence" else [parsed]
 
 
-def _cut_name(told: dict, cuts: list[dict], where: str) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text into words."""
-    normal = [part for part in _parts(told["normalizer"], "normalizers") if part["type"] != "NFC"]  # as all Qwen files
+def _cut_name(parsed: dict, cuts: list[dict], where: str) -> str:
+    """llama.cpp's name for the rule by which a byte-level tokenizer splits text into words."""
+    normal = [
+        part for part in _parts(parsed["normalizer"], "normalizers") if part["type"] != "NFC"
+    ]  # as all Qwen files
     *splits, last = cuts
     if normal or last["type"] != "ByteLevel" or last["add_prefix_space"] or len(splits) > 1:
         raise UserError(f"{where} changes or cuts text in a way that GGUF has no name for: {normal or cuts}.")
@@ -336,25 +342,25 @@ def _cut_name(told: dict, cuts: list[dict], where: str) -> str:
     return _CUTS[key]
 
 
-def _space_prefix(told: dict, cuts: list[dict], where: str) -> bool:
+def _space_prefix(parsed: dict, cuts: list[dict], where: str) -> bool:
     """Whether a SentencePiece-like tokenizer puts a space before the text."""
-    normal = _parts(told["normalizer"], "normalizers")
+    normal = _parts(parsed["normalizer"], "normalizers")
     replaces = any(p["type"] == "Replace" and p.get("content") == _SPACE for p in normal)
     spaces = [p for p in cuts if p["type"] == "Metaspace"]
     odd = [p for p in normal if p["type"] not in ("Prepend", "Replace")] + [p for p in cuts if p["type"] != "Metaspace"]
-    if odd or not (replaces or spaces) or not told["model"].get("byte_fallback"):
+    if odd or not (replaces or spaces) or not parsed["model"].get("byte_fallback"):
         raise UserError(
             f"{where} is neither byte-level nor like SentencePiece (spaces as {_SPACE!r}, bytes for the unknown): "
-            f"{odd or told['model']['type']}. GGUF has no name for it."
+            f"{odd or parsed['model']['type']}. GGUF has no name for it."
         )
     return any(p["type"] == "Prepend" for p in normal) or any(p.get("prepend_scheme") != "never" for p in spaces)
 
 
 def _scores(merges: list[tuple[str, str]], vocab: dict[str, int], where: str) -> dict[str, float]:
-    """{token: score} by which merging whatever pair makes the best token is merging in the order of `merges`.
+    """{token: score} such that merging the pair with the best-scored result follows the order of `merges`.
 
     Raises:
-        UserError: that order cannot be said by scores of tokens.
+        UserError: no scores of tokens give that order.
     """
     scores: dict[str, float] = {}
     for a, b in merges:

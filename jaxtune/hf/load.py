@@ -25,7 +25,7 @@ from jaxtune.weights.packed import packs
 Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
 
 
-# What is downloaded of a repository: not the second copies of the weights in other layouts than transformers'.
+# Files to download from a repository, without second copies of the weights in other layouts than transformers'.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 UNWANTED = ["original/*", "consolidated*", "*/*.safetensors", "onnx/*", "openvino/*", "*.gguf"]
 
@@ -42,9 +42,9 @@ def resolve(path_or_id: str | Path) -> Path:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, no right to look, no such user
+    except (OSError, RuntimeError) as error:  # name too long, no permission, no such user
         shown = text if len(text) < 200 else f"{text[:200]}..."
-        raise UserError(f"{shown!r} is no model: {getattr(error, 'strerror', None) or error}.") from None
+        raise UserError(f"{shown!r} is not a model: {getattr(error, 'strerror', None) or error}.") from None
     if there:
         raise UserError(f"model.path={text!r} is a file; give the directory that holds config.json.")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
@@ -56,24 +56,24 @@ def resolve(path_or_id: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(text, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except (HFValidationError, OSError) as e:  # OSError: every answer of the hub, and having no network
-        raise UserError(f"{text!r} is neither a directory nor a model that the hub gives: {e}") from None
+    except (HFValidationError, OSError) as e:  # OSError: every error of the hub, and no network
+        raise UserError(f"{text!r} is neither a directory nor a model on the hub: {e}") from None
 
 
 def read_config(folder: Path) -> dict:
-    """Read config.json; where it ties the output head and the weights hold another head, as untied.
+    """Read config.json; if it ties the output head but the weights hold a different one, it is returned as untied.
 
-    That is transformers' rule: the file decides. Tools that train the head of a tied model leave such directories.
+    That is transformers' rule: the weights decide. Tools that train the head of a tied model leave such directories.
     """
     file = folder / "config.json"
     if not file.exists():
-        raise UserError(f"{folder} is no model directory: it has no config.json.")
+        raise UserError(f"{folder} is not a model directory: it has no config.json.")
     config = tensors.read_json(file)
     return config | {"tie_word_embeddings": False} if _has_another_head(config, folder) else config
 
 
 def _has_another_head(config: dict, folder: Path) -> bool:
-    """Whether the weights hold an output head that is not the table of embeddings, though the config ties them."""
+    """Whether the weights hold an output head different from the embedding, though the config ties them."""
     if config.get("tie_word_embeddings") not in (None, True) or str(config.get("model_type")) not in models.FAMILIES:
         return False
     top = {path: hf for hf, path in models.family(config).NAMES.top.items()}
@@ -101,7 +101,7 @@ def load(
         dtype: of activations; default float32.
         param_dtype: of parameters; default: as stored in the checkpoint.
         quantization: "nf4", "int8" or "fp8": the body's matrices are quantised one by one as they are read.
-        base: of an adapter, directory or hub id of the model under it, whatever its name; None: the one it names.
+        base: for an adapter, directory or hub id of its base, under any name; None: the one that it names.
         settings: `Decoder`'s other fields (attention, remat, unroll).
 
     Returns:
@@ -146,9 +146,9 @@ def plan(
     folder: Path,
     drawn: Set[str] = frozenset(),
 ) -> list[tuple[Tensor, tensors.Entry]]:
-    """Pair every tensor the tree wants with its entry; raise one error that lists all that does not fit.
+    """Pair every tensor of the tree with its entry in the files; raise one error that lists all mismatches.
 
-    `drawn`: paths that are not read, whatever the checkpoint has there.
+    `drawn`: paths that are initialised instead of read, whatever the checkpoint has there.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(wanted).items()}
     entries = {table.modern(name): entry for name, entry in entries.items()}
@@ -216,7 +216,7 @@ Sources = Mapping[str, list[tuple[Tensor, tensors.Entry]]]
 
 
 def _in_place(sources: Sources, shapes, dtypes, done: Callable[[int], None]) -> dict[str, jax.Array]:
-    """Read each tensor into its place of host memory that the array then is: for a CPU, which copies nothing."""
+    """Read each tensor into host memory that then is the array, without a copy: for a CPU."""
     hosts = {path: _aligned(shapes[path], dtypes[path]) for path in sources}
 
     def place(tensor: Tensor) -> np.ndarray:
@@ -229,14 +229,14 @@ def _in_place(sources: Sources, shapes, dtypes, done: Callable[[int], None]) -> 
             if not sound:
                 warnings.warn(
                     f"{pairs[0][1].file}: the weights {path} have numbers that are not finite (NaN or infinity); what "
-                    "the model gives may be as well.",
+                    "the model computes may be as well.",
                     stacklevel=2,
                 )
     return {path: jax.device_put(host) for path, host in hosts.items()}
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory at an address that JAX's CPU backend takes as it is, a multiple of 64."""
+    """Memory at a multiple of 64 bytes, which JAX's CPU backend uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -248,7 +248,7 @@ def _on_device(
 ) -> dict[str, Any]:
     """Read layers ahead; transpose, cast and pack them on the device, and put them into their stack in place.
 
-    The host holds one layer's worth of tensors that are under way, the device the tree and one tensor.
+    Host memory holds about one layer of tensors at a time, the device the tree and one tensor.
     """
     leaves: dict[str, Any] = {}
     order = [pair for pairs in sources.values() for pair in pairs]
@@ -281,7 +281,7 @@ def _layer_bytes(order: list[tuple[Tensor, tensors.Entry]]) -> int:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar for a model of a GB or more, on a terminal; give what is told of bytes that were read."""
+    """Show a bar for a model of 1 GB or more, on a terminal; yield a function to call with the bytes just read."""
     if total < 10**9 or not sys.stderr.isatty():
         yield lambda n: None
         return

@@ -2,7 +2,7 @@
 
 LoRA and its relatives, (IA)^3 and prompt tuning.
 
-peft is lax where it loads: tensors that are missing, too many, or for another base pass with a warning or none.
+peft is lax when it loads: tensors that are missing, surplus, or for another base pass with a warning or none.
 Here each is an error, and one message names them all.
 """
 
@@ -71,25 +71,25 @@ _PREFIX = "base_model.model."
 
 
 class Spot(NamedTuple):
-    """One tensor of an adapter: its place in our tree, and its shape in the file."""
+    """One tensor of an adapter: its place in the parameter tree, and its shape in the file."""
 
     path: str
     index: int | None
     field: str  # of the adapted leaf, "a"; "" where the leaf is a plain array
     shape: tuple[int, ...]
-    turn: bool = True  # whether a matrix is the transpose of ours
+    turn: bool = True  # whether a matrix in the file is the transpose of the one in the tree
 
 
 TABLES = ("embed_tokens/embedding", "lm_head/kernel")
-_TABLES = ("", ".base_layer", ".token_adapter.base_layer")  # where peft puts a table beside what adapts it
+_TABLES = ("", ".base_layer", ".token_adapter.base_layer")  # where peft puts an embedding table next to its adapter
 
 
 def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool = False) -> dict[str, Spot]:
     """Every tensor that peft stores for a tree with adapters, by its key in the file.
 
-    Of a model whose table `resize` gave new rows, the tables too.
+    If `resize` added rows to the model's embedding, the tables are included.
 
-    `whole_head`: also what of a label head modules_to_save does not name.
+    `whole_head`: include parts of a label head that modules_to_save does not name.
     """
     whole_head = whole_head or config["peft_type"] != "LORA"
     leaves = weights_by_path(params)
@@ -117,7 +117,7 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
 
 
 def _adapter_spots(leaf: Adapter, place: Place, rank: int | None) -> dict[str, Spot]:
-    """The tensors of one module's adapter, as its class declares them; `rank` cuts off what fills up a stack."""
+    """The tensors of one module's adapter, as its class declares them; `rank` cuts off a stack's padding."""
     k, n = plain(leaf).shape[-2:]
     spots = {}
     for name, field in leaf.fields().items():
@@ -134,7 +134,7 @@ def _adapter_spots(leaf: Adapter, place: Place, rank: int | None) -> dict[str, S
 
 
 def _view(host: np.ndarray, spot: Spot) -> np.ndarray:
-    """What of a leaf's field is one tensor in the file, as it lies there."""
+    """The part of a leaf's field that is one tensor of the file, in the file's layout."""
     array = host if spot.index is None else host[spot.index]
     if array.ndim == 1:
         return array.reshape(spot.shape)
@@ -252,10 +252,10 @@ def open_adapter(
 
 
 def find_base(folder: Path, base: str | Path | None = None) -> tuple[str, Path]:
-    """What the base of an adapter is called, and the directory that it lies in; `base` goes before its own word.
+    """The name of an adapter's base, and its directory; `base` takes precedence over the one that the adapter names.
 
     Raises:
-        UserError: it names none, or none that is there.
+        UserError: it names no base, or the base is not found.
     """
     named = base or read_adapter_config(folder)["base_model_name_or_path"]
     if not named or not isinstance(named, str | Path):
@@ -267,7 +267,7 @@ def find_base(folder: Path, base: str | Path | None = None) -> tuple[str, Path]:
 
 
 def _labels(folder: Path, config: Mapping[str, Any], entries: Mapping[str, tensors.Entry], body: Any) -> Labels | None:
-    """The labels of an adapter: as its directory names them, else as many as the last layer has; None: no label head.
+    """The labels of an adapter: as in its directory, else unnamed, one for each output; None: no label head.
 
     Raises:
         UserError: the adapter is for a label head, and holds none.
@@ -291,7 +291,7 @@ def _labels(folder: Path, config: Mapping[str, Any], entries: Mapping[str, tenso
 
 
 def grown_for(folder: Path, module: Any, params: Any) -> tuple[Any, Any]:
-    """A base with as many rows of tokens as an adapter's file has, which was made after some were added."""
+    """The base, with rows for tokens that were added before the adapter was trained, as many as its file has."""
     entries = _index(folder)
     named = [t.module for t in models.names(module).tensors(module.spec) if t.path == TABLES[0]]
     keys = [f"{_PREFIX}{name}{middle}.weight" for name in named for middle in _TABLES]
@@ -300,27 +300,27 @@ def grown_for(folder: Path, module: Any, params: Any) -> tuple[Any, Any]:
 
 
 def _as_loaded(module: Any) -> Any:
-    """The module, whose new tokens were the matter of whoever trained the adapter."""
+    """The module without its record of new tokens: how they were trained is the adapter's matter."""
     if not getattr(module.spec, "new_tokens", 0):
         return module
     return module.clone(spec=dataclasses.replace(module.spec, new_tokens=0))
 
 
 def _beyond(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry]) -> list[str]:
-    """A line for each rank that no tensor of the file has: no room is made for it."""
+    """A line for each rank in the config that no tensor of the file has: no memory is allocated for it."""
     largest = max((max(entry.shape, default=1) for entry in entries.values()), default=1)
     ranks = {f"rank_pattern={{{key!r}: {rank}}}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
     if not ranks:  # else nothing may have the common one
         ranks = {f"{name}={config[name]}": config[name] for name in ("r", "num_virtual_tokens") if config.get(name)}
     return [
-        f"misshapen    {told}, and the longest side of a tensor in the file is {largest}"
-        for told, rank in ranks.items()
+        f"misshapen    {setting}, and the longest side of a tensor in the file is {largest}"
+        for setting, rank in ranks.items()
         if rank > largest
     ]
 
 
 def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
-    """The mask of a loaded adapter: what of a label head it does not hold is the base's, and stays."""
+    """The mask of a loaded adapter: parts of a label head that it does not store stay as in the base."""
     if not module.label_head or config["peft_type"] != "LORA":
         return mask
     tensors_ = models.names(module).tensors(module.spec, set(weights_by_path(params)))
@@ -358,7 +358,7 @@ def _misfit(folder: Path, problems: list[str]) -> UserError:
 def _modern_keys(
     module: Any, params: Any, entries: dict[str, tensors.Entry], spots: Mapping[str, Spot]
 ) -> dict[str, tensors.Entry]:
-    """Entries by the keys of today: modules had other names, and a bias beside an adapter lacked `base_layer`."""
+    """Entries by current keys: older files name some modules differently, and their biases lack `base_layer`."""
     named = {p.old.rpartition(".")[0]: p.name.rpartition(".")[0] for p in parameters(params, module) if p.old}
     bias = {key.replace(".base_layer.bias", ".bias"): key for key, spot in spots.items() if not spot.field}
 
@@ -378,15 +378,15 @@ def _modern_keys(
 def _without_tables(
     module: Any, params: Any, entries: Mapping[str, tensors.Entry], spots: Mapping[str, Spot]
 ) -> tuple[dict[str, tensors.Entry], list[str]]:
-    """Leave out what peft saves beside adapters of tables and after `resize_token_embeddings`; a line for what differs.
+    """Drop tables that peft saves next to adapters and after `resize_token_embeddings`; a line for each that differs.
 
-    These are the base's own table and head, by whatever name they have there, and second copies of what is trained.
+    They are the base's embedding and head, under various names, and second copies of trained tensors.
     """
     leaves, rest, problems = weights_by_path(params), dict(entries), []
     for t in models.names(module).tensors(module.spec):
         if t.path not in TABLES:
             continue
-        path = t.path if t.path in leaves else TABLES[0]  # a tied head is the other
+        path = t.path if t.path in leaves else TABLES[0]  # a tied head is the embedding
         stem, leaf = f"{_PREFIX}{t.module}", leaves.get(path)
         if leaf is None:
             continue
@@ -404,7 +404,7 @@ def _without_tables(
         for key in (f"{stem}{middle}.weight" for middle in _TABLES):
             if key not in rest or key in spots or rest[key].shape != shape:
                 continue
-            if isinstance(plain(base), jax.core.Tracer):  # shapes alone are asked for
+            if isinstance(plain(base), jax.core.Tracer):  # only shapes are needed
                 rest.pop(key)
                 continue
             array = np.asarray(merge_leaf(base), np.float32)
@@ -427,7 +427,7 @@ def _compare(spots: Mapping[str, Spot], entries: Mapping[str, tensors.Entry]) ->
 
 
 def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
-    """Read the tensors into the leaves. What is not stored is beyond a lower rank: zero, which training keeps."""
+    """Read the tensors into the leaves. Padding of lower ranks is not in the file: it is zero, and stays so."""
     arrays: dict[str, dict[str, np.ndarray]] = {}
     leaves = weights_by_path(params)
     jobs = []
@@ -443,7 +443,7 @@ def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
 
     def put(path, leaf):
         fields = {field: jnp.asarray(array) for field, array in arrays.get(path, {}).items()}
-        if "w" in fields:  # a table of the base, and no adapter
+        if "w" in fields:  # an embedding of the base, not an adapter
             fields["w"] = fields["w"].astype(leaf.w.dtype)
         return fields[""] if "" in fields else dataclasses.replace(leaf, **fields) if fields else leaf
 
@@ -534,7 +534,7 @@ def export_adapter(
 
 
 def _without_start(params: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Fold what LoRA factors began as (PiSSA) into factors of twice the rank, over the base as it was."""
+    """Turn LoRA factors with their initial values (PiSSA) into factors of twice the rank over the original base."""
     folded = False
 
     def fold(leaf):
@@ -560,7 +560,7 @@ def _without_start(params: Any, given: dict[str, Any]) -> tuple[Any, dict[str, A
 
 
 def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless peft, reading the config, will compute what the tree does."""
+    """Raise ValueError unless peft, given the config, computes the same as the tree."""
     tree, leaves = tree_factors(module, params), weights_by_path(params)
     chosen = chosen_by(config, places(params, module))
     if differing := {p.name for p in tree.keys() ^ chosen.keys()}:
@@ -599,7 +599,7 @@ def _arrays(params: Any, spots: Mapping[str, Spot]) -> dict[str, np.ndarray]:
 def _baked(
     arrays: dict[str, np.ndarray], config: dict[str, Any], candidates: list[Place]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The same update with one rank and a scale of 1 throughout, for engines that read `r` and nothing else."""
+    """The same update with one rank and a scale of 1 throughout, for engines that read only `r`."""
     if config["peft_type"] != "LORA":
         raise UserError(f"bake is for LoRA; this is {config['peft_type']}.")
     chosen = chosen_by(config, candidates)

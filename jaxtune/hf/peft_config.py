@@ -1,4 +1,4 @@
-"""adapter_config.json: what peft 0.21 writes, what of it we follow, and what a tree of ours would be written as."""
+"""adapter_config.json: as peft 0.21 writes it, the settings that are followed, and the config of a parameter tree."""
 
 import dataclasses
 import math
@@ -120,7 +120,7 @@ PROMPT_DEFAULTS: dict[str, Any] = {
     "tokenizer_name_or_path": None,
 }
 
-# Settings that we follow. Of the others, these say nothing about a trained adapter; the rest must be off.
+# Settings that are followed. Of the others, these do not affect a trained adapter; the rest must be off.
 _FOLLOWED = {*names(Lora), *names(Ia3), "num_virtual_tokens", "fan_in_fan_out"}
 _INERT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"),
@@ -128,7 +128,7 @@ _INERT = {
     *("init_ia3_weights", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
     *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
 }
-# How A and B began matters only where the base was changed with them ("pissa", "olora", "loftq", ...).
+# How A and B were initialised matters only if the base was changed with them ("pissa", "olora", "loftq", ...).
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -136,7 +136,7 @@ _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Read adapter_config.json; fields that its peft did not know yet get their defaults.
+    """Read adapter_config.json; fields that an older peft did not write get their defaults.
 
     Raises:
         UserError: there is none, or it is not JSON.
@@ -156,7 +156,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that would make another model than we compute."""
+    """One line for each setting under which peft computes something that jaxtune does not."""
     lines, followed = [], _FOLLOWED
     if config["peft_type"] in KINDS:
         followed = _FOLLOWED | KINDS[config["peft_type"]].followed
@@ -231,7 +231,7 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
 def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place, Factors]:
     """The modules with low-rank factors, their ranks and scales; none in an adapter of another type.
 
-    As peft, which wants one match only: one config serves several families.
+    As in peft, one match suffices: one config serves several families.
     """
     if config["peft_type"] != "LORA":
         return {}
@@ -239,7 +239,7 @@ def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place,
 
 
 def lora_settings(config: Mapping[str, Any], candidates: list[Place]) -> Lora:
-    """What of a LoraConfig is followed, its targets those that this model has."""
+    """The settings of a LoraConfig that are followed, with the targets that this model has."""
     settings = Lora(**{name: config[name] for name in names(Lora) if name in config})
     return dataclasses.replace(settings, target_modules=matching(config["target_modules"], candidates))
 
@@ -251,7 +251,7 @@ def token_ids(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
-    """The targets that this model has; all, where it has none, for the message."""
+    """The targets that this model has; if it has none, all of them, for the error message."""
     if isinstance(targets, str):
         return targets
     return [t for t in targets if any(is_or_ends(p.name, t) for p in candidates)] or targets
@@ -261,10 +261,10 @@ def matching(targets: str | list[str], candidates: list[Place]) -> str | list[st
 
 
 def complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json: what is given, over what the tree shows, over peft's defaults."""
+    """adapter_config.json: the given settings, else those read off the tree, else peft's defaults."""
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in renamed(given, places(params, module)).items()}
     if given.get("target_modules") == "all-linear":
-        given.pop("target_modules")  # the names are what peft, too, writes, and every engine reads
+        given.pop("target_modules")  # names of modules are what peft writes and every engine reads
     leaves = weights_by_path(params).values()
     for name, kind in KINDS.items():
         if any(isinstance(leaf, kind.leaf) for leaf in leaves):
@@ -330,12 +330,12 @@ def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -
         "num_attention_heads": module.spec.segments[0].pattern[0].heads,
         "num_layers": module.spec.layers,
     }
-    given.pop("init", None)  # how the prompt began
+    given.pop("init", None)  # the prompt's initial values
     return config | given
 
 
 def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
-    """The adapted modules of a tree, with their rank, less the zeros that fill it up, and scale; 0 is not adapted."""
+    """The adapted modules of a tree, with their rank (without padding) and scale."""
     leaves, used, found = weights_by_path(params), {}, {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraWeight):
@@ -375,7 +375,7 @@ def trained_head(module: Any, params: Any, mask: Any) -> list[str]:
 
 
 def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
-    """{module: path of what is in it} of plain modules that were trained whole, more than their biases."""
+    """{module: path of its parameter} of plain modules that were trained in full, not only their biases."""
     leaves, roles = weights_by_path(params), flatten(mask)
     found = {}
     for t in models.names(module).tensors(module.spec, set(leaves)):
@@ -390,7 +390,7 @@ def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
 
 
 def _trained_biases(mask: Any, tree: Mapping[Place, Factors], saved: Mapping[str, str]) -> str:
-    """What of `bias` was trained, beside the biases of modules that were trained whole."""
+    """The value of `bias`: which biases were trained, besides those of modules that were trained in full."""
     trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("/bias")}
     trained = {path for path in trained if not in_label_head(path)}
     trained -= {re.sub(r"[^/]+$", "bias", path) for path in saved.values()}
@@ -405,7 +405,7 @@ def _modules(module: Any, params: Any) -> list[str]:
 
 
 def _shortest(chosen: list[str], modules: list[str]) -> list[str]:
-    """Name a set of modules by their last parts if these name no other module, else in full."""
+    """Name a set of modules by their last parts, if these match no other module, else in full."""
     short = {name.rpartition(".")[2] for name in chosen}
     return sorted(short) if {m for m in modules if m.rpartition(".")[2] in short} == set(chosen) else chosen
 
@@ -418,7 +418,7 @@ def _shortest_saved(module: Any, params: Any, saved: Mapping[str, str]) -> list[
 
 
 def _majority(values: Mapping[Place, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and {module: value} of those that differ."""
+    """The most common value, and {module: value} of the others."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {place.name: v for place, v in values.items() if v != common}
 
@@ -450,7 +450,7 @@ def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[A
 def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
     targets = matching(config["target_modules"], places(params, module))
     inputs = config["feedforward_modules"] or ()
-    if not isinstance(inputs, str):  # as peft, which passes over those that are no targets: "w2" of a Mixtral
+    if not isinstance(inputs, str):  # as peft, which ignores those that are not targets: "w2" of a Mixtral
         chosen = resolve_targets(targets, places(params, module))
         inputs = [name for name in inputs if any(is_or_ends(p.name, name) for p in chosen)]
     return ia3(params, targets, inputs, config["exclude_modules"], module=module)
@@ -461,14 +461,14 @@ def _attach_prompt(module: Any, params: Any, config: Mapping[str, Any]) -> tuple
 
 
 class Kind(NamedTuple):
-    """A row: one `peft_type`. What of its leaf lies where in the file is declared by the leaf's class.
+    """A row: one `peft_type`. The leaf's class declares which field is stored under which key.
 
     Attributes:
         leaf: the class.
         defaults: of adapter_config.json.
         describe: (module, params, mask, settings given) -> the config of a tree, as far as it is not the defaults.
         attach: (module, params, config) -> (params, mask), with fresh values.
-        followed: settings beside those of all types that are followed; the others must be off.
+        followed: settings that are followed besides those of all types; the others must be off.
     """
 
     leaf: type[Adapter]

@@ -46,8 +46,10 @@ def write_generation_config(base: Path, folder: Path, ends: Collection[int] = ()
         return
     config = tensors.read_json(path) if path.is_file() else {}
     if not path.is_file() and (base / "config.json").is_file():
-        told = tensors.read_json(base / "config.json")
-        config = {name: told[name] for name in ("bos_token_id", "pad_token_id") if told.get(name) is not None}
+        base_config = tensors.read_json(base / "config.json")
+        config = {
+            name: base_config[name] for name in ("bos_token_id", "pad_token_id") if base_config.get(name) is not None
+        }
     if not set(ends) <= known:
         config["eos_token_id"] = sorted(known | set(ends))
     (folder / FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies."""
+    """The location of a tensor in a file."""
 
     file: Path
     dtype: np.dtype
@@ -80,7 +80,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             if size < 8 or length > size - 8:
                 raise UserError(f"{file} is not a safetensors file, or is cut short ({size} bytes). Fetch it again.")
             if length > LIMIT:
-                raise UserError(f"{file}: its header of {length / 1e6:,.0f} MB is no header of safetensors.")
+                raise UserError(f"{file}: a header of {length / 1e6:,.0f} MB is too large for safetensors.")
             text = f.read(length)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from None
@@ -125,7 +125,7 @@ def index_dir(folder: Path, stem: str = "model") -> dict[str, Entry]:
     """
     listing = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
-    if single.exists():  # before shards that lie beside it, as in transformers
+    if single.exists():  # preferred over shards next to it, as in transformers
         return index(single)
     if listing.exists():
         return _index_shards(folder, listing)
@@ -145,7 +145,7 @@ def has_weights(folder: Path, stem: str = "model") -> bool:
 
 
 def equal(one: Entry, other: Entry, rows: int = 4096) -> bool:
-    """Whether two tensors of one shape hold the same numbers; read until they differ."""
+    """Whether two tensors of one shape are equal; reading stops at the first difference."""
     if one.shape != other.shape:
         return False
     step = max(1, rows)
@@ -172,7 +172,9 @@ def _index_shards(folder: Path, listing: Path) -> dict[str, Entry]:
     shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", "..") or len(os.fsencode(shard)) > 255:
-            raise UserError(f"{listing}: the shard {shard[:80]!r} is no file name; shards lie beside their index.")
+            raise UserError(
+                f"{listing}: the shard {shard[:80]!r} is not a file name; shards must be next to their index."
+            )
     absent = [s for s in shards if not (folder / s).is_file()]
     if absent:
         raise UserError(f"{listing} lists {len(absent)} missing shard(s): {', '.join(absent[:5])}.")
@@ -217,7 +219,7 @@ def _read_bytes(fd: int, file: Path, parts: Sequence[np.ndarray], offset: int) -
 
 
 def _read_blocks(fd: int, entry: Entry, out: np.ndarray, rows: int = 512) -> None:
-    """Read and cast `rows` rows at a time, which the processor's cache holds while they are transposed."""
+    """Read and cast `rows` rows at a time, few enough for the processor's cache while they are transposed."""
     dtype, shape = entry.dtype, entry.shape or (1,)
     if out.dtype == dtype:  # as integers: numpy copies bfloat16 element by element
         dtype = np.dtype(f"u{dtype.itemsize}")
@@ -235,7 +237,7 @@ def _read_blocks(fd: int, entry: Entry, out: np.ndarray, rows: int = 512) -> Non
 def read_all(
     entries: Iterable[tuple[Entry, np.ndarray]], threads: int = 4, done: Callable[[int], None] = lambda n: None
 ) -> None:
-    """Read many tensors into their places in parallel; `done` hears of the bytes of each."""
+    """Read many tensors into their places in parallel; `done` is called with the bytes of each."""
 
     def one(pair: tuple[Entry, np.ndarray]) -> None:
         read(*pair)

@@ -26,8 +26,11 @@ from jaxtune.weights.leaf import virtual_tokens
 Array = jax.Array
 Pair = tuple[Sequence[int], Sequence[int]]  # the ids of a context, at least one, and of what follows it
 MOST_ROWS = 256
-WORTH_SHARING = 0.75  # of the tokens of rows that are read whole
-BY_LENGTH = ("dynamic", "longrope")  # ropes that turn with the length of the text, which a shared context does not know
+WORTH_SHARING = 0.75  # the most tokens, as a share of those of full rows, for sharing to pay
+BY_LENGTH = (
+    "dynamic",
+    "longrope",
+)  # ropes that depend on the length of the text, which differs between rows of a shared context
 
 
 Score = tuple[float, bool]  # the log-probability of a continuation, and whether it is the greedy one
@@ -36,7 +39,7 @@ Score = tuple[float, bool]  # the log-probability of a continuation, and whether
 def scorer(
     module: Any, params: Any, pairs: Sequence[Pair]
 ) -> tuple[list[list[int]], Callable[[Sequence[int]], list[Score]]]:
-    """How to score pairs: batches of indices, and a function that scores one of them as a whole.
+    """How to score pairs: batches of indices, and a function that scores one batch.
 
     Raises:
         UserError: a pair is longer than the model's positions.
@@ -68,7 +71,7 @@ def scorer(
 
 
 class GroupShape(NamedTuple):
-    """Of a batch: contexts and the tokens of each, continuations and the tokens of each."""
+    """The shape of a batch: contexts, tokens of each, continuations, tokens of each."""
 
     contexts: int
     width: int
@@ -77,7 +80,7 @@ class GroupShape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Indices of pairs by the context that they share, and what the arrays are padded to."""
+    """Indices of pairs grouped by shared context, and the shape that the arrays are padded to."""
 
     groups: list[list[int]]
     shape: GroupShape
@@ -113,7 +116,7 @@ def shared_logprobs(
 
 
 def sharing_pays(module: Any, params: Any, pairs: Sequence[Pair]) -> bool:
-    """Whether to read each context once saves a good part of the tokens, and more than its larger program costs."""
+    """Whether reading each context once saves enough tokens to outweigh its larger program."""
     if any(block.rope and block.rope.kind in BY_LENGTH for s in module.spec.segments for block in s.pattern):
         return False
     whole = sum(len(context) + len(continuation) for context, continuation in pairs)
@@ -171,7 +174,7 @@ def score_shared(module: Any, params: Any, pairs: Sequence[Pair], batch: Batch) 
 
 
 def _by_length(pairs: Sequence[Pair], room: int) -> list[list[list[int]]]:
-    """Groups of pairs with the same context, apart where continuations differ so much that padding costs a compile."""
+    """Groups of pairs with the same context, split where padding continuations would cost more than a compile."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (context, _) in enumerate(pairs):
         groups.setdefault(tuple(context), []).append(i)
@@ -217,7 +220,7 @@ def _cut(module, pairs, groups, length: int, prefix: int, room: int) -> list[tup
 
     batches: list[list[list[int]]] = [[]]
     for group in groups:
-        # One context with more continuations than a batch takes is read again.
+        # A context with more continuations than fit in a batch is read again.
         for part in _parts(group, lambda part: fits([part])):
             if batches[-1] and not fits([*batches[-1], part]):
                 batches.append([])
@@ -243,5 +246,5 @@ def _rounded(n: int, least: int) -> int:
 
 
 def most_bytes() -> int:
-    """Of the copies of a cache: less than the activations beside them on a CPU, a small part of a GPU."""
+    """The most bytes for copies of a cache: less than the activations on a CPU, a small part of a GPU's memory."""
     return 2**27 if jax.default_backend() == "cpu" else 2**32
