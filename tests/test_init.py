@@ -259,6 +259,12 @@ PAIR = "prompt_completion"
             {"input": "context", "output": "response"},
         ),
         ({"text": "a", "url": "b"}, "text", {}),
+        (
+            {"question": "a", "document": "c", "answer": "b"},
+            "instruction",
+            {"instruction": "question", "input": "document", "output": "answer"},
+        ),
+        ({"document": "a", "summary": "b"}, PAIR, {"prompt": "document", "completion": "summary"}),
         ({"source": "web", "text": "a", "summary": "b"}, PAIR, {"prompt": "text", "completion": "summary"}),
         ({"source": "a", "target": "b"}, PAIR, {"prompt": "source", "completion": "target"}),
         ({"Text": "a"}, "text", {"text": "Text"}),

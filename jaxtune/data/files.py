@@ -283,6 +283,11 @@ def _literal(lines: TextIO, delimiter: str) -> Iterator[list[str]]:
 
 
 def _check_header(name: str, path: Path, header: list[str], delimiter: str) -> None:
+    if re.fullmatch(r"sep=.?", header[0]):
+        raise UserError(
+            f"{name}:1: {header[0]!r} is for Excel alone. Leave it out: "
+            f"tail -n +2 {shlex.quote(str(path))} > {shlex.quote(_beside(path))}"
+        )
     other = next((mark for mark in ";\t|" if mark in header[0]), None) if len(header) == 1 else None
     if other is not None and delimiter == ",":
         raise UserError(
@@ -388,6 +393,18 @@ def conll_file(name: str, path: Path) -> Numbered:
             if words:
                 yield start, {"tokens": words, "labels": tags}
             words, tags, start = [], [], number + 1
+
+
+def looks_tagged(path: Path) -> bool:
+    """Whether a file has words with tags such as B-LOC and O, one a line, and blank lines between sentences."""
+    try:
+        with open_text(path) as lines:
+            sample = [line.split() for line in islice(lines, 200)]
+    except (UnicodeDecodeError, OSError):
+        return False
+    words = [fields for fields in sample if fields and not fields[0].startswith(("#", "-DOCSTART-"))]
+    tagged = [len(fields) > 1 and bool(LIKE_TAG.fullmatch(fields[-1])) for fields in words]
+    return len(words) > 2 and all(tagged) and len({fields[-1] for fields in words}) > 1
 
 
 def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:

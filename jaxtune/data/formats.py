@@ -34,8 +34,13 @@ FORMATS = {
 # jaxtune's names for them, where data.columns can map them.
 MEANT = {
     **dict.fromkeys(("images", "image", "audio", "audios", "video", "videos", "documents", "chat_template_kwargs")),
+    **dict.fromkeys(("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "cot", "chain_of_thought")),
+    **dict.fromkeys(("rationale", "weight", "weights", "sample_weight", "loss_weight", "loss_mask")),
     **{name: name for name in ("system", "context", "history", "tools", "functions", "input")},
-    **{"system_prompt": "system", "system_message": "system"},
+    **dict.fromkeys(("system_prompt", "system_message", "system_instruction", "sys_prompt"), "system"),
+    **dict.fromkeys(("passage", "paragraph", "background", "document", "article", "story", "evidence"), "context"),
+    **dict.fromkeys(("chat_history", "conversation_history", "dialogue_history"), "history"),
+    **dict.fromkeys(("available_tools", "tool_schemas", "tool_definitions"), "tools"),
 }
 # Common names of prompts and completions, the surest first: used to suggest a mapping, never to guess one.
 ASKED = ("prompt", "instruction", "question", "query", "input", "problem", "source", "document", "article")

@@ -32,11 +32,13 @@ TOKEN_COLUMNS = ("tokens", "labels")
 PAIRS = (
     *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")),
     *(("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b")),
-    *(("sentence_A", "sentence_B"), ("query", "passage")),
+    *(("sentence_A", "sentence_B"), ("query", "passage"), ("query", "document"), ("question", "passage")),
+    *(("question", "context"), ("claim", "evidence"), ("sent1", "sent2"), ("s1", "s2"), ("text_1", "text_2")),
 )
 # What people call a label, a text, words and their tags.
 LABELS = (
     *("label", "labels", "category", "intent", "class", "sentiment", "topic", "emotion", "gold_label", "label_text"),
+    *("categories", "tags", "genres", "topics", "classes", "intents", "emotions"),
     *("is_duplicate", "rating", "stars", "score", "similarity", "relatedness_score", "fine_label", "coarse_label"),
 )
 TEXTS = ("text", "sentence", "message", "utterance", "review", "content", "question", "query", "prompt")

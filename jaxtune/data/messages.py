@@ -17,7 +17,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_text", "thought", "thoughts", "cot")
 FLAGS = ("weight", "train", "training", "trainable", "loss")  # OpenAI, axolotl, ms-swift: whether a turn is trained
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 # Fields with content other than text, or that select which part of a message is trained.

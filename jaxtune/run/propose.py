@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune import config
-from jaxtune.data.files import header_hint
+from jaxtune.data.files import header_hint, looks_tagged
 from jaxtune.data.formats import ANSWERED, ASKED, FORMATS, MESSAGES, Reader, make_reader
 from jaxtune.data.labels import LABELS, PAIR_COLUMNS, PAIRS, TAGS, WORDS, LabelForm, count_ids, count_labels
 from jaxtune.data.sources import Source, kind, read, splits
@@ -34,7 +34,7 @@ from jaxtune.reading import read_json
 TEXTS = ("text", "sentence", "review", "content", "message", "utterance")
 PROMPTS = (*(name for name in ASKED if name != "source"), *TEXTS, "source")  # which often says where a text is from
 # What stands beside a question and its answer, and what a system prompt is called.
-CONTEXTS = ("input", "context", "passage", "background", "paragraph", "story")
+CONTEXTS = ("input", "context", "passage", "background", "paragraph", "story", "document", "article", "evidence")
 SYSTEMS = ("system", "system_prompt", "system_message")
 MOST_LABELS = 1000  # more, or more than half as many as rows, and a column is an answer rather than a label
 COMPLETIONS = (*ANSWERED, "sql", *LABELS)
@@ -130,6 +130,11 @@ def open_source(name: str) -> Source:
             raise UserError(f"{name}: cannot be read: {error.strerror}.") from None
         if not path.suffix:
             _refuse_bare_table(name, path)
+        if path.suffix.lower() in (".txt", ".iob", ".bio", ".tsv") and looks_tagged(path):
+            file, out = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".conll")))
+            raise UserError(
+                f"{name}: a word and its tag a line: such a file is called .conll. Copy it: cp {file} {out}"
+            )
     return read(name)
 
 
@@ -335,11 +340,13 @@ def _match(where: str, row: dict) -> tuple[str, dict[str, str]]:
     if row.get("completion") and any(_is_conversation(row.get(side)) for side in FORMATS["prompt_completion"][0]):
         return "prompt_completion", {}  # as lists of messages
     prompt, completion = _first_text(row, theirs, PROMPTS), _first_text(row, theirs, COMPLETIONS)
+    asks = prompt and prompt.lower() in ("question", "query")
     context, system = (
         next(
-            (theirs[n] for n in names if n in theirs and isinstance(row[theirs[n]], str) and theirs[n] != prompt), None
+            (theirs[n] for n in names if n in theirs and isinstance(row[theirs[n]], str) and n != str(prompt).lower()),
+            None,
         )
-        for names in (CONTEXTS, SYSTEMS)
+        for names in ((*CONTEXTS, "text") if asks else CONTEXTS, SYSTEMS)
     )
     if prompt and completion and (prompt.lower() == "instruction" or context or system):
         more = {"input": context} if context else {}

@@ -162,7 +162,7 @@ def test_what_else_a_call_holds_is_counted(prepare):
     assert "fields of tool calls that are not used: result (1)" in report.lines()[1]
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "thought", "cot"])
 def test_thoughts_in_a_field_of_their_own_are_trained(prepare, name):
     row = {"messages": [user("3*4?"), assistant("12", **{name: "four threes"})]}
     assert default(prepare, row)[1] == [["<think>\nfour threes\n</think>\n\n12</s>"]]
@@ -373,6 +373,27 @@ def test_columns_that_fit_nothing_get_the_setting_that_reads_them(prepare, row, 
     if "objective" not in hint:
         columns = str(error.value).partition("data.columns, for example ")[2].rstrip(".")
         assert default(prepare, row, columns=dict(pair.split("=") for pair in columns.split(",")))[1] == [["b</s>"]]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "ours"),
+    [
+        *[(name, "c", "context") for name in ("passage", "document", "evidence")],
+        *[(name, [["x", "y"]], "history") for name in ("chat_history", "conversation_history")],
+        *[(name, [SCHEMA], "tools") for name in ("available_tools", "tool_schemas")],
+        *[(name, "s", "system") for name in ("system_prompt", "System_Message", "sys_prompt")],
+        *[(name, "c", None) for name in ("reasoning", "rationale", "cot")],
+        *[(name, 0.5, None) for name in ("weight", "sample_weight")],
+    ],
+)
+def test_columns_that_would_change_what_is_trained_are_read_by_name_or_refused(prepare, column, value, ours):
+    row = {"prompt": "a", "completion": "b", column: value}
+    read = f"read it with data.columns={ours}={column}, or leave" if ours else "leave"
+    with pytest.raises(UserError, match=f"column '{column}' would change.*: {read} it out.*data.ignore={column}"):
+        prepare(row)
+    assert prepare(row, ignore=(column,))[:2] == prepare({"prompt": "a", "completion": "b"})[:2]
+    if ours:
+        assert prepare(row, columns={ours: column})[:2] == prepare({"prompt": "a", "completion": "b", ours: value})[:2]
 
 
 def test_guanaco_text_trains_one_side_only(prepare):

@@ -25,7 +25,9 @@ def rows(path):
 
 def mended(path, message):
     """The rows of the file that the command in `message` writes; the command is its last part."""
-    command = re.search(r"(?:: |example [^:]*: )((?:python -c|awk|mv|\(printf|grep|cut) .*)", message, re.DOTALL)[1]
+    command = re.search(
+        r"(?:: |example [^:]*: )((?:python -c|awk|mv|\(printf|grep|cut|cp|tail) .*)", message, re.DOTALL
+    )[1]
     subprocess.run(command, shell=True, check=True)
     written = [p for p in path.parent.iterdir() if p.stat().st_mtime_ns >= 0 and p != path]
     assert len(written) == 1, written
@@ -53,6 +55,7 @@ LABELLED = [{"text": "film 0", "label": "pos"}, {"text": "film 1", "label": "neg
             [{"text": 'He said "hi" to me', "label": "pos"}, {"text": "b", "label": "neg"}],
         ),
         ("a.csv", "text,label\nfilm 0,pos\ntext,label\nfilm 1,neg\n", r"csv:3: the header is repeated here", LABELLED),
+        ("a.csv", "sep=,\ntext,label\nfilm 0,pos\nfilm 1,neg\n", "'sep=' is for Excel alone", LABELLED),
         ("it's a.csv", "text;label\nfilm 0;pos\nfilm 1;neg\n", "separated by ';'", LABELLED),
     ],
 )  # fmt: skip
@@ -185,6 +188,20 @@ def test_alternatives_that_no_source_has_are_refused(tmp_path, columns, said):
 def test_tagged_words_in_the_layouts_people_have(tmp_path, content, expected):
     (tmp_path / "a.conll").write_text(content)
     assert [(row["tokens"], row["labels"]) for row in rows(tmp_path / "a.conll")] == expected
+
+
+@pytest.mark.parametrize("name", ["eng.train.txt", "a.tsv", "a.txt"])
+def test_tagged_words_under_another_name_are_copied(tmp_path, name):
+    from jaxtune.run import propose
+
+    path = tmp_path / name
+    path.write_text("-DOCSTART- -X- O O\n\nEU NNP B-ORG\nsays VBZ O\n\nPeter NNP B-PER\n")
+    with pytest.raises(UserError, match=r"such a file is called \.conll") as error:
+        propose.open_source(str(path))
+    assert [row["labels"] for row in mended(path, str(error.value))] == [["B-ORG", "O"], ["B-PER"]]
+    for text in ("Vitamin O\nis no vitamin\n", "one O\n", "a O\nb O\nc O\n"):
+        path.write_text(text)
+        propose.open_source(str(path))
 
 
 def test_conll_u_is_refused_with_the_command_that_mends_it(tmp_path):
