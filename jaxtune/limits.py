@@ -1,4 +1,4 @@
-"""A limit of time on code of others that may never end, such as a chat template."""
+"""A time limit for code that may never end, such as a chat template."""
 
 import contextlib
 import ctypes
@@ -13,9 +13,9 @@ class TooLong(Exception):
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise TooLong within the block, which is Python's, once it has taken so many seconds of real time.
+    """Raise TooLong in the block's Python code once it has taken `seconds` of real time.
 
-    A timer's signal does it in the main thread, an exception set from another thread elsewhere.
+    In the main thread by a timer's signal, elsewhere by an exception set from another thread.
     """
     message = f"{what} took more than {seconds:g} s"
 

@@ -116,21 +116,21 @@ def generate(
         keys = row_keys(jax.random.key(seed), jnp.asarray(rows + [0] * (size - len(rows))))
         sampling = Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), eos, keys)
         batch = [prompts[i] for i in rows]
-        told = None if watch is None else lambda row, new, rows=rows: watch(rows[row], new)
-        continued = _continue(module, params, batch, size, sampling, mode, max_new_tokens, told, watch_every)
+        watched = None if watch is None else lambda row, new, rows=rows: watch(rows[row], new)
+        continued = _continue(module, params, batch, size, sampling, mode, max_new_tokens, watched, watch_every)
         for i, new in zip(rows, continued, strict=True):
             results[i] = new
     return results
 
 
 def prepare(module: Any, params: Any) -> Any:
-    """Return params as decoding wants them: LoRA merged into plain bases, matrices in the module's dtype.
+    """Return params prepared for decoding: LoRA merged into plain bases, matrices in the module's dtype.
 
     Each step reads every weight once, so a cast or a low-rank product repeated in it would double its cost.
     """
 
     def ready(path, leaf):
-        # An adapted table stays one: merged, it would change the head that is tied to it.
+        # An adapted embedding is not merged: that would change the head that is tied to it.
         if isinstance(leaf, LoraWeight) and not is_weight(leaf.w) and path[-1].key == "kernel":
             leaf = leaf.merge()
         matrix = not is_weight(leaf) and path[-1].key not in ("scale", "bias")
@@ -140,13 +140,13 @@ def prepare(module: Any, params: Any) -> Any:
 
 
 def bucket(n: int) -> int:
-    """Round up to a multiple of 64, above 512 of an eighth of the next power of two: few shapes, little waste."""
+    """Round up to a multiple of 64, or above 512 of an eighth of the next power of two: few shapes, little padding."""
     step = max(64, 1 << (n - 1).bit_length() >> 3)
     return -(-n // step) * step
 
 
 def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Take logits [..., V] out of reach where they are not among the `top_k` or not in the `top_p` nucleus of those.
+    """Mask logits [..., V] that are not among the `top_k`, or not in the `top_p` nucleus of those.
 
     Logits equal to the last one kept are kept.
     """
@@ -172,11 +172,11 @@ def _choose(logits: Array, sampling: Sampling, positions: Array, mode: str) -> A
 
 
 def _append(module, params, state: State, hidden: Array, sampling: Sampling, mode: str) -> State:
-    """Choose the token that follows hidden [B, D] and write it into the rows that go on."""
+    """Choose the token that follows hidden [B, D] and write it into the rows that are not done."""
     logits = module.apply({"params": params}, hidden, method="head")
     token = _choose(logits, sampling, state.last + 1, mode)
     rows = jnp.arange(len(token))
-    # A row that is done stays where it is: it decodes its last token again, into the same slot.
+    # A row that is done does not advance: it decodes its last token again, into the same slot.
     last = jnp.where(state.done, state.last, state.last + 1)
     token = jnp.where(state.done, state.tokens[rows, state.last], token)
     return state._replace(
@@ -247,7 +247,7 @@ def _check(spec, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
     for i, prompt in enumerate(prompts, 1):
         n = len(prompt)
         if n == 0:
-            raise UserError(f"Prompt {i} is empty: a model needs at least one token to go on from.")
+            raise UserError(f"Prompt {i} is empty: a model needs at least one token to continue.")
         if min(prompt) < 0 or max(prompt) >= spec.vocab:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise UserError(f"Prompt {i} holds the token {wrong}; the model's vocabulary has {spec.vocab} tokens.")
@@ -293,7 +293,7 @@ def generate_text(
         settings: as for `generate`.
 
     Returns:
-        What follows each prompt, without special tokens.
+        The continuation of each prompt, without special tokens.
 
     Raises:
         UserError: as `generate`, a conversation that the template refuses, or an empty stop string.
@@ -302,7 +302,7 @@ def generate_text(
         raise UserError("An empty stop string would end every text where it begins; leave it out.")
     if eos_ids is None:
         eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    added = tokenizer.get_added_vocab()  # special tokens among them are in no decoded text
+    added = tokenizer.get_added_vocab()  # decoded text contains no special tokens
     eos_ids = [*eos_ids, *(added[token] for token in stop if token in added)]
     ids = encode_prompts(tokenizer, prompts, chat)
 
@@ -335,7 +335,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: bool = False
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """Cut `text` before the stop string in it that ends first; also return whether there was one.
 
-    So it is the same however many tokens a look at the text is apart.
+    So the result does not depend on how many tokens lie between two looks at the text.
     """
     found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
     return (text[: min(found)[1]], True) if found else (text, False)
@@ -361,6 +361,6 @@ def _render(tokenizer: Any, number: int, prompt: Prompt) -> str:
 
 
 def decode_new(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """The text of `new` as it stands after the prompt: sentencepiece drops the space before a text's first word."""
+    """The text of `new` after the prompt; decoded alone, sentencepiece would drop the space before its first word."""
     whole, before = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt + new, prompt))
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)

@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 class Shape(NamedTuple):
-    """Of a batch of tokens."""
+    """The shape of a batch of tokens."""
 
     rows: int
     width: int
@@ -29,9 +29,9 @@ class Shape(NamedTuple):
 def token_logprobs(
     module: Any, params: Any, tokens: Array, targets: Array, where: Array | None = None
 ) -> tuple[Array, Array]:
-    """For tokens i32[B, T]: (log-probability of `targets` i32[B, T] after each, f32[B, T]; is it the likeliest?).
+    """For tokens i32[B, T]: (log-probability of the target after each f32[B, T], is it the most probable bool[B, T]).
 
-    Rows are padded on the right. What `where` [B, T] leaves out is not computed, and 0; None: every position is.
+    `targets`: i32[B, T]. Rows are padded on the right. Where `where` [B, T] is False the result is 0; None: nowhere.
     """
     hidden = module.apply({"params": params}, tokens, method="hidden")
     return head_logprobs(module, params, hidden, targets, where)
@@ -51,7 +51,7 @@ def _is_likeliest(logits: Array, targets: Array) -> Array:
 
 
 def batches_by_length(lengths: Sequence[int], most_tokens: int, most_rows: int = 256) -> list[list[int]]:
-    """Indices in batches of rows of like length, the longest first.
+    """Indices in batches of rows of similar length, the longest first.
 
     A batch has at most `most_rows` rows and, padded, `most_tokens` tokens, but at least one row.
     """
@@ -87,9 +87,9 @@ def shapes(lengths: Sequence[int], batches: Sequence[Sequence[int]], room: int, 
 
 
 def worth_a_compile(params: Any) -> int:
-    """Tokens that a model reads about as fast as a new shape compiles: many for a small one, few for a large one.
+    """How many tokens a model reads in the time that a new shape takes to compile: many for a small model.
 
-    That is 0.7 s, at two operations a parameter and token and speeds that are right within a factor of a few.
+    Compiling takes 0.7 s; a token takes two operations a parameter, at speeds that are rough estimates.
     """
     speed = 5e10 if jax.default_backend() == "cpu" else 2e14
     return int(0.7 * speed / (2 * sum(leaf.size for leaf in jax.tree.leaves(params))))
@@ -134,5 +134,5 @@ def score_batch(
 
 
 def most_tokens() -> int:
-    """Tokens of a batch that fill the device without filling its memory."""
+    """Tokens of a batch that keep the device busy without filling its memory."""
     return 4096 if jax.default_backend() == "cpu" else 32768

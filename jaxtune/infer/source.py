@@ -1,4 +1,4 @@
-"""One way to open whatever holds weights: a run, an adapter with its base, or a model, with its tokenizer."""
+"""Open anything with weights: a run, an adapter with its base, or a model, with its tokenizer."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,11 +16,11 @@ from jaxtune.hf.stops import named_ids
 
 
 class Tuned(NamedTuple):
-    """Where tuned weights lie.
+    """The location of tuned weights.
 
     Attributes:
         model: directory of the model itself; with an adapter, of its base.
-        base: what was tuned, as the run or the adapter names it; the model's own path where nothing says so.
+        base: the model that was tuned, as named by the run or the adapter; for a plain model its own path.
         adapter: directory of a PEFT adapter, or None.
         run: the run directory, or None.
         config: the run's config.json, or None.
@@ -42,9 +42,9 @@ class Tuned(NamedTuple):
 
     @property
     def quantization(self) -> str | None:
-        """How the base was quantised under the adapter of a run, which was trained on those numbers; None: not."""
-        told = ((self.config or {}).get("model") or {}).get("quantization", "none")
-        return None if self.adapter is None or told == "none" else told
+        """The quantization of the base on which a run's adapter was trained; None: not quantised."""
+        settings = ((self.config or {}).get("model") or {}).get("quantization", "none")
+        return None if self.adapter is None or settings == "none" else settings
 
 
 class Target(NamedTuple):
@@ -65,15 +65,15 @@ class Target(NamedTuple):
 
 
 def same_base(source: Tuned) -> AbstractContextManager[None]:
-    """Load the base of a source within, which is checked to be the one that its run began on.
+    """Inside the block, load the base of a source; it is checked to be the one that the run was started with.
 
     Raises:
         UserError: it is another, and `source.any_base` does not allow that.
     """
     run = source.run or (source.adapter and source.adapter.parent)
     folder = source.model if source.adapter else resolve(source.base)
-    told = (source.config or {}).get("model") or {}
-    other = told.get("tokenizer") not in (None, told.get("path")) and Path(told["tokenizer"]).expanduser()
+    settings = (source.config or {}).get("model") or {}
+    other = settings.get("tokenizer") not in (None, settings.get("path")) and Path(settings["tokenizer"]).expanduser()
     files = BaseFiles(folder, other if other and other.is_dir() else None)
     return files.same(None if source.any_base else run)
 
@@ -111,7 +111,7 @@ def find(
             if base is not None:
                 raise UserError(f"The run in {folder} holds a whole model; a base belongs to an adapter only.")
             return Tuned(folder / "model", named, run=folder, config=config)
-        raise UserError(f"The run in {folder} has no result yet (adapter/ or model/); start it again to go on.")
+        raise UserError(f"The run in {folder} has no result yet (adapter/ or model/); run its command again to resume.")
     if "model_type" in config:
         if base is not None or any_base:
             raise UserError(f"{folder} is a whole model; a base belongs to an adapter only.")
@@ -177,26 +177,26 @@ def load_target(source: Tuned | str | Path, dtype: Any = None, **settings: Any) 
 
 
 def eos_ids(tokenizer: Any, source: Tuned) -> tuple[int, ...]:
-    """The tokens that end a text, as the tokenizer and the files of the model and the adapter name them together."""
+    """All tokens that end a text by the tokenizer, or by the files of the model or the adapter."""
     return named_ids(tokenizer, source.model, source.adapter)
 
 
 def tokenizer_of(source: Tuned) -> Any:
-    """The tokenizer of a source, with what its run was told about it."""
+    """The tokenizer of a source, with the settings of its run."""
     from jaxtune.data.tokenize import load_tokenizer
 
-    told = (source.config or {}).get("model", {})
-    carried = source.tokenizer != source.model or not told.get("tokenizer")
-    template = told.get("chat_template")
+    settings = (source.config or {}).get("model", {})
+    carried = source.tokenizer != source.model or not settings.get("tokenizer")
+    template = settings.get("chat_template")
     return load_tokenizer(
-        str(source.tokenizer if carried else told["tokenizer"]),
+        str(source.tokenizer if carried else settings["tokenizer"]),
         template if template and Path(template).is_file() else None,
         ((source.config or {}).get("data") or {}).get("date"),
     )
 
 
 def check_continues(source: Tuned) -> None:
-    """Raise UserError for a classifier or an encoder, which give no next token."""
+    """Raise UserError for a classifier or an encoder, which predict no next token."""
     from jaxtune.models import build
 
     config = read_config(source.model)

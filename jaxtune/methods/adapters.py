@@ -68,13 +68,13 @@ def lora(
 
     Args:
         params: any tree; leaves of targets become `LoraWeight`.
-        key: draws `a`, one stream a leaf, whatever the other targets.
+        key: draws `a`; each leaf has its own stream, which does not depend on the other targets.
         module: the zoo module, so that targets are HF's names; None: the tree's own paths, with dots.
-        layouts: how the arrays of a model that is not ours are matrices, from `adapt(apply_fn).layouts`.
+        layouts: how the arrays of a foreign model are matrices, from `adapt(apply_fn).layouts`.
         options: r=8, lora_alpha=8, target_modules="all-linear", ...: the attributes of `settings.Lora`.
 
     Raises:
-        UserError: an option that there is not, a target that matches nothing, a rank that exceeds both sides of a
+        UserError: an unknown option, a target that matches nothing, a rank that exceeds both sides of a
             matrix, two options that claim one leaf, or a row that `resize` added is not trained.
     """
     settings = read("lora", Lora, options)
@@ -93,7 +93,7 @@ def lora(
 
 
 def untied_for(targets: str | Sequence[str], params: PyTree, module: Any) -> PyTree:
-    """The tree, with a head of its own where it is tied and a target names the head."""
+    """The tree, with a tied head untied if a target names the head."""
     if targets == "all-linear" or not getattr(module, "continues", False) or "lm_head" in params:
         return params
     from jaxtune import models
@@ -115,7 +115,7 @@ def attach(
     module: Any = None,
     layouts: Mapping[str, MatrixLayout] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """`lora` on modules that are chosen already."""
+    """`lora` on modules that have been chosen."""
     bias, init = settings.bias, settings.init_lora_weights
     rows = _rows(list(chosen))
     if bias not in ("none", "all", "lora_only"):
@@ -162,7 +162,7 @@ def _rows(chosen: Sequence[Place]) -> dict[str, list[int] | None]:
 
 
 def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tuple[PyTree, dict[str, None]]:
-    """The tree, untied where that is needed, and the paths that modules_to_save names."""
+    """The tree, with the head untied if needed, and the paths of the parameters in modules_to_save."""
     if not modules:
         return params, {}
     if isinstance(modules, str):
@@ -186,7 +186,7 @@ def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tupl
 
 
 def _token_ids(ids: Sequence[int] | Mapping[str, Sequence[int]] | None, params: PyTree, module: Any) -> Any:
-    """Token ids, also where they are given as {name of the embedding: ids}, which peft takes too."""
+    """Token ids, from a list or from {name of the embedding: ids}, as in peft."""
     if not isinstance(ids, Mapping):
         return ids
     named = {p.name for p in places(params, module) if p.path == "embed_tokens/embedding"}
@@ -240,7 +240,7 @@ def _lora_leaf(key: jax.Array, path: str, leaf: Any, factors: Mapping[Place, Fac
         u, s, v = jnp.linalg.svd(merge_leaf(leaf).astype(jnp.float32), full_matrices=False)
         root = jnp.sqrt(s / np.where(scale, scale, 1)[..., None])
         full_a, full_b = u * root[..., None, :], root[..., None] * v
-    # Drawn at its own rank, a row is what it would be in a model of that rank.
+    # Drawn at its own rank, a layer's factors equal those in a model of that rank.
     parts = {}
     for rank in sorted(set(ranks.ravel()) - {0}):
         rank = int(rank)
@@ -327,7 +327,7 @@ def ia3(
 
 
 def adapters_only(params: PyTree) -> tuple[PyTree, PyTree]:
-    """`(params, mask)` of a tree in which what its adapters train is all that is."""
+    """`(params, mask)` of a tree in which only adapters are trained."""
     return masters(
         params, map_weights(lambda leaf: leaf.mask() if isinstance(leaf, Adapter) else filled(leaf, FROZEN), params)
     )
@@ -399,7 +399,7 @@ def prompt_tuning(
     if init == "vocab":
         prompt = leaf_rows(table, jax.random.randint(key, (num_virtual_tokens,), 0, size))
         if not getattr(getattr(module, "spec", None), "scales_prompt", True):
-            prompt *= module.spec.embed_scale  # the vectors take the place of what the table's module gives
+            prompt *= module.spec.embed_scale  # the vectors replace the output of the embedding module, which scales
     elif init == "random":
         prompt = jax.random.normal(key, (num_virtual_tokens, width))
     else:
@@ -409,7 +409,7 @@ def prompt_tuning(
 
 
 def virtual_ids(module: Any, settings: Mapping[str, Any]) -> list[int]:
-    """The ids before each row that a method of these settings asks for; see `weights.PromptWeight`."""
+    """The ids that a method with these settings puts before each row; see `weights.PromptWeight`."""
     return [module.spec.vocab + i for i in range(settings.get("num_virtual_tokens", 0))]
 
 

@@ -17,10 +17,10 @@ class Place(NamedTuple):
 
     Attributes:
         name: the module's HF name "model.layers.3.self_attn.q_proj", or its own path with dots.
-        path: its matrix in our tree.
+        path: of its matrix in the parameter tree.
         index: row of the stacked leaf; None: the whole leaf.
         linear: it is multiplied, not looked up.
-        old: its HF name in files and older versions of transformers, where that is another.
+        old: its HF name in files and older versions of transformers, if different.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What one adapted module has: rank, and the scale of its update."""
+    """The rank of one adapted module, and the scale of its update."""
 
     rank: int
     scale: float
@@ -75,7 +75,7 @@ def parameters(params: PyTree, module: Any = None) -> list[Place]:
 
 
 def renamed(settings: Mapping[str, Any], modules: Sequence[Place]) -> dict[str, Any]:
-    """The settings of a method with the names that modules have today, where one has only their old names."""
+    """The settings of a method, with old names of modules replaced by current ones."""
     settings = dict(settings)
     if not any(p.old for p in modules):
         return settings
@@ -125,7 +125,7 @@ def in_label_head(path: str) -> bool:
 
 
 def is_saved(name: str, modules: Sequence[str] | None) -> bool:
-    """Whether a module or parameter is, or lies in, one that modules_to_save names; peft compares ends of names."""
+    """Whether modules_to_save names a module or parameter, or one that contains it; peft compares ends of names."""
     parts = name.split(".")
     return any(".".join(parts[: n + 1]).endswith(m) for n in range(len(parts)) for m in modules or ())
 
@@ -181,7 +181,7 @@ def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dic
         UserError: no module matches, or something that is given has no effect.
     """
     target_modules = s.target_modules
-    if s.modules_to_save:  # they win
+    if s.modules_to_save:  # modules_to_save takes precedence
         every, candidates = candidates, [p for p in candidates if not is_saved(p.name, s.modules_to_save)]
         target_modules = beside_saved(target_modules, candidates, every)
     chosen = resolve_targets(target_modules, candidates)
@@ -228,10 +228,10 @@ def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dic
 
 
 def beside_saved(targets: str | Sequence[str], left: list[Place], every: list[Place]) -> str | list[str]:
-    """Targets without those that name saved modules alone.
+    """The targets, without those that match saved modules only.
 
     Raises:
-        UserError: no other is left.
+        UserError: no target is left.
     """
     if isinstance(targets, str):
         return targets
@@ -263,7 +263,7 @@ def excluded(name: str, exclude: str | Sequence[str] | None) -> bool:
 
 
 def _layer(name: str, patterns: str | Sequence[str] | None) -> int | None:
-    """The number of the layer that a module is in; `patterns` name the list of layers ("h", "layers")."""
+    """The index of the layer that a module is in; `patterns` name the list of layers ("h", "layers")."""
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
     found = next(filter(None, (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)), None)
     return None if found is None else int(found[1])

@@ -1,6 +1,6 @@
 """The settings of each tuning method: frozen, with their defaults, named as peft names them. Nothing here imports jax.
 
-`read` makes them from options by name, whoever gives these: a config's section or a caller. An option that the method
+`read` makes them from options by name, from a config's section or a caller. An option that the method
 does not have is an error.
 """
 
@@ -20,7 +20,7 @@ class Nothing:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Those of peft's LoraConfig.
+    """The settings of LoRA, as in peft's LoraConfig.
 
     Attributes:
         r, lora_alpha: rank, and the numerator of the scale alpha / r.
@@ -30,11 +30,11 @@ class Lora:
         use_rslora: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
         use_dora: leaves become `DoraWeight` (arXiv:2402.09353).
         init_lora_weights: True or "default": a ~ U(+-1/sqrt(K)), b = 0; "gaussian": a ~ N(0, 1/r^2), b = 0; "pissa":
-            the base's largest singular vectors (Meng et al. 2024, arXiv:2404.02948, eq. 2-3), minus what they began as.
+            the base's largest singular vectors (Meng et al. 2024, arXiv:2404.02948, eq. 2-3), subtracted from the base.
         rank_pattern, alpha_pattern: pairs (regex over the end of a name, value), or a mapping; the first match wins.
-        layers_to_transform: numbers of the layers to adapt; `layers_pattern` names their list where it is ambiguous.
+        layers_to_transform: indices of the layers to adapt; `layers_pattern` names their list where it is ambiguous.
         exclude_modules: names or a regex; these win over the targets.
-        modules_to_save: ends of names of modules that are trained whole. A tied head or embedding named here is untied.
+        modules_to_save: ends of names of modules to train in full. A tied head or embedding named here is untied.
         trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows.
     """
 
@@ -57,11 +57,11 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Ia3:
-    """Those of peft's IA3Config.
+    """The settings of (IA)^3, as in peft's IA3Config.
 
     Attributes:
-        target_modules: as in `Lora`; None: peft's for the model's family, and for one that peft has none for, Llama's.
-        feedforward_modules: those of the targets whose input is scaled; of the others it is the output. None: as above.
+        target_modules: as in `Lora`; None: peft's for the model's family, or Llama's for a family without one.
+        feedforward_modules: targets whose input is scaled instead of the output; None: as above.
         exclude_modules: as in `Lora`.
     """
 
@@ -72,7 +72,7 @@ class Ia3:
 
 @dataclasses.dataclass(frozen=True)
 class PromptTuning:
-    """Those of a soft prompt.
+    """The settings of prompt tuning.
 
     Attributes:
         num_virtual_tokens: vectors before each row.
@@ -102,12 +102,12 @@ class Regex:
 
 
 class Row(NamedTuple):
-    """What is known of a method before jax is: the functions of its row are in `table.METHODS`.
+    """The part of a method that needs no jax; its functions are in `table.METHODS`.
 
     Attributes:
         settings: the class of its settings.
         lr: its default rate with AdamW.
-        adapter: its result is a PEFT directory.
+        adapter: whether its result is a PEFT directory.
     """
 
     settings: type

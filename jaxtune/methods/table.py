@@ -1,6 +1,6 @@
-"""Tuning methods: functions `(params, ...) -> (params, mask)` on the tree. Nothing below knows which one ran.
+"""Tuning methods: functions `(params, ...) -> (params, mask)` on the tree. Training does not know which one ran.
 
-Those that train parts of the model itself are here, beside the table of all; adapters.py has those that add to it.
+Methods that train parts of the model are here, with the table of all methods; adapters.py has those that add weights.
 """
 
 import re
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def full(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Train everything, in float32; of Flax variables the parameters, not what else there is (batch_stats).
+    """Train all parameters, in float32; other collections of Flax variables (batch_stats) stay.
 
     Raises:
         UserError: a leaf is quantised.
@@ -66,9 +66,9 @@ def full(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
-    """Train the final norm and the output head over a frozen body; of a classifier all of its label head.
+    """Train the final norm and the output head over a frozen body; for a classifier, its whole label head.
 
-    A tied head becomes a matrix of its own: the embedding below, and with it the body, stays as it was.
+    A tied head becomes a separate matrix, so that the embedding, and with it the body, stays as it was.
 
     Args:
         params: of a zoo model.
@@ -102,7 +102,7 @@ def norms(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
 
 
 def embeddings(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
-    """Train the embedding tables; a tied head is one of them."""
+    """Train the embedding tables, which include a tied head."""
     return _select(params, _CHOICES["embeddings"](module, {}), module, "the model has no leaf named 'embedding'")
 
 
@@ -152,7 +152,7 @@ _CHOICES: dict[str, Callable[[Any, Mapping[str, Any]], Callable[[Place], bool]]]
 
 
 def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothing: str) -> tuple[PyTree, PyTree]:
-    """Train the parameters that `choose` picks; `nothing` says why there may be none."""
+    """Train the parameters that `choose` picks; `nothing` explains in the error message why there may be none."""
     total, hits = Counter(), Counter()
     for place in parameters(params, module):
         total[place.path] += 1
@@ -194,15 +194,15 @@ def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], b
     return lambda p: (p.path, p.index) in chosen
 
 
-# An adapter of a stack leaves layers alone where its scale is 0, so that it needs no cut; but below the lowest layer
-# that it adapts nothing is trained, and the backward pass ends there.
+# An adapter of a stack has scale 0 on layers that it leaves alone, so it needs no cut; but below the lowest layer that
+# it adapts nothing is trained, and a cut lets the backward pass end there.
 _ADAPTS = {"lora": _lora_adapts, "ia3": _ia3_adapts}
 
 
 def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
-    """Return the module split between layers that `method` trains and layers that it does not; mostly, as it is.
+    """Return the module, split between layers that `method` trains and layers that it does not, if that is needed.
 
-    To be done before the weights are loaded: what is loaded then has the split module's tree.
+    This comes before loading the weights, which then have the split module's tree.
     """
     read(method, ROWS[method].settings, settings)
     if method not in _CHOICES and method not in _ADAPTS:
@@ -240,7 +240,7 @@ def _split_module(module: Any, at: int) -> Any:
 
 
 class Method(NamedTuple):
-    """A row of the table: what a config's `tune.method` names.
+    """A row of the table: a method that `tune.method` can name.
 
     Attributes:
         name: its own.
@@ -265,7 +265,7 @@ class Method(NamedTuple):
 def tune(
     method: str, params: PyTree, key: jax.Array, module: Any, settings: Mapping[str, Any]
 ) -> tuple[PyTree, PyTree]:
-    """Apply the method that a config names; `settings` are its own section's."""
+    """Apply the method `name`; `settings` are those of its section in the config."""
     return METHODS[method](params, key, module, settings)
 
 

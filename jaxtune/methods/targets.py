@@ -1,4 +1,4 @@
-"""The modules that peft adapts where a config names none, by family: peft 0.21's own tables."""
+"""peft 0.21's default target modules, by model family."""
 
 LORA = {
     **dict.fromkeys(
@@ -9,7 +9,7 @@ LORA = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
 }
-# (the targets, those of them whose input is scaled). Mixtral's "w2" in peft's table is no module since transformers 5.
+# (the targets, those of them whose input is scaled). peft's table has "w2" for Mixtral, no module in transformers 5.
 IA3 = {
     **dict.fromkeys(("llama", "mistral"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
     **dict.fromkeys(

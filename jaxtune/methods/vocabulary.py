@@ -1,4 +1,4 @@
-"""The table of tokens and the head over it: room for new tokens, and a head of its own where it is tied."""
+"""The embedding and the output head: adding rows for new tokens, and untying a tied head."""
 
 import dataclasses
 import json
@@ -13,18 +13,18 @@ from jaxtune.weights.leaf import PromptWeight, TokensWeight, is_weight, merge_le
 
 
 def untie(params: PyTree) -> PyTree:
-    """Give a tied output head a matrix of its own, the transposed embedding."""
+    """Replace a tied output head by a separate matrix, the transposed embedding."""
     if "lm_head" in params:
         return params
     return {**params, "lm_head": {"kernel": merge_leaf(params["embed_tokens"]["embedding"]).T}}
 
 
 def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
-    """Give a zoo model room for new tokens: `vocab` rows in its table, and outputs of an untied head.
+    """Add rows for new tokens to a zoo model: `vocab` rows in its embedding, and outputs of an untied head.
 
     New rows are the mean of the old; train them with `lora(trainable_token_indices=...)`, which a tied head follows.
-    The module counts them (`spec.new_tokens`), and a method that is given it and leaves one of them untrained refuses.
-    A file has no place for that mark: what was exported and loaded again has rows like any other, trained or not.
+    The module counts them (`spec.new_tokens`); a method that gets the module raises if it leaves one of them untrained.
+    Files do not store that count: after export and loading they are rows like any other, trained or not.
 
     Raises:
         UserError: the table would shrink, or is adapted or quantised.
@@ -46,7 +46,7 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
 
 
 def with_new_tokens(tuned: tuple[PyTree, PyTree], module: Any) -> tuple[PyTree, PyTree]:
-    """What a method returns, if it trains the rows that `resize` gave the module's table.
+    """Return `tuned`, a method's result, if it trains the rows that `resize` added.
 
     Raises:
         UserError: some of them would stay the mean of the others.

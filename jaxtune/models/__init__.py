@@ -33,7 +33,7 @@ def family(config: dict) -> Any:
 
 
 def _nearest_architecture(name: str) -> str:
-    """A sentence on the supported family that is of the same line as another; a mere likeness in spelling is none."""
+    """A hint on the supported architecture of the same line of models (Llama 2, Llama 3, ...), or on a misspelling."""
     parts, stem = set(re.split(r"[-_]", name)), re.match(r"[a-z]*", name)[0]
     line = [f for f in FAMILIES if f in parts] or [f for f in FAMILIES if stem and re.match(r"[a-z]*", f)[0] == stem]
     if line:
@@ -52,7 +52,7 @@ def build(config: dict, **settings: Any) -> Any:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(
             f"config.json: the weights are quantised (quantization_config, {method!r}), which is not supported; "
-            "give the model they were made from."
+            "give the model that was quantised."
         )
 
     described = family(config)
@@ -88,5 +88,5 @@ def _check_heads(config: Config, spec: Any) -> None:
 
 
 def names(module: Any) -> NameTable:
-    """The name table of a module's family, and of its label head where it has one."""
+    """The name table of a module's family, with its label head's names if it has one."""
     return module.names(family(module.spec.hf_config).NAMES)

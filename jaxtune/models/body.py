@@ -1,4 +1,4 @@
-"""What decoders and encoders share: segments of stacked blocks under `scan`, and the fields that say how they run."""
+"""Shared by decoders and encoders: segments of stacked blocks under `scan`, and the fields that set how they run."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Segment
 from jaxtune.weights.leaf import Array, fold
 
-# What the backward pass keeps of a block; the rest is computed again. Costs in bytes grow downwards.
+# The activations of a block that are kept for the backward pass; the rest is recomputed. Memory grows downwards.
 REMAT = {
     "full": (),
     "attention": ("qkv", "attention"),
     "dots": ("qkv", "attention", "mlp", "low"),
-    "everything": None,  # what "none" is on a GPU, said for any backend
+    "everything": None,  # on any backend what "none" is on a GPU
 }
-# On a CPU "none" keeps what took a large matrix product or random bits, once: the rest is cheaper to compute again than
-# to write and read, and every use of it would be kept as an array of its own.
+# On a CPU "none" keeps only results of large matrix products and random bits: the rest is cheaper to recompute than
+# to write and read, and each use of it would be kept as a separate array.
 PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "low", "dropout")
 
 
@@ -40,7 +40,7 @@ class Pattern(nn.Module):
 
     block: type[nn.Module]
     segment: Segment
-    first: int  # number of the segment's first layer in the model
+    first: int  # index of the segment's first layer in the model
     implementation: str
     std: float
 
@@ -48,12 +48,12 @@ class Pattern(nn.Module):
     def __call__(self, carry, repeat: Array, ctx: Context):
         x, caches = carry
         caches = list(caches)
-        for j, spec in enumerate(self.segment.pattern):
-            layer = self.first + repeat * len(self.segment.pattern) + j
+        for i, spec in enumerate(self.segment.pattern):
+            layer = self.first + repeat * len(self.segment.pattern) + i
             here = ctx._replace(keys=fold(ctx.keys, layer))
-            x = checkpoint_name(x, "residual") if j else x  # the scan keeps the first block's by itself
-            x, caches[j] = self.block(spec, self.implementation, self.std, name=f"block_{j}")(
-                x, here, caches[j], repeat
+            x = checkpoint_name(x, "residual") if i else x  # the scan keeps the first block's itself
+            x, caches[i] = self.block(spec, self.implementation, self.std, name=f"block_{i}")(
+                x, here, caches[i], repeat
             )
         return (x, tuple(caches)), None
 
@@ -63,7 +63,7 @@ class Body(nn.Module):
 
     Attributes:
         spec: the architecture.
-        dtype: of activations; parameters are cast to it where they are used.
+        dtype: of activations; parameters are cast to it when they are used.
         attention: "auto", "mapped", "blocks", "xla" or "cudnn".
         most_segments: of a packed row; 0: any number.
         remat: "none" keeps every activation for the backward pass; see `REMAT`.
@@ -81,21 +81,21 @@ class Body(nn.Module):
     start: int = 0
     stop: int | None = None
 
-    # What is asked of any model. A decoder continues text; a label head (`Classifier`) answers for itself.
+    # The interface of any model; `Decoder` and `Classifier` override what differs.
     continues = False
     is_encoder = True
     label_head = False
-    new_head = False  # a label head that is drawn, so that no checkpoint holds it
+    new_head = False  # whether a label head is newly initialised rather than read from a checkpoint
     label_config = None  # the HF config with the labels' names
     auto_class = "AutoModel"  # the class of transformers that loads an export
     task_type = "FEATURE_EXTRACTION"  # peft's
 
     def names(self, table: NameTable) -> NameTable:
-        """The family's names, as a checkpoint of this model has them."""
+        """The family's name table, as it applies to a checkpoint of this model."""
         return dataclasses.replace(table, bare=True)
 
     def drawn(self, entries: Mapping[str, Any], table: NameTable, key: Array | None) -> dict[str, Array]:
-        """{path: array} of what is not taken from a checkpoint with these tensors."""
+        """{path: array} of parameters that are initialised instead of read from a checkpoint with these tensors."""
         return {}
 
     def run(
@@ -113,7 +113,7 @@ class Body(nn.Module):
         spec, length = self.spec, positions.max(-1) + 1
         if cache is not None:
             length = jnp.full_like(length, min(jax.tree.leaves(cache)[0].shape[2], spec.positions))
-        # Not a set: its order, and with it the program's, would change from process to process.
+        # Not a set: its order, and so the program, would change from process to process.
         ropes = dict.fromkeys(b.rope for s in spec.segments for b in s.pattern if b.rope is not None)
         ctx = ctx._replace(
             ropes={str(r): rope.tables(r, positions, length) for r in ropes}, segments=self._laid(ctx.segments)
@@ -159,7 +159,7 @@ class Body(nn.Module):
         return jax.tree.map(lambda leaf: leaf, _abstract_params(self))
 
     def table(self, name: str, rows: int) -> Any:
-        """A table of embeddings [rows, D]."""
+        """An embedding table [rows, D]."""
         return Table(rows, self.spec.width, self.spec.init_std, name=name)()
 
 

@@ -31,7 +31,7 @@ TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS", IMAGE: None}  # peft's
 POOLINGS = ("cls", "mean", "last")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 PREFIX = "classifier/"
-# What checkpoints call the heads of other tasks, when a new one takes their place.
+# Names of the heads of other tasks in checkpoints, which a new head replaces.
 _OTHER_HEADS = r"(classifier|pre_classifier|score|head|qa_outputs)\..*"
 
 
@@ -40,11 +40,11 @@ class HeadLayout:
     """A family's label head.
 
     Attributes:
-        names: HF name -> path in our tree.
+        names: HF name -> path in the parameter tree.
         act: of a dense layer before the last one; None: there is no such layer.
         norm: whether a norm follows it, as the body's norms are.
-        pooling: what transformers pools by; None: it pools not at all.
-        out_bias, dense_bias: whether the two layers have one.
+        pooling: transformers' pooling; None: there is none.
+        out_bias, dense_bias: whether the two layers have a bias.
     """
 
     names: Mapping[str, str] = dataclasses.field(hash=False)
@@ -57,14 +57,14 @@ class HeadLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What a model classifies into.
+    """The labels of a model.
 
     Attributes:
         kind: SEQUENCE, TOKEN or IMAGE.
         names: of the labels, in the order of the logits.
         problem: one of PROBLEMS.
         pooling: of POOLINGS; None: the family's own.
-        drawn: the head is drawn anew; what a checkpoint holds of another head is not read.
+        drawn: whether the head is newly initialised; a head in the checkpoint is then not read.
     """
 
     kind: str
@@ -75,14 +75,14 @@ class Labels:
 
 
 def decoder_layout(c: Config, kind: str) -> HeadLayout:
-    """What nearly all decoders have: one matrix `score` on the last token, or on every one."""
+    """The head of nearly all decoders: one matrix `score` on the last token, or on every one."""
     if kind == SEQUENCE:
         return HeadLayout({"score.weight": "classifier/out/kernel"}, pooling="last", out_bias=False)
     return HeadLayout({"score.weight": "classifier/out/kernel", "score.bias": "classifier/out/bias"})
 
 
 def older_decoder_layout(c: Config, kind: str) -> HeadLayout:
-    """Of GPT-2 and GPT-NeoX, whose head over tokens is `classifier`."""
+    """The head of GPT-2 and GPT-NeoX, which is `classifier` for labels of tokens."""
     if kind == SEQUENCE:
         return decoder_layout(c, kind)
     return HeadLayout({"classifier.weight": "classifier/out/kernel", "classifier.bias": "classifier/out/bias"})
@@ -112,12 +112,12 @@ def read_labels(config: Mapping[str, Any]) -> Labels | None:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """An encoder or a decoder with a label head; it has what the job asks of a module.
+    """An encoder or a decoder with a label head; it has the interface of `Body`.
 
     `apply({"params": params}, tokens, ...)` gives logits: f32[B, C], or f32[B, T, C] for a label each token.
 
     Attributes:
-        pooled: `apply` takes what `pooled_body` gave, [B, D], in place of tokens.
+        pooled: `apply` takes the output of `pooled_body`, [B, D], in place of tokens.
     """
 
     body: Any
@@ -170,7 +170,7 @@ class Classifier:
         return None if self.labels.kind == TOKEN else self.labels.pooling or self.layout.pooling
 
     def clone(self, **changes: Any) -> "Classifier":
-        """As a Flax module's `clone`, of the body."""
+        """As a Flax module's `clone`; `changes` are fields of the body."""
         return dataclasses.replace(self, body=self.body.clone(**changes))
 
     def apply(
@@ -205,8 +205,8 @@ class Classifier:
     def pooled_body(
         self, params: Any, tokens: Array, positions=None, segments=None, types=None, keys: Keys = None
     ) -> Array:
-        """What the head reads, [B, D], or [B, T, D] for a label each token. Arguments as in `apply`."""
-        seen = segments if self.is_encoder else None  # a decoder never looks to the right
+        """The input of the head, [B, D], or [B, T, D] for a label each token. Arguments as in `apply`."""
+        seen = segments if self.is_encoder else None  # a decoder never sees the padding, which is on the right
         typed = {"types": types} if self.is_encoder and self.spec.types > 1 else {}
         x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, **typed, method="hidden")
         if self.pooling is None:
@@ -219,7 +219,7 @@ class Classifier:
         return {k: v for k, v in params.items() if k != "lm_head"} | {"classifier": self.init_head(key)}
 
     def init_head(self, key: Array) -> dict[str, Any]:
-        """A new head f32: matrices as the body's were drawn, biases zero. It depends on `key` and the shapes alone."""
+        """A new head, f32: matrices initialised as the body's, biases zero. It depends only on `key` and the shapes."""
         d, std = self.spec.width, self.spec.init_std
         keys = dict(zip(("dense", "out"), jax.random.split(jax.random.fold_in(key, 3))))
 
@@ -248,7 +248,7 @@ class Classifier:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the exported model would not expect."""
+        """Sentences on unexpected properties of the exported model."""
         if self.pooling == self.layout.pooling:
             return []
         return [
@@ -265,8 +265,8 @@ class Classifier:
         return dataclasses.replace(table, top=top | dict(self.layout.names), ignored="|".join([table.ignored, *others]))
 
     def drawn(self, entries: Mapping[str, Any], table: NameTable, key: Array | None) -> dict[str, Array]:
-        """{path: array} of what a new head does not take from a checkpoint with these tensors: its last layer, and what
-        is not there. A pooler that was pretrained is kept."""
+        """{path: array} of a new head's parameters that are not read from a checkpoint with these tensors: its last
+        layer, and those that the checkpoint lacks. A pretrained pooler is kept."""
         if not self.labels.drawn:
             return {}
         there = {path for hf, path in self.layout.names.items() if {hf, hf.removeprefix(table.prefix)} & {*entries}}
@@ -331,7 +331,7 @@ def _config_text(config: dict[str, Any], labels: Labels, layout: HeadLayout, bod
         if labels.pooling is not None:
             config["classifier_pooling"] = labels.pooling
     if layout.pooling == "last" and config.get("pad_token_id") is None and config.get("eos_token_id") is not None:
-        # transformers finds the last token by the padding's id.
+        # transformers finds the last token by the id of padding.
         eos = config["eos_token_id"]
         config["pad_token_id"] = eos[0] if isinstance(eos, Sequence) else eos
     return json.dumps(config, sort_keys=True)

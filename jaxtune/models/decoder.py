@@ -121,7 +121,7 @@ class Kernel(nn.Module):
 
 
 def head_leaf(params: Any) -> dict[str, Any]:
-    """The output head as a fact of the tree: `{"kernel": [D,V]}`, or `{"embedding": [V,D]}` where it is tied."""
+    """The output head in a tree: `{"kernel": [D,V]}`, or `{"embedding": [V,D]}` if it is tied."""
     return params["lm_head"] if "lm_head" in params else {"embedding": params["embed_tokens"]["embedding"]}
 
 
@@ -136,9 +136,9 @@ def head_logits(head: dict[str, Any], x: Array, spec: DecoderSpec | None = None)
 
 
 def split(module: Decoder, params: Any, at: int) -> tuple[Decoder, Any]:
-    """Cut the segment that holds layer `at` in two, so that rules can tell what lies below from what lies above.
+    """Cut the segment that holds layer `at` in two, so that rules can treat layers below and above differently.
 
-    The model computes the same; only the tree has one segment more. `at` must fall between two repeats of a pattern.
+    The model computes the same; the tree has one more segment. `at` must fall between two repeats of a pattern.
     """
     segments, out = [], {k: v for k, v in params.items() if not k.startswith("segment_")}
     first = 0

@@ -27,7 +27,7 @@ class EncoderBlockSpec(BlockSpec):
     """One block that sees both directions; the defaults are BERT's.
 
     Attributes:
-        post_norm: norms follow each residual sum, as in the first transformer; otherwise they precede what is added.
+        post_norm: norms follow each residual sum, as in the first transformer; otherwise they precede each part.
         attn_norm: whether a norm belongs to the attention at all (the first block of ModernBERT has none).
         norm_bias: whether norms have a bias.
     """
@@ -53,7 +53,7 @@ class EncoderSpec:
         vocab: rows of the embedding table.
         width: D, channels of the residual stream.
         segments: the body, lowest first.
-        positions: the longest sequence the model knows.
+        positions: tokens of the longest sequence.
         config: the HF config.json, as text (so that the spec stays hashable).
         learned_positions: whether a table of position embeddings is added to the tokens'.
         first_position: row of that table for a sequence's first token.
@@ -106,7 +106,7 @@ class EncoderBlock(nn.Module):
         def norm(name, h):
             return Norm(s.norm, s.eps, bias=s.norm_bias, name=name)(h)
 
-        # A norm's backward pass reads what it normalised: were the sums not kept, so would their products be, again.
+        # A norm's backward pass reads its input; unless the sums are kept, the products before them are recomputed.
         if s.post_norm:
             x = norm("attn_norm", checkpoint_name(x + attention(x), "residual"))
             return norm("mlp_norm", checkpoint_name(x + mlp(x), "residual")), cache

@@ -15,9 +15,9 @@ from jaxtune.weights.leaf import Array, Keys, dot, fold
 
 
 def gelu(x: Array) -> Array:
-    """x times the normal distribution's share below x (Hendrycks & Gimpel 2016, arXiv:1606.08415), as torch has it.
+    """x times the normal distribution function of x (Hendrycks & Gimpel 2016, arXiv:1606.08415), as in torch.
 
-    jax.nn.gelu is the same by erfc, which keeps more digits far below 0, and takes three times as long on a CPU. In
+    jax.nn.gelu uses erfc, which keeps more digits far below 0 and takes three times as long on a CPU. In
     float32, as torch: below 0 the sum leaves too few digits of bfloat16.
     """
     h = x.astype(jnp.float32)
@@ -41,10 +41,10 @@ HF_ACTIVATIONS = {
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares.
+    """Values shared by all blocks in one forward pass.
 
     Attributes:
-        positions: i32[B, T], the cache slots to write; None: the first T, and what the cache held is not seen.
+        positions: i32[B, T], the cache slots to write; None: the first T, and the cache's earlier contents are unseen.
         segments: which tokens see one another; None: all of a row. Given as i32[B, T].
         ropes: {str(rope): (cos, sin)}, each [B, T, 1, dim/2] float32.
         keys: one PRNG key a row, [B], or None.
@@ -57,7 +57,7 @@ class Context(NamedTuple):
 
 
 def leaf(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:
-    """Read a parameter whatever its type; create it, a float32 array, only while initialising."""
+    """Read a parameter of any leaf type; during initialisation create it as a float32 array."""
     if module.is_initializing():
         return module.param(name, init, shape, jnp.float32)
     return module.get_variable("params", name)
@@ -172,7 +172,7 @@ def write_cache(cache: dict[str, Array], k: Array, v: Array, positions: Array | 
             return jax.lax.dynamic_update_slice(slots, new[None], (layer, 0, 0, 0, 0))
         b, t = new.shape[:2]
         if t == 1 and b <= 32 and jax.default_backend() == "cpu":
-            # One token a row: XLA's scatter costs a tenth of a decoding step there, a slice a row nearly nothing.
+            # One token a row: XLA's scatter would take a tenth of a decoding step, a slice for each row almost nothing.
             for row in range(b):
                 at = (layer, row, positions[row, 0], 0, 0)
                 slots = jax.lax.dynamic_update_slice(slots, new[None, row : row + 1], at)
@@ -205,7 +205,7 @@ class Mlp(nn.Module):
         return Linear(x.shape[-1], s.mlp_bias, self.std, name="down_proj")(h, keys)
 
 
-# jax batches a grouped product only where both matrices are batched; members of a sweep share theirs, and take turns.
+# jax batches a grouped product only if both matrices are batched; members of a sweep share one, so they run in turn.
 _product = jax.custom_batching.sequential_vmap(jax.lax.ragged_dot)
 
 
@@ -230,7 +230,7 @@ class Experts(nn.Module):
     """Mixture of experts (Jiang et al. 2024, arXiv:2401.04088, section 2.1): a token's likeliest, weighted.
 
     Tokens are sorted by expert, so that each projection is one grouped product. No adapter targets these matrices: they
-    are trained whole or not at all.
+    are trained in full or not at all.
     """
 
     spec: BlockSpec
@@ -277,7 +277,7 @@ class Block(nn.Module):
         def norm(y, name, places):
             return Norm(s.norm, s.eps, name=name)(y) if s.norms in places else y
 
-        def out_norm(y, name):  # its backward pass reads y; unless that is kept, so is the product that gave it
+        def out_norm(y, name):  # its backward pass reads y; unless y is kept, the product that gave it is recomputed
             after = ("after", "around")
             return norm(checkpoint_name(y, "residual"), name, after) if s.norms in after else y
 

@@ -1,4 +1,4 @@
-"""The bijection between a family's HF tensor names and the paths of our tree.
+"""The bijection between a family's HF tensor names and the paths of the parameter tree.
 
 One table serves load, export, adapter keys and the resolution of targets, so that they cannot drift apart.
 """
@@ -18,10 +18,10 @@ class Tensor(NamedTuple):
 
     Attributes:
         hf: name in the checkpoint, "model.layers.3.self_attn.q_proj.weight".
-        path: leaf in our tree, "segment_0/block_0/self_attn/q_proj/kernel".
-        index: row of the stacked leaf, two where each layer's part is stacked too; None where nothing is.
-        transpose: whether HF keeps the matrix as (out, in), torch's Linear; ours are (in, out).
-        name: what a model in memory calls it, where transformers renames what it reads; targets and adapters use it.
+        path: leaf of the parameter tree, "segment_0/block_0/self_attn/q_proj/kernel".
+        index: row of the stacked leaf; two numbers if each layer's part is stacked, too; None if nothing is.
+        transpose: whether HF stores the matrix as (out, in), as torch's Linear; here matrices are (in, out).
+        name: its name in a loaded model, where transformers renames tensors; targets and adapters use it.
     """
 
     hf: str
@@ -47,14 +47,14 @@ class NameTable:
     Attributes:
         top: HF name -> path, for what is not in a block.
         block: HF name within a layer -> path within a block. A field of `BlockSpec` in braces stands for the numbers
-            below it: so many tensors are stacked on an axis after that of the layers.
+            below it: that many tensors are stacked on an axis after that of the layers.
         layer: prefix of a layer's names, with {} for its number.
         prefix: what HF puts before the names of the body; checkpoints saved from the bare body lack it.
         conv1d: matrices are stored (in, out), as GPT-2's Conv1D does (peft's fan_in_fan_out).
-        ignored: regex of tensors in checkpoints that are no parameters of ours: buffers, heads of pretraining.
-        renamed: ends of names in old checkpoints -> what they are called now.
-        in_memory: (regex in a checkpoint's name, what transformers makes of it in memory), applied in turn.
-        bare: in memory the body stands alone, without the prefix.
+        ignored: regex of tensors in checkpoints that are not parameters: buffers, pretraining heads.
+        renamed: ends of names in old checkpoints -> their current names.
+        in_memory: (regex over a checkpoint's name, its replacement in a loaded model), applied in turn.
+        bare: whether names in a loaded model lack the prefix.
     """
 
     top: dict[str, str]
@@ -97,11 +97,11 @@ class NameTable:
                     number += 1
 
     def modern(self, hf: str) -> str:
-        """What a tensor of a checkpoint is called today."""
+        """The current name of a tensor in a checkpoint."""
         return next((hf.removesuffix(old) + new for old, new in self.renamed.items() if hf.endswith(old)), hf)
 
     def loaded(self, hf: str) -> str:
-        """What a tensor of a checkpoint is called in memory."""
+        """The name of a checkpoint's tensor in a loaded model."""
         for pattern, now in self.in_memory:
             hf = re.sub(pattern, now, hf)
         return hf.removeprefix(self.prefix) if self.bare else hf

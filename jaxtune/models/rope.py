@@ -1,7 +1,7 @@
-"""Frequencies of rotary position embeddings, and the rules that stretch them to longer texts.
+"""Frequencies of rotary position embeddings, and the rules that scale them for longer texts.
 
 A rule is a function of the plain frequencies; its keyword arguments are the keys of HF's `rope_parameters` that it
-reads, so its signature is what a config may say. Each returns frequencies and a factor for cos and sin.
+reads, so its signature lists what a config may contain. Each returns frequencies and a factor for cos and sin.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Rope:
     Attributes:
         theta: the base of the frequencies.
         dim: channels of a head that are rotated, the first ones.
-        kind: how frequencies are stretched to longer texts, a key of `RULES`.
-        rule: what that rule reads, (key, value) by HF's names.
+        kind: how frequencies are scaled for longer texts, a key of `RULES`.
+        rule: arguments of that rule, (key, value) by HF's names.
     """
 
     theta: float
@@ -81,13 +81,13 @@ def _linear(rope, length, *, factor):
 
 def _dynamic(rope, length, *, factor, max_position_embeddings):
     """NTK-aware interpolation: a row longer than the model was made for gets a larger base."""
-    stretch = factor * jnp.maximum(length, max_position_embeddings) / max_position_embeddings - (factor - 1)
-    theta = rope.theta * stretch[:, None, None, None] ** (rope.dim / (rope.dim - 2))
+    scale = factor * jnp.maximum(length, max_position_embeddings) / max_position_embeddings - (factor - 1)
+    theta = rope.theta * scale[:, None, None, None] ** (rope.dim / (rope.dim - 2))
     return 1.0 / theta ** (np.arange(0, rope.dim, 2) / rope.dim), 1.0
 
 
 def _llama3(rope, length, *, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, a ramp between."""
+    """Llama 3.1: long wavelengths are multiplied by `factor`, short ones kept, with a ramp between."""
     frequencies = _plain(rope)
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     ramp = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
@@ -107,10 +107,10 @@ def _yarn(
     mscale_all_dim=None,
     truncate=True,
 ):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3: channels by how often they turn, and a temperature."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3: by rotations of each channel, and a temperature."""
 
     def channel(turns):
-        """The channel that makes so many turns in the original length."""
+        """The channel that makes this many rotations in the original length."""
         return rope.dim * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / 2 / math.log(rope.theta)
 
     def temperature(weight):

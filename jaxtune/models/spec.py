@@ -1,4 +1,4 @@
-"""What a family says about a model: static, hashable descriptions that the one decoder is built from."""
+"""Static, hashable descriptions of models, which families make and the one decoder is built from."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ class BlockSpec:
     norm: NormKind = "rms"
     eps: float = 1e-6
     norms: Literal["before", "after", "around"] = "before"  # where attention and the feed-forward part are normalised
-    residual: Literal["serial", "parallel", "shared"] = "serial"  # "shared": parallel behind one norm
+    residual: Literal["serial", "parallel", "shared"] = "serial"  # "shared": parallel after one norm
     residual_scale: float = 1.0  # on what is added to the residual stream
     act: str = "silu"
     gated: bool = True  # down(act(gate x) * up x); otherwise down(act(up x))
@@ -65,15 +65,15 @@ class DecoderSpec:
         vocab: rows of the embedding table.
         width: D, channels of the residual stream.
         segments: the body, lowest first.
-        positions: the longest sequence the model knows.
+        positions: tokens of the longest sequence.
         tied: whether the output head is the embedding table.
         learned_positions: whether a table of position embeddings is added to the tokens'.
         config: the HF config.json, as text (so that the spec stays hashable).
         embed_scale: multiplies the tokens' embeddings.
-        scales_prompt: whether it multiplies a soft prompt's vectors too; not where the table's own module scales.
+        scales_prompt: whether it multiplies a soft prompt's vectors, too; not if the embedding module itself scales.
         logits_divisor: divides the logits.
         logits_softcap: logits become softcap * tanh(logits / softcap).
-        new_tokens: how many of the table's last rows `resize` added; nothing has trained them yet.
+        new_tokens: how many of the table's last rows `resize` added; they are untrained.
     """
 
     vocab: int
@@ -102,7 +102,7 @@ class DecoderSpec:
 
 
 def uniform(block: BlockSpec, layers: int) -> tuple[Segment, ...]:
-    """The body of a model whose blocks are all alike."""
+    """The segments of a model whose blocks are all alike."""
     return (Segment((block,), layers),)
 
 
@@ -125,7 +125,7 @@ def by_layer(blocks: list[BlockSpec]) -> tuple[Segment, ...]:
     return (*segments, *runs)
 
 
-# What a key of config.json may hold, by its name: (regex over the name, words, test). The first that matches counts.
+# The values that a key of config.json may have: (regex over its name, words, test). The first match applies.
 _VALUES = [
     (re.compile(pattern), words, test)
     for pattern, words, test in (
@@ -164,10 +164,10 @@ _VALUES = [
 
 
 class _Read(dict):
-    """The values of a config.json: each is tested as it is asked for, and it is known which were.
+    """The values of a config.json: each is tested when it is read, and which were read is recorded.
 
     Raises:
-        UserError: a value that its key cannot have.
+        UserError: a value that is invalid for its key.
     """
 
     def __init__(self, values: dict):
@@ -191,7 +191,7 @@ class _Read(dict):
         return self.get(key)
 
 
-# Settings that change a model wherever transformers reads them, often without a mention in the family's own config:
+# Settings that change a model wherever transformers reads them, often undocumented in the family's own config:
 # {key: the value that changes nothing}.
 _CHANGES = {
     "is_causal": True,
@@ -203,7 +203,7 @@ _CHANGES = {
 
 
 class Config:
-    """Strict reading of an HF config.json: what a family does not understand is an error, never ignored."""
+    """Strict reading of an HF config.json: a setting that a family does not understand is an error."""
 
     def __init__(self, values: dict):
         self.values = _Read(values)
@@ -214,7 +214,7 @@ class Config:
         return default if value is None else value
 
     def refuse_unread(self) -> None:
-        """Raise UserError if a setting that makes another model of any family was not asked for by this one."""
+        """Raise UserError for a setting that changes models of any family and that this family did not read."""
         left = {k: v for k, v in self.values.items() if v is not None and k not in self.values.asked}
         found = [k for k, inert in _CHANGES.items() if k in left and left[k] != inert]
         if "layer_types" in left and set(self.values["layer_types"]) != {"full_attention"}:
@@ -232,7 +232,7 @@ class Config:
         return self.values[key]
 
     def choice(self, key: str, default, allowed):
-        """Return the value of `key` if it is one of `allowed`, which may be a mapping to our names."""
+        """Return the value of `key` if it is one of `allowed`, which may be a mapping to jaxtune's names."""
         value = self.get(key, default)
         if value not in allowed:
             raise UserError(
@@ -272,8 +272,8 @@ class Config:
             head_dim: channels of a head.
             theta: transformers' default for the family.
             partial: the default part of a head that is rotated; None: the family rotates whole heads only.
-            keys: what the family's older configs call the base and the part.
-            parameters: instead of the config's own.
+            keys: names of the base and the part in the family's older configs.
+            parameters: used instead of the config's own.
         """
         if parameters is None:
             parameters = self.get("rope_scaling") or self.get("rope_parameters") or {}
@@ -286,7 +286,7 @@ class Config:
         kind = rule.pop("rope_type", kind)
         if not isinstance(kind, str):
             raise UserError(f"config.json ({self.model_type}): rope_type={kind!r}, expected text.")
-        if kind in ("llama3", "yarn", "longrope"):  # a key beside the rule goes before the one in it
+        if kind in ("llama3", "yarn", "longrope"):  # a key outside the rule takes precedence over one in it
             rule |= {k: self.values[k] for k in ("original_max_position_embeddings",) if self.get(k) is not None}
         if kind in ("dynamic", "longrope"):
             rule["max_position_embeddings"] = self.need("max_position_embeddings")

@@ -5,5 +5,5 @@ from typing import Any
 
 
 def inputs(batch: Mapping[str, Any]) -> Any:
-    """What the module reads: tokens i32[B, T], or in their place features [B, T, D] or [B, D] (`train.features`)."""
+    """The module's input: tokens i32[B, T], or in their place features [B, T, D] or [B, D] (`train.features`)."""
     return batch["features"] if "features" in batch else batch["tokens"]

@@ -43,7 +43,7 @@ def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0, members
             keys=keys,
             method="hidden",
         )
-        # A token that is not predicted may be none of the vocabulary's: a virtual one.
+        # A token that is not predicted may lie outside the vocabulary: a virtual one.
         targets = jnp.where(batch["weights"] > 0, batch["targets"], 0)
         project = functools.partial(head_logits, spec=module.spec)
         total = cross_entropy(project, head_leaf(params), x, targets, batch["weights"], z_loss=z_loss, members=members)
@@ -100,5 +100,5 @@ def batch_like(shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def metrics(loss: float, weight: float, aux: Any) -> dict[str, float]:
-    """What an evaluation logs: the perplexity, and how many tokens were predicted."""
+    """The metrics of an evaluation: the perplexity, and the number of predicted tokens."""
     return {"eval/perplexity": math.exp(min(loss, 700.0)), "eval/tokens": int(weight)}

@@ -1,4 +1,4 @@
-"""Labels for sequences and for tokens: losses as transformers' classes have them, and the counts their metrics need.
+"""Labels for sequences and for tokens: losses as in transformers' classes, and the counts for metrics.
 
 Losses and counts are sums, so that micro-batches, devices and evaluation batches add up to the same numbers.
 """
@@ -60,36 +60,36 @@ def classification(module: Any, class_weights: Sequence[float] | None = None) ->
 
 
 def _several(logits: Array, wanted: Array, weights: Array, scales: Array | None) -> Any:
-    """Each label is a question of its own: logits, wanted [B, C], weights [B]."""
+    """Several labels a row, each a binary classification: logits, wanted [B, C], weights [B]."""
     positive = jax.nn.softplus(-logits) * wanted * (1.0 if scales is None else scales)
     nats = (positive + jax.nn.softplus(logits) * (1 - wanted)) * weights[:, None]
-    said, there = (logits > 0) * weights[:, None], wanted * weights[:, None]
+    predicted, true = (logits > 0) * weights[:, None], wanted * weights[:, None]
     right = (((logits > 0) == (wanted > 0.5)).all(-1) * weights).sum()
-    hits = (said * wanted).sum(0)
-    counts = {"hits": hits, "said": said.sum(0), "there": there.sum(0), "right": right, "rows": weights.sum()}
+    hits = (predicted * wanted).sum(0)
+    counts = {"hits": hits, "said": predicted.sum(0), "there": true.sum(0), "right": right, "rows": weights.sum()}
     return (nats.sum(), weights.sum() * logits.shape[-1]), counts
 
 
-def _confusion(said: Array, targets: Array, weights: Array) -> dict[str, Array]:
-    """For each label how often it was right, said and there; said [..., C] one-hot, targets i32[...]."""
-    axes = tuple(range(said.ndim - 1))
-    said, there = said * weights[..., None], jax.nn.one_hot(targets, said.shape[-1]) * weights[..., None]
-    hits = (said * there).sum(axes)
+def _confusion(predicted: Array, targets: Array, weights: Array) -> dict[str, Array]:
+    """For each label true positives, predictions and occurrences; predicted [..., C] one-hot, targets i32[...]."""
+    axes = tuple(range(predicted.ndim - 1))
+    predicted, true = predicted * weights[..., None], jax.nn.one_hot(targets, predicted.shape[-1]) * weights[..., None]
+    hits = (predicted * true).sum(axes)
     return {
         "hits": hits,
-        "said": said.sum(axes),
-        "there": there.sum(axes),
+        "said": predicted.sum(axes),
+        "there": true.sum(axes),
         "right": hits.sum(),
         "rows": weights.sum(),
     }
 
 
 def metrics(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What evaluations log, from counts summed over the rows.
+    """The metrics of an evaluation, from counts summed over the rows.
 
-    accuracy: the share of sequences or tokens that are right (with several labels: in all of them). macro_f1: the mean
-    over the labels that were there or said of F1 = 2 hits / (said + there), as scikit-learn has it. entity_f1,
-    entity_precision, entity_recall: of whole entities, each right only in all of its tokens and its type, as conlleval
+    accuracy: the share of correct sequences or tokens (with several labels: correct in all of them). macro_f1: the mean
+    over labels that occur or are predicted of F1 = 2 hits / (predictions + occurrences), as in scikit-learn. entity_f1,
+    entity_precision, entity_recall: of whole entities, correct only with all tokens and the type correct, as conlleval
     counts (Tjong Kim Sang & De Meulder 2003).
     """
     values = {"eval/rows": int(counts["rows"])}
@@ -98,9 +98,9 @@ def metrics(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         both = counts["said"] + counts["there"]
         values["eval/macro_f1"] = float(np.mean(2 * counts["hits"][both > 0] / both[both > 0])) if both.any() else 0.0
     if "entities" in counts:
-        right, said, there = map(float, counts["entities"])
-        values["eval/entity_f1"] = 2 * right / max(said + there, 1)
-        values["eval/entity_precision"], values["eval/entity_recall"] = right / max(said, 1), right / max(there, 1)
+        right, predicted, true = map(float, counts["entities"])
+        values["eval/entity_f1"] = 2 * right / max(predicted + true, 1)
+        values["eval/entity_precision"], values["eval/entity_recall"] = right / max(predicted, 1), right / max(true, 1)
     return values
 
 
@@ -111,7 +111,7 @@ _PREFIXES = {"B": BEGIN, "I": INSIDE, "E": END, "L": END, "S": SINGLE_TOKEN, "U"
 
 
 def entity_tables(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """(prefix, type) i32[C] of labels such as B-person, I-person and O; None where labels are no such tags."""
+    """(prefix, type) i32[C] of labels such as B-person, I-person and O; None if labels are not such tags."""
     found = [re.fullmatch(r"([BIELSU])-(.+)", name) for name in names]
     if not any(found) or any(m is None and name != "O" for m, name in zip(found, names)):
         return None
@@ -120,10 +120,10 @@ def entity_tables(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
     return prefix, np.array([types[m[2]] if m else -1 for m in found], np.int32)
 
 
-def entity_counts(tables: tuple[np.ndarray, np.ndarray], said: Array, there: Array, weights: Array) -> Array:
-    """(entities right, said, there) f32[3] of tags said, there i32[B, T] at the tokens of weights f32[B, T] above 0."""
+def entity_counts(tables: tuple[np.ndarray, np.ndarray], predicted: Array, true: Array, weights: Array) -> Array:
+    """(correct, predicted, true) entities f32[3] of tags predicted, true i32[B, T], where weights f32[B, T] > 0."""
     counted = weights > 0
-    # Tags lie on the first piece of each word: moved together, with O behind them, they are the sentence's.
+    # Tags are on the first token of each word: moved to the front, followed by O, they are the tags of the words.
     order = jnp.argsort(~counted, axis=1, stable=True)
     counted = jnp.take_along_axis(counted, order, axis=1)
 
@@ -144,6 +144,6 @@ def entity_counts(tables: tuple[np.ndarray, np.ndarray], said: Array, there: Arr
         at = jnp.where(ends, jnp.arange(tags.shape[1]), tags.shape[1])
         return starts, kind, jax.lax.cummin(at, axis=1, reverse=True)
 
-    (a, kind_a, end_a), (b, kind_b, end_b) = spans(said), spans(there)
+    (a, kind_a, end_a), (b, kind_b, end_b) = spans(predicted), spans(true)
     right = a & b & (kind_a == kind_b) & (end_a == end_b)
     return jnp.stack([x.sum() for x in (right, a, b)]).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The tasks with labels: sequence_classification and token_classification. What each reads, lays out and measures."""
+"""The tasks with labels, sequence_classification and token_classification: their rows, batches and metrics."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -115,7 +115,7 @@ def _batch_like(labels: Labels, typed: bool, shape: BatchShape) -> dict[str, jax
 
 
 def _class_weights(asked: Any, form: LabelForm, counted: Any) -> tuple[float, ...] | None:
-    """The weight of each label: as scikit-learn balances classes, or of several labels the ratio of no to yes."""
+    """The weight of each label: as scikit-learn balances classes; with several labels a row, negatives / positives."""
     if asked is None:
         return None
     if asked != "balanced":

@@ -1,4 +1,4 @@
-"""Losses over pairs of answers: each a pure function of a few numbers a row, all of them from `token_nats`.
+"""Losses over pairs of answers: each a pure function of a few numbers a row, which come from `token_nats`.
 
     log p(y | x) = -sum of nats over the trained tokens of y       `answer_logprobs`
     a pair       = its chosen and its rejected answer, each under the policy and under the reference
@@ -36,12 +36,12 @@ class Pairs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """What the losses are told.
+    """The hyperparameters of the losses.
 
     Attributes:
         beta: how strongly the policy is held to the reference, or the scale of the margin; may be an array.
         gamma: SimPO's target margin, in units of the reward.
-        label_smoothing: the probability that chosen and rejected are the wrong way round.
+        label_smoothing: the probability that chosen and rejected are swapped.
     """
 
     beta: float | Array = 0.1
@@ -79,13 +79,13 @@ def _margin(p: Pairs) -> Array:
 
 
 def _mean_margin(p: Pairs) -> Array:
-    """The margin of log-probabilities a token."""
+    """The margin of mean log-probabilities of a token."""
     chosen, rejected = _ratios(p)
     return chosen / jnp.maximum(p.chosen_tokens, 1) - rejected / jnp.maximum(p.rejected_tokens, 1)
 
 
 def _smoothed(logits: Array, s: Strength) -> Array:
-    """-log sigmoid, where labels are the wrong way round with probability `label_smoothing`."""
+    """-log sigmoid, where labels are swapped with probability `label_smoothing`."""
     e = s.label_smoothing
     return -(1 - e) * jax.nn.log_sigmoid(logits) - e * jax.nn.log_sigmoid(-logits)
 

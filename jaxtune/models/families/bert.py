@@ -40,7 +40,7 @@ def table(prefix: str) -> NameTable:
         | norm("output.LayerNorm", "mlp_norm"),
         layer=f"{prefix}encoder.layer.{{}}.",
         prefix=prefix,
-        # The heads of pretraining, and a buffer.
+        # Pretraining heads, and a buffer.
         ignored=rf"{prefix}pooler\..*|cls\..*|lm_head\..*|{prefix}embeddings\.position_ids",
         # TensorFlow's names, in the oldest checkpoints.
         renamed={".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"},

@@ -17,7 +17,7 @@ NAMES = dataclasses.replace(LLAMA, block=norms(NORMS_AROUND) | linears(PROJECTIO
 
 
 def around(c: Config) -> dict:
-    """What blocks of Gemma 2 and 3 have beyond Gemma's."""
+    """The fields of blocks of Gemma 2 and 3 beyond Gemma's."""
     act = c.choice("hidden_activation", "gelu_pytorch_tanh", HF_ACTIVATIONS)
     return {"norms": "around", "act": act, "scale": c.get("query_pre_attn_scalar", 256) ** -0.5}
 

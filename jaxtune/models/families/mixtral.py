@@ -20,8 +20,8 @@ NAMES = dataclasses.replace(
 
 
 def routed(c: Config, experts: str, norm_topk: bool) -> dict:
-    """What a block with experts has beyond Llama's; `experts` is the key of their number."""
-    c.choice("output_router_logits", False, (False,))  # would add the balance loss, which is not there
+    """The fields of a block with experts beyond Llama's; `experts` is the config's key of their number."""
+    c.choice("output_router_logits", False, (False,))  # would add the balance loss, which is not implemented
     return {"experts": c.need(experts), "experts_per_token": c.need("num_experts_per_tok"), "norm_topk": norm_topk}
 
 

@@ -68,7 +68,7 @@ def spec(c: Config) -> EncoderSpec:
 
 
 def _kinds(c: Config) -> list[str]:
-    """What each layer sees; before `layer_types` existed, every n-th layer saw all."""
+    """Each layer's attention; before `layer_types` existed, every n-th layer was global."""
     layers, every = c.need("num_hidden_layers"), c.get("global_attn_every_n_layers", 3)
     return c.layer_types(["sliding_attention" if i % every else "full_attention" for i in range(layers)])
 
@@ -81,7 +81,7 @@ def _rope(c: Config, kind: str, dim: int) -> Rope:
 
 
 def _segments(blocks: list[BlockSpec]) -> tuple[Segment, ...]:
-    """The first block stands alone, for it has no norm; three kinds of layers repeat behind it."""
+    """The first block, which has no norm, is its own segment; after it a pattern of three layers repeats."""
     rest, period = blocks[1:], 3
     repeats = len(rest) // period
     if repeats < 2 or any(rest[i] != rest[i % period] for i in range(repeats * period)):

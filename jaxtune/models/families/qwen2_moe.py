@@ -21,7 +21,7 @@ NAMES = dataclasses.replace(
 
 
 def widths(c: Config, **shared) -> list[dict]:
-    """For each layer, what its feed-forward part has beyond Llama's: experts, or nothing."""
+    """For each layer, the fields of its feed-forward part beyond Llama's: experts, or none."""
     step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
     experts = next((k for k in ("num_local_experts", "num_experts") if c.get(k) is not None), None)  # 5's name, 4's
     if experts is None:

@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT whose positions begin behind the padding token's id."""
+"""RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT with positions counted from the padding token's id + 1."""
 
 from jaxtune.models.classifier import SEQUENCE, HeadLayout
 from jaxtune.models.encoder import EncoderSpec

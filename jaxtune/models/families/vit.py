@@ -110,7 +110,7 @@ class Patches(nn.Module):
 
 
 class Single(nn.Module):
-    """One parameter in a module of its own."""
+    """A module with one parameter."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -159,5 +159,5 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
 
 def label_layout(c: Config, kind: str) -> HeadLayout:
     if kind != IMAGE:
-        raise UserError(f"A model of images (model_type={c.model_type!r}) is no AutoModelFor{kind}.")
+        raise UserError(f"A model of images (model_type={c.model_type!r}) has no AutoModelFor{kind}.")
     return HeadLayout(linear("classifier", "classifier/out"), pooling="cls")
