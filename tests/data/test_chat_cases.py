@@ -388,8 +388,8 @@ def test_columns_that_fit_nothing_get_the_setting_that_reads_them(prepare, row, 
 )
 def test_columns_that_would_change_what_is_trained_are_read_by_name_or_refused(prepare, column, value, ours):
     row = {"prompt": "a", "completion": "b", column: value}
-    read = f"read it with data.columns={ours}={column}, or leave" if ours else "leave"
-    with pytest.raises(UserError, match=f"column '{column}' would change.*: {read} it out.*data.ignore={column}"):
+    read = f"read it with data.columns={ours}={column}, or ignore" if ours else "ignore"
+    with pytest.raises(UserError, match=f"column '{column}' would change.*: {read} it with data.ignore={column}"):
         prepare(row)
     assert prepare(row, ignore=(column,))[:2] == prepare({"prompt": "a", "completion": "b"})[:2]
     if ours:
