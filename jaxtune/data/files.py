@@ -419,12 +419,9 @@ def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
     width = Counter(map(len, rows)).most_common(1)[0][0]
     indexed = width > 2 and _counts_up([line.split()[0] for line in sample if line.strip() and line[0] != "#"])
     if width > MOST_FIELDS + indexed:
-        known, which = (" (CoNLL-U)" if width == 10 else "", "2,4") if indexed else ("", "1,2")
-        tabbed = "" if tabs else " | tr -s ' ' '\\t'"
         raise UserError(
-            f"{name}: {width} fields a line{known}; which of them are the word and its label is unclear. Keep two, for "
-            f"example {which.replace(',', ' and ')}: grep -v '^#' {shlex.quote(str(path))}{tabbed} | cut -f{which} > "
-            f"{shlex.quote(_beside(path))}"
+            f"{name}: {width} fields a line{' (CoNLL-U)' * (indexed and width == 10)}; which of them are the word and "
+            f"its label is unclear. Keep two, for example {_two_fields(path, rows, width, tabs, indexed)}"
         )
     columns = [[row[i] for row in rows if len(row) == width] for i in range(width)]
     tags = [all(map(LIKE_TAG.fullmatch, column)) for column in columns]
@@ -435,10 +432,30 @@ def _conll_layout(name: str, path: Path) -> tuple[int, int, bool, bool, int]:
         if width > 2:
             raise UserError(
                 f"{name}: the label comes first, and {width - 1} fields follow; keep the label and the word: "
-                f"cut -f1,2 {shlex.quote(str(path))} > {shlex.quote(_beside(path))}"
+                f"{_cut(path, (0, 1), tabs)}"
             )
         return 1, 0, tabs, False, width
     return 0, width - 1, tabs, False, width
+
+
+def _two_fields(path: Path, rows: Sequence[list[str]], width: int, tabs: bool, indexed: bool) -> str:
+    """The likely word and label among many fields, as numbers, and the command that keeps them."""
+    columns = [[row[i] for row in rows if len(row) == width] for i in range(width)]
+    label = 3 if indexed else next((i for i in range(width)[::-1] if all(map(LIKE_TAG.fullmatch, columns[i]))), -1)
+    label %= width
+    spread = [
+        len(set(column)) * (i != label and not any(v.isdecimal() for v in column)) for i, column in enumerate(columns)
+    ]
+    word = 1 if indexed else spread.index(max(spread))
+    fields = sorted((word, label))
+    return f"{fields[0] + 1} and {fields[1] + 1}: {_cut(path, fields, tabs)}"
+
+
+def _cut(path: Path, fields: Sequence[int], tabs: bool) -> str:
+    """A command that keeps some fields of a file of tagged words, counted from 0, and no comments."""
+    divided = "" if tabs else " | tr -s ' ' '\\t'"
+    numbers = ",".join(str(i + 1) for i in fields)
+    return f"grep -v '^#' {shlex.quote(str(path))}{divided} | cut -f{numbers} > {shlex.quote(_beside(path))}"
 
 
 def _counts_up(firsts: Sequence[str]) -> bool:

@@ -216,9 +216,23 @@ def test_conll_u_is_refused_with_the_command_that_mends_it(tmp_path):
 
 def test_many_fields_are_refused_with_the_command_that_mends_them(tmp_path):
     path = tmp_path / "a.conll"
-    path.write_text("bc/cctv 0 0 Bob NNP (NP) B-PER\nbc/cctv 0 1 ran VBD * O\n")
-    with pytest.raises(UserError, match="7 fields a line"):
-        rows(path)
+    for divider in " \t":
+        path.write_text("bc/cctv 0 0 Bob NNP (NP) B-PER\nbc/cctv 0 1 ran VBD * O\n".replace(" ", divider))
+        with pytest.raises(UserError, match="7 fields a line") as error:
+            rows(path)
+        assert mended(path, str(error.value)) == [{"tokens": ["Bob", "ran"], "labels": ["B-PER", "O"]}]
+        (tmp_path / "a.clean.conll").unlink()
+
+
+def test_a_label_before_several_fields_is_refused_with_the_command_that_mends_it(tmp_path):
+    path = tmp_path / "a.conll"
+    for divider in " \t":
+        path.write_text("B-PER Bob NNP x\nO ran VBD y\n".replace(" ", divider))
+        with pytest.raises(UserError, match="the label comes first, and 3 fields follow") as error:
+            rows(path)
+        command = str(error.value).partition("word: ")[2]
+        subprocess.run(command, shell=True, check=True)
+        assert rows(tmp_path / "a.clean.conll") == [{"tokens": ["Bob", "ran"], "labels": ["B-PER", "O"]}]
 
 
 # ---------------------------------------------------------------------------------------------------- JSON

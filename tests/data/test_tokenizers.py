@@ -74,6 +74,9 @@ def test_sentencepiece_models_give_its_pieces(tmp_path, kind, name, settings):
             load_tokenizer(str(folder))
         (folder / "config.json").write_text(re.search(r"such as (\{.*?\})", str(error.value))[1])
         assert json.loads((folder / "config.json").read_text()) == {"model_type": kind}
+        code = re.search(r'python -c "(.*)"', str(error.value))[1].replace("'OUT'", repr(str(tmp_path / "made")))
+        exec(code)
+        assert (tmp_path / "made" / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(str(folder))
     pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
     for text in (TEXT, "foxes, 😀 and def f(n)"):
