@@ -1,6 +1,6 @@
-"""peft's front door: `from jaxtune.peft import LoraConfig, get_peft_model`, on a functional model.
+"""peft's interface on a functional model: `from jaxtune.peft import LoraConfig, get_peft_model`.
 
-A thin shell over `jaxtune.load` and `jaxtune.methods.table`, for code that is written against peft's names.
+A thin layer over `jaxtune.load` and `jaxtune.methods.table`, for code that uses peft's names.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxtune.weights.leaf import virtual_tokens
 
 
 class PeftConfig:
-    """A config of peft's, as far as jaxtune knows it; an option it does not know is an error, never ignored.
+    """A config of peft's with the options that jaxtune supports; any other option is an error.
 
     Keyword args and their defaults are those of the method's settings (`jaxtune.methods.settings`); `task_type` must be
     "CAUSAL_LM" or None.
@@ -43,10 +43,10 @@ class PeftConfig:
         self.settings = settings
 
     def settings_for(self, module: Any) -> dict[str, Any]:
-        """The settings on a model: where no targets are given, those that peft has for its family.
+        """The settings for a model; default targets are peft's for its family.
 
         Raises:
-            UserError: it has none for it.
+            UserError: peft has none for the family.
         """
         if not self.table or "target_modules" in self.settings:
             return self.settings
@@ -87,7 +87,7 @@ class PromptTuningConfig(PeftConfig):
 
 @dataclasses.dataclass
 class Model:
-    """A loaded model: `module` is static, `params` is data, `path` is where it came from."""
+    """A loaded model: `module` is static, `params` is data, `path` is its source."""
 
     module: Any
     params: Any
@@ -134,7 +134,7 @@ class PeftModel:
 
 
 def get_peft_model(model: Model, config: PeftConfig, seed: int = 0) -> PeftModel:
-    """Put fresh adapters on a model, as peft's function of this name does."""
+    """Put new adapters on a model, as peft's function of this name does."""
     settings = config.settings_for(model.module)
     params, mask = tune(config.method, model.params, jax.random.key(seed), model.module, settings)
     return PeftModel(model.module, params, mask, model.path, settings)

@@ -1,4 +1,4 @@
-"""What users' files hold, read at one place: JSON of any shape, size or kind of file in, a value or one message out."""
+"""Read users' files: JSON and text of any shape or size, with one error message for anything wrong."""
 
 import json
 import os
@@ -15,20 +15,20 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-        UserError: there is none, it is a folder, a pipe or a device, is too large, or may not be read.
+        UserError: it is missing, a folder, a pipe or a device, too large, or not readable.
     """
     try:
-        # Opened first and looked at afterwards, without waiting for a pipe's other end.
+        # Opened first and examined afterwards, without waiting for the other end of a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    told = os.fstat(descriptor)
-    if not stat.S_ISREG(told.st_mode):
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
         os.close(descriptor)
         raise UserError(f"{path} is no regular file.")
     with os.fdopen(descriptor, "rb") as file:
-        if told.st_size > limit:
-            raise UserError(f"{path} has {told.st_size / 1e6:,.0f} MB, more than the {limit / 1e6:,.0f} that are read.")
+        if info.st_size > limit:
+            raise UserError(f"{path} has {info.st_size / 1e6:,.0f} MB, more than the {limit / 1e6:,.0f} that are read.")
         try:
             return file.read()
         except OSError as error:

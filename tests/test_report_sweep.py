@@ -276,7 +276,7 @@ def test_a_sweep_of_which_all_failed(tmp_path):
     for lr in (1.0, 2.0):
         sweep.member({LR: lr}, {}, "failed", why="not finite", train=[float("nan")])
     page = SweepPage(write_sweep(sweep.folder))
-    assert "None came to a result. Of them, 2 failed." in page.text
+    assert "None has a result. Of them, 2 failed." in page.text
     assert "The best again" not in page.text
     assert page.charts() == {}
 

@@ -323,7 +323,7 @@ def test_two_stay_in_the_step(run, tmp_path):
 def test_all_failed_is_a_failure(run, tmp_path):
     status, _out, err = run(tmp_path / "s", "--sweep.optim.lr=1e30,1e29")
     assert status == 1
-    assert "No point came to a result" in err
+    assert "No point has a result" in err
     assert "Traceback" not in err
 
 

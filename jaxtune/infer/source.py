@@ -43,8 +43,8 @@ class Tuned(NamedTuple):
     @property
     def quantization(self) -> str | None:
         """The quantization of the base on which a run's adapter was trained; None: not quantised."""
-        settings = ((self.config or {}).get("model") or {}).get("quantization", "none")
-        return None if self.adapter is None or settings == "none" else settings
+        value = ((self.config or {}).get("model") or {}).get("quantization", "none")
+        return None if self.adapter is None or value == "none" else value
 
 
 class Target(NamedTuple):

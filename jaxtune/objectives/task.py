@@ -1,7 +1,7 @@
-"""Tasks: what a run trains for. A task is a loss, the form of its rows and its batches, and what an evaluation logs.
+"""Tasks. A task is a loss, the form of its rows and batches, and the metrics of its evaluations.
 
-`TASKS` is the one list of them, which `objective.name` chooses from. To add one, call `register` with a function that
-opens it on a model; nothing else has to know its name:
+`TASKS` lists them; `objective.name` chooses one. To add a task, call `register` with a function that
+makes it for a model; no other code needs its name:
 
     def open_pairs(config, fields, *, objective, data, tokenizer): ... return module, Task(loss=..., ...)
     register("pairs", open_pairs)
@@ -28,18 +28,18 @@ class BatchShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What a run asks of its task.
+    """The interface of a task.
 
     Attributes:
         loss: (module, members that share the step) -> loss_fn; see `jaxtune.objectives`. The module may be what lies
             above a cut of the task's own (`jaxtune.train.features`).
         batch_like: BatchShape -> the abstract batch of a step, [A, B, ...] each.
-        metrics: (loss, weight, sums of what the loss counts) -> what an evaluation logs beside eval/loss.
+        metrics: (loss, weight, summed aux values of the loss) -> metrics that an evaluation logs beside eval/loss.
         assembler: lays data rows into batches (`jaxtune.data.batches.Assembler`).
         form: how labelled rows are read; None: rows are text (`jaxtune.data.formats`).
-        chunk: (tokens, members, backend) -> tokens whose logits exist at once; None: kept as activations are.
-        continues: the result continues text, so that `jaxtune generate` and samples have a meaning.
-        features: its batches may hold features in place of tokens (`jaxtune.train.features`).
+        chunk: (tokens, members, backend) -> tokens whose logits exist at once; None: logits are kept like activations.
+        continues: whether the result continues text, so that `jaxtune generate` and samples apply.
+        features: whether its batches may hold features in place of tokens (`jaxtune.train.features`).
     """
 
     loss: Callable[[Any, int], Callable[..., Any]]
@@ -56,8 +56,8 @@ class Entry(NamedTuple):
     """A row of `TASKS`.
 
     Attributes:
-        opener: opens the task on a model, or where to find that function, "module:name".
-        settings: the settings that only some tasks read, and this one does; the others are refused with it.
+        opener: a function that makes the task for a model, or its location, "module:name".
+        settings: of the settings that only some tasks read, those that this one reads; the others are refused.
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows, "module:name" (`jaxtune.evaluate.evaluation.Evaluator`).
     """
@@ -103,11 +103,11 @@ def register(
     """Add a task to those that `objective.name` chooses from.
 
     Args:
-        name: what configs call it.
+        name: its name in configs.
         opener: `(config, fields, *, objective, data, tokenizer) -> (module, Task)`, or "module:name" of it. `config` is
             the model's config.json; `fields` are of its module; `objective` and `data` are the sections of the run's
             config; `tokenizer` is the directory of it.
-        settings: of those settings that not every task reads, the ones that this one does.
+        settings: of the settings that only some tasks read, those that this one reads.
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows; default: the task's own loss and metrics, row by row.
 
@@ -131,7 +131,7 @@ def open_task(
     """Open the task called `name` on the model of a config.json: (module, task); see `register`.
 
     Raises:
-        UserError: the model does not fit the task, or what the task needs to know of the data is missing or wrong.
+        UserError: the model does not fit the task, or the data lacks something that the task needs.
     """
     opener = TASKS[name].opener
     if isinstance(opener, str):
@@ -141,17 +141,17 @@ def open_task(
 
 
 def unread(name: str) -> tuple[str, ...]:
-    """Return the settings (or sections) that some task reads, and the task called `name` does not."""
+    """Return the settings (or sections) that some task reads, but the task called `name` does not."""
     mine = TASKS[name].settings
     return tuple(dict.fromkeys(path for entry in TASKS.values() for path in entry.settings if path not in mine))
 
 
 def of_model(config: Mapping[str, Any], task_type: str | None = None) -> str:
-    """Return the name of the task that a model was made for, where no run says it.
+    """Return the name of the task that a model was made for, from its config.
 
     Args:
         config: the model's config.json.
-        task_type: of a PEFT adapter that lies on it.
+        task_type: of a PEFT adapter on it.
     """
     from jaxtune.models.classifier import TASK_TYPES, read_labels
 

@@ -7,9 +7,9 @@ over the chunks, `_loop`, which sums slope_i * d nats_i. When it runs depends on
 
     cross_entropy               the weights are the slopes     in the forward pass, nothing is computed twice
     token_nats, frozen head     row i of x has slope_i alone   in the forward pass with slopes of 1; rows are scaled
-    token_nats, trained head    the cotangent is the slopes    in the backward pass, which makes the logits once more
+    token_nats, trained head    the cotangent is the slopes    in the backward pass, which makes the logits again
 
-Positions that are left out are moved to the end and skipped. What is not trained has no gradient computed.
+Positions that are left out are moved to the end and skipped. No gradient is computed for frozen leaves.
 """
 
 import functools
@@ -49,18 +49,18 @@ def token_nats(
 ) -> Any:
     """Return -log softmax(project(head, x))[target] + z_loss * logsumexp^2 of each token, f32[B, T].
 
-    Differentiable by `head` and `x`, whatever is made of the result.
+    Differentiable by `head` and `x`.
 
     Args:
         project: `(head, x [n, D]) -> logits f32[n, V]`, each row by itself.
         head: the output head, a tree of possibly polymorphic leaves.
         x: hidden states [B, T, D].
         targets: i32[B, T].
-        where: [B, T], bool or weights; what is 0 is skipped, and 0 in the result. None: every token.
+        where: [B, T], bool or weights; tokens of 0 are skipped, and 0 in the result. None: every token.
         z_loss: weight of the squared log-normaliser (PaLM, arXiv:2204.02311, section 5).
         chunk: tokens at a time; default by `chunk_size`.
         members: see `chunk_size`.
-        also: `(logits f32[n, V], targets i32[n]) -> tree of arrays [n, ...]`, what else to read off the logits of each
+        also: `(logits f32[n, V], targets i32[n]) -> tree of arrays [n, ...]`, more values from the logits of each
             token; no gradient goes through it.
 
     Returns:
@@ -100,7 +100,7 @@ def cross_entropy(
 
 
 class _Loop(NamedTuple):
-    """What is static of a pass over the chunks."""
+    """The static part of a pass over the chunks."""
 
     logits: Callable[[list[Any], Array], Array]
     size: int
@@ -126,7 +126,7 @@ def _prepared(project, head, x, targets, weights, z_loss, chunk, members, also) 
 
 
 class _Found(NamedTuple):
-    """What a pass over the chunks found; None: not asked for."""
+    """The results of a pass over the chunks; None: not requested."""
 
     total: Array | None  # f32[], the sum of slope * nats
     values: Any  # (nats f32[n], what else `also` gives [n, ...])
@@ -152,7 +152,7 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
     wanted = wanted or [False] * len(leaves)
     count = jnp.sum(weights != 0)
     order = jnp.argsort(weights == 0, stable=True)
-    # Out of range is what has no weight, and what fills the last chunk: read as 0, and dropped when written.
+    # Tokens without weight and the padding of the last chunk are out of range: read as 0, and dropped when written.
     order = jnp.pad(jnp.where(jnp.arange(n) < count, order, n), (0, -n % size), constant_values=n)
     active = (count + size - 1) // size
 
@@ -201,7 +201,7 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
 def _nats_of(logits: Array, targets: Array, slope: Array, z_loss: float) -> tuple[Array, Array]:
     """Return nats [n] of a chunk, and the gradient of their sum, each times its slope, by the logits [n, V].
 
-    The gradient is written down, not derived: in one pass over the logits instead of one for each operation.
+    The gradient is written out, so that it takes one pass over the logits instead of one for each operation.
     """
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -280,7 +280,7 @@ _nats.defvjp(_nats_forward, _nats_backward, symbolic_zeros=True)
 
 
 def _asked(leaves, x, targets, weights) -> tuple[tuple, list[bool], bool]:
-    """The values of the primals, and of which leaves, and whether of x, a gradient is asked."""
+    """The values of the primals, which leaves need a gradient, and whether x does."""
     values = [leaf.value for leaf in leaves], x.value, targets.value, weights.value
     return values, [leaf.perturbed for leaf in leaves], x.perturbed
 

@@ -12,7 +12,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
     """Write the page of a run.
 
     Args:
-      run_dir: holds config.json and metrics.jsonl, and summary.json if the run has come to its end.
+      run_dir: holds config.json and metrics.jsonl, and summary.json if the run has ended.
       out: the page; default: `report.html` in `run_dir`. An older page is replaced.
 
     Returns:
@@ -32,7 +32,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
 
 @contextmanager
 def _as_written(folder: Path) -> Iterator[None]:
-    """Turn what a damaged file of a run breaks, further than its reader looks, into one sentence.
+    """Turn errors from a damaged file of a run, which its reader did not notice, into one sentence.
 
     Raises:
       UserError: in its place.
@@ -42,7 +42,7 @@ def _as_written(folder: Path) -> Iterator[None]:
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(
             f"{folder}: eval.json, summary.json or config.json is not as jaxtune wrote it ({type(error).__name__}: "
-            f"{error}). Take the damaged file out; `jaxtune eval` makes eval.json again."
+            f"{error}). Remove the damaged file; `jaxtune eval` writes eval.json again."
         ) from error
 
 
@@ -74,7 +74,7 @@ def write_comparison(run_dirs: Sequence[str | os.PathLike], out: str | os.PathLi
 
 
 def write_sweep(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Write the page of a sweep, whether it has come to its end or not.
+    """Write the page of a sweep, finished or not.
 
     Args:
       folder: what `jaxtune sweep` or launch/sweep_lr.sh writes: sweep.json and a run directory for each of its points.

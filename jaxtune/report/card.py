@@ -1,4 +1,4 @@
-"""What a model card tells of a run and of its evaluation."""
+"""The parts of a model card on a run and its evaluation."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -13,7 +13,7 @@ from jaxtune.train.log import read_metrics
 
 
 def carry_evaluation(run: Path, out: Path) -> None:
-    """Put what `jaxtune eval` measured of a run's last step into the card of its result, which lies in `out`."""
+    """Put the results of `jaxtune eval` for a run's last step into the model card in `out`."""
     steps = [m["step"] for m in read_metrics(run)] if (run / "metrics.jsonl").is_file() else []
     evaluation = read_evaluation(run, max(steps, default=None))
     if evaluation and (out / "README.md").is_file():
@@ -57,7 +57,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 def run_facts(
     config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]] = (), summary: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Choose what a card tells about a run, which is what its page tells: label -> value.
+    """The facts on a run for its model card, the same as on its page: label -> value.
 
     Args:
         config: the resolved config, a mapping of sections.
@@ -97,7 +97,7 @@ def run_facts(
 
 
 def _public(source: Any) -> Any:
-    """A source of data without the folders of this machine."""
+    """The name of a data source, without folders of this machine."""
     if isinstance(source, list | tuple):
         return [_public(one) for one in source]
     return Path(source).name if isinstance(source, str) and source.startswith(("/", "~", ".")) else source
@@ -108,8 +108,8 @@ _LORA = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 def _before_and_after(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for entry in metrics.values():
-        told = [value(entry, who) for who in ("base", "tuned") if who in entry]
-        yield entry["label"], " before, ".join(told) + " after" if len(told) == 2 else told[0]
+        values = [value(entry, who) for who in ("base", "tuned") if who in entry]
+        yield entry["label"], " before, ".join(values) + " after" if len(values) == 2 else values[0]
 
 
 def _versions(recorded: Mapping[str, str] | None) -> list[str]:

@@ -1,7 +1,7 @@
-"""Curves over the step, and repeats over a rate: where everything lies, for the macro that draws it as inline SVG.
+"""Curves over the step, and repeats over a rate: coordinates for the macro that draws them as inline SVG.
 
-The drawing is stretched over its box and strokes keep their width; labels are HTML that is placed by percentages. So a
-page is crisp at any width and needs no script to be read: the script only adds the read-out under the pointer.
+The drawing is scaled to its box and strokes keep their width; labels are HTML that is placed by percentages. So a
+page is crisp at any width and readable without a script, which only adds the read-out under the pointer.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jaxtune.report.run import Measured
 from jaxtune.report.words import compact, number
 
-WIDTH, HEIGHT = 1000, 1000  # units of the drawing; the page decides what they measure
+WIDTH, HEIGHT = 1000, 1000  # units of the drawing; the page sets their size
 MOST_POINTS = 600  # of a curve: more than a page has pixels for
 
 
@@ -25,7 +25,7 @@ class Series:
     colour: 1 to 8, a slot of the palette; 0 for grey.
     style: "line", "faint" (a line behind the others) or "dots" (a line with its points).
     mark: the step whose point is ringed.
-    note: said behind the name in the legend.
+    note: shown after the name in the legend.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Series:
 class Spread:
     """Repeats over a positive x: a dot each, a line through the means, and a band from the lowest to the highest.
 
-    values: x -> what the repeats there came to.
-    lost: x -> how many of them came to nothing, which is marked at the top edge.
+    values: x -> the results of the repeats.
+    lost: x -> how many repeats have no result; they are marked at the top edge.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Mark(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A word beside the drawing, at a percentage from its top or its left."""
+    """A label beside the drawing, at a percentage from its top or its left."""
 
     at: float
     text: str
@@ -83,7 +83,7 @@ class Chart:
         log: whether the value axis is logarithmic.
         shapes, rows, columns, legend: what is drawn, in order, and the words beside it.
         lost: (percentage from the left, colours) of crosses at the top edge.
-        readout: what the script says under the pointer.
+        readout: the text that the script shows under the pointer.
         wide: takes a row of its own.
     """
 
@@ -101,7 +101,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values lie between 0 and 1, and which ones are labelled."""
+    """Maps values to 0..1, with ticks and their labels."""
 
     lo: float
     hi: float
@@ -167,7 +167,7 @@ def _round_step(size: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= size * (1 - 1e-9))
 
 
-TINY = 1e-290  # what is nearer to 0 is drawn at 0: a power of ten below its range would be
+TINY = 1e-290  # smaller values are drawn at 0, since a power of ten below them would underflow
 
 
 def value_axis(values: Sequence[float], *, zero: bool = False) -> Axis:
@@ -190,12 +190,12 @@ def smooth(points: Sequence[Measured], share: float = 0.04) -> list[Measured]:
 
 
 def thin(points: Sequence[Measured], most: int = MOST_POINTS) -> list[Measured]:
-    """At most `most` points that draw the same picture: the ends, and the extremes of equal stretches."""
+    """At most `most` points that draw the same picture: the ends, and the extremes of equal intervals."""
     if len(points) <= most:
         return list(points)
-    stretches = (most - 2) // 2
+    intervals = (most - 2) // 2
     inner = points[1:-1]
-    bounds = [len(inner) * i // stretches for i in range(stretches + 1)]
+    bounds = [len(inner) * i // intervals for i in range(intervals + 1)]
     kept = []
     for start, end in pairwise(bounds):
         piece = sorted(inner[start:end], key=lambda point: point.value)
@@ -274,7 +274,7 @@ def _curve(series: Series, points: Sequence[Measured], x: Axis, y: Axis) -> list
     at = [(f"{WIDTH * x.at(p.step):.1f}", f"{HEIGHT * (1 - y.at(p.value)):.1f}") for p in points]
     colour = f"c{series.colour}"
     shapes = [Mark(f"line {series.style} {colour}", "M" + "L".join(" ".join(xy) for xy in at))]
-    # A path of no length with round caps is a dot that the stretched drawing does not squash.
+    # A path of zero length with round caps is a dot that scaling does not distort.
     if series.style == "dots" or len(points) == 1:
         shapes.append(Mark(f"dot {colour}", "".join(f"M{a} {b}h0" for a, b in at)))
     marked = [f"M{a} {b}h0" for p, (a, b) in zip(points, at) if p.step == series.mark]
@@ -306,7 +306,7 @@ def _spread(spread: Spread, x: Axis, y: Axis, best: float) -> list[Mark]:
 
 
 def _read_out(spread: Spread, top: float) -> list[list]:
-    """[x, mean, its text, a note] at each x; what is lost altogether counts as being at the `top`."""
+    """[x, mean, its text, a note] at each x; an x without any result is placed at the `top`."""
     points = []
     for at in sorted({*spread.values, *spread.lost}):
         there, lost = spread.values.get(at, ()), spread.lost.get(at, 0)

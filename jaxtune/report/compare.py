@@ -1,4 +1,4 @@
-"""The page of several runs: their losses together, and a table of what they differ in and what came of it."""
+"""The page of several runs: their losses in one chart, and a table of the settings that differ with the results."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from jaxtune.report.words import duration, number, percent, setting
 
 COLOURS = 8  # in the palette; runs beyond the best eight are drawn in grey
 
-Cell = str | tuple[Any, str]  # text; or what the column is sorted by, and text
+Cell = str | tuple[Any, str]  # text; or (sort key, text)
 
 
 class Ranked(NamedTuple):
@@ -24,9 +24,9 @@ class Ranked(NamedTuple):
 
     Attributes:
         name: of the run.
-        href: its own page, from where this one lies; None where there is none.
+        href: its own page, relative to this one; None if there is none.
         colour: of its curves; None where it has none.
-        cells: the columns behind the name.
+        cells: the columns after the name.
         status: of a point of a sweep.
         best: whether it is the best of all.
     """
@@ -40,7 +40,7 @@ class Ranked(NamedTuple):
 
 
 def comparison_page(runs: Sequence[RunRecord], folder: Path) -> str:
-    """Return the HTML that compares `runs`; links in it are relative to `folder`, where it will lie."""
+    """Return the HTML that compares `runs`; links are relative to `folder`, where it will be written."""
     names, colours, ranks = labels(runs), _colours(runs), order(runs)
     heads, rows = result_rows(runs)
     return render(
@@ -62,7 +62,7 @@ def comparison_page(runs: Sequence[RunRecord], folder: Path) -> str:
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Short names that tell the runs apart: their paths from the folder that holds them all."""
+    """Short distinct names of the runs: their paths relative to their common folder."""
     paths = [run.folder.resolve() for run in runs]
     common = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(common)) for path in paths]
@@ -74,7 +74,7 @@ def differences(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _score(run: RunRecord) -> tuple[bool, float]:
-    """What a run is judged by: its best held-out loss; behind all that have one, its smoothed training loss."""
+    """The sort key of a run: its best held-out loss; runs without one come later, by smoothed training loss."""
     best = run.best()
     if best:
         return False, best.value
@@ -91,20 +91,20 @@ def _colours(runs: Sequence[RunRecord]) -> list[int]:
 
 def _summary(runs: Sequence[RunRecord], names: Sequence[str], winner: int) -> list[str]:
     differ = differences(runs)
-    said = [f"The runs differ in {', '.join(differ)}." if differ else "The runs have the same settings."]
+    lines = [f"The runs differ in {', '.join(differ)}." if differ else "The runs have the same settings."]
     best, (_, score) = runs[winner].best(), _score(runs[winner])
     if math.isfinite(score):
         kind, at = ("held-out", f" at step {best.step:,}") if best else ("training", "")
-        said.append(f"{names[winner]} has the lowest {kind} loss, {number(score)}{at}.")
+        lines.append(f"{names[winner]} has the lowest {kind} loss, {number(score)}{at}.")
     without = sum(run.best() is None for run in runs)
     if without:
-        behind = " and stand behind the others" if without < len(runs) else ""
-        said.append(f"{without} of {len(runs)} have no held-out loss, are judged by their training loss{behind}.")
-    return said
+        behind = " and rank after the others" if without < len(runs) else ""
+        lines.append(f"{without} of {len(runs)} have no held-out loss, are judged by their training loss{behind}.")
+    return lines
 
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str], colours: Sequence[int]) -> list[Chart]:
-    ranks = sorted(range(len(runs)), key=lambda i: colours[i] > 0)  # grey lies below
+    ranks = sorted(range(len(runs)), key=lambda i: colours[i] > 0)  # grey curves first, below the others
     evals = [_eval_series(runs[i], names[i], colours[i]) for i in ranks]
     train = [Series(names[i], smooth(runs[i].series("train/loss")), colours[i]) for i in ranks]
     charts = chart("Held-out loss", evals, wide=True), chart("Training loss, smoothed", train, wide=True)
@@ -123,7 +123,7 @@ def result_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Cell]]]
     """
     names, differ = labels(runs), differences(runs)
     heads = ["run", "held-out loss", "at step", "training loss", "valid JSON", "fields right"]
-    heads += [*differ, "trained", "time", "tokens/s"]  # many settings may differ; what came of them stands before
+    heads += [*differ, "trained", "time", "tokens/s"]  # many settings may differ, so the results come first
     rows = []
     for i in order(runs):
         run, after, best = runs[i], runs[i].after(), runs[i].best()
@@ -146,7 +146,7 @@ def result_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Cell]]]
 
 
 def evaluation_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Cell]]]:
-    """(heads, rows): a row for each evaluated run, best first: what eval.json has of its tuned model."""
+    """(heads, rows): a row for each evaluated run, best first, with the tuned model's results in eval.json."""
     names = labels(runs)
     evaluated = {i: runs[i].evaluation["held_out"] for i in order(runs) if "held_out" in runs[i].evaluation}
     metrics = {name: entry["label"] for held in evaluated.values() for name, entry in held["metrics"].items()}
@@ -161,7 +161,7 @@ def evaluation_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[Cel
 
 
 def evaluation_notes(runs: Sequence[RunRecord]) -> list[str]:
-    """What to mind when the figures of eval.json are compared."""
+    """Notes on comparing the results in eval.json."""
     held = [run.evaluation.get("held_out") for run in runs]
     measured = [h for h in held if h]
     notes = []
@@ -169,17 +169,17 @@ def evaluation_notes(runs: Sequence[RunRecord]) -> list[str]:
         without = ", ".join(name for name, h in zip(labels(runs), held, strict=True) if not h)
         notes.append(f"Not evaluated: {without} (jaxtune eval RUN).")
     if len({(tuple(h.get("data", ())), h["rows"]) for h in measured}) > 1:
-        notes.append("The runs were evaluated on different rows: their figures cannot be compared.")
+        notes.append("The runs were evaluated on different rows: their results cannot be compared.")
     return notes
 
 
 def order(runs: Sequence[RunRecord]) -> list[int]:
-    """The runs' places, best first."""
+    """The runs' indices, best first."""
     return sorted(range(len(runs)), key=lambda i: _score(runs[i]))
 
 
 def used(heads: list[str], rows: list[list[Cell]]) -> tuple[list[str], list[list[Cell]]]:
-    """Both without the columns in which no row has anything."""
+    """Both without empty columns."""
     kept = [j for j in range(len(heads)) if any(row[j] != "" for row in rows)]
     return [heads[j] for j in kept], [[row[j] for j in kept] for row in rows]
 
@@ -190,11 +190,11 @@ def setting_cell(value: Any) -> Cell:
 
 
 def cell(value: float | None, show: Callable[[float], str] = number) -> Cell:
-    """A number, or nothing."""
+    """A cell with a number, or an empty one."""
     return "" if value is None else (value, show(value))
 
 
 def link(run: Path, folder: Path) -> str | None:
-    """A run's own page, from `folder`; None where there is none."""
+    """A run's own page, relative to `folder`; None if there is none."""
     page = run / "report.html"
     return quote(os.path.relpath(page.resolve(), folder.resolve())) if page.is_file() else None

@@ -1,4 +1,4 @@
-"""What was found in a run's data, for its page: from data_report.json, or from what training saw by itself."""
+"""The findings on a run's data, for its page: from data_report.json, or from training's own checks."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ class DataView:
     """The findings and the numbers of a data set.
 
     Attributes:
-        facts: (what, figure) of the whole.
+        facts: (name, value) of the whole.
         findings: as in data_report.json, the worst first.
         histogram: of the tokens a row; `limit` is data.max_length.
         groups: column -> its most frequent values, and how many more there are.
         samples: (place, [(text, trained), ...]).
-        glance: whether training saw it on the way, where `jaxtune data` sees more.
+        glance: whether these are training's own checks, which find less than `jaxtune data`.
     """
 
     facts: list[tuple[str, str]]

@@ -1,4 +1,4 @@
-"""eval.json as tables: its numbers in words for terminals, cards and pages, and where a page draws them."""
+"""eval.json as tables: its numbers as text for terminals, cards and pages, and the coordinates of bars on a page."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,8 +10,8 @@ from jaxtune.reading import read_json
 from jaxtune.report.words import number
 
 MODELS = ("base", "tuned", "model")
-MOST_CONFUSED = 12  # labels up to which a confusion matrix is shown whole
-LISTED = 15  # confusions listed where it is not
+MOST_CONFUSED = 12  # labels at most for a full confusion matrix
+LISTED = 15  # confusions to list otherwise
 BADGES = {"better": "good", "worse": "bad", "changed": "even", "no evidence": "even"}
 COLOURS = {"base": 0, "tuned": 1, "model": 1}
 
@@ -48,7 +48,7 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def check_metrics(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return entries {metric: its values}, or raise what shows that one is not as `jaxtune eval` makes it."""
+    """Return entries {metric: its values}; raise an error of any kind if one is not as `jaxtune eval` writes it."""
     for entry in entries.values():
         _check_entry(entry)
     return entries
@@ -87,7 +87,7 @@ def difference(entry: Mapping[str, Any]) -> str:
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
-    """better, worse or no evidence, and how sure."""
+    """better, worse or no evidence, with the p-value."""
     return f"{entry['verdict']} {_p(entry)}".strip()
 
 
@@ -97,12 +97,12 @@ def _p(entry: Mapping[str, Any]) -> str:
 
 
 def tally(entries: Iterable[Mapping[str, Any]]) -> str:
-    """How the metrics came out: "6 of 8 metrics better than the base, 1 worse, 1 without evidence"; or nothing."""
-    told = [entry["verdict"] for entry in entries if "verdict" in entry]
-    counts = {name: told.count(name) for name in BADGES}
-    if not told:
+    """A summary of the verdicts: "6 of 8 metrics better than the base, 1 worse, 1 without evidence"; or nothing."""
+    verdicts = [entry["verdict"] for entry in entries if "verdict" in entry]
+    counts = {name: verdicts.count(name) for name in BADGES}
+    if not verdicts:
         return ""
-    parts = [f"{counts['better']} of {len(told)} metrics are better than the base's"]
+    parts = [f"{counts['better']} of {len(verdicts)} metrics are better than the base's"]
     parts += [f"{counts['worse']} worse"] * bool(counts["worse"])
     parts += [f"{counts['changed']} changed"] * bool(counts["changed"])
     parts += [f"{counts['no evidence']} without evidence of a difference"] * bool(counts["no evidence"])
@@ -140,8 +140,8 @@ class Line(NamedTuple):
         label: metric or group.
         rows: how many it was measured on.
         bars: the models' intervals.
-        figures: (value, interval or "") of each model, and of the difference where there are two.
-        verdict, badge, p: what the test says, its colour, how sure; empty without a test.
+        figures: (value, interval or "") of each model, and of the difference if there are two.
+        verdict, badge, p: the test's verdict, its colour, its p-value; empty without a test.
     """
 
     label: str
@@ -154,7 +154,7 @@ class Line(NamedTuple):
 
 
 def lines(entries: Mapping[str, Mapping[str, Any]], span: tuple[float, float] | None = None) -> list[Line]:
-    """The rows of a table, by label. `span`: what the bars reach over, for metrics that are no shares."""
+    """The rows of a table, by label. `span`: the range of the bars, for metrics that are not shares."""
     names = who(entries)
     found = []
     for label, entry in entries.items():
@@ -182,7 +182,7 @@ def groups(held_out: Mapping[str, Any]) -> list[tuple[str, list[Line]]]:
 
 
 class Confusion(NamedTuple):
-    """What a model took for what.
+    """The confusions of a model.
 
     Attributes:
         model: its name.
@@ -196,7 +196,7 @@ class Confusion(NamedTuple):
 
 
 def confusions(held_out: Mapping[str, Any]) -> list[Confusion]:
-    """The confusions of each model, whole or the most frequent ones."""
+    """The confusions of each model: all, or the most frequent ones."""
     labels = held_out.get("labels")
     if not labels:
         return []

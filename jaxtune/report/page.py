@@ -1,4 +1,4 @@
-"""The page of one run: what came of it, what to know of it, curves, samples, cost, how to use and repeat it."""
+"""The page of one run: result, findings, curves, samples, cost, how to use and repeat it."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ MOST_SAMPLES = 20
 HEADLINE = (
     *("loss", "json_exact", "numeric", "accuracy", "entity_f1"),
     *("exact_match", "rouge_l", "json_valid", "perplexity"),
-)  # what a page begins with: the first two that were measured
+)  # the headline of a page: the first two that were measured
 
 
 def run_page(run: RunRecord) -> str:
@@ -74,7 +74,7 @@ def _headline(run: RunRecord, entry: Mapping[str, Any]) -> tuple[str, str, str, 
 
 
 def curves(run: RunRecord) -> list[Chart]:
-    """The loss, and what belongs to its story."""
+    """The charts of the losses and of related metrics."""
     loss, evals, best = run.series("train/loss"), run.series("eval/loss"), run.best()
     note = f"best {number(best.value)} at step {best.step:,}" if best else ""
     held_out = Series("held out", evals, 2, "dots", mark=best.step if best else None, note=note)
@@ -88,7 +88,7 @@ def curves(run: RunRecord) -> list[Chart]:
 
 
 def train_loss_series(loss: Sequence[Any]) -> list[Series]:
-    """The logged loss, faint, under its moving average; alone where it is short."""
+    """The logged loss, faint, under its moving average; a short one without the average."""
     if len(loss) < 25:
         return [Series("training", loss, 1)]
     return [Series("training", loss, 1, "faint"), Series("training, smoothed", smooth(loss), 1)]
@@ -136,17 +136,19 @@ class Snippet(NamedTuple):
 
 
 def _result(run: RunRecord) -> Path:
-    """The exported directory: the one that is there, and before that the one that the method will write."""
+    """The exported directory: the existing one, or the one that the method will write."""
     there = [run.folder / name for name in ("adapter", "model") if (run.folder / name).is_dir()]
     return there[0] if there else run.folder / ("adapter" if run.settings["tune.method"] in ADAPTERS else "model")
 
 
 def _use(run: RunRecord) -> list[Snippet]:
-    """How to try and to load the result; nothing before it is there."""
+    """How to try and load the result; empty before it exists."""
     result = _result(run)
     if not result.is_dir():
         return []
-    auto = run.summary.get("auto_class") or TASKS[run.settings["objective.name"]].auto_class  # older runs do not say it
+    auto = (
+        run.summary.get("auto_class") or TASKS[run.settings["objective.name"]].auto_class
+    )  # older runs do not record it
     folder, base = shlex.quote(str(run.folder)), str(run.settings["model.path"])
     snippets = [Snippet("on the command line", f"jaxtune generate {folder} --prompt='...'")]
     kept = result / "config.json"  # of an adapter: names the labels of its head
@@ -158,7 +160,7 @@ def _use(run: RunRecord) -> list[Snippet]:
 
 
 def reproduce(run: RunRecord) -> list[Snippet]:
-    """The command as it was typed, or what trains a point of a sweep alone; and one that takes every setting."""
+    """The command as it was typed, or one that trains a point of a sweep alone; and one with every setting."""
     argv = run.facts("argv", str)
     typed = "alone, outside the sweep" if "point" in run.summary else "as it was started"
     config, workdir = run.folder / "config.json", run.folder.with_name(f"{run.name}-again")

@@ -1,4 +1,4 @@
-"""Templates to one self-contained page: its style and script are in it, and it may load nothing."""
+"""Render templates to one self-contained page, with its style and script, which loads nothing else."""
 
 import base64
 import functools
@@ -13,7 +13,7 @@ from jaxtune.report import words
 
 
 def render(template: str, **view: Any) -> str:
-    """Return the HTML of `templates/{template}`. Whatever is not in a template itself is escaped."""
+    """Return the HTML of `templates/{template}`. Values are escaped."""
     page = _environment().get_template(template).render(view, sections=[])
     return page.encode("utf-8", "replace").decode()  # a lone surrogate, which UTF-8 cannot hold, becomes "?"
 

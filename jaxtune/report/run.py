@@ -1,4 +1,4 @@
-"""What a run directory says: its settings, its metrics by step, and the facts of its summary."""
+"""Read a run directory: its settings, its metrics by step, and its summary."""
 
 import contextlib
 import math
@@ -29,14 +29,14 @@ class RunRecord:
 
     Attributes:
         folder: as it was given, for commands to paste.
-        settings: all of them, "section.key" -> the value that applied.
-        overrides: those of them that are not at their defaults.
+        settings: all settings, "section.key" -> value.
+        overrides: those that differ from their defaults.
         versions: package -> version.
         metrics: the lines of metrics.jsonl that have a step.
         summary: summary.json; empty where there is none.
-        evaluation: eval.json, see `read_evaluation`; empty where there is none of the last step.
-        data: what `jaxtune data` wrote beside the run, or what training found by itself; empty where there is neither.
-        sampled: what was generated at evaluations, where that was asked for: {"prompt", "expected", "before", "after"},
+        evaluation: eval.json, see `read_evaluation`; empty if there is none for the last step.
+        data: the report of `jaxtune data` in the run, or of training's own checks; empty if there is neither.
+        sampled: texts generated at evaluations, if configured: {"prompt", "expected", "before", "after"},
             of the base and of the last evaluation.
     """
 
@@ -71,12 +71,12 @@ class RunRecord:
         return [entry for entry in value if isinstance(entry, kind)] if isinstance(value, list) else []
 
     def series(self, key: str) -> list[Measured]:
-        """A metric by step. A step that was logged twice counts as it was logged last; NaN and infinity stay out."""
+        """A metric by step. If a step was logged twice, the last value counts; NaN and infinity are left out."""
         values = {line["step"]: line[key] for line in self.metrics if _in_curve(line) and is_number(line.get(key))}
         return [Measured(step, values[step]) for step in sorted(values)]
 
     def best(self) -> Measured | None:
-        """The evaluation with the lowest loss, the first of equals; that of the base, at step 0, is no result."""
+        """The evaluation with the lowest loss, the first of equals, without that of the base at step 0."""
         tuned = (point for point in self.series("eval/loss") if point.step > 0)
         return min(tuned, key=lambda point: point.value, default=None)
 
@@ -84,21 +84,21 @@ class RunRecord:
         return max((line["step"] for line in self.metrics), default=0)
 
     def before(self) -> dict[str, float]:
-        """Evaluation metrics of the untuned model: those of step 0, and lines that say so."""
+        """Evaluation metrics of the untuned model: those of step 0, and lines marked as such."""
         at_zero = [line for line in self.metrics if line["step"] == 0 and "phase" not in line]
         return _evaluations([*at_zero, *(line for line in self.metrics if line.get("phase") == "before")])
 
     def after(self) -> dict[str, float]:
-        """Evaluation metrics of the result: those of the best evaluation, and lines that say so.
+        """Evaluation metrics of the result: those of the best evaluation, and lines marked as such.
 
-        A metric that no evaluation of the loss holds counts where it was written last, after step 0.
+        A metric that evaluations of the loss do not log is taken from its last line after step 0.
         """
         best = self.best()
         tuned = [line for line in self.metrics if line["step"] > 0 and "phase" not in line]
         rare = [{k: v for k, v in line.items() if k not in ("eval/loss", "eval/perplexity")} for line in tuned]
         at_best = [line for line in tuned if best and line["step"] == best.step]
-        said = [line for line in self.metrics if line.get("phase") == "after"]
-        return _evaluations([*rare, *at_best, *said])
+        marked = [line for line in self.metrics if line.get("phase") == "after"]
+        return _evaluations([*rare, *at_best, *marked])
 
     def seconds(self) -> float | None:
         """Wall time of the run: a number in the summary, or the sum of its parts."""
@@ -116,13 +116,13 @@ class RunRecord:
         return {str(k): tuple(v) for k, v in pairs if isinstance(v, list) and len(v) == 2 and all(map(is_number, v))}
 
     def cost(self, name: str) -> float | None:
-        """A number of what the run took: "flops", "peak_bytes", "runs" that shared the process."""
+        """A number on the run's cost: "flops", "peak_bytes", "runs" that shared the process."""
         value = self.summary.get("cost")
         value = value.get(name) if isinstance(value, dict) else None
         return value if is_number(value) else None
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """What the run measured with intervals of its own: metric -> an entry as in eval.json."""
+        """The run's own scores with intervals: metric -> an entry as in eval.json."""
         try:
             return check_metrics(_object_in(self.summary, "scores"))
         except (ValueError, KeyError, TypeError) as error:
@@ -158,11 +158,11 @@ def read_run(folder: str | os.PathLike) -> RunRecord:
     """Read a run directory.
 
     Raises:
-      UserError: it is none, nothing is logged in it yet, or one of its files is not what a run writes.
+      UserError: it is not a run, has logged nothing yet, or one of its files is not what a run writes.
     """
     folder = Path(folder).expanduser()
     _check(folder)
-    if folder.name in ("", ".."):  # commands to paste name what lies beside the run
+    if folder.name in ("", ".."):  # commands to paste contain the folder's name
         folder = folder.resolve()
     overrides, _ = load_file(str(folder / "config.json"))
     metrics = [line for line in read_metrics(folder) if isinstance(line, dict) and _is_step(line.get("step"))]
@@ -181,10 +181,10 @@ def read_run(folder: str | os.PathLike) -> RunRecord:
 
 
 def _sampled(file: Path) -> list[dict[str, Any]]:
-    """The texts of the last evaluation beside those of step 0."""
+    """The texts of the last evaluation with those of step 0."""
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        with contextlib.suppress(UserError):  # torn by a kill
+        with contextlib.suppress(UserError):  # cut off by a kill
             entry = parse_json(line, str(file), halves=True)
             if isinstance(entry, dict) and _is_step(entry.get("step")) and isinstance(entry.get("prompt"), str):
                 by_step.setdefault(entry["step"], {})[entry["prompt"]] = entry
@@ -199,7 +199,7 @@ def _sampled(file: Path) -> list[dict[str, Any]]:
 def as_run(
     config: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]] = (), summary: Mapping[str, Any] | None = None
 ) -> RunRecord:
-    """A run from what it has in memory: the sections of its config, with versions, its metrics and its summary."""
+    """A run record from values in memory: the sections of its config, with versions, its metrics and its summary."""
     given, summary = _flat({name: keys for name, keys in config.items() if name != "versions"}), dict(summary or {})
     versions = {str(k): str(v) for k, v in _object_in(config, "versions").items()}
     data = _object_in(summary, "data_report")

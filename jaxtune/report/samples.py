@@ -1,4 +1,4 @@
-"""Answers beside what was expected, with what differs marked."""
+"""Answers beside the expected ones, with differences marked."""
 
 import difflib
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LONGEST = 4000  # characters of a text
-ALIKE = 0.5  # share of words in common from which marking the others helps
+ALIKE = 0.5  # share of common words from which the other words are marked
 
 Pieces = list[tuple[str, bool]]  # text, and whether it is marked
 
@@ -28,14 +28,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, or None, and the texts that stand side by side."""
+    """A prompt, or None, and the texts to show side by side."""
 
     prompt: str | None
     texts: list[Text]
 
 
 def sample(entry: Mapping[str, Any], *, with_before: bool) -> Sample:
-    """Lay out one entry: {"prompt", "expected", "before", "after"}, each if it is there."""
+    """Make a sample of an entry {"prompt", "expected", "before", "after"}, any of which may be missing."""
     expected = None if entry.get("expected") is None else str(entry["expected"])
     texts, missed = [], None
     for name in ("before", "after") if with_before else ("after",):
@@ -70,7 +70,7 @@ def _cut(text: str) -> str:
 
 
 def _marked(expected: str | None, answer: str) -> tuple[Pieces, Pieces]:
-    """Both texts; if they are alike, with the words marked that the other does not have."""
+    """Both texts; if they are similar, with the words marked that the other lacks."""
     whole = [(_cut(expected or ""), False)], [(_cut(answer), False)]
     if expected is None or not answer.strip() or _verdict(expected, answer) == "as expected":
         return whole

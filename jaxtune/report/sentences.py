@@ -1,4 +1,4 @@
-"""A run in three sentences: what was tuned, how the loss moved, what it cost. And what one should know of it."""
+"""A run in three sentences: what was tuned, how the loss moved, what it cost; and its findings."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxtune.report.run import RunRecord, is_number
 from jaxtune.report.words import amount, duration, memory, number, percent, setting
 from jaxtune.train import watch
 
-WHAT = {  # method -> what it trains of the model; settings stand in it as %(path)s
+WHAT = {  # method -> the part of the model that it trains; %(path)s is the value of a setting
     "full": "All weights of",
     "head": "The head of",
     "bitfit": "The biases of",
@@ -58,16 +58,16 @@ def _steps(run: RunRecord) -> str:
 
 
 def _result(run: RunRecord) -> str:
-    told = _loss(run)
+    text = _loss(run)
     held_out = run.evaluation.get("held_out")
     tally = evaluation.tally(held_out["metrics"].values()) if held_out else ""
     if tally:
-        return f"{told}; measured on {held_out['rows']:,} held-out rows, {tally}."
+        return f"{text}; measured on {held_out['rows']:,} held-out rows, {tally}."
     before, after = run.before(), run.after()
     for key, what in SHARES.items():
         if key in before and key in after:
-            return f"{told}, and {what} went from {percent(before[key])} to {percent(after[key])}."
-    return f"{told}."
+            return f"{text}, and {what} went from {percent(before[key])} to {percent(after[key])}."
+    return f"{text}."
 
 
 def _loss(run: RunRecord) -> str:
@@ -76,19 +76,19 @@ def _loss(run: RunRecord) -> str:
         first = evals[0]
         origin = "before tuning" if first.step == 0 else f"at step {first.step:,}"
         if best.value >= first.value:
-            told = f"Held-out loss never fell below the {number(first.value)} {origin}"
+            text = f"Held-out loss never fell below the {number(first.value)} {origin}"
         else:
-            told = (
+            text = (
                 f"Held-out loss fell from {number(first.value)} {origin} to {number(best.value)} at step {best.step:,}"
             )
         if evals[-1].value > min(best.value, first.value):
-            told += f" and ended at {number(evals[-1].value)}"
-        return told
+            text += f" and ended at {number(evals[-1].value)}"
+        return text
     if len(losses) > 1:
         first, last = losses[0], losses[-1]
         verb = "fell" if last.value < first.value else "went"
-        told = f"Training loss {verb} from {number(first.value)} (step {first.step:,}) to {number(last.value)}"
-        return told + f" (step {last.step:,})" + ("" if evals else "; there was no held-out data")
+        text = f"Training loss {verb} from {number(first.value)} (step {first.step:,}) to {number(last.value)}"
+        return text + f" (step {last.step:,})" + ("" if evals else "; there was no held-out data")
     return f"Held-out loss is {number(evals[0].value)} at step {evals[0].step:,}" if evals else "No loss is logged yet"
 
 
@@ -113,9 +113,9 @@ SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
 
 
 def measured(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """The metrics of base and tuned model, as eval.json has them; before it is there, those of the training.
+    """The metrics of base and tuned model, as in eval.json; without eval.json, those of training.
 
-    Of those, most are values without an interval; the run's summary has intervals of what it generated answers for.
+    Training's are mostly values without an interval; the run's summary has intervals for scores of generated answers.
     """
     if "held_out" in run.evaluation:
         return run.evaluation["held_out"]["metrics"]
@@ -142,7 +142,7 @@ def _plain(name: str, before: float | None, after: float | None) -> dict[str, An
 
 
 class Fact(NamedTuple):
-    """A figure with what it is of, and a word on it."""
+    """A value with its name and a note."""
 
     label: str
     figure: str
@@ -150,7 +150,7 @@ class Fact(NamedTuple):
 
 
 def costs(run: RunRecord) -> list[Fact]:
-    """What the run took, as far as it is recorded."""
+    """The recorded costs of the run."""
     return list(_costs(run))
 
 
@@ -179,9 +179,9 @@ def _costs(run: RunRecord) -> Iterator[Fact]:
 
 
 def findings(run: RunRecord) -> list[dict[str, Any]]:
-    """What the run noticed of itself: {"check", "severity", "step", "message", "fix"}, in the order of their steps.
+    """The run's findings: {"check", "severity", "step", "message", "fix"}, in the order of their steps.
 
-    Of a run that has not come to its end, and of one from before they were kept, what its metrics say.
+    For an unfinished run, or an old one that did not store them, they are derived from its metrics.
     """
     if "findings" not in run.summary:
         lines = ({name: value for name, value in line.items() if is_number(value)} for line in run.metrics)

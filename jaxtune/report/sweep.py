@@ -1,4 +1,4 @@
-"""What a sweep directory says: its points, how each stands, and which is best."""
+"""Read a sweep directory: its points, their status, and which is best."""
 
 import math
 import os
@@ -22,14 +22,14 @@ ENDED = ("finished", "cut", "failed")
 
 @dataclass(frozen=True)
 class MemberRecord:
-    """A point of a sweep and what became of it.
+    """A point of a sweep, with its status and results.
 
     Attributes:
         name: of its directory.
         point: the swept settings, path -> value.
-        status: one of ENDED, or how it stands otherwise: "unfinished", "not started", "stopped", "no result".
-        why: what is known of that status.
-        run: what it has logged; None where that is nothing.
+        status: one of ENDED, or "unfinished", "not started", "stopped", "no result".
+        why: the reason for that status, if known.
+        run: its record; None if it has logged nothing.
     """
 
     name: str
@@ -39,14 +39,14 @@ class MemberRecord:
     run: RunRecord | None
 
     def setting(self, path: str) -> Any:
-        """The value that applies; that of a setting which is not swept is known once the run has begun."""
+        """The value of a setting; one that is not swept is known once the run has begun."""
         return self.run.settings[path] if self.run else self.point.get(path)
 
     def knows(self, path: str) -> bool:
         return self.run is not None or path in self.point
 
     def loss(self, held_out: bool) -> float:
-        """What it is judged by: its best held-out loss, or its smoothed training loss at the end; else infinity."""
+        """The loss that ranks it: its best held-out loss, or its smoothed training loss at the end; else infinity."""
         if self.run is None:
             return math.inf
         best = self.run.best() if held_out else next(reversed(smooth(self.run.series("train/loss"))), None)
@@ -95,12 +95,12 @@ class SweepRecord:
         return member.loss(self.held_out)
 
     def values(self, path: str) -> list[Any]:
-        """The different values of a setting; numbers in their order, others as the points have them."""
+        """The distinct values of a setting; numbers sorted, others in the order of the points."""
         values = {key(m.setting(path)): m.setting(path) for m in self.members if m.knows(path)}
         return _in_order(values.values())
 
     def lines(self) -> dict[tuple[Any, ...], list[MemberRecord]]:
-        """The points that differ in nothing but rate and seed, by what else differs."""
+        """The points grouped by all swept settings other than rate and seed."""
         others = [path for path in self.differ if path not in (LR, SEED)]
         lines: dict[tuple[Any, ...], list[MemberRecord]] = {}
         for member in self.members:
@@ -113,7 +113,7 @@ class SweepRecord:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether it is the directory of a sweep, and not that of a run."""
+    """Whether a folder is the directory of a sweep rather than of a run."""
     return (folder / "sweep.json").is_file()
 
 
@@ -121,7 +121,7 @@ def read_sweep(folder: str | os.PathLike) -> SweepRecord:
     """Read a sweep directory; its points may have any status.
 
     Raises:
-      UserError: it is none, no point has logged anything, or a file is not what a sweep writes.
+      UserError: it is not a sweep, no point has logged anything, or a file is not what a sweep writes.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -131,7 +131,7 @@ def read_sweep(folder: str | os.PathLike) -> SweepRecord:
             f"{folder} is not the directory of a sweep: it has no sweep.json. If launch/sweep_lr.sh made it, "
             f"`python -m jaxtune.report.sweep_table {folder}` writes that"
         )
-    if folder.name in ("", ".."):  # commands to paste name what lies in it
+    if folder.name in ("", ".."):  # commands to paste contain the folder's name
         folder = folder.resolve()
     points = _planned(folder / "sweep.json")
     members = [_member(folder / name, point) for name, point in points.items()]
@@ -144,7 +144,7 @@ def read_sweep(folder: str | os.PathLike) -> SweepRecord:
 
 
 def _planned(file: Path) -> dict[str, dict[str, Any]]:
-    """What was planned: directory name -> point."""
+    """The planned points: directory name -> point."""
     points = sweep_table.read_points(file)
     for name, point in points.items():
         for path in point:
@@ -164,7 +164,7 @@ def _is_step(line: Any) -> bool:
 
 
 def _status(folder: Path, run: RunRecord | None) -> tuple[str, str]:
-    """How a point stands, and what is known of that."""
+    """The status of a point, and the reason if known."""
     why, file = "", folder / "member.json"
     if file.is_file():
         record = read_object(file, "a sweep")
@@ -177,7 +177,7 @@ def _status(folder: Path, run: RunRecord | None) -> tuple[str, str]:
         return "cut", f"halving ended it at step {run.fact('cut_at'):,}"
     if status.startswith("failed ("):
         return "failed", f"exit status {status[len('failed (') : -1]}: {sweep_table.last_line(folder / 'jaxtune.log')}"
-    if status == "running":  # when it was written: nobody knows whether it still is
+    if status == "running":  # when it was written; it may have been killed since
         status = "unfinished"
     if status not in ENDED and run:
         planned = run.settings["train.steps"]
@@ -186,7 +186,7 @@ def _status(folder: Path, run: RunRecord | None) -> tuple[str, str]:
 
 
 def key(value: Any) -> Any:
-    """A setting's value, to be compared and looked up: JSON has lists where a config has tuples."""
+    """A setting's value as a hashable key: JSON has lists where a config has tuples."""
     if isinstance(value, dict):
         return tuple((name, key(entry)) for name, entry in sorted(value.items()))
     return tuple(map(key, value)) if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""The page of a sweep: what won, the losses together, what the learning rate does, and a table of all its points."""
+"""The page of a sweep: the winner, all losses, the effect of the learning rate, and a table of all points."""
 
 import math
 import statistics
@@ -16,11 +16,11 @@ from jaxtune.report.run import is_number
 from jaxtune.report.sweep import LR, SEED, MemberRecord, SweepRecord, key
 from jaxtune.report.words import duration, listed, number, setting
 
-LISTED = 4  # values of a setting that are said one by one; more are said as a range
+LISTED = 4  # values of a setting to list one by one; more are given as a range
 
 
 def sweep_page(sweep: SweepRecord, folder: Path) -> str:
-    """Return the HTML of a sweep's page; links in it are relative to `folder`, where it will lie."""
+    """Return the HTML of a sweep's page; links are relative to `folder`, where it will be written."""
     colours = {m.name: i + 1 if i < COLOURS else 0 for i, m in enumerate(m for m in sweep.members if m.run)}
     run, winner = sweep.runs[0], sweep.winner
     heads, rows = _results(sweep, colours, folder)
@@ -62,16 +62,16 @@ def _range(sweep: SweepRecord, path: str) -> str:
 def _best(sweep: SweepRecord) -> str:
     winner, kind = sweep.winner, "held-out" if sweep.held_out else "training"
     if winner is None:
-        return "None came to a result."
+        return "None has a result."
     best = winner.run.best()
     at = f" at step {best.step:,}" if best else ""
     so_far = "" if sweep.over else " so far"
-    told = f"{winner.name} has the lowest {kind} loss{so_far}, {number(sweep.loss(winner))}{at}."
-    return told if sweep.held_out else f"{told} There is no held-out loss to judge by."
+    text = f"{winner.name} has the lowest {kind} loss{so_far}, {number(sweep.loss(winner))}{at}."
+    return text if sweep.held_out else f"{text} There is no held-out loss to judge by."
 
 
 def _means(sweep: SweepRecord) -> dict[tuple[Any, ...], list[MemberRecord]]:
-    """The points that differ in the seed alone, where none of several is lost; those with the lowest mean first."""
+    """Groups of points that differ only in the seed and all have results, the lowest mean first."""
     groups: dict[tuple[Any, ...], list[MemberRecord]] = {}
     for others, members in sweep.lines().items():
         for member in members:
@@ -99,7 +99,7 @@ def _best_mean(sweep: SweepRecord) -> str:
 
 
 def _edge(sweep: SweepRecord) -> str:
-    """Whether a better rate may lie beyond those that were tried."""
+    """A hint if a better rate may lie beyond those that were tried."""
     rates = sweep.values(LR) if LR in sweep.swept else []
     if len(rates) < 2 or sweep.winner is None:
         return ""
@@ -117,18 +117,20 @@ def _counts(members: Sequence[MemberRecord]) -> list[str]:
     counts = {status: sum(m.status == status for m in members) for status in ("failed", "cut", "not started")}
     other = sum(m.status not in (*counts, "finished") for m in members)
 
-    def told(count, one, many):
+    def counted(count, one, many):
         return [f"{count} {one if count == 1 else many}"] if count else []
 
-    parts = told(counts["failed"], "failed", "failed")
-    parts += told(counts["cut"], "was cut by halving", "were cut by halving")
-    parts += told(other, "has not finished", "have not finished")
-    parts += told(counts["not started"], "has not begun", "have not begun")
+    parts = counted(counts["failed"], "failed", "failed")
+    parts += counted(counts["cut"], "was cut by halving", "were cut by halving")
+    parts += counted(other, "has not finished", "have not finished")
+    parts += counted(counts["not started"], "has not begun", "have not begun")
     return [f"Of them, {listed(parts)}."] if parts else []
 
 
 def _curves(sweep: SweepRecord, colours: Mapping[str, int]) -> list[Chart]:
-    members = [m for m in reversed(sweep.members) if m.run and not colours[m.name]]  # grey lies below
+    members = [
+        m for m in reversed(sweep.members) if m.run and not colours[m.name]
+    ]  # grey curves first, below the others
     members += [m for m in sweep.members if m.run and colours[m.name]]
     evals, train = [], []
     for m in members:
@@ -149,14 +151,14 @@ def _by_learning_rate(sweep: SweepRecord) -> Chart | None:
     others = [path for path in sweep.differ if path not in (LR, SEED)]
     spreads = [
         _spread(sweep, _line_name(lines[line][0], others), lines[line], colours[line])
-        for line in sorted(lines, key=lambda line: colours[line] > 0)  # grey lies below
+        for line in sorted(lines, key=lambda line: colours[line] > 0)  # grey curves first, below the others
     ]
     kind = "Held-out loss" if sweep.held_out else "Training loss"
     return spread_chart(f"{kind} by learning rate", "learning rate", spreads)
 
 
 def _dots_and_bands(sweep: SweepRecord) -> str:
-    """What is drawn by learning rate."""
+    """The caption of the chart by learning rate."""
     note = ["A dot is a run at its best evaluation." if sweep.held_out else "A dot is a run at its end."]
     if SEED in sweep.differ:
         note.append("Lines go through the means over the seeds; bands reach from the lowest to the highest of them.")
@@ -209,7 +211,7 @@ def _results(sweep: SweepRecord, colours: Mapping[str, int], folder: Path) -> tu
 
 
 def _without_result(sweep: SweepRecord) -> list[tuple[str, str, list[str]]]:
-    """(status, why, names) of the points that did not go to their end, those of one fate together."""
+    """(status, why, names) of the points that did not finish, grouped by status and reason."""
     fates: dict[tuple[str, str], list[str]] = {}
     for m in sweep.members:
         if m.status != "finished":
@@ -218,6 +220,6 @@ def _without_result(sweep: SweepRecord) -> list[tuple[str, str, list[str]]]:
 
 
 def _shared(sweep: SweepRecord) -> list[tuple[str, str, str, str]]:
-    """What all have in common beyond the defaults."""
+    """The settings that all points share and that differ from the defaults."""
     paths = [path for path in BY_PATH if any(path in run.overrides for run in sweep.runs) and path not in sweep.differ]
     return settings_rows({path: sweep.runs[0].settings[path] for path in paths})

@@ -1,4 +1,4 @@
-"""`python -m jaxtune.report.sweep_table OUTDIR`: what became of the runs of launch/sweep_lr.sh, or of `jaxtune sweep`.
+"""`python -m jaxtune.report.sweep_table OUTDIR`: results of the runs of launch/sweep_lr.sh or `jaxtune sweep`.
 
 Prints a table sorted by evaluation loss and writes it to OUTDIR/sweep.csv. The script's runs are the directories
 OUTDIR/lr=RATE; they are written to OUTDIR/sweep.json first, as `jaxtune sweep` writes its points (--plan: that alone).
@@ -23,11 +23,11 @@ FACTS = ("status", "eval_loss", "step", "train_loss", "run")
 
 
 def sweep_rows(outdir: Path) -> list[dict[str, Any]]:
-    """Return one row a run: the finished ones by evaluation loss, lowest first, then the others by what was swept.
+    """Return one row for each run: finished ones by evaluation loss, lowest first, then the others by swept settings.
 
-    A row has a column for each swept setting, called by its last part, and FACTS: eval_loss is the lowest evaluation
+    A row has a column for each swept setting, named by its last part, and FACTS: eval_loss is the lowest evaluation
     after a step, the one whose weights are the result, and step is where it was; train_loss is the last one logged.
-    Each is None where there is none, or none that is finite.
+    Each is None if there is no finite value.
 
     Raises:
         UserError: outdir holds no run of a sweep.
@@ -39,16 +39,16 @@ def sweep_rows(outdir: Path) -> list[dict[str, Any]]:
 
 
 def _runs(outdir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The runs and what each has of the swept settings, as its name spells it where it names that alone."""
+    """The runs, and the values of each for the swept settings, spelled as in its name where possible."""
     points = read_points(outdir / "sweep.json")
     labels = short_names({path for values in points.values() for path in values})
 
-    def told(name, values):
+    def point_of(name, values):
         row = {labels[path]: value for path, value in values.items()}
         label, _, text = name.partition("=")
         return {label: text} if list(row) == [label] else row
 
-    return [(outdir / name, told(name, values)) for name, values in points.items()]
+    return [(outdir / name, point_of(name, values)) for name, values in points.items()]
 
 
 def read_points(file: Path) -> dict[str, dict[str, Any]]:
@@ -69,7 +69,7 @@ def read_points(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_points(outdir: Path) -> None:
-    """Write sweep.json for the directories lr=RATE that launch/sweep_lr.sh made; that of `jaxtune sweep` stays.
+    """Write sweep.json for the directories lr=RATE that launch/sweep_lr.sh made; one from `jaxtune sweep` is kept.
 
     Raises:
         UserError: there are none.
@@ -85,14 +85,14 @@ def write_points(outdir: Path) -> None:
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Setting path -> its last part, or the whole where two would be called the same."""
+    """Setting path -> its last part, or the whole path where two would have the same name."""
     paths = sorted(paths)
     keys = [path.rpartition(".")[2] for path in paths]
     return {path: key if keys.count(key) == 1 else path for path, key in zip(paths, keys, strict=True)}
 
 
 def status(run: Path) -> str:
-    """Tell how a run stands, from its results and what `jaxtune sweep` or sweep_lr.sh left beside them."""
+    """The status of a run, from its files and those of `jaxtune sweep` or sweep_lr.sh."""
     if (run / "member.json").is_file():
         return str(read_json(run / "member.json", halves=True).get("status"))
     if (run / "summary.json").is_file() and any((run / result).is_dir() for result in ("adapter", "model")):
@@ -166,7 +166,7 @@ def _row(run: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """section.key -> value; the versions that made a run are no settings."""
+    """section.key -> value, without the versions that made the run."""
     sections = {name: keys for name, keys in config.items() if name != "versions"}
     return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
@@ -184,11 +184,11 @@ def _show(rows: list[dict[str, Any]], outdir: Path) -> None:
             print(f"{Path(row['run']).name} {row['status']}: {_why(Path(row['run']))}")
     runs = [Path(row["run"]) for row in rows]
     if swept == ["lr"] and (different := differing_settings(runs)):
-        print(f"These runs are not the same but for the learning rate; they also differ in {', '.join(different)}.")
+        print(f"These runs differ not only in the learning rate, but also in {', '.join(different)}.")
     if rows[0]["status"] == "finished" and rows[0]["eval_loss"] is not None:
         print(f"best: {rows[0]['run']}")
     elif any(row["status"] == "finished" for row in rows):
-        print("No evaluation loss: set data.eval or data.eval_fraction to choose by it.")
+        print("There is no evaluation loss to choose by: set data.eval or data.eval_fraction.")
     if any((run / "metrics.jsonl").is_file() for run in runs) and not (outdir / "report.html").exists():
         print(f"page: jaxtune report {shlex.quote(str(outdir))}")
     print(f"table: {outdir / 'sweep.csv'}")
@@ -201,7 +201,7 @@ def _cells(row: dict[str, Any], swept: list[str]) -> tuple[str, ...]:
 
 
 def _why(run: Path) -> str:
-    """What is known of a failure."""
+    """The reason for a failure, if known."""
     if (run / "member.json").is_file():
         return read_json(run / "member.json", halves=True).get("why", "no reason given")
     return last_line(run / "jaxtune.log")

@@ -1,4 +1,4 @@
-"""Numbers and settings in the words of a page."""
+"""Numbers and settings as text on a page."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def scientific(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """0.915 -> 91.5%; a share too small for two decimals is not called zero."""
+    """0.915 -> 91.5%; a share too small for two decimals is not shown as zero."""
     value = 100 * share
     if 0 < abs(value) < 0.01:
         return "below 0.01%"
@@ -66,7 +66,7 @@ def memory(size: float) -> str:
 
 
 def setting(value: Any) -> str:
-    """A setting's value in the words of the command line."""
+    """A setting's value as the command line writes it."""
     if value is None:
         return "none"
     if isinstance(value, bool):

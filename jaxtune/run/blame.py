@@ -1,4 +1,4 @@
-"""Why a loss is not finite, where it is not the learning rate: asked once it is, and before anything is advised."""
+"""Find why a loss is not finite, if the learning rate is not the cause, before advice is printed."""
 
 import contextlib
 import warnings
@@ -14,13 +14,15 @@ from jaxtune.tree import PyTree, flatten
 
 
 def cause_of(job: Job) -> Callable[[int], str | None]:
-    """Return a function: step whose loss is not finite -> the cause in a sentence or two; None: training itself.
+    """Return a function: step whose loss is not finite -> the cause in a sentence or two; None: training diverged.
 
-    The base's own weights are looked at, then its own loss on the rows of the step, before any update.
+    It checks the base's weights, then the base's loss on the rows of the step, before any update.
     """
 
     def cause(number: int) -> str | None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no memory for it: what is known is said all the same
+        with contextlib.suppress(
+            jax.errors.JaxRuntimeError
+        ):  # if there is no memory for the check, the plain message is printed
             return found(number)
 
     def found(number: int) -> str | None:
@@ -35,8 +37,8 @@ def cause_of(job: Job) -> Callable[[int], str | None]:
         if damage := not_finite(job.frozen):
             return f"{base} is damaged: {damage}. Use another copy of it."
         if job.stacked and number > 1:
-            return None  # the members' own rates are what differs
-        with warnings.catch_warnings(action="ignore"):  # it was read, and warned of, before
+            return None  # members differ in their rates
+        with warnings.catch_warnings(action="ignore"):  # loading has warned of it before
             params = experiment.base.load(experiment.recipe)
         if damage := not_finite(params):
             return f"{base} is damaged: {damage}. Use another copy of it."
@@ -53,7 +55,7 @@ def cause_of(job: Job) -> Callable[[int], str | None]:
 
 
 def not_finite(tree: PyTree) -> str | None:
-    """The first array of a tree that holds a number that is not finite, with how many; None: there is none."""
+    """The first array of a tree with numbers that are not finite, and how many; None: there is none."""
     for path, leaf in flatten(tree).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating) and (count := int(_count(leaf))):
             several = "numbers that are" if count > 1 else "number that is"

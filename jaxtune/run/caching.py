@@ -1,4 +1,4 @@
-"""Whether a run's features are computed once: where that applies, pays and has room."""
+"""Decide whether a run's features are computed once: if that is possible, saves time and fits on disk."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jaxtune.run.experiment import Data, Experiment
 from jaxtune.train.features import GIB, Extractor, Store, by_length_of_batch, find_cut
 from jaxtune.train.parallel import make_mesh
 
-PAYS = 1.5  # passes of a run through what is frozen, for one that the features take
+PAYS = 1.5  # passes over the data from which caching saves time, as computing features takes one
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""What a config asks for, in plain values: a recipe, a base, rows, how long, how often. Made by `config.recipe`."""
+"""A run in plain values: its recipe, base, data, evaluations and checkpoints. Made by `config.recipe`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,11 +38,11 @@ class Base:
 
     @cached_property
     def files(self) -> BaseFiles:
-        """Its files by their hashes."""
+        """Hashes of its files."""
         return BaseFiles(self.folder, hf.resolve(self.tokenizer), weights=self.init == "pretrained")
 
     def load(self, recipe: Recipe) -> Any:
-        """Read the recipe's base parameters, or draw them."""
+        """Read the recipe's base parameters, or initialise them at random."""
         key = jax.random.key(recipe.seed)
         if self.init == "random":
             return recipe.quantized(jax.jit(recipe.module.init_params)(key))
@@ -57,7 +57,7 @@ class Experiment:
 
     Attributes:
         recipe: the step.
-        base: what is tuned.
+        base: the model that is tuned.
         method, settings: the tuning method's name, and its own section of the config.
         adapter: its result is an adapter, not a whole model.
         optimizer, lr: the optimizer's name, and the peak learning rate.
@@ -91,12 +91,12 @@ class Experiment:
         return self.recipe.task
 
     def in_steps(self, steps: int) -> "Experiment":
-        """The same, now that the number of its steps is known."""
+        """The same experiment with the number of steps set."""
         return replace(self, recipe=replace(self.recipe, steps=steps))
 
     def rate_hint(self) -> list[watch.RunFinding]:
-        """What is to be said of the learning rate before the run."""
-        if self.optimizer != "adamw" or self.base.init == "random":  # a model that knows nothing takes other rates
+        """Findings on the learning rate before the run."""
+        if self.optimizer != "adamw" or self.base.init == "random":  # an untrained model takes other rates
             return []
         scale = self.settings["lora_alpha"] / self.settings["r"] if "lora_alpha" in self.settings else 1.0
         return watch.rate_hint(self.lr, self.method, self.default_lr, width=self.module.spec.width, scale=scale)
@@ -109,7 +109,7 @@ class Data:
     Attributes:
         train: of each source.
         eval: held out; None: there are none.
-        report: what became of them.
+        report: what was read and left out.
         length: the most tokens of a row, with the virtual tokens before it.
     """
 
@@ -123,7 +123,7 @@ class Data:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end what is trained."""
+        """The tokens that end trained turns or texts."""
         return sorted(token for token in self.report.ends if token >= 0)
 
     @property
@@ -134,7 +134,7 @@ class Data:
 
     @cached_property
     def glance(self) -> DataReport:
-        """What is wrong with the rows, as far as their tokens say."""
+        """Findings on the rows, from their tokens."""
         return glance(self.tokenizer, self.train, self.eval, self.report, self.form)
 
     @property
@@ -163,7 +163,7 @@ def open_data(experiment: Experiment) -> Data:
 
 
 def data_lines(experiment: Experiment, rows: Data) -> list[str]:
-    """What was read, and what was done with it."""
+    """Lines on what was read and how it is trained."""
     lines = rows.report.lines()
     if experiment.data.max_length is None:
         known = experiment.module.spec.positions

@@ -1,7 +1,7 @@
 """`jaxtune sweep --find-lr`: bracket the learning rate by the eval loss of short runs.
 
-Not a range test, which reads a rate off one run whose rate grows: its loss lags, and says nothing of the held-out data
-(Smith 2017, arXiv:1506.01186, section 3.3). Here each rate has a run of its own, with the whole schedule in few steps,
+This is not a range test, which reads a rate off one run of growing rate: that loss lags and is not of held-out data
+(Smith 2017, arXiv:1506.01186, section 3.3). Here each rate has its own run, with the whole schedule in few steps,
 all of a round in one step of the sweep.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.run.points import Point
 
-WIDE = math.sqrt(10)  # between the rates of the first rounds; the last one halves it
+WIDE = math.sqrt(10)  # ratio of neighbouring rates in the first rounds; the last round takes its square root
 MOST_ROUNDS = 6
-FLAT = 0.005  # losses closer than this share of the best are taken for equal
+FLAT = 0.005  # losses within this share of the best count as equal
 
 
 def find_lr(sweep: Any, options: Any) -> None:
     """Find the rate, say why, and write the config with it if asked to.
 
     Raises:
-        UserError: there is nothing to evaluate on, or the file to write is there already.
+        UserError: there is nothing to evaluate on, or the file to write exists.
         RunFailed: no rate was found.
     """
     from jaxtune.files import atomic_write_text, refuse_existing
@@ -55,15 +55,15 @@ def find_lr(sweep: Any, options: Any) -> None:
             if not rates:
                 break
         sweep.tell()
-    best, told = conclude(losses)
-    print(f"\n{told}\nA short run likes a higher rate than a long one: in doubt, take the lower of two that are equal.")
+    best, why = conclude(losses)
+    print(f"\n{why}\nShort runs favour higher rates than long ones: in doubt, take the lower of two that are equal.")
     if out is not None:
-        atomic_write_text(out, _config_file(cfg, best, told, out))
+        atomic_write_text(out, _config_file(cfg, best, why, out))
         print(f"config: {out}")
 
 
 def next_rates(losses: dict[float, float]) -> list[float]:
-    """The rates to try next: beyond an end that is best, else between the best and its neighbours; [] when found.
+    """The rates to try next: beyond the best if it is at an end, else between it and its neighbours; [] when done.
 
     Args:
         losses: learning rate -> eval loss, infinite where it diverged.
@@ -88,28 +88,28 @@ def next_rates(losses: dict[float, float]) -> list[float]:
 
 
 def conclude(losses: dict[float, float]) -> tuple[float, str]:
-    """The rate to take, and why in words: of the rates that are as good as the best, the lowest next to it."""
+    """(the rate to take, the reason in words): the lowest of the adjacent rates that are as good as the best."""
     rates = sorted(losses)
     best = min(rates, key=lambda rate: (losses[rate], rate))
     if math.isinf(losses[best]):
         raise RunFailed("Every rate diverged; look at the data.")
     at = _lowest_as_good(rates, losses, rates.index(best))
     chosen = rates[at]
-    told = [f"optim.lr={chosen:g}: eval loss {losses[chosen]:.4f}."]
+    lines = [f"optim.lr={chosen:g}: eval loss {losses[chosen]:.4f}."]
     if chosen != best:
-        told.append(f"{best:g} has {losses[best]:.4f}, no more than {FLAT:.1%} better.")
+        lines.append(f"{best:g} has {losses[best]:.4f}, no more than {FLAT:.1%} better.")
     if at:
-        told.append(f"Below, {rates[at - 1]:g} learns less in the same steps ({losses[rates[at - 1]]:.4f}).")
+        lines.append(f"Below, {rates[at - 1]:g} learns less in the same steps ({losses[rates[at - 1]]:.4f}).")
     else:
-        told.append("No lower rate was tried.")
+        lines.append("No lower rate was tried.")
     above = rates[rates.index(best) + 1 :]
     if not above:
-        told.append("No higher rate was tried.")
+        lines.append("No higher rate was tried.")
     elif math.isinf(losses[above[0]]):
-        told.append(f"Above, {above[0]:g} diverged.")
+        lines.append(f"Above, {above[0]:g} diverged.")
     else:
-        told.append(f"Above, {above[0]:g} is worse ({losses[above[0]]:.4f}).")
-    return chosen, " ".join(told)
+        lines.append(f"Above, {above[0]:g} is worse ({losses[above[0]]:.4f}).")
+    return chosen, " ".join(lines)
 
 
 def _lowest_as_good(rates: list[float], losses: dict[float, float], at: int) -> int:
@@ -121,7 +121,7 @@ def _lowest_as_good(rates: list[float], losses: dict[float, float], at: int) -> 
 
 
 def _round(rate: float) -> float:
-    """Two significant digits, which a person can say."""
+    """Round to two significant digits."""
     return float(f"{rate:.1e}")
 
 
@@ -130,8 +130,8 @@ def _loss(row: dict[str, Any]) -> float:
     return math.inf if failed else row["eval_loss"]
 
 
-def _config_file(cfg: Any, best: float, told: str, out: Path) -> str:
-    """The config that was given, as a file of its own, with the chosen rate."""
+def _config_file(cfg: Any, best: float, why: str, out: Path) -> str:
+    """The text of a config file with the given settings and the chosen rate."""
     from jaxtune import config
     from jaxtune.run import propose
 
@@ -139,4 +139,4 @@ def _config_file(cfg: Any, best: float, told: str, out: Path) -> str:
     choices = [propose.Choice(path, values[path]) for path in config.BY_PATH if path in values]
     choices = [c._replace(why="by --find-lr") if c.path == "optim.lr" else c for c in choices]
     command = f"jaxtune train --config={out} --workdir=runs/{out.stem}"
-    return propose.write_config(propose.Proposal(tuple(choices)), "As given, with the rate found.", command, [told])
+    return propose.write_config(propose.Proposal(tuple(choices)), "As given, with the rate found.", command, [why])

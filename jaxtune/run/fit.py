@@ -1,4 +1,4 @@
-"""Whether a run fits a device, and what to change where it does not; `jaxtune.train.cost` measures each remedy."""
+"""Whether a run fits a device, and what to change if it does not; `jaxtune.train.cost` computes each remedy's cost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,9 +23,9 @@ def plan(experiment: Experiment, model: str, device: str, card: Card | None) -> 
 
     Args:
         experiment: opened for the backend of the device.
-        model: what to call it.
-        device: what to call the device.
-        card: of the device; None: the one at hand, for which the step is compiled.
+        model: its name in the plan.
+        device: its name in the plan.
+        card: of the device; None: this machine's, for which the step is compiled.
 
     Raises:
         UserError: nothing is left to train.
@@ -100,17 +100,17 @@ def choose_micro_batch(
         )
     rows, parts = choice.rows * devices, batch // devices // choice.rows
     total = policies[choice.policy].split(parts).bytes(choice.rows).total / GIB
-    said = f"train.micro_batch={rows} of {batch} rows and model.remat={choice.policy}: {total:.2f} of {gib:.2f} GiB"
+    note = f"train.micro_batch={rows} of {batch} rows and model.remat={choice.policy}: {total:.2f} of {gib:.2f} GiB"
     if (rows, choice.policy) == (batch, first):
-        said += ", by formula; nothing has to be saved"
+        note += ", by formula; nothing has to be saved"
     else:
         most = open_[first].largest(card.memory)
-        said += f", by formula, and the fastest that fits; {first} would hold {most} rows a device"
-    return {"train.micro_batch": rows, "train.grad_accum": parts, "model.remat": choice.policy}, said
+        note += f", by formula, and the fastest that fits; {first} would hold {most} rows a device"
+    return {"train.micro_batch": rows, "train.grad_accum": parts, "model.remat": choice.policy}, note
 
 
 def settle(experiment: Experiment, rows: Data) -> tuple[dict[str, Any], str]:
-    """`choose_micro_batch` for the devices at hand and the rows that were read; nothing is loaded or compiled."""
+    """`choose_micro_batch` for this machine's devices and the rows that were read; nothing is loaded or compiled."""
     longest = max(int(part.length.max()) for part in rows.train) + len(rows.prefix)
     length = rows.length if experiment.data.packing else min(rows.length, -(-longest // 64) * 64)
     recipe = replace(experiment.recipe, batch=experiment.recipe.batch._replace(length=length))
@@ -119,7 +119,7 @@ def settle(experiment: Experiment, rows: Data) -> tuple[dict[str, Any], str]:
 
 
 def remedies(experiment: Experiment, policies: dict[str, Cost], memory: int) -> Iterator[str]:
-    """What makes a run fit, the cheapest first."""
+    """Yield changes that make a run fit, the cheapest first."""
     recipe, batch = experiment.recipe, experiment.train.batch_size
     remat, rows, backend = recipe.module.remat, recipe.batch.rows, policies["full"].backend
     now = policies[remat]
@@ -146,7 +146,7 @@ def remedies(experiment: Experiment, policies: dict[str, Cost], memory: int) -> 
         ("tune.method=lora", replace(leanest, method=partial(tune, "lora", settings={})), not experiment.adapter),
         ("model.quantization=nf4", replace(leanest, quantization="nf4"), experiment.adapter),
     ):
-        with suppress(UserError):  # a body that cannot be quantised, or has no matrix to adapt
+        with suppress(UserError):  # a model that cannot be quantised, or has no matrix to adapt
             if helps and recipe.quantization == "none" and (n := most(leaner)):
                 yield f"--config.{flag} --config.model.remat=full (up to {n} rows at a time)"
     short = max(16, recipe.batch.length // 2)
@@ -167,7 +167,7 @@ def _divisor(batch: int, most: int) -> int:
 
 @contextmanager
 def explained_memory(experiment: Experiment) -> Iterator[None]:
-    """Turn an error that says the device is out of memory into one that says what to do.
+    """Turn an out-of-memory error of the device into one that names remedies.
 
     Raises:
         RunFailed: in its place.
@@ -182,8 +182,8 @@ def explained_memory(experiment: Experiment) -> Iterator[None]:
 
 
 def after_running_out(experiment: Experiment) -> list[str]:
-    """The three cheapest remedies, given that the run as it is has not fitted."""
+    """The three cheapest remedies for a run that has just run out of memory."""
     policies = cost.by_policy(experiment.recipe, jax.default_backend())
     taken = policies[experiment.module.remat].bytes(experiment.recipe.batch.rows).total
-    too_little = int(cost.SLACK * taken + cost.WORKSPACE) - 1  # what was free was less than the formula's need
+    too_little = int(cost.SLACK * taken + cost.WORKSPACE) - 1  # less memory was free than the formula needs
     return list(remedies(experiment, policies, min(free_bytes(), too_little)))[:3]

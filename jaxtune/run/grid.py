@@ -1,8 +1,8 @@
-"""A sweep and its directory: what is to be done, doing it, and telling it.
+"""A sweep and its directory: planning it, running it and reporting it.
 
-What is to be done stands in DIR/sweep.json: the points, and rungs of groups. A group is a list of points that train in
+DIR/sweep.json holds the plan: the points, and rungs of groups. A group is a list of points that train in
 one step, with stacked checkpoints in DIR/groups/RUNG-NUMBER; a rung is all groups up to a step. Without halving there
-is one rung. So a sweep that was killed reads what it had decided, and goes on; new points are new groups.
+is one rung. A sweep that was killed reads its plan and resumes; new points become new groups.
 """
 
 import copy
@@ -33,7 +33,7 @@ from jaxtune.train.cost import measure
 from jaxtune.train.recipe import compiled_bytes
 from jaxtune.train.runtime import free_bytes
 
-AT_MOST = 1.5  # of the memory by formula: below that, no step is compiled to see whether it fits
+AT_MOST = 1.5  # times the memory by formula: if that fits, no step is compiled to measure it
 
 
 @dataclass
@@ -41,14 +41,14 @@ class Sweep:
     """A sweep and its directory.
 
     Attributes:
-        folder: None: nothing is planned yet, and nothing will be written.
+        folder: None: a dry run; nothing is written.
         resolve: settings as text -> config.
-        argv: the command line without what is swept, of which the points' own are made.
-        limit: most points that may be asked for; None: any number.
-        points: name -> point, of those that are planned.
-        plan: what sweep.json holds: the points' values; halving; the date that the chat template writes, if it does;
-            and rungs, each with the step it goes `until` (None: the end), its groups of names, and for each name that
-            has `ended` there, what the loop remembers.
+        argv: the command line without the swept settings, from which those of the points are made.
+        limit: points at most; None: any number.
+        points: name -> point, of all points in the plan.
+        plan: the content of sweep.json: the points' values; halving; the date that the chat template writes, if any;
+            and rungs, each with its last step `until` (None: the end), its groups of names, and `ended`, the loop's
+            record of each name that has ended there.
     """
 
     folder: Path | None
@@ -68,7 +68,7 @@ class Sweep:
     # ---------------------------------------------------------------------------------------------- what is to be done
 
     def check(self, asked: Sequence[dict[str, Any]]) -> list[pts.Point]:
-        """Read the plan, make every check, change nothing; return the points that are not planned yet.
+        """Read the plan and check everything without changes; return the points that are not in the plan yet.
 
         Raises:
             UserError: the points, the directory, the models or the data are wrong.
@@ -177,7 +177,7 @@ class Sweep:
         return found, self._rows[key]
 
     def add(self, new: Sequence[pts.Point]) -> None:
-        """Put new points into groups, and remember that."""
+        """Put new points into groups and write the plan."""
         if not new:
             return
         groups = self._groups(new)
@@ -190,7 +190,7 @@ class Sweep:
         self._write()
 
     def _groups(self, points: Sequence[pts.Point]) -> list[list[str]]:
-        """Names by group: of those that may share a step, as many as fit, in groups of like sizes."""
+        """Names by group: points that may share a step, as many as fit, in groups of similar sizes."""
         groups = []
         for alike in pts.together(points):
             most = self.group_size or self._most(alike)
@@ -200,7 +200,7 @@ class Sweep:
         return groups
 
     def _most(self, alike: Sequence[pts.Point]) -> int:
-        """How many of these fit the memory in one step."""
+        """How many of these points fit the memory in one step."""
         experiments = [self.open(point)[0] for point in alike]
         recipes, room = [e.recipe for e in experiments], free_bytes()
         widest = max(recipes, key=lambda recipe: sum(x.size for x in jax.tree.leaves(recipe.abstract.state.trainable)))
@@ -216,7 +216,7 @@ class Sweep:
         self.plan["rungs"].append({"until": self._cut(len(self.plan["rungs"])), "groups": groups, "ended": {}})
 
     def _cut(self, rung: int) -> int | None:
-        """The step that a rung goes to; None: the end."""
+        """The last step of a rung; None: the end."""
         if not self.halving:
             return None
         cuts = round(math.log(len(self.points), self.halving), 9) // 1
@@ -229,10 +229,10 @@ class Sweep:
     # ------------------------------------------------------------------------------------------------------ doing it
 
     def run(self) -> None:
-        """Do what is left of the plan.
+        """Run the rest of the plan.
 
         Raises:
-            RunFailed: no point came to a result.
+            RunFailed: no point has a result.
             Interrupted: stopped by a signal; what was done is saved.
         """
         number = 0
@@ -249,7 +249,7 @@ class Sweep:
                 self._finish(number, names, [name for name in names if name not in later])
             number += 1
         if all(status(self.folder / name) == "failed" for name in self.points):
-            raise RunFailed("No point came to a result: the loss of every one is not finite. Lower optim.lr.")
+            raise RunFailed("No point has a result: no loss is finite. Lower optim.lr.")
 
     def _survivors(self, rung: dict[str, Any]) -> list[str]:
         """The best of a rung by eval loss, in the order of the points."""
@@ -262,7 +262,7 @@ class Sweep:
         rung, before = self.plan["rungs"][number], self.plan["rungs"][number - 1] if number else None
         print(f"{len(names)} in one step: {', '.join(names)}" if len(names) > 1 else f"alone: {names[0]}")
         first, _ = self.open(self.points[names[0]])
-        self.clock.parts.clear()  # the members of a group tell the time of their group
+        self.clock.parts.clear()  # times are recorded for a group as a whole
         with fit.explained_memory(first):
             job, scored = self._build(names)
             begins = None
@@ -283,10 +283,10 @@ class Sweep:
         self._write()
 
     def _cut_state(self, job: Job, i: int, name: str, number: int, folders: Sequence[Path]) -> Any:
-        """The state that a point ended a rung with; where its checkpoint is damaged, the rung is done again for it.
+        """The state of a point at the end of a rung; if its checkpoint is damaged, it is marked to repeat the rung.
 
         Raises:
-            Damaged: it is; the next start goes on from the checkpoint before.
+            Damaged: its checkpoint is damaged; the next start resumes from the one before.
         """
         rung = self.plan["rungs"][number]
         try:
@@ -303,9 +303,9 @@ class Sweep:
         raise Damaged(f"{why} Start again: {', '.join(group)} will be trained again up to there.")
 
     def _build(self, names: list[str]) -> tuple[Job, list[Any]]:
-        """The job of these points, and what scores their answers; the last ones are kept."""
+        """The job of these points, and the scorers of their answers; the latest are cached."""
         if self._built is None or self._built[0] != names:
-            self._built = None  # its arrays go first
+            self._built = None  # frees its arrays first
             opened = [self.open(self.points[name]) for name in names]
             job = build([found for found, _ in opened], opened[0][1], stacked=True)
             if job.note:
@@ -370,7 +370,7 @@ class Sweep:
         print(f"{len(left) + len(new)} runs in {len(groups)} group{plural}; every check passed, nothing was compiled.")
 
     def tell(self) -> None:
-        """Print the table, write sweep.csv and report.html, and say how to go on with the best."""
+        """Print the table, write sweep.csv and report.html, and print the command that trains the best point alone."""
         from jaxtune.report import sweep_table, write_sweep
 
         sweep_table.main([str(self.folder)])
@@ -385,13 +385,13 @@ def _rows_key(found: Experiment, cfg: Any) -> str:
 
 
 def _sections(cfg: Any, *names: str) -> str:
-    """Some sections of a config as text: what is read or built once for all configs that share them."""
+    """Some sections of a config as text: the key of objects that configs with equal sections share."""
     tree = json.loads(config.to_json(cfg))
     return json.dumps([tree[name] for name in names])
 
 
 def status(folder: Path) -> str:
-    """How a member stands: "running" covers all that is not known to have ended."""
+    """The status of a member: "running" unless it is known to have ended."""
     file = folder / "member.json"
     return str(read_json(file).get("status")) if file.exists() else "not started"
 
@@ -401,7 +401,7 @@ def _failed(record: dict[str, Any]) -> bool:
 
 
 def _alone(argv: Sequence[str]) -> list[str]:
-    """The flags of a sweep that a run alone takes: those of the config."""
+    """The flags of a sweep that also apply to a single run: those of the config."""
     kept, tokens = [], list(argv)
     while tokens:
         token = tokens.pop(0)

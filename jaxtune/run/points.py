@@ -17,12 +17,12 @@ from jaxtune.reading import parse_json
 from jaxtune.report import sweep_table
 from jaxtune.train.optimizers import OPTIMIZERS
 
-# What differs between the members of one compiled step: values in their states, never the program.
+# Settings that may differ between members of one compiled step: they are values in the state, not in the program.
 IN_STEP = (
     *("optim.lr", "optim.weight_decay", "optim.loraplus_lr_ratio", "train.seed"),
     *("tune.lora.lora_alpha", "tune.lora.lora_dropout", "tune.lora.r", "tune.lora.use_rslora"),
 )
-# What changes nothing that is compared, or makes evaluations incomparable.
+# Settings that do not affect what is compared, or make evaluations incomparable.
 FIXED = (
     *("log", "evaluate", "data.cache", "data.eval", "data.eval_fraction"),
     *("train.eval_every", "train.eval_batches", "train.save_every", "train.keep", "train.early_stop"),
@@ -46,7 +46,7 @@ class Point:
     cfg: Any
 
     def flags(self) -> list[str]:
-        """What to add to the sweep's own command line for this run alone."""
+        """The flags to add to the sweep's command line to train this run alone."""
         return [f"--config.{path}={text_of(value)}" for path, value in self.values.items()]
 
 
@@ -95,7 +95,7 @@ def read_points(file: Path) -> list[dict[str, Any]]:
     """Read points from a .jsonl file ({"optim.lr": 1e-4, ...} a line) or a .csv file (a column a setting).
 
     Raises:
-        UserError: by line, all that is wrong.
+        UserError: all problems, with their lines.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -186,7 +186,7 @@ def text_of(value: Any) -> str:
 
 
 def signature(cfg: Any) -> str:
-    """What the configs of one step have in common, as text: two points with the same one may share it."""
+    """The settings that members of one step must share, as text: points with equal signatures may share a step."""
     tree = json.loads(config.to_json(cfg))
     apart = set(IN_STEP)
     if cfg.model.init == "random" or (cfg.data.packing and cfg.data.weights and not cfg.train.steps):
@@ -203,7 +203,7 @@ def signature(cfg: Any) -> str:
 
 
 def together(points: Sequence[Point]) -> list[list[Point]]:
-    """Gather the points that may share a step, in their order."""
+    """Group the points that may share a step, in their order."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(signature(point.cfg), []).append(point)

@@ -1,11 +1,11 @@
 """From a data file and a model to a proposed config: how rows are read, what is held out, and the settings that follow.
 
-    recognise     the format and the columns, from the names people give them
+    recognise     the format and the columns, from common names
     held_out      an evaluation file beside the training file, or the share of rows to hold out
     propose       settings from the lengths of the rows and the size of the model
     write_config  the proposal as a Python file with a comment for each choice
 
-Only what can be tuned today is proposed; data for another objective is named and refused. Nothing here imports jax.
+Data for an objective that is not supported is named and refused. Nothing here imports jax.
 """
 
 import json
@@ -30,15 +30,15 @@ from jaxtune.data.sources import Source, kind, read, splits
 from jaxtune.errors import UserError
 from jaxtune.reading import read_json
 
-# What people call the two sides of a pair, the surest names first.
+# Common names of prompts and completions, the surest first.
 TEXTS = ("text", "sentence", "review", "content", "message", "utterance")
 PROMPTS = (*(name for name in ASKED if name != "source"), *TEXTS, "source")  # which often says where a text is from
-# What stands beside a question and its answer, and what a system prompt is called.
+# Names of contexts of a question, and of system prompts.
 CONTEXTS = ("input", "context", "passage", "background", "paragraph", "story", "document", "article", "evidence")
 SYSTEMS = ("system", "system_prompt", "system_message")
 MOST_LABELS = 1000  # more, or more than half as many as rows, and a column is an answer rather than a label
 COMPLETIONS = (*ANSWERED, "sql", *LABELS)
-# What stands before the answer where prompt and answer are one text. A space after it belongs to the answer.
+# Text before the answer, where prompt and answer are one text. A space after it belongs to the answer.
 MARKERS = ("\n### Response:", "\n### Assistant:", "\nAssistant:", "\nResponse:", "\nAnswer:", "\nSQL:", "\nA:")
 # What the two sides of a conversation begin with where it is one text.
 DIALOGUES = (
@@ -49,13 +49,13 @@ DIALOGUES = (
 
 KINDS = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification"}
 SINGLE = "single_label_classification"
-TRAINING = "the training data"  # where labels come from that nobody has named
+TRAINING = "the training data"  # the origin of labels that were not given by name
 
 EVAL_WORDS = ("valid", "validation", "val", "dev", "eval", "test")
 
 MULTIPLE = 32  # of tokens: max_length is rounded up to it
 CORPUS_LENGTH = 1024  # tokens in a packed sequence
-FULL_LIMIT = 1e9  # parameters up to which all weights are trained on plain text
+FULL_LIMIT = 1e9  # parameters at most for full fine-tuning on plain text
 RANK = 16
 LR_WIDTH = 2048
 LR = {"lora": 2e-4, "full": 1e-5}  # for models at least LR_WIDTH wide
@@ -69,7 +69,7 @@ class Recognised:
         format: one of FORMATS; of labelled rows, the name of the objective.
         labels: how labelled rows are read; None: text.
         problem: of `objective.problem_type`; None: it follows from the model.
-        own: the labels are the data's, where the model has others.
+        own: the labels are the data's and differ from the model's.
         given: how text is read as the person has said it, as `data.prepare` takes it.
     """
 
@@ -85,7 +85,7 @@ class Recognised:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As `data.prepare` takes them."""
+        """The settings, as `data.prepare` takes them."""
         if self.labels is not None:
             return {"labels": self.labels}
         marks = {"completion_from": self.completion_from, "prompt_from": self.prompt_from}
@@ -94,7 +94,7 @@ class Recognised:
         return {"format": self.format, "columns": dict(self.columns), **marks} | dict(self.given)
 
     def reader(self, source: Source) -> Reader:
-        """Raises UserError if the rows of `source` are not read in this way."""
+        """The reader of a source. Raises UserError if its rows cannot be read in this way."""
         if self.labels is None:
             reader = make_reader(source, **self.settings)
             if mark := self.completion_from:
@@ -121,7 +121,7 @@ class Recognised:
 
 
 def open_source(name: str) -> Source:
-    """Open `name` as `data.read` does, with the way out for formats that are recognised but cannot be read."""
+    """Open `name` as `data.read` does, with a hint for formats that are recognised but cannot be read."""
     path = Path(name).expanduser()
     if path.is_file() and path.stat().st_size:
         try:
@@ -139,12 +139,12 @@ def open_source(name: str) -> Source:
 
 
 def _refuse_bare_table(name: str, path: Path) -> None:
-    """Raise UserError, with the command that mends it, for lines of tab-separated cells."""
+    """Raise UserError, with a command that converts the file, for lines of tab-separated cells."""
     try:
         with path.open(encoding="utf-8") as file:
             rows = [line.rstrip("\n").split("\t") for line in islice(file, 200)]
     except UnicodeDecodeError:
-        return  # `read` says what is wrong
+        return  # `read` reports the error
     if not all(len(row) >= 2 for row in rows):
         return
     distinct = [len({row[i] for row in rows}) for i in (0, 1)]
@@ -169,11 +169,11 @@ def recognise(
 
     Args:
         source: the rows.
-        columns: our name -> the file's, where the person has said it.
-        given: the same of other settings, as `reading` gives them.
+        columns: jaxtune's name -> the file's, as far as the user has given them.
+        given: other settings that the user has given, as `reading` returns them.
 
-    Raises UserError for rows that no objective of today can use (preferences), prompts without answers, and columns
-    whose names are not known.
+    Raises:
+        UserError: rows that no supported objective can use, prompts without answers, or columns of unknown names.
     """
     given = dict(given or {})
     number, row = next(iter(source))
@@ -190,7 +190,7 @@ def recognise(
         only = shlex.quote(f"text={columns.get('text', 'text')}")
         raise UserError(
             f"{where}: a text with a column {label!r}, which is {kind(row[label])} here and cannot be read as labels "
-            f"throughout. Mend it, or to train on the text alone: --columns={only}."
+            f"throughout. Correct it, or to train on the text alone: --columns={only}."
         )
     reader = Recognised(format, columns, given=given).reader(source)
     looks = format == "text" and not given.get("completion_from")
@@ -202,7 +202,7 @@ def recognise(
             f"{until.strip()!r}; rows with messages would be given the model's own marks"
         )
     elif marker:
-        notes.append(f"{marker.strip()!r} stands once in every text: what follows it is trained")
+        notes.append(f"{marker.strip()!r} occurs once in every text: the text after it is trained")
     return Recognised(format, columns, marker, until, notes=tuple(notes), given=given)
 
 
@@ -241,7 +241,10 @@ def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognis
         form.several = isinstance(row[label], list)
         form.value = not form.several and _is_value(source, label)
     if form.value:
-        form.names, notes = ("LABEL_0",), [f"{label!r} is a number that is no class: it is predicted as a value"]
+        form.names, notes = (
+            ("LABEL_0",),
+            [f"{label!r} is a number and not a class: it is predicted as a value (regression)"],
+        )
     else:
         try:
             counted = count_labels([source], form)
@@ -270,7 +273,7 @@ def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognis
 
 
 def _text_and_label(row: dict, theirs: Mapping[str, str]) -> dict[str, str] | None:
-    """Our names of the columns of one or two texts and their label, or None."""
+    """jaxtune's names of the columns of one or two texts and their label, or None."""
     found = next((theirs[n] for n in LABELS if n in theirs and not isinstance(row[theirs[n]], dict)), None)
     pair = next(([theirs[n.lower()] for n in pair] for pair in PAIRS if all(n.lower() in theirs for n in pair)), None)
     if pair and found and all(isinstance(row[name], str) for name in pair):
@@ -282,7 +285,7 @@ def _text_and_label(row: dict, theirs: Mapping[str, str]) -> dict[str, str] | No
 
 
 def _is_value(source: Source, column: str) -> bool:
-    """Whether all values are numbers, and some of them broken ones."""
+    """Whether all values are numbers, and some are not integers."""
     broken = False
     for _, row in source:
         value = row.get(column)
@@ -296,7 +299,7 @@ def _is_value(source: Source, column: str) -> bool:
 
 
 def fitted(layout: Recognised, source: Source, stored: Any) -> Recognised:
-    """`layout` with the labels that the model has, where those of the data are among them.
+    """`layout` with the model's labels, if they include those of the data.
 
     Args:
         layout: as recognised from the data.
@@ -314,7 +317,7 @@ def fitted(layout: Recognised, source: Source, stored: Any) -> Recognised:
     except UserError as error:
         mine = ", ".join(stored.names[:5]) + (", ..." if len(stored.names) > 5 else "")
         first = "; if they are numbers of these, set objective.first_label" * ("first_label" in str(error))
-        note = f"the model's own labels ({mine}) are others, so a new head is trained{first}"
+        note = f"the model's own labels ({mine}) are different, so a new head is trained{first}"
         return replace(layout, notes=(*layout.notes, note), own=True)
     return replace(layout, labels=trial)
 
@@ -390,7 +393,7 @@ def _unknown(where: str, row: dict, theirs: Mapping[str, str]) -> UserError:
 
 
 def _marks(source: Source, column: str) -> tuple[str | None, str | None]:
-    """What the answers begin with in every text, and what ends them there: the marker that stands once, and None; or
+    """The text before the answers and the text after them, in every text: the marker that occurs once, and None; or
     those of the two sides of a conversation. (None, None): neither."""
     markers, dialogues = MARKERS, DIALOGUES
     for _, row in source:
@@ -411,7 +414,7 @@ def _label_notes(source: Source, columns: Mapping[str, str]) -> list[str]:
     shown = ", ".join(name for name, _ in counts.most_common(3)) + (", ..." if len(counts) > 3 else "")
     notes = [f"{label!r} has {len(counts)} labels ({shown}): the model learns to write the label after the text"]
     if all(name.lstrip("-").isdigit() for name in counts):
-        notes.append("the labels are numbers: names say more to a language model")
+        notes.append("the labels are numbers: names mean more to a language model")
     return notes
 
 
@@ -470,7 +473,7 @@ def _words(name: str) -> list[str]:
 
 
 def eval_fraction(rows: int) -> float:
-    """Return 0.05, or what holds out at least 20 and at most 1,000 rows; 0 where there are fewer than 20 in all."""
+    """Return 0.05, adjusted to hold out 20 to 1,000 rows; 0 if there are too few rows."""
     if rows < 20:
         return 0.0
     return float(f"{min(max(0.05, 20 / rows), 0.2, 1000 / rows):.1g}")
@@ -481,11 +484,11 @@ def eval_fraction(rows: int) -> float:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What of a model decides the proposal.
+    """The facts on a model that decide the proposal.
 
     Attributes:
-        shapes: of its tensors; None where they are not on this machine.
-        narrowest: side of a matrix in its layers.
+        shapes: of its tensors; None if the weights are not on this machine.
+        narrowest: the smallest side of a matrix in its layers.
     """
 
     path: str
@@ -502,7 +505,7 @@ class ModelFacts:
 
     @property
     def rank(self) -> int:
-        """The rank to propose: no matrix that gets adapters may be narrower."""
+        """The rank to propose: at most the smallest side of an adapted matrix."""
         return min(RANK, self.narrowest)
 
 
@@ -516,7 +519,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings in the order of the schema, and what to tell the person."""
+    """Settings in the order of the schema, and notes for the user."""
 
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = field(default=())
@@ -591,9 +594,9 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         Choice("data.train", _one_source(data)),
         *_evaluation(held),
         *([] if labelled or layout.format == "template" else [Choice("data.format", layout.format)]),
-        *([Choice("data.columns", dict(layout.columns), "our name: the file's")] if layout.columns else []),
+        *([Choice("data.columns", dict(layout.columns), "jaxtune's name: the file's")] if layout.columns else []),
         *(
-            [Choice("data.completion_from", layout.completion_from, "what follows it is trained")]
+            [Choice("data.completion_from", layout.completion_from, "the text after it is trained")]
             if layout.completion_from
             else []
         ),
@@ -648,7 +651,7 @@ def _corpus(corpus: bool) -> list[Choice]:
         return []
     return [
         Choice("data.overlength", "split", "longer texts become several rows"),
-        Choice("data.packing", True, "several texts in one sequence; none sees another"),
+        Choice("data.packing", True, "several texts in one sequence, which do not see each other"),
     ]
 
 
@@ -666,7 +669,7 @@ def _labels(layout: Recognised) -> list[Choice]:
         Choice("data.overlength", "truncate", "a longer text keeps its label"),
         Choice("objective.name", layout.format, why),
         *([Choice("objective.problem_type", layout.problem)] if layout.problem else []),
-        *([Choice("objective.labels", layout.labels.names, "the data's; the model has others")] if layout.own else []),
+        *([Choice("objective.labels", layout.labels.names, "the data's; the model's differ")] if layout.own else []),
     ]
 
 
