@@ -1,7 +1,7 @@
 """Parameter trees: paths, rules over paths, the three-valued mask, partition and combine.
 
 A tuning method returns `(params, mask)`: two trees of one structure, the second with a `Role` at each leaf.
-Nothing below knows which method made them. Where an array stood there may be a `Node`, whose class declares its fields.
+No other code knows which method made them. In place of an array there may be a `Node`, whose class declares its fields.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ TRAIN, MEMBER, FROZEN = Role.TRAIN, Role.MEMBER, Role.FROZEN
 
 
 class Stored(NamedTuple):
-    """Where a field lies in a PEFT file.
+    """How a field is stored in a PEFT file.
 
     Attributes:
         key: of the tensor; "{}" stands for the module's full name: "{}.lora_A.weight".
@@ -46,14 +46,14 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What the class of a `Node` declares of one of its fields: all that masks, counts, optimizers and files know.
+    """The declaration of a field in the class of a `Node`, which masks, counts, optimizers and files read.
 
     Attributes:
         role: what happens to it in training.
-        axes: its own, behind the layer axes, by letters: "K r" is a matrix, "N" a vector, "" a number for each layer.
-        parameters: that an entry stands for: 2 in a byte of 4-bit codes, 0 in what is no parameter.
-        stored: where it lies in a PEFT file; None: nowhere.
-        group: what metrics call it, where they tell it from the rest of its module: "lora_A".
+        axes: its axes after the layer axes, by letters: "K r" is a matrix, "N" a vector, "" a number for each layer.
+        parameters: how many an entry stands for: 2 in a byte of 4-bit codes, 0 if it is not a parameter.
+        stored: how it is stored in a PEFT file; None: not stored.
+        group: its name in metrics that separate it from the rest of its module: "lora_A".
         faster: whether LoRA+ gives it the higher rate, as it does to every vector.
     """
 
@@ -66,20 +66,20 @@ class Field:
 
     @property
     def ndim(self) -> int:
-        """The number of its own axes."""
+        """The number of its axes, without layer axes."""
         return len(self.axes.split())
 
 
 class Node:
-    """A pytree node that stands where an array stood: a dataclass whose fields are declared (`weights.leaf`)."""
+    """A pytree node in place of an array: a dataclass whose fields are declared (`weights.leaf`)."""
 
     @classmethod
     def fields(cls) -> dict[str, Field]:
-        """The fields that hold arrays, or another `Node`; None in a tree where a leaf has none of it."""
+        """The fields that hold arrays or another `Node`; the value of a field may be None in a tree."""
         return {f.name: f.metadata["field"] for f in dataclasses.fields(cls) if "field" in f.metadata}
 
     def layers_adapted(self) -> Any:
-        """An array [*L], 0 for a layer on which this node has no effect; None: it has one on all."""
+        """An array [*L], 0 for layers on which this node has no effect; None: it affects all."""
         return None
 
 
@@ -89,7 +89,7 @@ def is_node(x: Any) -> bool:
 
 
 def map_fields(fn: Callable[[str, Any, Field | None], Any], tree: PyTree) -> PyTree:
-    """Map `fn("a/b/c", array, field)` over the arrays of a tree; `field` is what the array is to its node, or None."""
+    """Map `fn("a/b/c", array, field)` over the arrays of a tree; `field` is its declaration in a node, or None."""
 
     def inside(path, leaf, field=None):
         if not is_node(leaf):
@@ -101,7 +101,7 @@ def map_fields(fn: Callable[[str, Any, Field | None], Any], tree: PyTree) -> PyT
 
 
 class Partition(NamedTuple):
-    """Three trees of one structure; a leaf sits in exactly one of them, the others hold None there."""
+    """Three trees of one structure; each leaf is in exactly one of them, and None in the others."""
 
     trainable: PyTree
     member: PyTree
@@ -124,7 +124,7 @@ def match(rules: Sequence[tuple[str, Any]], tree: PyTree) -> PyTree:
     A rule is `(regex, value)`; the regex must match the whole path "a/b/c"; the first that does wins.
 
     Raises:
-        UserError: a rule is no regular expression or matches no leaf, or a leaf is matched by no rule.
+        UserError: a rule is not a regular expression or matches no leaf, or a leaf is matched by no rule.
     """
     compiled = [(_compile(pattern), value) for pattern, value in rules]
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -229,7 +229,7 @@ def _parts(path: str, leaf: Any) -> Iterator[_Part]:
 
 
 def _share(adapted: Any) -> float:
-    """The share of layers that are adapted, as far as it is known."""
+    """The share of layers that are adapted; 1 if it is unknown."""
     if adapted is None or isinstance(adapted, jax.core.Tracer | jax.ShapeDtypeStruct):
         return 1.0
     return float(np.mean(np.asarray(adapted) != 0))
@@ -239,7 +239,7 @@ def count(params: PyTree, mask: PyTree) -> Counts:
     """Count trainable and all parameters, in total and by module name.
 
     Works on abstract arrays too. Of a stacked LoRA factor, the rows with a scale of 0 are not adapted and not counted,
-    as long as the scales are known. A quantised matrix counts as what it stands for.
+    if the scales are concrete. A quantised matrix counts as the plain one.
     """
     trainable, total = Counter(), Counter()
     roles = flatten(mask)

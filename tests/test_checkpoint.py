@@ -266,7 +266,7 @@ def test_checkpoints_written_before_there_were_checksums_are_read_and_it_is_said
         shutil.rmtree(checkpoints.folder / str(step) / "checksums")
     for _ in range(2):
         assert_equal(checkpoints.restore(lambda _: state())[0], state(6))
-    assert said == ["The checkpoints here were written without checksums; what they hold is not verified."]
+    assert said == ["The checkpoints here were written without checksums, so they cannot be verified."]
 
 
 def test_of_a_checkpoint_without_checksums_numbers_that_are_not_finite_are_damage(checkpoints, said):

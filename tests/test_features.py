@@ -304,7 +304,7 @@ def test_a_build_that_was_damaged_while_it_rested_is_begun_anew(kind, tmp_path):
     damage(store.partial("k") / ("features.bin" if kind == "features" else "progress.json"), 3)
     found = store.open("k", LAYOUT, lambda *a: fill(*a, passes=passes), say=said.append)
     assert passes == [0, 1, 2] and found[1].tolist() == [[2] * 4] * 5
-    assert len(said) == 1 and "begun anew" in said[0]
+    assert len(said) == 1 and "were damaged and are recomputed" in said[0]
 
 
 def test_damaged_features_that_another_run_uses_are_said(tmp_path):
@@ -443,7 +443,7 @@ def test_what_cannot_be_is_said_before_the_first_compile(run):
 def test_a_run_goes_on_as_it_began(run, tmp_path):
     assert run("with")[0] == 0
     status, said = run("with", train__steps=16, train__cache_gib=1e-6)
-    assert status == 2 and "began on cached features, and now it would not" in said
+    assert status == 2 and "began with cached features, which it would not use now" in said
     assert run("with", train__steps=16, train__cache_features="off")[0] == 0
     assert run("without", train__steps=1, data__eval=None, train__eval_every=0)[0] == 0
     status, said = run("without", train__steps=30, data__eval=None, train__eval_every=0)

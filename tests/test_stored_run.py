@@ -22,7 +22,7 @@ def test_it_goes_on(tmp_path, monkeypatch, capsys):
     before = json.loads(Path("run/config.json").read_text())
     assert before["model"]["unroll"] == 1 and before["log"]["plot"] is True  # settings that are gone
     assert main(["train", "--config=run/config.json", "--config.train.steps=12", "--workdir=run"]) == 0
-    assert "Going on after step 8 of 12" in capsys.readouterr().out
+    assert "Resuming after step 8 of 12" in capsys.readouterr().out
     assert losses(Path("run/metrics.jsonl")) == pytest.approx(losses(Path("whole.jsonl")), rel=1e-4)
 
 

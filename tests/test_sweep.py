@@ -410,7 +410,7 @@ def test_a_signal_saves_and_exits_3(run, finished, tmp_path, monkeypatch):
         patch.setattr(log.Progress, "update", acting)
         status, _, err = run(tmp_path / "s", *RATES)
     assert status == 3
-    assert "Start again to go on" in err
+    assert "Run the same command to resume" in err
     assert run(tmp_path / "s", *RATES)[0] == 0
     assert results(tmp_path / "s") == results(finished)
 

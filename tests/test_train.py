@@ -219,13 +219,13 @@ def test_a_signal_saves_and_exits_3_and_the_same_command_goes_on(number, run, al
         during(patch, 5, lambda: os.kill(os.getpid(), number))
         status, _, err = run(workdir)
     assert status == 3
-    assert "Start again to go on." in err
+    assert "Run the same command to resume." in err
     assert "Traceback" not in err
     assert checkpoints(workdir)[-1] in (5, 6)
     assert not (workdir / "adapter").exists()
     status, out, _ = run(workdir)
     assert status == 0
-    assert f"Going on after step {6} of {STEPS}" in out
+    assert f"Resuming after step {6} of {STEPS}" in out
     assert same(workdir, alone)
 
 
@@ -233,7 +233,7 @@ def test_a_finished_run_started_again_changes_no_number(run, alone, copy):
     before = everything(copy / "checkpoints")
     status, out, _ = run(copy, log__tensorboard="true")
     assert status == 0
-    assert f"Going on after step {STEPS} of {STEPS}" in out
+    assert f"Resuming after step {STEPS} of {STEPS}" in out
     assert same(copy, alone)
     assert everything(copy / "checkpoints") == before
 
@@ -246,14 +246,14 @@ def test_a_checkpoint_cut_short_gives_way_to_the_one_before(run, alone, copy):
     status, out, _ = run(copy)
     assert status == 0
     assert "The checkpoint of step 12 cannot be read" in out
-    assert "Going on after step 9" in out
+    assert "Resuming after step 9" in out
     assert same(copy, alone)
 
 
 def test_more_steps_and_other_logging_may_go_on(run, copy):
     status, out, _ = run(copy, train__steps=STEPS + 4, log__every=2, train__eval_every=8, train__keep=1)
     assert status == 0
-    assert "Going on after step 12 of 16" in out
+    assert "Resuming after step 12 of 16" in out
     lines = read(copy)
     assert [m["step"] for m in lines if "train/loss" in m] == [*range(1, 13), 14, 16]
     assert json.loads((copy / "config.json").read_text())["train"]["steps"] == 16
@@ -273,7 +273,7 @@ def test_fewer_steps_than_were_done_are_refused(run, copy):
     before = everything(copy)
     status, _, err = run(copy, train__steps=7)
     assert status == 2
-    assert "has done 12 steps, and this config asks for 7" in err
+    assert "has done 12 steps, and this config has 7" in err
     assert everything(copy) == before
 
 

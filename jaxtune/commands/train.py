@@ -49,11 +49,11 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     if workdir is not None:
         check_workdir(workdir, cfg, rows.report.fingerprint, run.base.files)
     clock("data")
-    if (settled := dated(cfg, rows)) is not cfg:
-        cfg, run = settled, experiment(settled)
+    if (resolved := dated(cfg, rows)) is not cfg:
+        cfg, run = resolved, experiment(resolved)
     print(*data_lines(run, rows), *config.notes(cfg), sep="\n")
     if run.train.micro_batch == "auto":
-        values, note = fit.settle(run, rows)
+        values, note = fit.resolve_micro_batch(run, rows)
         print(note)
         run = experiment(config.replaced(cfg, values))
     job = build([run], rows)

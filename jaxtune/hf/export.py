@@ -18,7 +18,7 @@ from jaxtune.hf import tensors
 from jaxtune.hf.card import model_card
 from jaxtune.hf.stops import write_generation_config
 from jaxtune.models.names import Tensor
-from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, settle, weights_by_path
+from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, scale_biases, weights_by_path
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -99,7 +99,7 @@ def whole(module: Any, params: Any) -> tuple[Any, list[str]]:
     Raises:
         UserError: there is a soft prompt, which no plain model holds.
     """
-    params, notes = settle(params), []
+    params, notes = scale_biases(params), []
     if module.continues and (untied_head := _head_to_untie(params)) is not None:
         params = {**params, "lm_head": {"kernel": untied_head}}
         notes.append(

@@ -42,9 +42,9 @@ from jaxtune.weights.leaf import (
     PromptWeight,
     TokensWeight,
     column_norm,
+    in_float32,
     map_paths,
     map_weights,
-    masters,
     merge_leaf,
     plain,
     table_rows,
@@ -149,7 +149,7 @@ def attach(
         return filled(leaf, TRAIN if trained else FROZEN)
 
     new = map_paths(adapt, params)
-    new, mask = masters(new, map_paths(role, new))
+    new, mask = in_float32(new, map_paths(role, new))
     return restore(new), restore(mask)
 
 
@@ -328,7 +328,7 @@ def ia3(
 
 def adapters_only(params: PyTree) -> tuple[PyTree, PyTree]:
     """`(params, mask)` of a tree in which only adapters are trained."""
-    return masters(
+    return in_float32(
         params, map_weights(lambda leaf: leaf.mask() if isinstance(leaf, Adapter) else filled(leaf, FROZEN), params)
     )
 

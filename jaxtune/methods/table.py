@@ -27,7 +27,7 @@ from jaxtune.methods.places import (
 from jaxtune.methods.settings import ROWS, Lora, read
 from jaxtune.methods.vocabulary import resize, untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled, match
-from jaxtune.weights.leaf import map_paths, masters
+from jaxtune.weights.leaf import in_float32, map_paths
 
 __all__ = [
     "METHODS",
@@ -62,7 +62,7 @@ def full(params: PyTree) -> tuple[PyTree, PyTree]:
         UserError: a leaf is quantised.
     """
     everything = r"params/.*" if "params" in params else r".*"
-    return masters(params, match([(everything, TRAIN), (r".*", FROZEN)], params))
+    return in_float32(params, match([(everything, TRAIN), (r".*", FROZEN)], params))
 
 
 def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
@@ -79,11 +79,11 @@ def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
             untrained.
     """
     if "classifier" in params:
-        return masters(params, match([(r"classifier/.*", TRAIN), (r".*", FROZEN)], params))
+        return in_float32(params, match([(r"classifier/.*", TRAIN), (r".*", FROZEN)], params))
     if "embed_tokens" not in params:
         raise UserError("The method 'head' knows jaxtune's own models; give a mask by rules for another tree.")
     params = untie(params)
-    tuned = masters(params, match([(r"(norm|lm_head)/.*", TRAIN), (r".*", FROZEN)], params))
+    tuned = in_float32(params, match([(r"(norm|lm_head)/.*", TRAIN), (r".*", FROZEN)], params))
     return with_new_tokens(tuned, module)
 
 
@@ -170,7 +170,7 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
     def role(path, leaf):
         return filled(leaf, TRAIN if hits[path] or (labelled and in_label_head(path)) else FROZEN)
 
-    return with_new_tokens(masters(params, map_paths(role, params)), module)
+    return with_new_tokens(in_float32(params, map_paths(role, params)), module)
 
 
 # ---------------------------------------------------------------------------------------------------------------- edges

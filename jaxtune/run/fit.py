@@ -109,7 +109,7 @@ def choose_micro_batch(
     return {"train.micro_batch": rows, "train.grad_accum": parts, "model.remat": choice.policy}, note
 
 
-def settle(experiment: Experiment, rows: Data) -> tuple[dict[str, Any], str]:
+def resolve_micro_batch(experiment: Experiment, rows: Data) -> tuple[dict[str, Any], str]:
     """`choose_micro_batch` for this machine's devices and the rows that were read; nothing is loaded or compiled."""
     longest = max(int(part.length.max()) for part in rows.train) + len(rows.prefix)
     length = rows.length if experiment.data.packing else min(rows.length, -(-longest // 64) * 64)

@@ -675,7 +675,7 @@ def _labels(layout: Recognised) -> list[Choice]:
 
 def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, layout: Recognised) -> str:
     if layout.is_corpus:
-        return f"tokens in a packed sequence; the model knows {positions:,}"
+        return f"tokens in a packed sequence; the model has {positions:,} positions"
     mean, longest = round(float(lengths.mean())), int(lengths.max())
     then = "cut" if layout.labels is not None else "dropped"
     dropped = f"{long:,} of {len(lengths):,} rows are longer and {then}" if long else "no row is longer"

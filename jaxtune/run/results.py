@@ -1,4 +1,4 @@
-"""The end of a run: the tuned weights in the formats others load, the facts, the page, and what to do next."""
+"""The end of a run: export the tuned weights, write summary and page, print the next commands."""
 
 import importlib.metadata
 import json
@@ -31,7 +31,7 @@ def has_adapter(params: Any) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide a result."""
+    """The versions of the packages that affect a result."""
     names = ("jaxtune", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
     found = {}
     for name in names:
@@ -101,7 +101,7 @@ def finish(member, place, job, params, run, clock, scored) -> None:
 
 
 def _chat_template(experiment, job) -> str | None:
-    """The template to write beside the weights, where it is not the tokenizer's own."""
+    """The chat template to export, if it is not the tokenizer's own."""
     from jaxtune.data.chat import DEFAULT_TEMPLATE, without_date
 
     if experiment.base.chat_template:
@@ -111,10 +111,10 @@ def _chat_template(experiment, job) -> str | None:
 
 
 def _cost(job, steps: int) -> dict[str, Any]:
-    """Operations of a run's steps, its share of them in a sweep; the peak of memory of the device, or of the process.
+    """FLOPs of a run's steps (in a sweep its share), and peak memory of the device, or of the process.
 
-    The operations are those of the matrix products of a compiled step, by the positions of its batch; how many
-    positions the batches have is known from a sample of them. Over features, they are those above them.
+    FLOPs are those of matrix products of a compiled step, by the positions of its batch; how many
+    positions batches have is estimated from a sample. With cached features, only the layers above them count.
     """
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     cost = {
@@ -158,7 +158,7 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
         console.print(table)
     console.print(str(member.counts))
     first, last = _column(rows, "train/loss")
-    losses = "" if first is None else f"train loss {first:.4f} -> {last:.4f}; "  # none was logged before it stopped
+    losses = "" if first is None else f"train loss {first:.4f} -> {last:.4f}; "  # no loss was logged before it stopped
     console.print(f"{losses}{rows[-1]['step']} steps; {sum(clock.parts.values()):.1f} s in all "
                   f"({', '.join(f'{k} {v:.1f}' for k, v in clock.parts.items())})")  # fmt: skip
     console.print(f"\nresult: {out}\nreport: {page}\n")

@@ -1,4 +1,4 @@
-"""Run a job in its directories: one run alone, or the members of a sweep in one step. Made to be started again."""
+"""Train a job in its directories: a single run, or the members of a sweep in one step. It can be resumed."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from jaxtune.train.watch import Watch
 
 @dataclass
 class RunFolder:
-    """Where one member's run lives, and how it is repeated alone."""
+    """The directory of one member, and the command that trains it alone."""
 
     name: str
     folder: Path
@@ -48,12 +48,12 @@ class Ended:
 
 @dataclass
 class Phase:
-    """A part of a job's steps, with checkpoints of its own: all of them, or a sweep's up to its next cut.
+    """A part of a job's steps, with its own checkpoints: all steps, or those of a sweep up to its next cut.
 
     Attributes:
         checkpoints: the directory.
-        until: the step it ends with; None: the job's last.
-        begins: the states of all members and what the loop remembers of them, from the phase before.
+        until: its last step; None: the job's last.
+        begins: the states of all members and their loop records, from the phase before.
     """
 
     checkpoints: Path
@@ -62,10 +62,10 @@ class Phase:
 
 
 def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored: Sequence[Any]) -> Ended:
-    """Train the members of `job` together, or go on with them, and say how they ended.
+    """Train the members of `job` together, or resume them; return how they ended.
 
     Raises:
-        UserError: more steps are done than the config asks for, or they were done over another base.
+        UserError: more steps are done than the config has, or they were done over another base.
         RunFailed: no loss is finite any more.
         Interrupted: stopped by a signal, with a checkpoint.
     """
@@ -74,7 +74,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
         place.folder.mkdir(parents=True, exist_ok=True)
         job.experiment.base.files.check(place.folder, whole=True)
         job.experiment.base.files.record(place.folder)
-        if not (place.folder / "config.json").exists():  # before all else, so that what follows is known as a run
+        if not (place.folder / "config.json").exists():  # first, so that the directory is recognised as a run
             _write_config(job, member, place)
     first = 0
     state, names = job.state, [place.name for place in places]
@@ -96,7 +96,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
     start = _step(state)
     if start > last:
         raise UserError(
-            f"The run in {places[0].folder} has done {start} steps, and this config asks for {last}; nothing was "
+            f"The run in {places[0].folder} has done {start} steps, and this config has {last}; nothing was "
             "changed. Raise train.steps or train.epochs, or give another --workdir."
         )
     job = _without_change(job, places[0])
@@ -105,15 +105,15 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
         progress = Progress(last, start, bar=experiment.log.progress, several=job.stacked)
         opened.callback(progress.close)
         if found:
-            progress.say(f"Going on after step {start} of {last}.")
+            progress.say(f"Resuming after step {start} of {last}.")
         if start < last:
             with loop.stop_on_signal() as stopped:
                 job = with_features(job, progress.say, stopped)
         clock("features")
         runs, after = [], start if found or first else -1
-        for lane, (member, place, record) in enumerate(zip(job.members, places, records, strict=True)):
+        for index, (member, place, record) in enumerate(zip(job.members, places, records, strict=True)):
             _write_config(job, member, place)
-            run = _open(job, member, place, lane, record, after)
+            run = _open(job, member, place, index, record, after)
             opened.callback(run.metrics.close)
             progress.recall(run.name, run.metrics.lines.kept)
             runs.append(run)
@@ -167,10 +167,10 @@ def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
 
 
 def _without_change(job: Job, place: RunFolder) -> Job:
-    """The job with features cached, or not, as they were when the run began: the last bits of its numbers differ.
+    """The job with features cached or not, as when the run began, since that changes the last bits of results.
 
     Raises:
-        UserError: they were, and cannot be now.
+        UserError: they were cached, and cannot be now.
     """
     file = place.folder / "config.json"
     before = json.loads(file.read_text()).get("versions", {}).get("features") if file.exists() else None
@@ -180,7 +180,7 @@ def _without_change(job: Job, place: RunFolder) -> Job:
         return replace(job, features=None)
     if job.features is None:
         raise UserError(
-            f"The run in {place.folder} began on cached features, and now it would not: "
+            f"The run in {place.folder} began with cached features, which it would not use now: "
             f"{job.note or 'it is too short.'} Nothing was "
             "changed. Set train.cache_features=on or off; results differ in their last digits."
         )
@@ -202,7 +202,7 @@ def best_state(job: Job, i: int, run: loop.Run, folders: Sequence[Path]) -> Trai
         try:
             return saved_state(job, i, run.name, int(run.best["step"]), folders)
         except Damaged as error:
-            print(f"{error} It was of the best evaluation; the weights of the last step are the result.")
+            print(f"{error} It was that of the best evaluation; the weights of the last step are the result.")
             run.record["best"] = None
     return saved_state(job, i, run.name, None, folders)
 
@@ -227,8 +227,8 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
             found = [n for n in checkpoints.steps() if step in (None, n)]
             if found:
                 state, counters = checkpoints.restore(lambda counters: _like(job, abstract, counters), found[-1])
-                lane = [run["name"] for run in counters["runs"]].index(name)
-                return job.alone(state, lane, job.members[i])
+                index = [run["name"] for run in counters["runs"]].index(name)
+                return job.alone(state, index, job.members[i])
         finally:
             checkpoints.manager.close()
     which = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -236,7 +236,7 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
 
 
 def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState, clock: Any, scored: Any) -> None:
-    """Score the result of member `i`, and write what a run leaves behind."""
+    """Score the result of member `i` and write its files."""
     member = job.members[i]
     params = job.params(state)
     if scored:
@@ -253,7 +253,7 @@ def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState,
 
 
 def answer_scores(job: Job) -> list[Any]:
-    """For each member, what scores its answers (`jaxtune.evaluate.answers.AnswerScores`); None without any metric."""
+    """For each member the scorer of its answers (`jaxtune.evaluate.answers.AnswerScores`); None without any metric."""
     e = job.experiment.evaluate
     if not e.metrics:
         return [None] * len(job.members)
@@ -282,20 +282,20 @@ def _metrics(experiment: Experiment, place: RunFolder, step: int, watch: Watch |
     )
 
 
-def _open(job: Job, member: Member, place: RunFolder, lane: int, record: dict | None, step: int) -> loop.Run:
+def _open(job: Job, member: Member, place: RunFolder, index: int, record: dict | None, step: int) -> loop.Run:
     lr, shape = member.experiment.lr, job.experiment.recipe.shape
     return loop.Run(
         place.name,
         _metrics(member.experiment, place, step, Watch(member.experiment.rate_hint())),
         lr_at=lambda step: float(lr * shape(step)),
         places=member.batches.places,
-        lane=lane,
+        index=index,
         record=record or loop.fresh_record(),
     )
 
 
 def _generate_before(job: Job, runs: list[loop.Run], scored: Sequence[Any]) -> None:
-    """All members of a job start as the base, so it is asked once."""
+    """Generate the base's answers, once for all members, which start from it."""
     if scored[0]:
         values = scored[0](job.params(job.alone(job.state, 0, job.members[0])))
         for run, one in zip(runs, scored, strict=True):

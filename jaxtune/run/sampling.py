@@ -1,4 +1,4 @@
-"""What a run writes at its evaluations: held-out prompts, and prompts of one's own, continued greedily."""
+"""Texts generated at evaluations: held-out prompts and the user's own prompts, continued greedily."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ SHOWN = 60  # characters of a prompt's end and of its continuation, on the termi
 
 
 class Prompt(NamedTuple):
-    """A prompt, and what should follow where that is known."""
+    """A prompt, and the expected continuation if known."""
 
     ids: list[int]
     text: str
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
 
 
 def prompts(experiment: Any, data: Any) -> list[Prompt]:
-    """Return what evaluate.samples and evaluate.prompts ask for.
+    """Return the prompts of evaluate.samples and evaluate.prompts.
 
     Raises:
         UserError: a prompt leaves no room for evaluate.max_new_tokens.
@@ -41,14 +41,14 @@ def prompts(experiment: Any, data: Any) -> list[Prompt]:
                 raise UserError(
                     f"evaluate.prompts: {text[:40]!r} has {len(ids)} tokens, and with "
                     f"evaluate.max_new_tokens={e.max_new_tokens} more it exceeds the {positions} "
-                    "positions that the model knows; shorten one of them."
+                    "positions of the model; shorten one of them."
                 )
             found.append(Prompt(ids, text, None))
     return found
 
 
 def _held_out(data: Any, count: int, room: int) -> list[Prompt]:
-    """The first held-out rows with room for an answer, cut where their training begins, or in the middle."""
+    """The first held-out rows with room for an answer, cut where their trained part begins, or in the middle."""
     found, rows, decode = [], data.eval, data.tokenizer.decode
     for i in range(len(rows)):
         tokens, mask = rows[i]
@@ -71,7 +71,7 @@ def _held_out(data: Any, count: int, room: int) -> list[Prompt]:
 
 
 class Samples:
-    """Called after each evaluation: writes `samples.jsonl` in the directory of each run, and shows those of one alone.
+    """Called after each evaluation: writes `samples.jsonl` for each run, and prints those of a single run.
 
     Attributes:
         job: the job.
@@ -79,16 +79,16 @@ class Samples:
     """
 
     def __init__(self, job: Any, folders: Mapping[str, Path], step: int, say: Callable[[str], None]):
-        """`folders`: name of a run -> its directory. `step`: what was written after it is dropped."""
+        """`folders`: name of a run -> its directory. `step`: lines of later steps are dropped."""
         self.job, self.say = job, say
         self.prompts = prompts(job.experiment, job.rows)
         self.files = {name: JsonLines(folder / FILE, step) for name, folder in folders.items() if self.prompts}
 
     def __call__(self, step: int, state: TrainState, runs: Sequence[loop.Run]) -> None:
-        for lane, run in enumerate(runs):
+        for index, run in enumerate(runs):
             if run.ended or not self.prompts:
                 continue
-            alone = self.job.alone(state, lane, self.job.members[run.lane])
+            alone = self.job.alone(state, index, self.job.members[run.index])
             for prompt, text in zip(self.prompts, self._continued(self.job.params(alone)), strict=True):
                 self.files[run.name].write(step, {"prompt": prompt.text, "expected": prompt.expected, "text": text})
                 if not self.job.stacked:

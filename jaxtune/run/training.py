@@ -1,4 +1,4 @@
-"""From experiments to what the loop needs: weights loaded, everything on the devices, the steps made."""
+"""From experiments to a job that the loop can train: load weights, fill the devices, make the step functions."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,21 +15,21 @@ from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one
 from jaxtune.train.features import Extractor, above
 from jaxtune.train.parallel import check_rows, make_mesh, replicate, shard_batch
 from jaxtune.train.recipe import start_group
-from jaxtune.train.stacked import shard_lanes, unstack
+from jaxtune.train.stacked import shard_members, unstack
 from jaxtune.train.step import TrainState
 
-# XLA's products on a CPU give a member the same bits in a group of any size where rows are of 32 tokens, not of 24.
+# On a CPU a member's results are the same bits in a group of any size if rows have 32 tokens, but not 24.
 STACKED_GRAIN = 32
 
 
 @dataclass
 class Member:
-    """One run of a job: alone, or one of those that share a step.
+    """One run of a job, which may share the step with others.
 
     Attributes:
-        experiment: what it is asked for.
-        like: its state as it is alone, abstract.
-        batches: its own order of the rows.
+        experiment: its settings.
+        like: its abstract state outside of the group.
+        batches: its stream of batches.
     """
 
     experiment: Experiment
@@ -41,13 +41,13 @@ class Member:
 
 @dataclass
 class Job:
-    """All that the loop needs.
+    """Everything that the loop needs.
 
     Attributes:
-        experiment: that of the first member: what they have in common.
-        state: that of the one member, or theirs, stacked.
-        features: what computes what lies below all that is trained, once; None: it is computed in each step.
-        note: on that.
+        experiment: that of the first member, for the settings that all share.
+        state: of the single member, or of all, stacked.
+        features: computes the features below all trained layers once; None: they are computed in each step.
+        note: a line on features for the user.
     """
 
     experiment: Experiment
@@ -70,12 +70,12 @@ class Job:
     def module(self) -> Any:
         return self.experiment.module
 
-    def alone(self, state: TrainState, lane: int, member: Member) -> TrainState:
-        """The state of `member`, which is in `lane` of a state of this job."""
-        return unstack(state, lane, member.like) if self.stacked else state
+    def alone(self, state: TrainState, index: int, member: Member) -> TrainState:
+        """The state of `member`, which has place `index` in a state of this job."""
+        return unstack(state, index, member.like) if self.stacked else state
 
     def params(self, state: TrainState) -> Any:
-        """The parameters of a run alone."""
+        """The parameters of a single run."""
         return tree.combine(state.trainable, state.member, self.frozen)
 
 
@@ -110,10 +110,10 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
     features, note = caching.plan(first, rows, members[0].mask, frozen, passes)
     step_fn, eval_step = _programs(experiments, mesh, stacked)
 
-    def put(batch, lanes):
+    def put(batch, members):
         if len(streams) == 1:
             return shard_batch(batch, mesh)
-        return shard_lanes({k: v[lanes] for k, v in batch.items()}, mesh)
+        return shard_members({k: v[members] for k, v in batch.items()}, mesh)
 
     return Job(
         experiment=first,
@@ -141,10 +141,10 @@ def _programs(experiments: Sequence[Experiment], mesh: Any, stacked: bool, modul
 
 
 def with_features(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
-    """Return the same job over features in place of tokens, which are computed if they are not there.
+    """Return the same job with features in place of tokens; missing features are computed.
 
     Raises:
-        Interrupted: `stop` said so; what is done is kept.
+        Interrupted: `stop` returned True; what is done is kept.
     """
     if job.features is None:
         return job
@@ -170,7 +170,7 @@ def with_features(job: Job, say: Callable[[str], None], stop: Callable[[], bool]
 
 
 def over_features_found(job: Job) -> Job:
-    """Return `with_features` where they are there: the job as it ran."""
+    """Return `with_features` of the job if its features are cached: the job as it was trained."""
     if job.features is None:
         return job
     sizes = {job.features.key(rows): job.features.layout(rows).nbytes for rows in job.rows.sets}
@@ -179,7 +179,7 @@ def over_features_found(job: Job) -> Job:
 
 
 def as_stored(job: Job, params: Any, mask: Any) -> Any:
-    """For a whole model that is written, undo the cast to the compute dtype: frozen leaves come from the base again."""
+    """Undo the cast to the compute dtype before a whole model is written: read frozen leaves again from the base."""
     if tree.FROZEN not in jax.tree.leaves(mask):
         return params
     stored, _ = job.experiment.recipe.tuned(job.experiment.base.load(job.experiment.recipe))

@@ -1,4 +1,4 @@
-"""A run's directory: held against others, whether it holds a run to go on with, and whether its disk has room."""
+"""A run's directory: locking it, checking whether it holds a run to resume, and whether its disk has room."""
 
 import contextlib
 import datetime
@@ -27,31 +27,31 @@ def held(workdir: Path | None, record: str = "config.json") -> Iterator[None]:
     if workdir is None:
         yield
         return
-    check_is_ours(workdir, record)  # before a lock is put into somebody's folder
+    check_is_ours(workdir, record)  # before a lock file is written into an unrelated folder
     with exclusive(workdir):
         yield
 
 
 @contextlib.contextmanager
 def explained_disk(workdir: Path) -> Iterator[None]:
-    """Within a run that is under way, what the disk refuses is one sentence that names the last good checkpoint."""
+    """Turn disk errors during a run into one sentence that names the last good checkpoint."""
     try:
         yield
     except (RunFailed, Interrupted):
         raise
     except Exception as error:
-        said = disk_trouble(error)
-        if said is None or (isinstance(error, UserError) and not isinstance(error, DiskError)):
+        trouble = disk_trouble(error)
+        if trouble is None or (isinstance(error, UserError) and not isinstance(error, DiskError)):
             raise
         steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
         kept = f"The last good checkpoint is of step {max(steps)}." if steps else "No checkpoint was saved."
         if (workdir / "sweep.json").exists():
             kept = "What is finished is kept."
-        raise RunFailed(f"{said} {kept} The same command goes on.") from None
+        raise RunFailed(f"{trouble} {kept} The same command resumes.") from None
 
 
 def _left_behind(name: str) -> bool:
-    """Whether a file may be there before the record: a lock, logs, a report on the data, what was half written."""
+    """Whether a file may exist before the record: a lock, logs, a report on the data, temporary files."""
     return name in ("jaxtune.log", ".lock", "data_report.json", "base.json") or (
         name.startswith(".") and name.endswith(".tmp")
     )
@@ -61,7 +61,7 @@ def check_is_ours(workdir: Path, record: str = "config.json") -> bool:
     """Return whether `record` is in the directory.
 
     Raises:
-        UserError: it is no directory, or it holds something without that.
+        UserError: it is not a directory, or it holds other files but no record.
     """
     if there := next((p for p in (workdir, *workdir.parents) if p.exists() and not p.is_dir()), None):
         raise UserError(f"--workdir={workdir}: {there} is a file, not a directory; nothing was changed.")
@@ -76,7 +76,7 @@ def check_is_ours(workdir: Path, record: str = "config.json") -> bool:
 def check_workdir(
     workdir: Path, cfg: Any, fingerprint: str | None = None, base: Any = None, *, member: bool = False
 ) -> bool:
-    """Return whether the workdir holds a run of this config to go on with; `member`: as one of a sweep.
+    """Return whether the workdir holds a run of this config to resume; `member`: as one of a sweep.
 
     Raises:
         UserError: it holds something else, or a run with another config, other data or another base.
@@ -89,10 +89,10 @@ def check_workdir(
     versions = json.loads(text).get("versions", {})
     before = versions.get("rows")
     if fingerprint and before is None and "data" in versions:  # which the readers of version 0.1.0 entered into
-        print(f"The run in {workdir} was begun by an older version: whether its data is still the same is not known.")
+        print(f"The run in {workdir} was started by an older version; its data cannot be compared.")
     if (workdir / "member.json").exists() and not member:
         raise UserError(
-            f"The run in {workdir} is a member of a sweep; nothing was changed. Go on with `jaxtune sweep`, or give "
+            f"The run in {workdir} is a member of a sweep; nothing was changed. Resume it with `jaxtune sweep`, or give "
             "another --workdir."
         )
     if fingerprint and before and before != fingerprint:
@@ -106,7 +106,7 @@ def check_workdir(
 
 
 def dated(cfg: Any, rows: Any) -> Any:
-    """The config with the date that the chat template of `rows` writes, so that the run goes on with it another day."""
+    """The config with the date that the chat template of `rows` writes, which a run resumed later uses again."""
     chat = any(source.chat for source in rows.report.sources)
     if cfg.data.date or not chat or not uses_date(rows.tokenizer.chat_template):
         return cfg
@@ -124,7 +124,7 @@ def check_room(workdir: Path, job: Any) -> None:
 
 
 def as_begun(cfg: Any, workdir: Path | None) -> Any:
-    """The config with the date and train.micro_batch=auto as the run in `workdir` has settled them, if there is one."""
+    """The config with the date and micro-batch that the run in `workdir`, if there is one, has chosen."""
     file = None if workdir is None else workdir / "config.json"
     if file is None or not file.exists():
         return cfg

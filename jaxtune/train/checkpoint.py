@@ -2,7 +2,7 @@
 
 The state is stored flat, `{"trainable/segment_0/...": array}`: a checkpoint can be read without the code that wrote
 it, and the polymorphic leaves need no registration. Beside it stand the counters, and checksums of every array and of
-the counters, which are verified when they are read. orbax has none of its own: a flipped bit in an array came back as
+the counters, which are verified when they are read. orbax has no checksums: a flipped bit in an array came back as
 another number.
 """
 
@@ -52,15 +52,15 @@ def _unflat(arrays: dict[str, jax.Array], like: TrainState) -> TrainState:
 
 
 class Damaged(RunFailed):
-    """The checkpoint that was asked for cannot be read, and has been set aside."""
+    """A checkpoint cannot be read, and has been renamed."""
 
 
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    The newest `keep` are kept, and those that `counters["runs"][...]["best"]["step"]` name in the newest. Nothing is
-    deleted before what replaces it is complete, so one more is there while one is written. What lies at or before step
-    `since` is not kept here.
+    The newest `keep` are kept, and those whose steps are `counters["runs"][...]["best"]["step"]` in the newest. Nothing
+    is deleted before its replacement is complete, so there is one more while one is written. Those at or before step
+    `since` are not kept here.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, since: int = 0):
@@ -70,7 +70,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._counters: dict[str, Any] = {}  # of the newest checkpoint
-        self._told = False  # that older checkpoints have no checksums
+        self._warned = False  # whether the warning on checkpoints without checksums was printed
 
     def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
         """Start writing; returns once the arrays are copied from the device."""
@@ -87,7 +87,7 @@ class Checkpoints:
         self.manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
-        """Return once nothing is being written; then delete what is neither new nor best."""
+        """Wait until nothing is being written; then delete checkpoints that are neither new nor best."""
         self.manager.wait_until_finished()
         steps = self.steps()
         wanted = {*steps[-self.keep :], *_best_steps(self._counters)}
@@ -104,12 +104,12 @@ class Checkpoints:
         """Return the state and counters of `step`, or of the newest checkpoint that can be read; None: there is none.
 
         `like` returns a state of the same structure, shapes and places for the counters that were saved with it. A
-        checkpoint that cannot be read, or is not what was written, is reported and set aside, and the one before it
+        checkpoint that cannot be read, or is damaged, is reported and renamed, and the one before it
         taken.
 
         Raises:
             Damaged: the checkpoint of `step` cannot be read.
-            UserError: a checkpoint is whole, and of another model or method.
+            UserError: a checkpoint is intact, but of another model or method.
         """
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
@@ -119,15 +119,15 @@ class Checkpoints:
             except Exception as e:  # a damaged directory can be wrong in many ways
                 why = str(e).partition("\n")[0][:200] or type(e).__name__
                 aside = self._set_aside(candidate)
-                said = f"The checkpoint of step {candidate} cannot be read ({why}) and is set aside as {aside.name}"
+                message = f"The checkpoint of step {candidate} cannot be read ({why}) and is set aside as {aside.name}"
                 if step is not None:
-                    raise Damaged(f"{said}.") from None
-                self.say(f"{said}; {'using the one before' if self.steps() else 'there is none before it'}.")
+                    raise Damaged(f"{message}.") from None
+                self.say(f"{message}; {'using the one before' if self.steps() else 'there is none before it'}.")
                 continue
             if step is None:
                 for run in counters["runs"]:
                     if run["best"] and run["best"]["step"] > self.since and run["best"]["step"] not in self.steps():
-                        run["best"] = None  # it was deleted for a better one, which is found again
+                        run["best"] = None  # it was deleted for a better one, which training will find again
                 self._counters = copy.deepcopy(counters)
             return state, counters
         return None
@@ -143,9 +143,9 @@ class Checkpoints:
         folder = self.folder / str(step)
         counters = json.loads((folder / "counters" / "metadata").read_bytes())
         checksums = _read_checksums(folder, counters)
-        if checksums is None and not self._told:
-            self._told = True
-            self.say("The checkpoints here were written without checksums; what they hold is not verified.")
+        if checksums is None and not self._warned:
+            self._warned = True
+            self.say("The checkpoints here were written without checksums, so they cannot be verified.")
         wanted = like(counters)
         abstract = _abstract(wanted)
         if checksums and checksums.keys() != abstract.keys():
@@ -170,7 +170,7 @@ def checksum(array: Any) -> str:
 
 
 def _checksums(flat: Mapping[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
-    """What is written beside a checkpoint: of every array, of the counters, and of these checksums themselves."""
+    """Checksums of every array, of the counters, and of these checksums themselves, to store with a checkpoint."""
     with ThreadPoolExecutor(4) as pool:
         arrays = dict(zip(flat, pool.map(checksum, flat.values()), strict=True))
     found = {"arrays": arrays, "counters": _of_json(counters)}
@@ -182,10 +182,10 @@ def _of_json(value: Any) -> str:
 
 
 def _read_checksums(folder: Path, counters: dict[str, Any]) -> dict[str, str] | None:
-    """The checksums of a checkpoint's arrays; None: it was written without.
+    """The checksums of a checkpoint's arrays; None: it was written without them.
 
     Raises:
-        ValueError: they, or the counters, are not what was written.
+        ValueError: they, or the counters, are damaged.
     """
     file = folder / "checksums" / "metadata"
     if not file.exists():
@@ -201,10 +201,10 @@ def _read_checksums(folder: Path, counters: dict[str, Any]) -> dict[str, str] | 
 def _read_arrays(
     folder: Path, wanted: dict[str, jax.ShapeDtypeStruct], checksums: Mapping[str, str] | None
 ) -> dict[str, jax.Array]:
-    """Read the arrays that orbax wrote to `folder`; raises ValueError where they are damaged, or others than wanted.
+    """Read the arrays that orbax wrote to `folder`; raise ValueError if they are damaged, or not those expected.
 
-    Not by orbax, which reads on an event loop and closes it at the first error: the reads that are still under way then
-    end in tracebacks about a closed loop, which nobody can catch.
+    orbax is not used: it reads on an event loop and closes it at the first error, and the other pending reads then
+    end in tracebacks about a closed loop, which cannot be caught.
     """
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
     keys = (key.decode().rpartition("/") for key in ts.KvStore.open(store).result().list().result())
@@ -219,7 +219,7 @@ def _read_arrays(
         if checksums is not None and checksum(array) != checksums[name]:
             raise ValueError(f"{name} is not what was written")
         if checksums is None and jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
-            raise ValueError(f"{name} holds numbers that are not finite")  # no run saves such
+            raise ValueError(f"{name} holds numbers that are not finite")  # no run saves these
         return jax.device_put(array, like.sharding)
 
     with ThreadPoolExecutor() as pool:

@@ -4,7 +4,7 @@
            -- autodiff, traced ---> what it saves        activations, by remat policy
                                     matrix products      operations a token
 
-`measure` counts what JAX's own tracing of the loss and its gradient says, for any family, method and policy: nothing
+`measure` counts from JAX's own trace of the loss and its gradient, for any family, method and policy: nothing
 is written down per architecture, nothing is compiled, and depth costs nothing since layers are scanned.
 `recipe.compiled_bytes` asks XLA for the plan of the whole step on the backend at hand. `Card` says what a device holds
 and how fast it goes.
@@ -27,10 +27,10 @@ from jaxtune.train.recipe import Recipe, Start
 
 GIB = 2**30
 POLICIES = ("none", "dots", "attention", "full")  # from most memory to least
-LAYER = 1.25  # a layer's backward pass holds all that its forward pass makes, and gradients by it
+LAYER = 1.25  # a layer's backward pass holds all values of its forward pass, and some of their gradients
 LOGITS = 2  # a chunk's logits and their gradient, float32
-COMPUTE, BANDWIDTH = 0.40, 0.80  # shares of a card's peaks that training reaches: 8B LoRA on an H100 runs at 0.41
-SLACK, WORKSPACE = 1.05, GIB  # what allocator and library workspaces take beyond the sum of buffers
+COMPUTE, BANDWIDTH = 0.40, 0.80  # fractions of a card's peaks that training reaches: 8B LoRA on an H100 runs at 0.41
+SLACK, WORKSPACE = 1.05, GIB  # allocator overhead and library workspaces, beyond the sum of buffers
 
 
 class Card(NamedTuple):
@@ -69,14 +69,14 @@ class Bytes(NamedTuple):
     trainable: int
     optimizer: int
     gradients: int
-    activations: int  # what the forward pass keeps for the backward pass
-    layer: int  # what one layer holds while it is differentiated
+    activations: int  # kept by the forward pass for the backward pass
+    layer: int  # held by one layer while it is differentiated
     logits: int  # of one chunk of tokens, with their gradient
     batch: int
 
     @property
     def total(self) -> int:
-        """The head is differentiated before the body: the larger of the two counts."""
+        """The peak: the head is differentiated before the body, so the larger of the two counts."""
         own = self.trainable + self.optimizer + self.gradients + self.activations
         return self.frozen + self.batch + own + max(self.layer, self.logits)
 
@@ -88,7 +88,7 @@ class Cost:
     Attributes:
         backend: "cpu" or "gpu".
         counts: parameters.
-        fixed: bytes that rows do not change; the other parts are 0.
+        fixed: bytes that do not depend on rows; the other parts are 0.
         kept, layer: (bytes without rows, bytes a row) of what is saved, and of a layer's backward pass.
         flops: of the matrix products, a row of a micro-batch.
     """
@@ -117,7 +117,7 @@ class Cost:
         )
 
     def split(self, micros: int) -> "Cost":
-        """The same with another number of micro-batches, whose gradients are added up."""
+        """The cost with another number of micro-batches, whose gradients are summed."""
         batch = self.recipe.batch
         once = self.fixed.gradients // (2 if batch.micros > 1 else 1)
         fixed = self.fixed._replace(gradients=once * (2 if micros > 1 else 1))
@@ -134,7 +134,7 @@ class Cost:
     def seconds(self, rows: int, card: Card) -> float:
         """Return the time of a step: that of its products or that of its memory traffic, whichever is longer.
 
-        Weights are read three times, what is saved is written and read, and the update reads and writes its state.
+        Weights are read three times, saved activations are written and read, and the update reads and writes its state.
         """
         b, micros = self.bytes(rows), self.recipe.batch.micros
         moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
@@ -150,7 +150,7 @@ class MicroBatch(NamedTuple):
 
 
 def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: Card) -> MicroBatch | None:
-    """Return what is fastest of all that fits `memory` bytes of one device; None: nothing does.
+    """Return the fastest micro-batch and policy that fit `memory` bytes of one device; None: nothing does.
 
     Args:
         policies: remat policy -> cost, the cheapest to run first.
@@ -168,7 +168,7 @@ def choose_micro_batch(policies: dict[str, Cost], rows: int, memory: int, card: 
 
 
 def card_of(device_kind: str, memory: int) -> Card:
-    """The card of a device by its name; of unknown ones the speeds are only right in proportion."""
+    """The card of a device by its name; for unknown ones only the ratio of the speeds is meaningful."""
     plain = device_kind.lower().replace(" ", "")
     known = next((card for name, card in CARDS.items() if name.partition("-")[0] in plain), None)
     if known is None:
@@ -177,7 +177,7 @@ def card_of(device_kind: str, memory: int) -> Card:
 
 
 def fits(total: int, memory: int) -> bool:
-    """Whether a sum of buffers fits a device, with what its allocator and libraries need beyond them."""
+    """Whether a sum of buffers fits a device, with the needs of its allocator and libraries."""
     return SLACK * total + WORKSPACE <= memory
 
 
@@ -266,7 +266,7 @@ def saved_by(recipe: Recipe, backend: str, known: Start, policy: str) -> tuple[f
 
 
 def _traceable(recipe: Recipe, backend: str, policy: str) -> Any:
-    """The module as it is on the planned backend, in a form that any backend traces.
+    """The module as on the planned backend, in a form that any backend can trace.
 
     cuDNN's attention and blocks keep what the mapped form keeps: their inputs, their output, and two numbers a row.
     """
@@ -302,7 +302,7 @@ def _forward(recipe: Recipe, backend: str, known: Start, policy: str, rows: int)
 
 
 def _saved(jaxpr: Any) -> int:
-    """Bytes that a forward pass returns and was not given."""
+    """Bytes of a forward pass's outputs that are not among its inputs."""
     kept = {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)} - set(jaxpr.invars)
     return sum(_size(v.aval) for v in kept)
 
@@ -319,7 +319,7 @@ def _flops(recipe: Recipe, backend: str, known: Start) -> float:
 
 
 def chunks(task: Task, tokens: int, members: int = 1) -> int:
-    """Return how often a task's loop over chunks of tokens turns, here; 1 where there is none."""
+    """Return the iterations of a task's loop over chunks of tokens on this backend; 1 if there is no loop."""
     return 1 if task.chunk is None else math.ceil(tokens / task.chunk(tokens, members, None))
 
 
@@ -333,10 +333,10 @@ def dot_flops(jaxpr: Any, trips: int = 1) -> float:
     total, live = 0.0, {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)}
     for eqn in reversed(jaxpr.eqns):
         if not live & set(eqn.outvars) and not eqn.effects:
-            continue  # XLA drops what nobody reads: the gradient of a frozen expert
+            continue  # XLA drops unused results: the gradient of a frozen expert
         live |= {v for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)}
         name = eqn.primitive.name
-        if name.startswith("ragged_dot"):  # each row of the left side meets one of the matrices
+        if name.startswith("ragged_dot"):  # each row of the left side is multiplied by one of the matrices
             total += 2.0 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1]
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]

@@ -1,4 +1,4 @@
-"""Feature extraction: what lies below the lowest trained part, computed once and kept in memory-mapped files.
+"""Feature extraction: outputs of the layers below the lowest trained one, computed once, in memory-mapped files.
 
       tokens -> embedding -> segments below the cut (-> rest of the body -> pooling)   frozen, no dropout: once a row
                                       |
@@ -6,10 +6,10 @@
                                       |
     features -> segments above -> norm -> head -> loss                                 each epoch, each evaluation
 
-Where the cut lies is a fact of the mask: `find_cut` knows no method. A row's features depend on nothing but its tokens,
+The mask decides the cut: `find_cut` knows no method. A row's features depend only on its tokens,
 so they serve every order, packing and batch size; `data.with_features` puts them in the place of the tokens, and
-`above` is the module that takes them. What is kept is found by its content: the weights below the cut, the tokens, and
-what else decides a bit of the result.
+`above` is the module that takes them. Stored features are found by a hash of the weights below the cut, the tokens, and
+everything else that affects the result.
 """
 
 import contextlib
@@ -38,26 +38,26 @@ from jaxtune.files import atomic_write_text, cache_root, open_lock, sweep
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import FROZEN, PyTree, flatten
 
-VERSION = 2  # raise it when the same input would give other features
+VERSION = 2  # raise it when the same input gives other features
 TOKENS = 4096  # in one forward pass
 SAVE_SECONDS = 10.0
 HASHED = 2**26  # bytes of a weight at a time
 BLOCK = 2**22  # bytes of a file under one checksum
 FILE, CHECKSUMS, PROGRESS = "features.bin", "checksums.json", "progress.json"
 GIB = 2**30
-ROOM = GIB // 4  # of the disk, left to others
+ROOM = GIB // 4  # of the disk, left free
 
 # ---------------------------------------------------------------------------------------------------------- the cut
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a model is cut in two.
+    """The place where a model is cut in two.
 
     Attributes:
         segments: of the body, below the cut.
         layers: in them.
-        pooled: all of the body is below, and so is the pooling.
+        pooled: the whole body and the pooling are below.
     """
 
     segments: int
@@ -69,9 +69,9 @@ class Cut:
 
 
 def find_cut(module: Any, mask: PyTree) -> Cut | None:
-    """The highest cut with nothing below it that is trained or differs between members; None: below the first block.
+    """The highest cut below which nothing is trained or differs between members; None: none above the first block.
 
-    Dropout has its rate in a MEMBER leaf, so that there is none below either.
+    Dropout rates are MEMBER leaves, so there is no dropout below, either.
     """
 
     def is_frozen(name):
@@ -89,7 +89,7 @@ def find_cut(module: Any, mask: PyTree) -> Cut | None:
 
 
 def above(module: Any, cut: Cut) -> Any:
-    """The part over the cut: the same module over the same tree, that takes features in place of tokens."""
+    """The part above the cut: the same module over the same tree, with features as input in place of tokens."""
     return replace(module, pooled=True) if cut.pooled else module.clone(start=cut.segments)
 
 
@@ -129,7 +129,7 @@ def by_length_of_batch(module: Any, cut: Cut) -> bool:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """How the features of rows lie in a file: the longest row first, so that little is computed on padding.
+    """The layout of features in a file: the longest row first, so that little padding is computed.
 
     Attributes:
         order: i64[R], the row at each place.
@@ -215,9 +215,9 @@ class Features:
 class Store:
     """A folder of features, each set in one of its own, together no larger than `limit` bytes.
 
-    A set is built under another name and renamed when it is whole; a build that was killed goes on. Both are verified
-    by the checksums of their blocks before they are used, and made again where they are damaged. Sets that are in use
-    are locked; of the others the one that was used the longest time ago goes first. The folder may be shared by users.
+    A set is built under another name and renamed when complete; a build that was killed is resumed. Both are verified
+    by the checksums of their blocks before use, and recomputed where damaged. Sets that are in use
+    are locked; of the others the least recently used is removed first. Users may share the folder.
     """
 
     def __init__(self, limit: int, folder: Path | None = None):
@@ -233,7 +233,7 @@ class Store:
         return _size(self.path(key)) == nbytes
 
     def why_not(self, sizes: Mapping[str, int]) -> str | None:
-        """Why these sets (key -> bytes) cannot all be kept; None: they can."""
+        """The reason why these sets (key -> bytes) cannot all be kept; None: they can."""
         total = sum(sizes.values())
         if total > self.limit:
             return f"they take {_gib(total)}, and train.cache_gib is {self.limit / GIB:.3g}"
@@ -245,7 +245,7 @@ class Store:
             return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
         for path in (path for key in sizes for path in (self.path(key), self.partial(key))):
             if path.exists() and not os.access(path, os.R_OK | os.X_OK):
-                return f"{path} is another user's and cannot be read; set JAXTUNE_CACHE"
+                return f"{path} belongs to another user and cannot be read; set JAXTUNE_CACHE"
         new = sum(n for key, n in sizes.items() if not self.has(key, n))
         others = {key: _size(self.folder / key) for key in self._others(sizes)}
         used = sum(n for key, n in others.items() if self._in_use(key))
@@ -302,7 +302,7 @@ class Store:
                 lock.wait(fcntl.LOCK_EX, stop)
             if damaged or not self.has(key, layout.nbytes):
                 if self.path(key).exists():
-                    say(f"The features in {self.path(key)} were damaged; they are made again.")
+                    say(f"The features in {self.path(key)} were damaged and are recomputed.")
                     shutil.rmtree(self.path(key))
                 self._build(key, layout, fill, say)
 
@@ -312,11 +312,11 @@ class Store:
         sweep(folder)
         begun = _begun(folder, layout)
         if begun is None and (folder / PROGRESS).exists():
-            say(f"The features begun in {folder} were damaged; they are begun anew.")
+            say(f"The partial features in {folder} were damaged and are recomputed.")
         done = begun["places"] if begun else 0
         self._make_room(key, layout.nbytes)
         with (folder / FILE).open("r+b" if begun else "w+b") as file:
-            os.posix_fallocate(file.fileno(), 0, layout.nbytes)  # no surprise later
+            os.posix_fallocate(file.fileno(), 0, layout.nbytes)  # a full disk shows now rather than later
             file.seek(layout.bytes_before(done))
             saved, checksums = file.tell(), begun["blocks"] if begun else []
 
@@ -355,13 +355,13 @@ class Store:
                     "train.cache_features=off."
                 )
             others.remove(oldest)
-            with contextlib.suppress(PermissionError):  # another user's stays, and counts
+            with contextlib.suppress(PermissionError):  # one of another user stays, and counts
                 shutil.rmtree(self.folder / oldest)
                 continue
             foreign += _size(self.folder / oldest)
 
     def _others(self, keys: Any) -> list[str]:
-        """Folders of other sets, finished and begun."""
+        """Folders of other sets, complete or partial."""
         own = {name for key in keys for name in (key, self.partial(key).name)}
         found = [p.name for p in self.folder.iterdir() if p.is_dir()] if self.folder.is_dir() else []
         return [name for name in found if name not in own]
@@ -373,7 +373,7 @@ class Store:
 
 
 class _Lock:
-    """A lock on a file, against other processes and other locks of this one; it is let go with the object."""
+    """A lock on a file against other processes and other locks of this process; it is released with the object."""
 
     def __init__(self, path: Path):
         self.fd = open_lock(path)
@@ -404,7 +404,7 @@ def _gib(nbytes: float) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of a set; 0 where there is none that can be read."""
+    """Bytes of a set; 0 if it is missing or unreadable."""
     try:
         return (folder / FILE).stat().st_size
     except OSError:
@@ -421,11 +421,11 @@ def _checksums(file: Path, end: int, known: Sequence[str] = ()) -> list[str]:
         return [*known, *pool.map(lambda at: xxhash.xxh3_128_hexdigest(data[at : at + BLOCK]), starts)]
 
 
-_verified: set[tuple[str, int, int, int]] = set()  # sets that this process has gone through
+_verified: set[tuple[str, int, int, int]] = set()  # sets that this process has verified
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a set is what was written."""
+    """Whether a set is undamaged."""
     try:
         found = (folder / FILE).stat()
         known = (str(folder), found.st_ino, found.st_size, found.st_mtime_ns)
@@ -439,7 +439,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _begun(folder: Path, layout: FileLayout) -> dict[str, Any] | None:
-    """How far a build came, {"places", "blocks"}; None: it has not begun, or what is there is not what was written."""
+    """The progress of a build, {"places", "blocks"}; None: it has not begun, or is damaged."""
     try:
         found = json.loads((folder / PROGRESS).read_bytes())
         end = layout.bytes_before(found["places"])
@@ -452,7 +452,7 @@ def _begun(folder: Path, layout: FileLayout) -> dict[str, Any] | None:
 
 
 def weights_digest(params: PyTree) -> str:
-    """A hash of every array of a tree, with its path, shape and type; little of it is on the host at a time."""
+    """A hash of every array of a tree, with its path, shape and type; little is copied to the host at a time."""
 
     def digest(item):
         path, leaf = item
@@ -480,10 +480,10 @@ def rows_digest(sources: Sequence[Rows]) -> str:
 
 
 class Extractor:
-    """Computes the features of data sets under one cut, or finds them.
+    """Finds or computes the features of data sets under one cut.
 
     Args:
-        params: the tree; what lies below the cut is all there.
+        params: a tree that has all parameters below the cut.
         store: where they are kept.
         mesh: whose devices share the rows.
     """
@@ -519,7 +519,7 @@ class Extractor:
         ]
 
     def key(self, sources: Sequence[Rows]) -> str:
-        """Hex; it stands for everything that decides a bit of the features."""
+        """A hash, in hex, of everything that affects the features."""
         return hashlib.sha256(json.dumps([*self._model_key, rows_digest(sources)]).encode()).hexdigest()[:40]
 
     def open(
@@ -559,7 +559,9 @@ class Extractor:
                     done(end)
                     say(int(layout.tokens[layout.order[:end]].sum()), total)
                     if stop():
-                        raise Interrupted("Stopped by a signal; the features so far are kept. Start again to go on.")
+                        raise Interrupted(
+                            "Stopped by a signal; the features so far are kept. Run the same command to resume."
+                        )
             if before is not None:
                 self._write(file, layout, *before)
 

@@ -1,4 +1,4 @@
-"""What a run writes while it runs: metrics.jsonl with its mirrors and findings, and lines or a bar on the terminal."""
+"""Logs of a run: metrics.jsonl with its mirrors and findings, and lines or a progress bar on the terminal."""
 
 import contextlib
 import hashlib
@@ -21,10 +21,10 @@ FINDINGS = "findings.jsonl"
 class JsonLines:
     """A file of one object a line, each with its "step".
 
-    Lines after `step` are dropped when a run goes on from there, so the file is what an undisturbed run writes.
+    Lines after `step` are dropped when a run is resumed there, so the file equals that of an uninterrupted run.
 
     Attributes:
-        kept: the lines that were there.
+        kept: the existing lines up to `step`.
     """
 
     def __init__(self, path: Path, step: int):
@@ -44,7 +44,7 @@ class JsonLines:
 
 
 class Metrics:
-    """`metrics.jsonl` and its mirrors: TensorBoard events, W&B. With a watch, `findings.jsonl` says what it finds."""
+    """`metrics.jsonl` and its mirrors: TensorBoard events, W&B. With a watch, its findings go to `findings.jsonl`."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Metrics:
 class Events:
     """A TensorBoard event file of scalars, written as they come; those from `purge_step` on in older files are void.
 
-    tensorboardX's own writer hands them to a thread, which dies on a full disk: the run then waits for it for ever.
+    tensorboardX's own writer uses a thread, which dies on a full disk, and the run then waits for it for ever.
     """
 
     def __init__(self, folder: Path, purge_step: int):
@@ -128,7 +128,7 @@ def _wandb_run(folder: Path, config: Any) -> Any:
         import wandb
     except ImportError:
         raise UserError("log.wandb needs the package: pip install 'jaxtune[wandb]'.") from None
-    # The name of a folder is not unique, and a run that goes on must find itself again.
+    # The name of a folder is not unique, and a resumed run must find its own record.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     project = os.environ.get("WANDB_PROJECT", "jaxtune")
     return wandb.init(
@@ -137,7 +137,7 @@ def _wandb_run(folder: Path, config: Any) -> Any:
 
 
 def _lines(path: Path) -> list[tuple[str, dict]]:
-    """The records of metrics.jsonl with their lines; a line that was torn by a kill, or is none, is left out."""
+    """The records of metrics.jsonl with their lines; incomplete or malformed lines are left out."""
     if not path.is_file():
         raise UserError(f"{path} is no regular file.")
     pairs = []
@@ -162,7 +162,7 @@ class Progress:
     MOST_POINTS = 2000  # of a curve; beyond, every other point is dropped
 
     def __init__(self, steps: int, start: int, *, bar: bool = True, plot: bool = True, several: bool = False):
-        """`several`: whether runs share a step, so that a curve stands for a run."""
+        """`several`: whether runs share a step; there is then one curve for each run."""
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -189,7 +189,7 @@ class Progress:
         return Group(plot(self.curves, self.steps, min(self.console.width, 100), self.PLOT_LINES), self.bar)
 
     def _add(self, step: int, lines: Mapping[str, Mapping[str, float]]) -> None:
-        """Points of the curves: train and eval of a run alone, the training losses of several."""
+        """Add points to the curves: train and eval loss of a single run, or the training losses of several."""
         for name, line in lines.items():
             for metric in ("train",) if self.several else ("train", "eval"):
                 value = line.get(f"{metric}/loss", math.nan)
@@ -200,12 +200,12 @@ class Progress:
                         del points[1::2]
 
     def recall(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take up the curves of a run that goes on, from the lines of its metrics."""
+        """Restore the curves of a resumed run from the lines of its metrics."""
         for line in lines:
             self._add(line["step"], {name: line})
 
     def update(self, step: int, lines: Mapping[str, Mapping[str, float]]) -> None:
-        """Called at each logged step, with what was logged of each run."""
+        """Called at each logged step, with the metrics of each run."""
         self._add(step, lines)
         losses = {name: line["train/loss"] for name, line in lines.items()}
         speed = sum(line["train/tokens_per_second"] for line in lines.values())
@@ -221,7 +221,7 @@ class Progress:
             self.console.print(f"step {step}/{self.steps}  {text}", markup=False)
 
     def evaluated(self, step: int, lines: Mapping[str, Mapping[str, float]]) -> None:
-        """Called after an evaluation, with what it found of each run."""
+        """Called after an evaluation, with its metrics for each run."""
         self._add(step, lines)
         for name, line in lines.items():
             self.say(f"step {step}  {name + '  ' if self.several else ''}eval loss {line['eval/loss']:.4f}")

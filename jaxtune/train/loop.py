@@ -21,7 +21,7 @@ from jaxtune.train.step import TrainState
 
 @dataclass(frozen=True)
 class Intervals:
-    """How long, how often. All in optimizer steps; 0 switches a thing off."""
+    """How long to train, and how often to log, evaluate and save, in optimizer steps; 0 switches an event off."""
 
     steps: int
     log_every: int = 10
@@ -32,27 +32,27 @@ class Intervals:
 
 @dataclass
 class Run:
-    """One run of those that share the loop's step: one alone, or the members of a sweep.
+    """A run of the loop's step, which is a single run's or shared by the members of a sweep.
 
     Attributes:
-        name: what messages and checkpoints call it.
+        name: its name in messages and checkpoints.
         metrics: where its lines go.
         lr_at: learning rate of a step, for the log.
-        places: where the rows of a step stand in the data, for messages.
-        lane: its row in a batch that holds rows for each member, counted at the start.
-        record: what the loop remembers of it beside the state, saved with it; see `fresh_record`.
+        places: step -> the places of its rows in the data, for messages.
+        index: its place in the first state of the sweep, and so in a batch that has rows for each member.
+        record: the loop's record of it, saved with the state; see `fresh_record`.
     """
 
     name: str
     metrics: Metrics
     lr_at: Callable[[int], float]
     places: Callable[[int], list[str]] | None = None
-    lane: int = 0
+    index: int = 0
     record: dict[str, Any] = field(default_factory=lambda: fresh_record())
 
     @property
     def best(self) -> dict[str, float] | None:
-        """{"step", "loss"} of the best evaluation; None where there was none."""
+        """{"step", "loss"} of the best evaluation; None if there was none."""
         return self.record["best"]
 
     @property
@@ -80,7 +80,7 @@ def fresh_window() -> dict[str, float]:
 
 @contextmanager
 def stop_on_signal():
-    """Yield a function that tells whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+    """Yield a function that tells whether SIGTERM or SIGINT was received; a second SIGINT interrupts at once."""
     came: list[int] = []
 
     def note(number, frame):
@@ -98,20 +98,20 @@ def stop_on_signal():
 
 @dataclass
 class Loop:
-    """The loop over the steps of one run, or of those that share its step.
+    """The loop over the steps of a single run, or of several that share the step.
 
     Attributes:
         state: the last state.
-        frozen: what `step_fn(state, frozen, batch) -> (state, metrics)` takes beside it.
+        frozen: the frozen parameters, for `step_fn(state, frozen, batch) -> (state, metrics)`.
         batch_at: the host batch of a step, a pure function of it.
-        runs: whose state this is: one, or those that are stacked in it, in their order.
-        put: (host batch, the runs' lanes) -> device batch.
-        evaluate: state -> metrics of each run, of which "eval/loss" decides what is best.
+        runs: the run, or the runs that are stacked in the state, in order.
+        put: (host batch, indices of the runs) -> device batch.
+        evaluate: state -> metrics of each run; the lowest "eval/loss" is the best.
         sample: called with (step, state, its runs) after each evaluation.
-        dropped: runs that were taken out of the step, also in an earlier part of a run that goes on.
-        cause: step whose loss is not finite -> why, where it is not the learning rate.
-        take: state with the given of its runs; after an evaluation, what has ended leaves the step, which never holds
-            less than two because the numbers of a single member differ in the last bits. None: a run alone.
+        dropped: runs that were removed from the step, also before a resume.
+        cause: step whose loss is not finite -> the cause, if it is not the learning rate.
+        take: returns the state of some of its runs. After an evaluation, ended runs leave the step, which never holds
+            fewer than two, because results of a single member differ in the last bits. None: a single run.
     """
 
     state: TrainState
@@ -132,11 +132,11 @@ class Loop:
     unread: tuple[int, dict] | None = None  # a step whose metrics are still on the device
 
     def run(self) -> None:
-        """Train from `state.step` to `plan.steps`; `state`, `runs` and `dropped` then say how it ended.
+        """Train from `state.step` to `plan.steps`; `state`, `runs` and `dropped` then hold the outcome.
 
         Raises:
             Interrupted: a signal came; a checkpoint was saved.
-            RunFailed: the loss of a run alone is not finite. In a sweep, that run has `ended`, and the others go on.
+            RunFailed: the loss of a single run is not finite. In a sweep such a run has `ended`; the others continue.
         """
         start, last = int(np.ravel(jax.device_get(self.state.step))[0]), self.plan.steps
         self._judge_patience()
@@ -149,12 +149,13 @@ class Loop:
                 if not self._live():
                     break
                 self._step(number, batch)
-                stopping = stopped()  # asked once: a signal that comes after this is seen in the next step
+                stopping = stopped()  # read once: a later signal is handled in the next step
                 self._after(number, stopping)
                 if stopping and number < last and self._live():
                     self.checkpoints.wait()
                     raise Interrupted(
-                        f"Stopped by a signal after step {number}; the checkpoint is saved. Start again to go on."
+                        f"Stopped by a signal after step {number}; the checkpoint is saved. "
+                        "Run the same command to resume."
                     )
                 if self._evaluates(number):
                     self._regroup()
@@ -168,18 +169,18 @@ class Loop:
         return self.evaluate is not None and due
 
     def _step(self, number: int, batch: dict[str, np.ndarray]) -> None:
-        """Start a step, and read the metrics of the one before while it runs."""
-        lanes = [run.lane for run in self.runs]
-        self.state, metrics = self.step_fn(self.state, self.frozen, self.put(batch, lanes))
+        """Start a step, and read the metrics of the previous one while it runs."""
+        members = [run.index for run in self.runs]
+        self.state, metrics = self.step_fn(self.state, self.frozen, self.put(batch, members))
         self._read()
-        for run, tokens in zip(self.runs, _tokens(batch, lanes), strict=True):
+        for run, tokens in zip(self.runs, _tokens(batch, members), strict=True):
             if not run.ended:
                 run.record["window"]["tokens"] += tokens
                 run.record["tokens"] += tokens
         self.unread = number, metrics
 
     def _after(self, number: int, stopping: bool) -> None:
-        """Log, evaluate and save, where it is time for it; a checkpoint holds what was logged and found before it."""
+        """Log, evaluate and save when due; a checkpoint includes what was logged and evaluated before it."""
         evaluates, last = self._evaluates(number), number == self.plan.steps
         saves = last or evaluates or stopping or _every(self.plan.save_every, number)
         if saves or _every(self.plan.log_every, number):
@@ -187,7 +188,7 @@ class Loop:
         if evaluates:
             began = time.monotonic()
             self._assess(number)
-            self.clock += time.monotonic() - began  # not the training's time
+            self.clock += time.monotonic() - began  # does not count as training time
             self._judge_patience()
         if saves:
             counters = [run.record | {"name": run.name} for run in [*self.runs, *self.dropped]]
@@ -239,7 +240,7 @@ class Loop:
         raise RunFailed(f"{why} {kept} {cause or REMEDY}")
 
     def _assess(self, number: int) -> None:
-        """Evaluate every run. What they all start as is a base to compare with, not a result that could be the best."""
+        """Evaluate every run. The evaluation at step 0 is of the base, for comparison; it cannot be the best."""
         found = {}
         for run, values in zip(self.runs, self.evaluate(self.state), strict=True):
             if run.ended:
@@ -257,14 +258,14 @@ class Loop:
             self.sample(number, self.state, self.runs)
 
     def _judge_patience(self) -> None:
-        """Early stopping; of a run that goes on, the patience may have been changed."""
+        """Apply early stopping; in a resumed run the patience may have been changed."""
         for run in self.runs:
             if not run.failed:
                 spent = self.plan.early_stop and run.record["waited"] >= self.plan.early_stop
                 run.record["ended"] = EARLY if spent else None
 
     def _regroup(self) -> None:
-        """Take what has ended out of a sweep's step."""
+        """Remove ended runs from a sweep's step."""
         kept = [i for i, run in enumerate(self.runs) if not run.ended]
         kept = sorted([*kept, *(i for i in range(len(self.runs)) if i not in kept)][: max(2, len(kept))])
         if self.take is not None and len(kept) < len(self.runs):
@@ -284,12 +285,12 @@ def _not_finite(run: Run, number: int, values: dict[str, float]) -> str:
 
 
 def _every(interval: int, number: int) -> bool:
-    """Whether something happens at a step; an interval of 0 switches it off."""
+    """Whether an event with this interval is due at a step; 0 switches it off."""
     return bool(interval) and number % interval == 0
 
 
 def _line(run: Run, number: int, values: dict[str, float], seconds: float) -> dict[str, float]:
-    """What is logged of a run at a step, after `seconds` of training since the last line."""
+    """The logged metrics of a run at a step, after `seconds` of training since the last line."""
     window = run.record["window"]
     line = {
         "train/loss": window["loss"] / max(window["weight"], 1.0),
@@ -301,10 +302,10 @@ def _line(run: Run, number: int, values: dict[str, float], seconds: float) -> di
     return line | {f"train/{k}": float(f"{v:.4g}") for k, v in values.items() if "/" in k}
 
 
-def _tokens(batch: dict[str, np.ndarray], lanes: list[int]) -> list[int]:
+def _tokens(batch: dict[str, np.ndarray], members: list[int]) -> list[int]:
     """Tokens of each run in a batch: [A, B, ...] for all, or [K, A, B, ...]."""
     there, shared = batch["segments"] > 0, batch["row"].ndim == 2
-    return [int(there.sum())] * len(lanes) if shared else [int(there[lane].sum()) for lane in lanes]
+    return [int(there.sum())] * len(members) if shared else [int(there[i].sum()) for i in members]
 
 
 def make_evaluate(
@@ -317,7 +318,7 @@ def make_evaluate(
 ) -> Callable[[TrainState], list[dict[str, float]]]:
     """Return `evaluate(state) -> [{"eval/loss", ...}]`, one for each run in the state.
 
-    It goes over at most `limit` batches; 0: all. `metrics(loss, weight, aux)` says what is logged beside the loss, from
+    It evaluates at most `limit` batches; 0: all. `metrics(loss, weight, aux)` gives further values to log, from
     sums over all rows.
     """
 

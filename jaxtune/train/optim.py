@@ -1,4 +1,4 @@
-"""Optimizers and schedules from optax. What varies between sweep members is an array in the optimizer's state."""
+"""Optimizers and schedules from optax. Values that vary between sweep members are arrays in the optimizer's state."""
 
 import math
 import re
@@ -44,7 +44,7 @@ def schedule(
 
 
 def _is_matrix(path: str, array: Any, field: Field | None) -> bool:
-    """Vectors may be stacked to matrices: norms and biases, and what a leaf declares to be one."""
+    """Whether an array is a matrix: stacked norms, biases and fields that a leaf declares as vectors are not."""
     if field is not None:
         return field.ndim >= 2
     return array.ndim >= 2 and not re.search(r"(^|/)(scale|bias)(/value)?$", path)
@@ -56,7 +56,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def _faster(params: Any) -> Any:
-    """True for LoRA's `b` and for vectors, as peft's create_loraplus_optimizer has it; not for an embedding's `b`."""
+    """True for LoRA's `b` and for vectors, as in peft's create_loraplus_optimizer; not for an embedding's `b`."""
 
     def faster(path, array, field):
         table = re.search(r"(^|/)embedding(/|$)", path)

@@ -1,6 +1,6 @@
-"""The table of optimizers: a row is all that there is to add. Nothing here imports jax until a row is built.
+"""The table of optimizers: adding one takes one row. Nothing here imports jax until a row is built.
 
-A row gives the direction of a step; decay, schedule, LoRA+ and rate are `optim.optimizer`'s. One by matrix is
+A row gives the direction of a step; `optim.optimizer` adds decay, schedule, LoRA+ and rate. One that works by matrix is
 written for a single matrix [K, N] or vector [N]: layer axes are vmapped over it.
 """
 
@@ -13,11 +13,11 @@ class Optimizer(NamedTuple):
 
     Attributes:
         build: its settings as keyword arguments -> an optax transformation of gradients to directions.
-        settings: those it has, optim.* in a config, and their defaults.
-        elementwise: the update of an entry depends on that entry alone (but for clipping), so that zeros which pad a
+        settings: its settings, optim.* in a config, with their defaults.
+        elementwise: the update of an entry depends only on that entry (apart from clipping), so that zeros that pad a
             factor stay zero, and members of different ranks share a step.
         by_matrix: `build` is for one matrix.
-        vector: builds what vectors get in place of `build`, where that is for matrices alone.
+        vector: builds the transformation of vectors, if `build` is for matrices only.
     """
 
     build: Callable[..., Any]
@@ -35,7 +35,7 @@ def _adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Any:
 
 
 def _sgd(momentum: float) -> Any:
-    """v = momentum v + g, as torch has it."""
+    """v = momentum v + g, as in torch."""
     import optax
 
     return optax.trace(momentum) if momentum else optax.identity()
@@ -80,5 +80,5 @@ SETTINGS = tuple(sorted({key for row in OPTIMIZERS.values() for key in row.setti
 
 
 def defaults(setting: str) -> dict[str, float]:
-    """{optimizer: its default} of those that have a setting."""
+    """{optimizer: its default} of the optimizers that have a setting."""
     return {name: row.settings[setting] for name, row in OPTIMIZERS.items() if setting in row.settings}

@@ -1,7 +1,7 @@
-"""What a step is made of, in plain values: made once from a config, and asked by all that needs "the step of this run".
+"""The parts of a run's step as plain values, made once from a config; training, planning and sweeps all use it.
 
     recipe.abstract      the shapes of state and frozen parameters       plan, micro-batches, memory of a sweep
-    recipe.start(base)   the same with numbers                           training, sweeps
+    recipe.start(base)   the same with values                            training, sweeps
     recipe.programs()    the compiled step and evaluation                training, sweeps, features above a cut
 
 Members of a sweep are recipes that differ in values only; `start_group` and `Recipe.programs(members=K)` are for them.
@@ -29,8 +29,8 @@ class Start(NamedTuple):
     """A run before its first step.
 
     Attributes:
-        state: what changes.
-        frozen: what does not, in the module's dtype or quantised.
+        state: what training changes.
+        frozen: what it does not, in the module's dtype or quantised.
         mask: the role of each parameter.
         counts: numbers of parameters.
     """
@@ -49,12 +49,12 @@ class Recipe:
         module: the model; its dtype, remat policy and attention are those of the step.
         task: loss, batches and metrics.
         method: (params, key, module) -> (params, mask).
-        optimizer: (shape=of the learning rate over the run) -> transformation.
+        optimizer: (shape=step -> multiplier of the learning rate) -> transformation.
         batch: rows (of a micro-batch), tokens a row and micro-batches.
-        schedule: (steps=of the run) -> that shape; default: constant.
+        schedule: (steps=steps of the run) -> that shape; default: constant.
         seed: of the method's initial values and of dropout.
-        steps: of the run, as far as they are known.
-        quantization: of the frozen body, as model.quantization; "none": not.
+        steps: of the run.
+        quantization: of the frozen weights, as model.quantization; "none": none.
     """
 
     module: Any
@@ -94,7 +94,7 @@ class Recipe:
         return jax.eval_shape(self.quantized, self.module.abstract_params())
 
     def quantized(self, params: tree.PyTree) -> tree.PyTree:
-        """Quantise plain parameters as the recipe asks for it."""
+        """Quantise plain parameters as the recipe sets."""
         return params if self.quantization == "none" else quantize(params, self.quantization)
 
     def tuned(self, params: tree.PyTree) -> tuple[tree.PyTree, tree.PyTree]:
@@ -120,9 +120,9 @@ class Recipe:
 
         Args:
             mesh: of devices; None: one.
-            members: of a sweep, stacked in the state; None: a run alone.
+            members: how many runs of a sweep the state stacks; None: a single run.
             shared_batch: whether members see the same batches.
-            above: the part of the module above a cut, in whose place features lie.
+            above: the part of the module above a cut, which takes features as input; None: the whole module.
         """
         loss_fn = self.loss(above, members or 1)
         if members is None:
@@ -131,12 +131,12 @@ class Recipe:
         return step, stacked.make_sweep_eval_step(loss_fn, mesh)
 
     def with_module(self, **fields: Any) -> "Recipe":
-        """The same with other fields of the module, such as `remat`."""
+        """The recipe with other fields of the module, such as `remat`."""
         return replace(self, module=self.module.clone(**fields))
 
 
 def in_dtype(frozen: tree.PyTree, dtype: Any) -> tree.PyTree:
-    """What stays frozen is kept in the compute dtype, or quantised."""
+    """Cast frozen parameters to the compute dtype; quantised ones stay."""
 
     def cast(leaf):
         plain = not isinstance(leaf, Packed) and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -155,12 +155,12 @@ def start_group(recipes: Sequence[Recipe], base: tree.PyTree) -> tuple[TrainStat
 
 
 def compiled_bytes(recipes: Sequence[Recipe], *, shared_batch: bool = True, alone: bool = False) -> int:
-    """Return the device memory of a step as its compiled program plans it, donated buffers once. Compiles it.
+    """Compile a step and return the device memory that its program plans, counting donated buffers once.
 
     Args:
         recipes: the members of a sweep; with `alone`, one run.
         shared_batch: see `Recipe.programs`.
-        alone: plan the first recipe as a run of its own, without a member axis.
+        alone: plan the first recipe as a single run, without a member axis.
     """
     first = recipes[0]
     if alone:

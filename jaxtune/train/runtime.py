@@ -1,4 +1,4 @@
-"""The process that trains: JAX's settings, the compute dtype, and the memory there is."""
+"""The process that trains: JAX's settings and the available memory."""
 
 import ctypes
 import platform
@@ -15,14 +15,14 @@ from jaxtune.files import cache_root, is_ours
 def prepare_jax() -> None:
     """Keep compiled programs on disk, unless the user has set JAX's own cache; on a CPU, keep memory in the process.
 
-    A step's working memory is one block. glibc gives a block of that size back to the system and maps it anew at each
-    step, page by page: a tenth of a small model's step. It stays mapped if it comes from the main thread's heap. What
-    the compiler used would stay as well, two or three times as much, so what is free goes back around each compile.
+    A step's working memory is one block. glibc returns a block of that size to the system and maps it again at each
+    step, page by page, which takes a tenth of a small model's step. On the main thread's heap it stays mapped. Memory
+    that the compiler used, two or three times as much, would stay as well, so it is returned around each compile.
     """
     if not jax.config.jax_compilation_cache_dir and is_ours(cache_root()):
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # so that it is the main thread that asks for memory
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # so that the main thread allocates the memory
     if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # malloc.h
         libc = ctypes.CDLL(None)
@@ -33,7 +33,7 @@ def prepare_jax() -> None:
 
 @cache
 def _return_around_compiling() -> None:
-    """From now on, give freed memory back to the system before and after each compile of any size; glibc only.
+    """From now on, return freed memory to the system before and after each large compile; glibc only.
 
     The compiler's threads cannot use what the main thread has freed, nor the main thread what they have.
     """
@@ -47,7 +47,7 @@ def _return_around_compiling() -> None:
 
 
 def free_bytes() -> int:
-    """Memory that a step may take: of the device, or of a machine without one."""
+    """Bytes that a step may take: free memory of the device, or of the machine if it has none."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(0.9 * limit)
@@ -57,6 +57,6 @@ def free_bytes() -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a JAX error says that the device has no memory left."""
-    if disk_trouble(error) is not None:  # which tensorstore calls RESOURCE_EXHAUSTED as well
+    if disk_trouble(error) is not None:  # tensorstore reports these as RESOURCE_EXHAUSTED, too
         return False
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

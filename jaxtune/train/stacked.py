@@ -27,7 +27,7 @@ def stack(states: Sequence[TrainState]) -> TrainState:
     A leaf that only some members have (a dropout rate) is 0 in the others.
 
     Raises:
-        ValueError: the states differ in more than shapes and holes.
+        ValueError: the states differ in more than shapes and missing leaves.
     """
     flat = [_flatten(state) for state in states]
     if len({structure for _, structure in flat}) > 1:
@@ -55,7 +55,7 @@ def _stack_leaf(leaves: Sequence[Any]) -> Any:
 
 
 def unstack(state: TrainState, member: int, like: TrainState) -> TrainState:
-    """Return the state of one member as it would be alone; `like` has its shapes and holes, and may be abstract."""
+    """Return the state of one member as a single run; `like` has its shapes and missing leaves, and may be abstract."""
     leaves, structure = _flatten(state)
     wanted, _ = _flatten(like)
 
@@ -66,7 +66,7 @@ def unstack(state: TrainState, member: int, like: TrainState) -> TrainState:
 
 
 def take(state: TrainState, members: Sequence[int]) -> TrainState:
-    """Return the stacked state of some members only, in this order."""
+    """Return the stacked state of some of the members, in this order."""
     return jax.tree.map(lambda x: x[np.asarray(members)], state)
 
 
@@ -102,6 +102,6 @@ def make_sweep_eval_step(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[
     return jax.jit(jax.vmap(make_eval_step(loss_fn, mesh, jit=False), in_axes=(0, 0, None, None)))
 
 
-def shard_lanes(batch: Any, mesh: Mesh) -> Any:
+def shard_members(batch: Any, mesh: Mesh) -> Any:
     """Put a host batch [K, A, B, ...] on the devices, rows split over `data`."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, None, DATA)))

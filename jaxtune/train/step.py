@@ -16,7 +16,7 @@ LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]]
 
 
 class TrainState(NamedTuple):
-    """All that changes, and all that a sweep member has of its own. The frozen parameters are not in it."""
+    """Everything that training changes or that differs between sweep members, so not the frozen parameters."""
 
     step: jax.Array  # i32[], optimizer steps done
     trainable: PyTree
@@ -30,7 +30,7 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step.
 
-    The step donates its state; `copy=False` hands it the caller's own arrays, which are then gone.
+    The step donates its state; with `copy=False` the caller's own arrays are donated and become unusable.
     """
     if copy:
         trainable, member, key = jax.tree.map(jnp.copy, (trainable, member, key))
@@ -126,7 +126,7 @@ def _by_group(group: Callable[..., str], grads: PyTree, updates: PyTree, trainab
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:
     """Return `evaluate(trainable, member, frozen, batch) -> (sum, weight, aux)`, batch [A, B, ...], no dropout.
 
-    All are sums over the rows; `aux` is what the loss counts beside itself.
+    All are sums over the rows; `aux` are the loss's further counts.
     """
 
     def local(trainable, member, frozen, batch):

@@ -1,9 +1,9 @@
-"""What the metrics of a run say about it: findings, each with what to do.
+"""Findings from the metrics of a run, each with what to do.
 
     metrics.jsonl, a line -- Watch.see --> findings that are new     said once, kept in findings.jsonl
 
-Findings are a pure function of the lines so far, so a run that goes on, and a report, find the same. Each monitor below
-sees one line after another and tells what holds by now; thresholds are those of its class. Nothing here imports jax.
+Findings are a pure function of the lines so far, so a resumed run and a report find the same. Each monitor below
+reads one line after another and returns its current finding; thresholds are attributes of its class. No jax here.
 """
 
 import itertools
@@ -24,9 +24,9 @@ class RunFinding:
 
     Attributes:
         check: the name of the monitor, "overfitting".
-        severity: "warning": look at it; "note": good to know.
-        step: since when, in optimizer steps.
-        message: what is seen, in numbers.
+        severity: "warning": worth a look; "note": for information.
+        step: the optimizer step since which it holds.
+        message: what was found, in numbers.
         fix: what to do.
     """
 
@@ -47,11 +47,11 @@ class Watch:
     """The monitors over one run.
 
     Attributes:
-        findings: what holds by now, the earliest first.
+        findings: those that hold now, the earliest first.
     """
 
     def __init__(self, before: Sequence[RunFinding] = ()):
-        """`before`: what is known before the first line; see `rate_hint`."""
+        """`before`: findings from before the first line; see `rate_hint`."""
         self.before = list(before)
         self.monitors = [Overfitting(), LossSpikes(), ExplodingGradients(), VanishingGradients(), UpdateSize()]
         self.standing: dict[str, RunFinding] = {}
@@ -61,7 +61,7 @@ class Watch:
         return sorted([*self.before, *self.standing.values()], key=lambda f: f.step)
 
     def see(self, line: Line) -> list[RunFinding]:
-        """Take in the next line; return the findings that it brought up."""
+        """Read the next line; return the findings that are new with it."""
         new = []
         for monitor in self.monitors:
             name, finding = type(monitor).__name__, monitor.see(line)
@@ -75,7 +75,7 @@ class Watch:
 
 
 def findings(lines: Iterable[Line], before: Sequence[RunFinding] = ()) -> list[RunFinding]:
-    """What the lines of a metrics.jsonl say, all of them taken together."""
+    """The findings on all lines of a metrics.jsonl."""
     watch = Watch(before)
     for line in lines:
         watch.see(line)
@@ -85,7 +85,7 @@ def findings(lines: Iterable[Line], before: Sequence[RunFinding] = ()) -> list[R
 def group(path: str, field: Any = None) -> str:
     """The part of a model that a trainable array belongs to: "attention", "mlp", "embeddings", "head" or "norms".
 
-    What its leaf tells apart (`field`, a `tree.Field`) is so: "attention/lora_A".
+    A group that the leaf declares (`field`, a `tree.Field`) is appended: "attention/lora_A".
     """
     first, *_ = parts = path.split("/")
     if "self_attn" in parts:
@@ -115,12 +115,12 @@ def _mean(values: Sequence[float]) -> float:
 class Overfitting:
     """The evaluation loss rises while the training loss falls.
 
-    It has to stand above the best evaluation by a share of it that one evaluation seldom reaches by chance; a second
-    one above the best needs less. The training loss is the mean of the lines between two evaluations.
+    It has to exceed the best evaluation by a share that one evaluation seldom reaches by chance; a second
+    one above the best may exceed it by less. The training loss is the mean of the lines between two evaluations.
     """
 
     ONCE, TWICE = 0.05, 0.01  # shares of the best loss, in one evaluation since the best and in more
-    LEAST = 0.005  # nats; below that a rise is of no account
+    LEAST = 0.005  # nats; a smaller rise is ignored
 
     def __init__(self):
         self.best: tuple[int, float] | None = None
@@ -171,7 +171,7 @@ class LossSpikes:
 
     OLMo 2 counts values 7 standard deviations above a rolling mean (arXiv:2501.00656). Here logarithms are compared,
     since batches differ by factors: with the median of the last few, which follows a loss that falls, and by the
-    median step from one to the next, which no fall and no spike blows up.
+    median step from one to the next, which neither a falling loss nor a spike inflates.
     """
 
     WINDOW, LEAST, RECENT, FAR = 50, 10, 5, 7.0
@@ -187,7 +187,7 @@ class LossSpikes:
             self._trained(line["step"], math.log(max(line["train/loss"], 1e-6)))
         if not self.spikes:
             return None
-        since, loss, usual = self.spikes[0]
+        since, loss, typical = self.spikes[0]
         many = ""
         if len(self.spikes) > 1:
             step, highest, below = max(self.spikes, key=lambda spike: spike[1] / spike[2])
@@ -202,19 +202,19 @@ class LossSpikes:
             "loss_spike",
             WARNING if self.inside or len(self.spikes) > 2 else NOTE,
             since,
-            f"loss spike: the training loss jumped to {loss:.4f} at step {since}, from about {usual:.4f}.{many}{stays}",
+            f"loss spike: the training loss jumped to {loss:.4f} at step {since}, from {typical:.4f}.{many}{stays}",
             "Look at the rows around that step; a lower optim.lr, a longer optim.warmup or optim.grad_clip=1 prevent "
             "most spikes.",
         )
 
     def _trained(self, step: int, value: float) -> None:
         if len(self.before) >= self.LEAST:
-            usual = statistics.median(list(self.before)[-self.RECENT :])
+            typical = statistics.median(list(self.before)[-self.RECENT :])
             jumps = [abs(b - a) for a, b in itertools.pairwise(self.before)]
             spread = 1.4826 * statistics.median(jumps) / math.sqrt(2)
-            was, self.inside = self.inside, value > usual + self.FAR * max(spread, self.NARROW)
+            was, self.inside = self.inside, value > typical + self.FAR * max(spread, self.NARROW)
             if self.inside and not was:
-                self.spikes.append((step, math.exp(value), math.exp(usual)))
+                self.spikes.append((step, math.exp(value), math.exp(typical)))
             elif self.inside and math.exp(value) > self.spikes[-1][1]:
                 self.spikes[-1] = self.spikes[-1][0], math.exp(value), self.spikes[-1][2]
         if not self.inside:
@@ -222,10 +222,10 @@ class LossSpikes:
 
 
 class ExplodingGradients:
-    """The norm of the gradient leaves its usual size by orders of magnitude, and stays there.
+    """The norm of the gradient exceeds its typical size by orders of magnitude, and stays there.
 
     The measure is the whole gradient, since a group may grow from nothing (LoRA's A, as long as B is zero); the message
-    names the groups that are most of it. A norm no higher than at the start is no explosion, however low it has been.
+    names the groups with most of it. A norm no higher than at the start is no explosion, however low it was in between.
     """
 
     WINDOW, LEAST, ROW = 20, 5, 3
@@ -242,11 +242,11 @@ class ExplodingGradients:
         if norm is None or self.found:
             return self.found
         if len(self.before) >= self.LEAST:
-            usual, start = statistics.median(self.before), statistics.median(self.start)
-            if norm > self.FACTOR * usual and norm > self.START * start:
+            typical, start = statistics.median(self.before), statistics.median(self.start)
+            if norm > self.FACTOR * typical and norm > self.START * start:
                 self.row.append(line["step"])
                 if len(self.row) == self.ROW:
-                    self.found = self._finding(line, norm, usual)
+                    self.found = self._finding(line, norm, typical)
                 return self.found
         self.row.clear()
         self.before.append(norm)
@@ -254,22 +254,22 @@ class ExplodingGradients:
             self.start.append(norm)
         return None
 
-    def _finding(self, line: Line, norm: float, usual: float) -> RunFinding:
+    def _finding(self, line: Line, norm: float, typical: float) -> RunFinding:
         groups = _groups(line, "grad_norm")
         most = [name for name in groups if groups[name] > 0.5 * norm]
         return RunFinding(
             "exploding_gradients",
             WARNING,
             self.row[0],
-            f"exploding gradients: since step {self.row[0]} the norm is above {self.FACTOR:g} times its usual "
-            f"{usual:.3g}; {norm:.3g} at step {line['step']}{', most of it in ' * bool(most)}{', '.join(most)}.",
+            f"exploding gradients: since step {self.row[0]} the norm is above {self.FACTOR:g} times its typical "
+            f"{typical:.3g}; {norm:.3g} at step {line['step']}{', most of it in ' * bool(most)}{', '.join(most)}.",
             "Go back to a checkpoint before that step with a lower optim.lr, a longer optim.warmup, or "
             "optim.grad_clip=1.",
         )
 
 
 class VanishingGradients:
-    """A group without a gradient, or a whole gradient that is gone while there is much to learn."""
+    """A group without a gradient, or a whole gradient that has vanished while the loss is still high."""
 
     ROW, LEAST = 3, 5
     SHARE = 1e-6  # of the whole gradient: a group below it gets nothing
@@ -299,8 +299,8 @@ class VanishingGradients:
                 self.rows[lost[0]][0],
                 f"vanishing gradients: {', '.join(lost)} has had next to no gradient since step "
                 f"{self.rows[lost[0]][0]} (the norm of all is {norm:.3g}).",
-                "Check that rows have trained tokens (jaxtune data), that model.dtype is not too coarse, and that what "
-                "is trained has a part in the loss.",
+                "Check that rows have trained tokens (jaxtune data), that model.dtype is not too coarse, and that the "
+                "loss depends on what is trained.",
             )
         return self.found
 
@@ -312,9 +312,9 @@ class VanishingGradients:
 
 
 class UpdateSize:
-    """Steps too large or too small for the weights: ||update|| / ||weights||, where the loss bears it out.
+    """Steps too large or too small for the weights: ||update|| / ||weights||, if the loss confirms it.
 
-    Of matrices that start away from zero: LoRA's B does not, and a new head or a bias need not.
+    Only matrices that do not start at zero count: LoRA's B does, and a new head or a bias may.
     """
 
     PLAIN, FACTOR_A = ("attention", "mlp", "embeddings"), "lora_A"
@@ -370,8 +370,8 @@ class UpdateSize:
 
 # -------------------------------------------------------------------------------------------------- before the run
 
-OFF = 9.0  # times the usual rate
-WIDE = 2048  # channels of a model from which on rates are the usual ones; narrower models take higher rates
+OFF = 9.0  # factor from the default rate
+WIDE = 2048  # channels of a model from which the default rates apply; narrower models take higher ones
 
 
 def rate_hint(
@@ -394,13 +394,13 @@ def rate_hint(
         return []
     off, where, than = (high, "above", default_here) if high >= OFF else (1 / low, "below", defaults[method])
     like = min(("full", "lora"), key=lambda name: abs(math.log(lr / defaults[name])))
-    suits = f"; it is one for tune.method={like}" if like != method and 0.3 < lr / defaults[like] < 3 else ""
+    suits = f"; it suits tune.method={like}" if like != method and 0.3 < lr / defaults[like] < 3 else ""
     return [
         RunFinding(
             "learning_rate",
             WARNING,
             0,
-            f"optim.lr={lr:g} is {off:.0f} times {where} what is usual for tune.method={method} and a model of this "
+            f"optim.lr={lr:g} is {off:.0f} times {where} the default for tune.method={method} and a model of this "
             f"width, {than:.1g}{suits}.",
             "Leave optim.lr out for the default, or let `jaxtune sweep --find-lr` bracket it.",
         )

@@ -1,7 +1,7 @@
-"""Polymorphic leaves in models that are not ours: `adapt(apply_fn)` takes LoRA and quantised weights as they are.
+"""Polymorphic leaves in foreign models: `adapt(apply_fn)` accepts LoRA and quantised weights in the parameters.
 
 A functional model is traced with plain arrays to a jaxpr, and `rewrite.evaluate` runs that with each polymorphic leaf
-where its array went. What cannot be rewritten so is an error that names the operation and its place.
+in place of its array. An operation that cannot be rewritten is an error that names it and its place.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jaxtune.weights.rewrite import Axis, Rider, Scope, evaluate, ride
 
 
 class MatrixLayout(NamedTuple):
-    """How a foreign array is a matrix: which of its axes are layers, inputs and outputs.
+    """The axes of a foreign array as a matrix: layers, inputs and outputs.
 
     Attributes:
         layers, inputs, outputs: axes of the array, each once.
@@ -75,7 +75,7 @@ class Adapted:
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
     def layouts(self, params: PyTree, *args, **kwargs) -> dict[str, MatrixLayout]:
-        """Find which parameters are matrices to the model, and how they lie; nothing is computed.
+        """Find which parameters the model uses as matrices, and their axes; nothing is computed.
 
         A kernel [D, heads, channels] of Flax's attention sums over axis 0; one of a convolution, over all but the last.
 
@@ -115,10 +115,10 @@ class Adapted:
 
 
 def _layout(ndim: int, uses: set) -> MatrixLayout | None:
-    """The one layout behind all uses of a parameter: the same axes summed over, or exactly the others (a tied head)."""
+    """The layout that fits all uses of a parameter: the same axes summed over, or exactly the others (a tied head)."""
     if any(kind == "other" for kind, _, _ in uses):
         return None
-    # A lookup says which axis is the rows; without one, the axes that come first do.
+    # A lookup tells which axis is the rows; without a lookup, the first axes are.
     kind, inputs, layers = sorted(uses, key=lambda use: (use[0], sorted(use[1])))[0]
     outputs = frozenset(range(ndim)) - inputs - layers
     if any(group != layers or used not in (inputs, outputs) for _, used, group in uses):
@@ -127,7 +127,7 @@ def _layout(ndim: int, uses: set) -> MatrixLayout | None:
 
 
 def _split(args: tuple, kwargs: Mapping) -> tuple[list, Callable[[list], tuple[tuple, dict]]]:
-    """The arrays among a call's arguments, and the function from such arrays to the arguments."""
+    """The arrays among a call's arguments, and a function that rebuilds the arguments from arrays."""
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
 
     def rebuild(arrays):
@@ -144,7 +144,7 @@ def _is_array(leaf: Any) -> bool:
 def adapt(apply_fn: Callable, *, strict: bool = True) -> Adapted:
     """Let a functional model of any library carry `LoraWeight`, `QuantWeight` and the other leaves.
 
-    The result computes what `apply_fn(merge(params), ...)` does, in activation space: gradients for the factors alone,
+    The result computes the same as `apply_fn(merge(params), ...)`, in activation space: gradients for the factors only,
     and no merged weight in memory.
 
     Args:
@@ -156,10 +156,10 @@ def adapt(apply_fn: Callable, *, strict: bool = True) -> Adapted:
 
 
 def matrices(params: PyTree, layouts: Mapping[str, MatrixLayout]) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Lay foreign parameters as the matrices [*L, K, N] that tuning methods know.
+    """Reshape foreign parameters to the matrices [*L, K, N] that tuning methods expect.
 
     Returns:
-        The tree, and the function that undoes it: a leaf that a method made polymorphic stays so, in a `ShapedWeight`.
+        The tree, and the inverse function; it wraps a leaf that a method made polymorphic in a `ShapedWeight`.
     """
 
     def lay(path, leaf):

@@ -1,4 +1,4 @@
-"""Polymorphic weights: pytree nodes that sit where a plain array sat.
+"""Polymorphic weights: pytree nodes in place of plain arrays.
 
 A model calls `dot`, `embed` and `attend` on whatever it finds; the type of the leaf decides what happens. So there is
 one model, whichever method tunes it:
@@ -9,8 +9,8 @@ one model, whichever method tunes it:
 
 All fields carry the leading layer axes `*L` of the stacked segment, so that `scan` slices them together.
 
-A class says of each field what it is, and nothing else knows it by name: masks, counts, optimizers, sweeps and PEFT
-files ask. So a new kind of adapter is its class, and the method that puts it into a tree:
+A class declares each of its fields, and no other code knows them by name: masks, counts, optimizers, sweeps and PEFT
+files read the declarations. A new kind of adapter is a class, and a method that puts it into a tree:
 
     @leaf_type
     class GateWeight(Adapter):
@@ -55,17 +55,17 @@ def _declared(field: Field, default: Any = dataclasses.MISSING) -> Any:
 
 
 def base() -> Any:
-    """Declare what an adapter stands over: an array [*L, K, N], or another leaf. Frozen."""
+    """Declare the base of an adapter: an array [*L, K, N], or another leaf. It is frozen."""
     return _declared(Field(FROZEN, "K N"))
 
 
 def trained(axes: str, default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """Declare what is trained; `axes` and `more` are fields of `Field`. A `default` of None: not every leaf has it."""
+    """Declare a trained field; `axes` and `more` are fields of `Field`. A `default` of None: it is optional."""
     return _declared(Field(TRAIN, axes, **more), default)
 
 
 def setting(axes: str = "", default: Any = dataclasses.MISSING) -> Any:
-    """Declare what is not trained and no parameter, and each member of a sweep has of its own."""
+    """Declare a value that is not trained, is no parameter, and may differ between members of a sweep."""
     return _declared(Field(MEMBER, axes, parameters=0), default)
 
 
@@ -75,15 +75,15 @@ def packed(axes: str, parameters: int = 0) -> Any:
 
 
 def fixed() -> Any:
-    """Declare what is no array: it is compared when a program is looked up."""
+    """Declare a static field, which is part of a compiled program's key."""
     return dataclasses.field(metadata={"static": True})
 
 
 class Weight(Node):
-    """What a leaf type provides. `w` stands for a plain array or another `Weight`."""
+    """The interface of a leaf type. `w` is a plain array or another `Weight`."""
 
     def dot(self, x: Array, keys: Keys, product: Product) -> Array:
-        """x [..., K] -> [..., N]; `product(x, w)` multiplies x by any w [K, M], in whatever way the model does."""
+        """x [..., K] -> [..., N]; `product(x, w)` multiplies x by any w [K, M], as the model does."""
         raise NotImplementedError
 
     def transposed_dot(self, x: Array, product: Product) -> Array:
@@ -104,13 +104,13 @@ class Weight(Node):
 
 
 class Adapter(Weight):
-    """A leaf that trains something beside a base `w`, which stays as it is. Subclasses have a field `w`.
+    """A leaf with trained fields beside a frozen base, the field `w` of subclasses.
 
-    One that can leave layers of a stack alone has a setting `scale` f32[*L], 0 there.
+    One that can skip layers of a stack has a setting `scale` f32[*L], which is 0 for them.
     """
 
     def mask(self) -> "Adapter":
-        """The leaf of a mask: the role of each field that there is."""
+        """The leaf's mask: the role of each field that is not None."""
         return dataclasses.replace(self, **{n: filled(getattr(self, n), f.role) for n, f in self.fields().items()})
 
     def layers_adapted(self):
@@ -121,7 +121,7 @@ class Adapter(Weight):
 class LoraWeight(Adapter):
     """Low-rank adaptation, y = x w + scale * dropout(x) a b (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-    Layers of lower rank than `r` hold zeros in the columns of `a` and rows of `b` that they lack: a fixed point of
+    Layers of lower rank than `r` have zeros in the surplus columns of `a` and rows of `b`, a fixed point of
     training.
 
     Attributes:
@@ -130,7 +130,7 @@ class LoraWeight(Adapter):
         b: [*L, r, N], zeros at initialisation, so that step 0 is the base model.
         scale: f32[*L], alpha / r (or alpha / sqrt(r)); 0 marks a layer that is not adapted.
         dropout: f32[*L], the rate; None compiles no dropout at all.
-        a0, b0: what `a` and `b` began as where their product is not zero (PiSSA); it is subtracted, so that step 0 is
+        a0, b0: the initial `a` and `b` if their product is not zero (PiSSA); it is subtracted, so that step 0 is
             the base model and `w` need not change. None: nothing.
     """
 
@@ -160,7 +160,7 @@ class LoraWeight(Adapter):
         return transposed_dot(x, self.w, product) + self._update(product(x, b.T.astype(x.dtype)), a.T)
 
     def _update(self, low: Array, up: Array) -> Array:
-        """scale * low up. The scale goes on what is r wide, in either direction, not on the whole of the output."""
+        """scale * low up. The scale multiplies the narrow factor of width r, forward and backward, not the output."""
         low = checkpoint_name(low, "low")
         return matmul(low * self.scale.astype(low.dtype), up.astype(low.dtype))
 
@@ -171,7 +171,7 @@ class LoraWeight(Adapter):
         return base + delta * self.scale.astype(base.dtype)
 
     def attend(self, x):
-        # peft's tied head multiplies by the base table alone; the same numbers need the same choice.
+        # In peft a tied head multiplies by the base table only; this gives the same results.
         return attend(x, self.w)
 
     def merge(self):
@@ -191,7 +191,7 @@ class DoraWeight(LoraWeight):
     only.
 
     Attributes:
-        magnitude: m, f32[*L, N], the column norms of `w` at initialisation. Where `scale` is 0 it has no part.
+        magnitude: m, f32[*L, N], the column norms of `w` at initialisation. Where `scale` is 0 it has no effect.
     """
 
     magnitude: Array = trained("N", default=None, stored=Stored("{}.lora_magnitude_vector", "N"))
@@ -229,7 +229,7 @@ class DoraWeight(LoraWeight):
 class Ia3Weight(Adapter):
     """Rescaled activations, (IA)^3 (Liu et al. 2022, arXiv:2205.05638, section 3.3), in peft's form.
 
-    One of the vectors is there: y = (x w) * out, or y = (x * inp) w in a feed-forward module.
+    It has one of the vectors: y = (x w) * out, or y = (x * inp) w in a feed-forward module.
 
     Attributes:
         w: the base, [*L, K, N].
@@ -270,9 +270,9 @@ class Ia3Weight(Adapter):
 
 @leaf_type
 class PromptWeight(Adapter):
-    """A table with a soft prompt beside it (Lester et al. 2021, arXiv:2104.08691).
+    """An embedding table with a soft prompt (Lester et al. 2021, arXiv:2104.08691).
 
-    Virtual token i is id V + i: whoever feeds the model puts these ids before a row, and no model knows of them.
+    Virtual token i has id V + i: the caller puts these ids before a row, and the model needs no change.
 
     Attributes:
         w: the table, [V, D].
@@ -297,11 +297,11 @@ class PromptWeight(Adapter):
 
 @leaf_type
 class TokensWeight(Adapter):
-    """A table of which some rows are trained (peft's trainable tokens); a tied head sees them too.
+    """An embedding table with some trained rows (peft's trainable tokens), which a tied head also uses.
 
     Attributes:
         w: the table, [V, D].
-        rows: [n, D], in the place of the table's own.
+        rows: [n, D], which replace the table's own.
         ids: which rows these are.
     """
 
@@ -367,10 +367,10 @@ class QuantWeight(Packed):
 
 @leaf_type
 class ShapedWeight(Weight):
-    """A leaf of a model that is not ours, whose array is a matrix in another shape; `jaxtune.adapt` looks through it.
+    """A leaf of a foreign model, whose array is a matrix in another shape; `jaxtune.adapt` unwraps it.
 
     Attributes:
-        leaf: what stands for the matrix [*L, K, N].
+        leaf: the leaf of the matrix [*L, K, N].
         layers, inputs, outputs: the array's axes that make *L, K and N, each in order.
         shape: the array's.
     """
@@ -382,7 +382,7 @@ class ShapedWeight(Weight):
     shape: tuple[int, ...] = fixed()
 
     def restore(self, matrix: Array) -> Array:
-        """The array that [*L, K, N] is."""
+        """The foreign array of a matrix [*L, K, N]."""
         order = (*self.layers, *self.inputs, *self.outputs)
         return jnp.transpose(matrix.reshape([self.shape[axis] for axis in order]), np.argsort(order))
 
@@ -396,7 +396,7 @@ def is_weight(x: Any) -> bool:
 
 
 def rebuilt(product: Callable[[Array, Any], Array], x: Array, w: Weight) -> Array:
-    """A product with a frozen packed weight, which the backward pass keeps and unpacks once more."""
+    """A product with a frozen packed weight; the backward pass keeps the packed form and unpacks it again."""
     return jax.checkpoint(product)(x, jax.lax.stop_gradient(w))
 
 
@@ -430,33 +430,33 @@ def attend(x: Array, w: Array | Weight) -> Array:
 
 
 def merge_leaf(w: Array | Weight) -> Array:
-    """The plain array a leaf stands for."""
+    """The plain array that a leaf represents."""
     return w.merge() if is_weight(w) else w
 
 
 def plain(w: Array | Weight) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the array that a leaf stands for; nothing is computed."""
+    """Shape and dtype of the array that a leaf represents; nothing is computed."""
     return jax.eval_shape(merge_leaf, w)
 
 
 def merge(params: Any) -> Any:
-    """Return `params` with every polymorphic leaf replaced by the plain array it stands for.
+    """Return `params` with every polymorphic leaf replaced by the plain array that it represents.
 
     Raises:
         UserError: a soft prompt, which no plain model can hold.
     """
-    return map_weights(merge_leaf, settle(params))
+    return map_weights(merge_leaf, scale_biases(params))
 
 
-def settle(params: Any) -> Any:
-    """Prepare for merging leaf by leaf: a bias that an `Ia3Weight` scales is scaled where it stands."""
+def scale_biases(params: Any) -> Any:
+    """Prepare for merging leaf by leaf: multiply each bias that an `Ia3Weight` scales."""
     if not isinstance(params, Mapping):
         if isinstance(params, PromptWeight):
             raise UserError(
                 "A soft prompt cannot be merged: no row of the model's table is the prompt. Write the adapter alone."
             )
         return params
-    out = {name: settle(child) for name, child in params.items()}
+    out = {name: scale_biases(child) for name, child in params.items()}
     kernel = out.get("kernel")
     if isinstance(kernel, Ia3Weight) and kernel.bias is not None:
         bias = out["bias"]
@@ -476,13 +476,13 @@ def table_rows(w: Array | Weight) -> int:
 
 
 def virtual_tokens(params: Any) -> list[int]:
-    """The ids that stand for the soft prompt of a tree, to be put before each row; [] where it has none."""
+    """The ids of a tree's soft prompt, to be put before each row; [] if it has none."""
     prompts = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if isinstance(w, PromptWeight)]
     return [table_rows(w.w) + i for w in prompts for i in range(w.prompt.shape[0])]
 
 
 def map_weights(fn: Callable[[Any], Any], params: Any) -> Any:
-    """Map over leaves, taking each polymorphic leaf as one."""
+    """Map over leaves; a polymorphic leaf counts as one."""
     return jax.tree.map(fn, params, is_leaf=is_weight)
 
 
@@ -496,11 +496,11 @@ def weights_by_path(params: Any) -> dict[str, Any]:
     return {path_str(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]}
 
 
-def masters(params: Any, mask: Any) -> tuple[Any, Any]:
-    """What is trained, in float32: `(params, mask)`.
+def in_float32(params: Any, mask: Any) -> tuple[Any, Any]:
+    """Return `(params, mask)` with trained parameters cast to float32.
 
     Raises:
-        UserError: something quantised, or nothing, would be trained.
+        UserError: a quantised parameter, or none, would be trained.
     """
     roles = weights_by_path(mask)
     for path, leaf in weights_by_path(params).items():
@@ -512,12 +512,12 @@ def masters(params: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def row_keys(key: Array, row: Array) -> Array:
-    """One key for each global row: key, row i32[B] -> keys [B]. However rows are split, each draws the same noise."""
+    """One key for each global row: key, row i32[B] -> keys [B]. A row's noise does not depend on how rows are split."""
     return jax.vmap(partial(jax.random.fold_in, key))(row)
 
 
 def fold(keys: Keys, site: int | Array | str) -> Keys:
-    """Derive keys [B] for one place in the model: a layer number or a module's name."""
+    """Derive keys [B] for one place in the model: a layer's index or a module's name."""
     if keys is None:
         return None
     data = zlib.crc32(site.encode()) if isinstance(site, str) else site

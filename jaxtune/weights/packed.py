@@ -1,7 +1,7 @@
 """Quantised leaves for a frozen base: NF4 with double quantisation, int8, fp8.
 
 They sit under a `LoraWeight` (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A product builds the plain matrix of one
-layer in x's dtype, multiplies, and drops it: the backward pass builds it again rather than keep it.
+layer in x's dtype, multiplies, and drops it; the backward pass builds it again.
 """
 
 import functools
@@ -30,7 +30,7 @@ from jaxtune.weights.leaf import (
 )
 
 BLOCK = 64  # weights that share an absolute maximum
-CONSTANTS = 256  # absolute maxima that share a scale of their own
+CONSTANTS = 256  # absolute maxima that share a scale
 
 
 def _nf4() -> np.ndarray:
@@ -56,7 +56,7 @@ class Nf4Weight(Packed):
     """4-bit NormalFloat with double quantisation (arXiv:2305.14314, equations 4 to 6): 4.13 bits a weight.
 
     Blocks of 64 weights of one output column (fewer, where K is no multiple) share an absolute maximum; 256 of these
-    share a scale, after their mean is taken off. They are int8 here, where the paper has fp8.
+    share a scale, after subtracting their mean. They are int8 here; the paper has fp8.
 
     Attributes:
         codes: uint8[*L, K / 2, N]; rows 2i and 2i + 1 of the matrix in the high and the low half of a byte.
@@ -132,7 +132,7 @@ BODY = r"segment_\d+/.*kernel"  # linear modules of jaxtune's decoders and encod
 
 
 def packs(params: PyTree, kind: str, pattern: str = BODY) -> dict[str, Callable[[jax.Array], Weight]]:
-    """Return {path: what quantises it} for the matrices of a tree, which may be abstract, whose paths match a regex.
+    """Return {path: quantising function} for the matrices of a tree (which may be abstract) whose paths match a regex.
 
     Raises:
         UserError: the kind is unknown, nothing matches, or a matrix has an odd number of rows (NF4).
@@ -160,7 +160,7 @@ def quantize(
         params: plain arrays.
         kind: "nf4", "int8" or "fp8" (e4m3).
         pattern: regex over whole paths "a/b/kernel"; by default the body of jaxtune's own models.
-        layouts: how the arrays of a model that is not ours are matrices, from `adapt(apply_fn).layouts`.
+        layouts: how the arrays of a foreign model are matrices, from `adapt(apply_fn).layouts`.
 
     Raises:
         UserError: as `packs`.
@@ -177,7 +177,7 @@ def quantize(
 
 
 def rounding(params: PyTree, published: PyTree) -> float:
-    """Return how far packed matrices are from the published ones: the root mean square of what is lost, over theirs.
+    """Return the relative error of packed matrices: the root mean square of the difference over that of the originals.
 
     Args:
         params: leaves may be adapters over packed bases.

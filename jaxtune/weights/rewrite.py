@@ -1,7 +1,7 @@
-"""Evaluate a traced program with polymorphic leaves riding where its arrays went: what `foreign.adapt` does inside.
+"""Evaluate a traced program with polymorphic leaves in place of arrays, for `foreign.adapt`.
 
 A rider goes through transposes, reshapes and casts, into `jit`, `scan`, `remat`, `cond` and `while`, until an operation
-that is linear in it (a product, a convolution, a lookup) asks the leaf itself. No merged matrix is ever built.
+that is linear in it (a product, a convolution, a lookup) calls the leaf's method. No merged matrix is ever built.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Axis(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts the parts of a group as they lie."""
+        """A key that sorts the parts of a group in their order in memory."""
         return self.index, -self.stride
 
 
@@ -48,11 +48,11 @@ Dims = tuple[tuple[Axis, ...], ...]  # for each dimension of an array the parts 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Rider:
-    """A leaf where the traced program has an array.
+    """A leaf in place of an array of the traced program.
 
     Attributes:
         weight: the leaf, [*L, K, N], with the layer axes not yet taken by a scan or an index.
-        dims: how the array's dimensions lie in the leaf.
+        dims: the parts of the leaf's axes that make each of the array's dimensions.
         dtype: the array's.
         path: the leaf's, for messages.
     """
@@ -121,7 +121,7 @@ def reshape(dims: Dims, sizes: tuple[int, ...]) -> Dims | None:
             if size % have:
                 return None
             part, left = parts.pop(0), size // have
-            if part.size > left and part.size % left == 0:  # the fast half stays for the next dimension
+            if part.size > left and part.size % left == 0:  # the faster part is left for the next dimension
                 rest = part.size // left
                 parts.insert(0, part._replace(size=rest))
                 part = part._replace(size=left, stride=part.stride * rest)
@@ -129,7 +129,7 @@ def reshape(dims: Dims, sizes: tuple[int, ...]) -> Dims | None:
         if have != size:
             return None
         new.append(tuple(taken))
-    if parts and new:  # axes of size 1 that no dimension asked for
+    if parts and new:  # axes of size 1 that no dimension has
         new[-1] = (*new[-1], *parts)
     return tuple(new)
 
@@ -138,17 +138,17 @@ def reshape(dims: Dims, sizes: tuple[int, ...]) -> Dims | None:
 
 
 class _Foreign(Exception):
-    """An operation that no rule rewrites; its text says why."""
+    """An operation that no rule rewrites; the message is the reason."""
 
 
 class Scope(NamedTuple):
-    """What the evaluation of a program carries down.
+    """The context of a program's evaluation.
 
     Attributes:
         keys: dropout keys [B], or None.
-        strict: refuse what cannot be rewritten; else merge the leaf there.
+        strict: raise for operations that cannot be rewritten; else merge the leaf there.
         probe: called with (rider, kind, contracted parts) at each linear operation, when layouts are looked for.
-        site: which equation, for the dropout keys.
+        site: the number of the equation, for the dropout keys.
         program: the one that is evaluated.
     """
 
@@ -200,7 +200,7 @@ def _squeeze(scope, eqn, rider):
         if rider.dims[axis]:
             at = rider.layer_axis(axis)
             if at is None:
-                raise _Foreign("axes of size 1 that are one")
+                raise _Foreign("an axis of size 1 that is not of the array alone")
             rider = rider.map(functools.partial(jnp.squeeze, axis=at))
         rider = rider.at(rider.dims[:axis] + rider.dims[axis + 1 :])
     return [rider]
@@ -300,7 +300,7 @@ def _drops(rider: Rider) -> bool:
 
 
 def _whole(rider: Rider, inside: list[Axis]) -> str:
-    """The group whose parts, all of them, a product sums over."""
+    """The group of which a product sums over all parts."""
     for group in ("K", "N"):
         if sorted(inside) == sorted(rider.parts(group)):
             return group
@@ -455,7 +455,7 @@ RULES: dict[str, Callable] = {
     "copy": _pass,
     "copy_p": _pass,
     "name": _pass,
-    "sharding_constraint": _pass,  # a hint about the array that is never built
+    "sharding_constraint": _pass,  # a hint about an array that is never built
     "stop_gradient": _stop,
     "jit": _call,
     "pjit": _call,
