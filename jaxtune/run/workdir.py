@@ -92,8 +92,8 @@ def check_workdir(
         print(f"The run in {workdir} was started by an older version; its data cannot be compared.")
     if (workdir / "member.json").exists() and not member:
         raise UserError(
-            f"The run in {workdir} is a member of a sweep; nothing was changed. Resume it with `jaxtune sweep`, or give "
-            "another --workdir."
+            f"The run in {workdir} is a member of a sweep; nothing was changed. Resume it with `jaxtune sweep`, or "
+            "give another --workdir."
         )
     if fingerprint and before and before != fingerprint:
         raise UserError(
