@@ -114,7 +114,7 @@ SETTINGS = (
     ),
     Setting("model.remat", str, "none", "what to recompute to save memory", ("none", "full", "dots", "attention")),
     Setting(
-        "model.quantization", str, "none", "of the frozen weights, as they are loaded", ("none", "nf4", "int8", "fp8")
+        "model.quantization", str, "none", "quantise frozen weights as they are loaded", ("none", "nf4", "int8", "fp8")
     ),
     #
     Setting("tune.method", str, "lora", "which weights are trained (head: with the final norm)", METHODS),
@@ -129,12 +129,16 @@ SETTINGS = (
     Setting("tune.lora.rank_pattern", Ranks, None, "ranks of modules whose names end with a match of a regex"),
     Setting("tune.lora.alpha_pattern", Alphas, None, "alphas, as rank_pattern"),
     Setting("tune.lora.layers_to_transform", Integers, None, "indices of the layers with adapters; default: all"),
-    Setting("tune.lora.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
+    Setting(
+        "tune.lora.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
+    ),
     Setting("tune.lora.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
     Setting("tune.lora.trainable_token_indices", Integers, None, "token ids whose rows of the embedding are trained"),
     Setting("tune.ia3.target_modules", Targets, None, "module names or a regex; default: PEFT's for the family"),
     Setting("tune.ia3.feedforward_modules", Targets, None, "targets whose input is scaled instead of the output"),
-    Setting("tune.ia3.exclude_modules", Targets, None, "module names or a regex that win over target_modules"),
+    Setting(
+        "tune.ia3.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
+    ),
     Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=ROWS),
     Setting("tune.prompt_tuning.init", str, "vocab", "rows of the embedding, or N(0, 1)", ("vocab", "random")),
     Setting("tune.last_n.layers", int, 2, "blocks from the top, trained with the final norm", range=AT_LEAST_1),

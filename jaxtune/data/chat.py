@@ -115,8 +115,8 @@ class ChatRenderer:
         """Render a conversation, and find its trained parts.
 
         Raises:
-            UserError: the template refuses it, or leaves out what was to be trained; which text is the assistant's
-                cannot be told; a message has been rendered before.
+            UserError: the template refuses it, or leaves out what was to be trained; it is unclear which text is the
+                assistant's; a message has been rendered before.
         """
         messages, tools = conversation.messages, conversation.tools
         for i, message in enumerate(messages):

@@ -268,7 +268,7 @@ def _detect(where: str, found: list[str], columns: Mapping[str, str]) -> str:
 
 
 def _refuse_judged(where: str, found: Sequence[str]) -> None:
-    """Raise UserError for texts with labels or answers, which are no plain text unless that is said."""
+    """Raise UserError for texts with labels or answers, which are plain text only by data.format=text."""
     for name in found:
         if name.lower() not in JUDGED + ANSWERED:
             continue

@@ -142,7 +142,7 @@ def _end_of_turn(stops: Collection[int], names: Sequence[str], notes: list[str])
         listed = ", ".join(f"{names[i]} ({i})" for i in others)
         notes.append(
             f"The model stops at {names[first]} ({first}), and also at {listed}, which a GGUF file has no key for: "
-            "llama.cpp knows the usual ones by name."
+            "llama.cpp knows common ones by name."
         )
     return first
 

@@ -70,7 +70,7 @@ def choose(
 def cudnn_form(
     scale: float, causal: bool, window: int | None, segmented: bool, most_segments: int
 ) -> cudnn.Form | None:
-    """What cuDNN is told; None: how many segments a packed row has is not known."""
+    """cuDNN's parameters; None: the number of segments in a packed row is unknown."""
     if segmented and causal and most_segments < 1:
         return None
     segments = max(2, most_segments) if segmented and causal else int(segmented)

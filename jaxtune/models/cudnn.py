@@ -1,8 +1,8 @@
 """cuDNN's fused attention behind one function: rows of one text, padded rows and packed rows, forward and backward.
 
-Rows of one text and padded rows (an encoder's, told from padding by segments) run from compute capability 8.0 on;
-packed rows, by the lengths and offsets of their segments, from 9.0. Where the softmax's statistics are small they are
-named as the output is, so that a remat policy that keeps the one keeps both, and the forward kernel runs once.
+Rows of one text and padded rows (an encoder's, whose segments mark padding) need compute capability 8.0;
+packed rows, given by the lengths and offsets of their segments, need 9.0. If the softmax's statistics are small they
+have the output's name, so that a remat policy that keeps the output keeps both, and the forward kernel runs once.
 """
 
 import functools
@@ -21,12 +21,12 @@ MOST_SEGMENTS = 32  # of a packed row: the statistics are f32[B * segments, H, T
 
 
 class Form(NamedTuple):
-    """What the kernel is told that is no array.
+    """The static parameters of the kernel.
 
     Attributes:
-        causal: whether a token sees only what lies before it.
+        causal: whether a token sees only earlier ones.
         window: how many tokens back it sees, itself included; None: all.
-        segments: most segments in a row, where rows are packed; 1: rows are padded; 0: every token counts.
+        segments: segments of a packed row at most; 1: rows are padded; 0: no row has padding.
     """
 
     scale: float
@@ -36,11 +36,11 @@ class Form(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the segments of rows lie.
+    """The places of the segments in rows.
 
     Attributes:
-        lengths: i32[B, M], -1 where a row has fewer; of padded rows i32[B].
-        offsets: first token of each, i32[B, M + 1], -1 likewise; of padded rows i32[B, 0].
+        lengths: i32[B, M], -1 where a row has fewer segments; for padded rows i32[B].
+        offsets: the first token of each, i32[B, M + 1], likewise -1; for padded rows i32[B, 0].
     """
 
     lengths: Array
@@ -64,14 +64,14 @@ def layout(segments: Array, most: int) -> Layout:
 
 
 def capability() -> tuple[int, int]:
-    """The compute capability of the first GPU; (8, 0) where there is none, as of one that is planned for."""
+    """The compute capability of the first GPU; without a GPU (when planning for one) (8, 0)."""
     found = [d for d in jax.local_devices() if d.platform == "gpu"]
     major, _, minor = str(getattr(found[0], "compute_capability", "8.0") if found else "8.0").partition(".")
     return int(major), int(minor or 0)
 
 
 def takes(dtype: Any, head_dim: int, form: Form) -> bool:
-    """Whether the kernel takes such rows on the GPU at hand."""
+    """Whether the kernel supports such rows on this machine's GPU."""
     hopper = capability() >= (9, 0)
     return (
         not _without_plan
@@ -85,13 +85,13 @@ def takes(dtype: Any, head_dim: int, form: Form) -> bool:
 
 
 def attend(q: Array, k: Array, v: Array, where: Layout | None, form: Form) -> Array:
-    """Attention of q [B, T, H, C] over k, v [B, T, G, C] -> [B, T, H, C]; `where` is None where every token counts.
+    """Attention of q [B, T, H, C] over k, v [B, T, G, C] -> [B, T, H, C]; `where`: None if no row has padding.
 
-    What lies in the padding is 0.
+    The output is 0 in the padding.
     """
     heads, groups = q.shape[2], k.shape[2]
     if form.segments > 1 and heads != groups:
-        # Offsets of keys are scaled by the queries' heads in jax up to 0.11.0 (pull request 39521 mends it).
+        # jax up to 0.11.0 scales offsets of keys by the queries' heads (fixed by pull request 39521).
         k, v = (jnp.repeat(x, heads // groups, axis=2) for x in (k, v))
     if where is None:
         where = Layout(jnp.zeros((len(q), 0), jnp.int32), jnp.zeros((len(q), 0), jnp.int32))
@@ -106,7 +106,7 @@ def _attend(form: Form, q: Array, k: Array, v: Array, where: Layout) -> Array:
 def _attend_forward(form, q, k, v, where):
     out, statistics = _folded(forward, form)(q, k, v, where)
     out = checkpoint_name(out, "attention")
-    # Of packed rows they are as large as the activations of a layer: the backward pass runs the kernel again.
+    # For packed rows they are as large as a layer's activations: the backward pass runs the kernel again.
     statistics = None if form.segments > 1 else checkpoint_name(statistics, "attention")
     return out, (q, k, v, where, out, statistics)
 
@@ -123,7 +123,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.lru_cache(maxsize=64)
 def _folded(kernel: Any, form: Form) -> Any:
-    """`kernel(form, ...)` whose batching rule lays members of a sweep beside rows: jax has none for packed ones."""
+    """`kernel(form, ...)` with a batching rule that treats members of a sweep as rows: jax has none for packed rows."""
 
     @custom_vmap
     def run(*arrays):
@@ -162,7 +162,7 @@ def _fused() -> Any:
 
 
 def _operands(form: Form, q: Array, k: Array, v: Array, where: Layout) -> tuple[Array, ...]:
-    """Query, key, value, bias, lengths and offsets of both sides, tables of pages; zeros [0] for what is not used."""
+    """Query, key, value, bias, lengths and offsets of queries and keys, page tables; zeros [0] for unused ones."""
     none = jnp.zeros(0, q.dtype)
     lengths = where.lengths if form.segments else none
     offsets = where.offsets if form.segments > 1 else none
@@ -186,7 +186,7 @@ def _settings(form: Form) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- a trial at the start
 
-_without_plan: list[str] = []  # what the kernel said when it could not run; then it is not used
+_without_plan: list[str] = []  # the kernel's error if it could not run; it is then not used
 _PARTS = ("sum of outputs", "gradient by q", "gradient by k", "gradient by v")
 NEAR = 2e-2  # of outputs and gradients of size 1 in bfloat16
 
@@ -195,17 +195,17 @@ def trial(reference: Any, head_dim: int, heads: int, groups: int, dtype: Any = j
     """Run the kernel once on rows of one text, padded rows and packed rows, and compare it with `reference` in float32.
 
     Args:
-        reference: (q, k, v, segments or None, form) -> the same attention by plain arithmetic.
-        head_dim: channels a head, as in the model that is to run.
+        reference: (q, k, v, segments or None, form) -> the same attention without the kernel.
+        head_dim: channels of a head, as in the model to run.
         heads: of queries.
         groups: heads of keys and values.
         dtype: of activations.
 
     Returns:
-        None where all is well; else a sentence: the kernel cannot run here, and is not used.
+        None if the kernel works; else a sentence: it cannot run here, and is not used.
 
     Raises:
-        UserError: its numbers are wrong, or one segment sees another.
+        UserError: its results are wrong, or one segment sees another.
     """
     t = 128
     keys = jax.random.split(jax.random.key(0), 4)
@@ -231,7 +231,7 @@ def trial(reference: Any, head_dim: int, heads: int, groups: int, dtype: Any = j
             kernel = functools.partial(value, lambda *x, where=where, form=form: attend(*x, where, form))
             half = (x.astype(dtype) for x in (q, k, v))
             found = jax.device_get(jax.jit(jax.value_and_grad(kernel, (0, 1, 2)))(*half))
-        except Exception as error:  # whatever it is: there is another way to compute attention
+        except Exception as error:  # any error: there is another implementation
             _without_plan.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
             return f"cuDNN's attention cannot run here ({_without_plan[-1]}); attention is computed in blocks."
         plain = functools.partial(value, lambda *x, segments=segments, form=form: reference(*x, segments, form))

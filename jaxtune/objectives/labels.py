@@ -82,7 +82,7 @@ def _paired(form: LabelForm, sources: Sequence[str]) -> bool:
     """Whether rows are pairs of texts, as far as the first ones say."""
     try:
         return any("text_pair" in form.theirs(read(name)) for name in sources or ())
-    except UserError:  # which is said where all rows are read
+    except UserError:  # reading all rows reports it
         return False
 
 

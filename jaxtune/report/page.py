@@ -125,7 +125,7 @@ def _samples(run: RunRecord) -> list[Any]:
     return [s for s in laid_out if s.texts or s.prompt is not None]
 
 
-# ----------------------------------------------------------------------------------------------- facts and how to go on
+# ------------------------------------------------------------------------------------------------- facts and next steps
 
 
 class Snippet(NamedTuple):

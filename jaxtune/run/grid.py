@@ -119,8 +119,8 @@ class Sweep:
             or not all(isinstance(values, dict) for values in points.values())
         ):
             raise UserError(
-                f"{file} is not what jaxtune sweep writes; with launch/sweep_lr.sh go on as it was begun, else give "
-                "another --workdir"
+                f"{file} is not what jaxtune sweep writes; resume a sweep of launch/sweep_lr.sh with that script, "
+                "else give another --workdir"
             )
         if self.plan["halving"] != self.halving:
             before, now = (f"--halving={h}" if h else "no --halving" for h in (self.plan["halving"], self.halving))
@@ -156,7 +156,7 @@ class Sweep:
             raise UserError(f"--halving needs the same number of steps in every point; found {sorted(steps)}")
         if len(points) < 2 * self.halving:
             raise UserError(
-                f"--halving={self.halving} has nothing to cut among {len(points)} points: at least two go on"
+                f"--halving={self.halving} has nothing to cut among {len(points)} points: at least two are kept"
             )
 
     def steps_of(self, point: pts.Point) -> int:
@@ -255,7 +255,7 @@ class Sweep:
         """The best of a rung by eval loss, in the order of the points."""
         best = {n: e["best"]["loss"] for n, e in rung["ended"].items() if e["best"] and not _failed(e)}
         left = sorted(best, key=best.get)[: max(2, len(rung["ended"]) // self.halving)]
-        print(f"step {rung['until']}: {len(left)} of {len(rung['ended'])} go on: {', '.join(left)}")
+        print(f"step {rung['until']}: {len(left)} of {len(rung['ended'])} are kept: {', '.join(left)}")
         return [name for name in self.points if name in left and not rung["ended"][name]["ended"]]
 
     def _train(self, number: int, names: list[str]) -> None:

@@ -70,7 +70,7 @@ class Recognised:
         labels: how labelled rows are read; None: text.
         problem: of `objective.problem_type`; None: it follows from the model.
         own: the labels are the data's and differ from the model's.
-        given: how text is read as the person has said it, as `data.prepare` takes it.
+        given: the user's settings for reading text, as `data.prepare` takes them.
     """
 
     format: str
@@ -179,14 +179,14 @@ def recognise(
     number, row = next(iter(source))
     where, row = source.where(number), {name: v for name, v in row.items() if name not in (given.get("ignore") or ())}
     _refuse_other_objectives(where, row)
-    said = given.get("template") or given.get("format")
-    if not said and (labelled := _labelled(source, row, columns or {})) is not None:
+    chosen = given.get("template") or given.get("format")
+    if not chosen and (labelled := _labelled(source, row, columns or {})) is not None:
         return labelled
-    if said or columns:
+    if chosen or columns:
         format, columns = make_reader(source, columns=columns, **given).format, dict(columns or {})
     else:
         format, columns = _match(where, row)
-    if format == "text" and not said and (label := next((n for n in row if n.lower() in LABELS), None)):
+    if format == "text" and not chosen and (label := next((n for n in row if n.lower() in LABELS), None)):
         only = shlex.quote(f"text={columns.get('text', 'text')}")
         raise UserError(
             f"{where}: a text with a column {label!r}, which is {kind(row[label])} here and cannot be read as labels "

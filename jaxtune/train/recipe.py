@@ -80,14 +80,14 @@ class Recipe:
     @cached_property
     def abstract(self) -> Start:
         """`start` of abstract arrays: nothing is allocated."""
-        told: list[Start] = []
+        starts: list[Start] = []
 
         def shapes(base):
-            told.append(self.start(base))
-            return told[0].state, told[0].frozen
+            starts.append(self.start(base))
+            return starts[0].state, starts[0].frozen
 
         state, frozen = jax.eval_shape(shapes, self.abstract_base())
-        return Start(state, frozen, told[0].mask, told[0].counts)
+        return Start(state, frozen, starts[0].mask, starts[0].counts)
 
     def abstract_base(self) -> tree.PyTree:
         """The shapes of the parameters before the method."""

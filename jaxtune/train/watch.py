@@ -1,6 +1,6 @@
 """Findings from the metrics of a run, each with what to do.
 
-    metrics.jsonl, a line -- Watch.see --> findings that are new     said once, kept in findings.jsonl
+    metrics.jsonl, a line -- Watch.see --> findings that are new     reported once, kept in findings.jsonl
 
 Findings are a pure function of the lines so far, so a resumed run and a report find the same. Each monitor below
 reads one line after another and returns its current finding; thresholds are attributes of its class. No jax here.
