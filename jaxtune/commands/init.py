@@ -94,7 +94,8 @@ def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None, in
     """Return the config.json of a directory or hub id, the shapes of its tensors if they are local, and the smallest
     side of a matrix in its layers.
 
-    Raises UserError if there is no such model, or it has no weights.
+    Raises:
+        UserError: there is no such model, or it has no weights.
     """
     from jaxtune.run.propose import RANK
 

@@ -132,7 +132,8 @@ class LabelForm(RowForm):
     def _ids_of(self, source: Source, column: str) -> Mapping[str, int]:
         """{label in the source: id} of labels that are not names: numbers, or names where the model has placeholders.
 
-        Raises UserError for numbers that may count from 0 or from 1.
+        Raises:
+            UserError: numbers may count from 0 or from 1.
         """
         if self.value or _numbered(self.names):
             return {}

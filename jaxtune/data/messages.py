@@ -63,7 +63,8 @@ class Notes:
 def known_roles(roles: Mapping[str, str] | None) -> dict[str, str]:
     """Return {name of a role in lower case: jaxtune's name}, with those of data.roles added.
 
-    Raises UserError for a role of ours that there is not.
+    Raises:
+        UserError: jaxtune has no role of that name.
     """
     ours = tuple(dict.fromkeys(ROLES.values()))
     for theirs, role in (roles or {}).items():

@@ -95,8 +95,9 @@ def read(source: str) -> Source:
 
     Class ids of data sets are read as the names of the classes.
 
-    Raises UserError for a missing file (naming the nearest ones), an unknown or pickled format, and, while iterated,
-    for an empty file, a malformed line or a row that is not an object, with the file and line.
+    Raises:
+        UserError: the file is missing (the nearest names are given), or of an unknown or pickled format; and during
+            iteration, with file and line: an empty file, a malformed line, or a row that is not an object.
     """
     base, config, split = _parts(source)
     path = Path(base).expanduser()

@@ -533,7 +533,8 @@ class Proposal:
     def changed(self, settings: Mapping[str, str]) -> "Proposal":
         """The proposal with settings as typed on a command line (path -> text), and without what then has no effect.
 
-        Raises UserError for settings that have no effect beside the others, as `config.resolve` does.
+        Raises:
+            UserError: a setting has no effect under the others, as in `config.resolve`.
         """
         if not settings:
             return self
@@ -566,7 +567,8 @@ def learning_rate(method: str, width: int) -> float:
 def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFacts) -> Proposal:
     """Choose the settings. `lengths` i[R] are the tokens of each training row, whole.
 
-    Raises UserError if no row fits the model.
+    Raises:
+        UserError: no row fits the model.
     """
     corpus, labelled = layout.is_corpus, layout.labels is not None
     length = min(CORPUS_LENGTH, model.positions) if corpus else max_length(lengths, model.positions)
