@@ -231,13 +231,13 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
     import jax
 
     said = []
-    block, t = r.module.spec.segments[0].pattern[0], case.length
+    block, t, layers = r.module.spec.segments[0].pattern[0], case.length, r.module.spec.layers
     heads = {block.heads, block.kv_heads, case.rows * block.heads, case.rows * block.kv_heads}
     squares = {
         f"[{found},{t},{t}]"
         for found in re.findall(rf"(?:f32|bf16|pred)\[([\d,]+),{t},{t}\]", text)
         if set(map(int, found.split(","))) & heads
-        and found != f"{r.module.spec.layers},{case.rows}"  # activations [T, D]
+        and found not in (f"{layers},{case.rows}", f"{layers}")  # activations [T, D], weights
     }
     if t > 512 and squares:
         said.append(f"[T, T] arrays: {', '.join(sorted(squares)[:3])}")
@@ -249,13 +249,9 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
                 said.append(f"a product of the size of a frozen matrix, {k} x {n}")
     if case.quantization != "none":
         for x in jax.tree.leaves(r.module.abstract_params()):
-            tokens = x.shape[0] * x.shape[1] == case.rows * t  # of activations, in parts
-            if (
-                x.ndim == 3
-                and min(x.shape[1:]) > 1000
-                and not tokens
-                and re.search(rf"bf16\[{','.join(map(str, x.shape))}\]", text)
-            ):
+            if x.ndim != 3 or min(x.shape[1:]) <= 1000 or x.shape[0] * x.shape[1] == case.rows * t:
+                continue  # of these, such an array may be activations in parts
+            if re.search(rf"bf16\[{','.join(map(str, x.shape))}\]", text):
                 said.append(f"a dequantised stack {x.shape}")
     donated = arguments[0] if case.kind != "prefill" and case.kind != "decode" else arguments[3]
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(donated) if hasattr(x.dtype, "itemsize"))

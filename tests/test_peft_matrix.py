@@ -128,7 +128,13 @@ def theirs(name: str, config: dict[str, Any], folder: Any) -> tuple[Any, np.ndar
 
 def logits(module: Any, params: Any) -> np.ndarray:
     prefix = np.tile(virtual_tokens(params), (2, 1)).astype(np.int32)
-    return np.asarray(jax.jit(lambda p: module.apply({"params": p}, np.concatenate([prefix, TOKENS], axis=1)))(params))
+    return np.asarray(_apply(module, params, np.concatenate([prefix, TOKENS], axis=1)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module: Any, params: Any, tokens: Any) -> Any:
+    """One program for all configurations that give trees of one structure."""
+    return module.apply({"params": params}, tokens)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
