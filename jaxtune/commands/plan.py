@@ -158,6 +158,7 @@ def _show(found: dict[str, Any], console: Any) -> None:
 
     gib = 2**30
     share = 100 * found["trainable"] / found["parameters"]
+    added = found["parameters"] - found["base"]
     table = Table(title=f"{found['model']}, {found['method']}", title_justify="left")
     parts = ("weights", "moments", "gradients", "kept", "logits", "total GiB")
     for column in ("remat", *parts, "fits", "rows", "sweep", "GFLOP/token", "s/step", "tokens/s"):
@@ -185,7 +186,8 @@ def _show(found: dict[str, Any], console: Any) -> None:
     console.print(table)
     total = found["total_bytes"] / gib
     lines = [
-        f"{found['parameters']:,} parameters, {found['trainable']:,} ({share:.3g}%) trainable; {found['dtype']}; "
+        f"{found['base']:,} parameters{f' + {added:,} of the adapter' if added else ''}, {found['trainable']:,} "
+        f"({share:.3g}%) trainable; {found['dtype']}; "
         f"{found['rows']} rows x {found['length']} tokens, {found['micro_batches']} micro-batch(es)",
         f"{total:.2f} GiB by {found['source']}: {'fits' if found['fits'] else 'does not fit'} {found['device']} "
         f"({found['device_gib']:.1f} GiB)",

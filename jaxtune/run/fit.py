@@ -45,6 +45,7 @@ def plan(experiment: Experiment, model: str, device: str, card: Card | None) -> 
         "device": device,
         "device_gib": round(memory / GIB, 2),
         "parameters": counts.all,
+        "base": sum(leaf.size for leaf in jax.tree.leaves(recipe.module.abstract_params())),
         "trainable": counts.trainable,
         "dtype": str(recipe.module.dtype),
         "rows": rows,
