@@ -181,8 +181,8 @@ def test_update_sizes(group, high, low):
 @pytest.mark.parametrize(
     "method, lr, width, scale, said",
     [
-        ("lora", 2e-5, 4096, 1.0, "one for tune.method=full"),
-        ("full", 2e-4, 4096, 1.0, "one for tune.method=lora"),
+        ("lora", 2e-5, 4096, 1.0, "suits tune.method=full"),
+        ("full", 2e-4, 4096, 1.0, "suits tune.method=lora"),
         ("full", 3e-3, 4096, 1.0, "300 times above"),
         ("lora", 2e-5, 4096, 8.0, None),  # alpha makes up for it
         ("full", 1e-4, 768, 1.0, None),  # a narrow model
