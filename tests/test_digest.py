@@ -42,7 +42,7 @@ def edit(file, **values):
 CHANGES = {
     "config.json": lambda m: edit(m / "config.json", rms_norm_eps=1e-3),
     "tokenizer.json": lambda m: edit(m / "tokenizer.json", version="2.0"),
-    "model.safetensors is not": lambda m: flip(m / "model.safetensors"),
+    "model.safetensors has": lambda m: flip(m / "model.safetensors"),
     "model.safetensors is gone": lambda m: (m / "model.safetensors").unlink(),
     "chat_template.jinja is new": lambda m: (m / "chat_template.jinja").write_text("{{ messages }}"),
     "tokenizer_config.json is gone": lambda m: (m / "tokenizer_config.json").unlink(),
