@@ -167,8 +167,22 @@ def partition(params: PyTree, mask: PyTree) -> Partition:
     return Partition(*(jax.tree.map(lambda p, m, r=role: p if m is r else None, params, mask) for role in Role))
 
 
+class Beside(NamedTuple):
+    """A tree of parameters, and another frozen one that a loss is given beside it, such as a teacher's."""
+
+    params: PyTree
+    other: PyTree
+
+
+def without_other(params: PyTree) -> PyTree:
+    """Return the tree itself, where another may lie beside it."""
+    return params.params if isinstance(params, Beside) else params
+
+
 def combine(trainable: PyTree, member: PyTree, frozen: PyTree) -> PyTree:
-    """Undo `partition`: fill the holes of each tree from the others."""
+    """Undo `partition`: fill the holes of each tree from the others. What lies beside the frozen tree stays there."""
+    if isinstance(frozen, Beside):
+        return frozen._replace(params=combine(trainable, member, frozen.params))
 
     def pick(*leaves):
         return next((leaf for leaf in leaves if leaf is not None), None)

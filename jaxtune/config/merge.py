@@ -39,6 +39,7 @@ from jaxtune.config.schema import (
     no_eval_data,
 )
 from jaxtune.errors import UserError, nearest
+from jaxtune.objectives.task import continues
 from jaxtune.reading import parse_json
 
 if TYPE_CHECKING:
@@ -287,7 +288,17 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     labels = values["objective.labels"] or ()
     if twice := next((name for name in labels if labels.count(name) > 1), None):
         yield f"objective.labels has {twice!r} twice; each label has one name"
-    if values["objective.name"] != "causal_lm" and values["data.overlength"] == "split":
+    if values["objective.name"] == "distillation" and values["objective.teacher"] is None:
+        yield (
+            "objective.name=distillation needs objective.teacher, the directory of the model to learn from: give "
+            "--config.objective.teacher=DIR"
+        )
+    if values["objective.name"] == "distillation" and values["tune.method"] == "prompt_tuning":
+        yield (
+            "tune.method=prompt_tuning puts virtual tokens before each row, which objective.teacher does not know; "
+            "choose another method for objective.name=distillation"
+        )
+    if not continues(values["objective.name"]) and values["data.overlength"] == "split":
         yield (
             f"data.overlength=split has no meaning for {values['objective.name']}, whose labels belong to whole rows; "
             "choose drop or truncate"

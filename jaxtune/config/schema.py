@@ -27,6 +27,8 @@ AT_LEAST_1 = Range("1 or more", lambda v: v >= 1)
 ROWS = Range("1 or more, at most 1,000,000", lambda v: 1 <= v <= 10**6)
 TOKENS = Range("2 or more, at most 10,000,000", lambda v: 2 <= v <= 10**7)
 BELOW_1 = Range("0 or more and below 1", lambda v: 0 <= v < 1)
+INSIDE_1 = Range("above 0 and below 1", lambda v: 0 < v < 1)
+TOP_K = Range("0 or more, at most 4,096", lambda v: 0 <= v <= 4096)
 UP_TO_1 = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE_OR_STEPS = Range("a share below 1 or a whole number of steps", lambda v: v >= 0 and (v < 1 or v % 1 == 0))
 SEED = Range("0 or more and below 2**32", lambda v: 0 <= v < 2**32)
@@ -78,6 +80,7 @@ ClassWeights = str | tuple[float, ...]
 MicroBatch = int | str
 
 PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 POOLINGS = ("auto", "cls", "mean", "last")
 Integers = tuple[int, ...]
 Ranks = tuple[tuple[str, int], ...]
@@ -177,6 +180,12 @@ SETTINGS = (
     Setting("objective.class_weights", ClassWeights, None, "weights of labels in the loss: balanced, or one each"),
     Setting("objective.pooling", str, "auto", "how token states become a text's; auto: the family's", POOLINGS),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
+    Setting("objective.teacher", Path, None, "a model, run or adapter that a student learns from (distillation)"),
+    Setting("objective.top_k", int, 0, "likeliest tokens of it, computed once; 0: it runs in the step", range=TOP_K),
+    Setting("objective.divergence", str, "forward_kl", "of the student from its teacher", DIVERGENCES),
+    Setting("objective.jsd_beta", float, 0.5, "the teacher's weight in the mixture of jsd", range=INSIDE_1),
+    Setting("objective.temperature", float, 1.0, "of both distributions", range=POSITIVE),
+    Setting("objective.ce_weight", float, 0.0, "share of the cross-entropy with the rows' tokens", range=BELOW_1),
     #
     Setting("optim.name", str, "adamw", "the optimizer", tuple(optimizers.OPTIMIZERS)),
     Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
@@ -369,5 +378,14 @@ IDLE = (
         lambda v: not (v["evaluate.metrics"] or v["evaluate.samples"] or v["evaluate.prompts"]),
         "evaluate.metrics, evaluate.samples and evaluate.prompts ask for no text",
     ),
-    Idle(("train.cache_gib",), lambda v: v["train.cache_features"] == "off", "train.cache_features is off"),
+    Idle(
+        ("train.cache_gib",),
+        lambda v: v["train.cache_features"] == "off" and not v["objective.top_k"],
+        "train.cache_features is off",
+    ),
+    Idle(
+        ("objective.jsd_beta",),
+        lambda v: v["objective.divergence"] != "jsd",
+        "objective.divergence is {objective.divergence}",
+    ),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side, with_features
+from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side, with_beside, with_features
 from jaxtune.data.chat import DEFAULT_TEMPLATE
 from jaxtune.data.formats import check_columns, make_reader
 from jaxtune.data.labels import LabelForm
@@ -51,6 +51,7 @@ __all__ = [
     "render_rows",
     "side_by_side",
     "source_names",
+    "with_beside",
     "with_features",
 ]
 

@@ -9,7 +9,7 @@ import queue
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,10 +87,12 @@ class Assembler:
 
     Attributes:
         features: of the data rows, counted over all sources; None: batches hold tokens.
+        beside: name -> what else is kept of each row, and lies beside its tokens under that name.
         widths: what T may be; `pool` batches are sorted by length together.
     """
 
     features: Features | None = None
+    beside: Mapping[str, Features] = {}
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ class Assembler:
         if self.features is not None:
             del batch["tokens"]
             batch["features"] = self.features.lay(plan, n, t)
+        batch |= {name: kept.lay(plan, n, t) for name, kept in self.beside.items()}
         return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
 
     def places(self, plan: Plan) -> list[str]:
@@ -170,6 +173,14 @@ def with_features(batches: Any, features: Features) -> Any:
     new = copy.copy(batches)
     new._assembler = copy.copy(batches._assembler)
     new._assembler.features = features
+    return new
+
+
+def with_beside(batches: Any, kept: Features, name: str) -> Any:
+    """Return the same `Batches` or `EvalBatches` with what is kept of their rows beside the tokens, as `name`."""
+    new = copy.copy(batches)
+    new._assembler = copy.copy(batches._assembler)
+    new._assembler.beside = {**new._assembler.beside, name: kept}
     return new
 
 

@@ -12,7 +12,7 @@ Nothing here imports jax before a task is opened.
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 Opener = Callable[..., tuple[Any, "Task"]]
 
@@ -40,6 +40,9 @@ class Task:
         chunk: (tokens, members, backend) -> tokens whose logits exist at once; None: logits are kept like activations.
         continues: whether the result continues text, so that `jaxtune generate` and samples apply.
         features: whether its batches may hold features in place of tokens (`jaxtune.train.features`).
+        companion: another model that the loss reads: it is then given `tree.Beside(params, companion's)`; None: none.
+        once: (the base's parameters, store, mesh) -> what is computed of each row once, before the first step, and lies
+            in batches beside its tokens; None: nothing is.
     """
 
     loss: Callable[[Any, int], Callable[..., Any]]
@@ -50,6 +53,16 @@ class Task:
     chunk: Callable[[int, int, str | None], int] | None = None
     continues: bool = False
     features: bool = True
+    companion: "Companion | None" = None
+    once: Callable[[Any, Any, Any], Any] | None = None
+
+
+class Companion(Protocol):
+    """Another model's parameters, frozen, in a step: as abstract arrays, and read."""
+
+    def abstract(self) -> Any: ...
+
+    def load(self) -> Any: ...
 
 
 class Entry(NamedTuple):
@@ -71,13 +84,24 @@ class Entry(NamedTuple):
 _TEXT = (
     *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.ignore", "data.packing"),
     *("data.max_segments",),
-    *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "model.chat_template"),
-    *("objective.z_loss", "evaluate"),
+    *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "model.chat_template", "evaluate"),
 )
 _LABELS = ("objective.labels", "objective.first_label", "objective.class_weights")
 
 TASKS: dict[str, Entry] = {
-    "causal_lm": Entry("jaxtune.objectives.causal_lm:open_task", _TEXT, evaluator="jaxtune.evaluate.answers:Answers"),
+    "causal_lm": Entry(
+        "jaxtune.objectives.causal_lm:open_task",
+        (*_TEXT, "objective.z_loss"),
+        evaluator="jaxtune.evaluate.answers:Answers",
+    ),
+    "distillation": Entry(
+        "jaxtune.objectives.distillation:open_task",
+        (
+            *(*_TEXT, "objective.teacher", "objective.top_k", "objective.divergence", "objective.jsd_beta"),
+            *("objective.temperature", "objective.ce_weight"),
+        ),
+        evaluator="jaxtune.evaluate.answers:Answers",
+    ),
     "sequence_classification": Entry(
         "jaxtune.objectives.labels:open_sequence",
         (*_LABELS, "objective.problem_type", "objective.pooling"),
@@ -138,6 +162,11 @@ def open_task(
         module, _, function = opener.partition(":")
         opener = getattr(importlib.import_module(module), function)
     return opener(config, fields, objective=objective, data=data, tokenizer=tokenizer)
+
+
+def continues(name: str) -> bool:
+    """Whether what the task called `name` trains goes on to continue text; a task that is not known is none of them."""
+    return name in TASKS and TASKS[name].auto_class == "AutoModelForCausalLM"
 
 
 def unread(name: str) -> tuple[str, ...]:

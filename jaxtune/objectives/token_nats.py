@@ -2,10 +2,11 @@
 
     nats_i = logsumexp(l_i) - l_i[target_i] + z_loss * logsumexp(l_i)^2,    l_i = project(head, x_i)
 
-Any loss over log-probabilities is a function of these; cross-entropy is their weighted sum. Every gradient is one loop
-over the chunks, `_loop`, which sums slope_i * d nats_i. When it runs depends on when the slopes are known:
+Any loss over log-probabilities is a function of these; cross-entropy is their weighted sum, and `token_loss` that of
+any other function of a token's logits. Every gradient is one loop over the chunks, `_run`, which sums slope_i * d
+nats_i. When it runs depends on when the slopes are known:
 
-    cross_entropy               the weights are the slopes     in the forward pass, nothing is computed twice
+    cross_entropy, token_loss   the weights are the slopes     in the forward pass, nothing is computed twice
     token_nats, frozen head     row i of x has slope_i alone   in the forward pass with slopes of 1; rows are scaled
     token_nats, trained head    the cotangent is the slopes    in the backward pass, which makes the logits again
 
@@ -96,7 +97,54 @@ def cross_entropy(
         members: as in `token_nats`.
     """
     loop, arrays = _prepared(project, head, x, targets, weights, z_loss, chunk, members, None)
-    return _summed(loop, *arrays)
+    return _summed(loop, *arrays, Given())[0]
+
+
+def token_loss(
+    project: Project,
+    head: Any,
+    x: Array,
+    targets: Array,
+    weights: Array,
+    score: Callable[..., tuple[Array, Any]],
+    given: "Given",
+    *,
+    chunk: int | None = None,
+    members: int = 1,
+) -> tuple[Array, Any]:
+    """Return the weighted sum of any function of each token's logits, with the gradient made in the forward pass.
+
+    Args:
+        project: as in `token_nats`.
+        head: as in `token_nats`.
+        x: hidden states [B, T, D].
+        targets: i32[B, T].
+        weights: as in `cross_entropy`.
+        score: `(logits f32[n, V], targets i32[n], given) -> (f32[n], tree of f32[n])`: a value each token, and what
+            else is counted of it; `given` has its tokens' own rows. It must be finite where all that is given is 0.
+        given: what `score` is told beside the logits; no gradient goes to it.
+        chunk: as in `token_nats`.
+        members: as in `token_nats`.
+
+    Returns:
+        (f32[], tree of f32[]): weighted sums of both; the gradient is of the first.
+    """
+    loop, arrays = _prepared(project, head, x, targets, weights, 0.0, chunk, members, None)
+    n = math.prod(targets.shape)
+    flat = given._replace(tokens=jax.tree.map(lambda a: a.reshape(n, *a.shape[targets.ndim :]), given.tokens))
+    return _summed(loop._replace(score=score), *arrays, flat)
+
+
+class Given(NamedTuple):
+    """What a score is told beside the logits.
+
+    Attributes:
+        tokens: a tree of arrays [B, T, ...], a row for each token.
+        shared: any tree of arrays.
+    """
+
+    tokens: Any = ()
+    shared: Any = ()
 
 
 class _Loop(NamedTuple):
@@ -106,6 +154,7 @@ class _Loop(NamedTuple):
     size: int
     z_loss: float
     also: Callable[[Array, Array], Any] | None
+    score: Callable[..., tuple[Array, Any]] | None = None
 
 
 def _prepared(project, head, x, targets, weights, z_loss, chunk, members, also) -> tuple[_Loop, tuple]:
@@ -129,12 +178,15 @@ class _Found(NamedTuple):
     """The results of a pass over the chunks; None: not requested."""
 
     total: Array | None  # f32[], the sum of slope * nats
+    counts: Any  # the sums of slope * what else a score counts
     values: Any  # (nats f32[n], what else `also` gives [n, ...])
     grads: list[Array | None]  # of the sum, float32, by each leaf that is wanted
     dx: Array | None  # of the sum, by x
 
 
-def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, wanted=(), x_wanted=False) -> _Found:
+def _run(
+    loop: _Loop, leaves, x, targets, weights, slopes, given=None, *, values=False, wanted=(), x_wanted=False
+) -> _Found:
     """Go over the chunks that have weight.
 
     Args:
@@ -143,6 +195,7 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
         x: hidden states [n, D].
         targets: i32[n].
         weights: [n]; tokens of weight 0 are left out.
+        given: what the loop's score is told, [n, ...] each token; None: there is no score.
         slopes: f32[n], by which each token's gradient is multiplied.
         values: return nats a token rather than their sum.
         wanted: for each leaf, whether to make its gradient.
@@ -173,8 +226,15 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
         inputs = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w], [at(x, rows)] * x_wanted
         outputs, pull = jax.vjp(functools.partial(chunk, rows), *inputs)
         target, slope = at(targets, rows), at(slopes, rows)
-        nats, gradient = _nats_of(outputs, target, slope, loop.z_loss)
-        total, each, grads, dx = found
+        total, counts, each, grads, dx = found
+        if loop.score is None:
+            nats, gradient = _nats_of(outputs, target, slope, loop.z_loss)
+        else:
+            nats, pull_score, told = jax.vjp(
+                functools.partial(_scored, loop, target, _rows_of(given, at, rows)), outputs, has_aux=True
+            )
+            (gradient,) = pull_score(slope)
+            counts = jax.tree.map(lambda sum_, one: sum_ + jnp.sum(slope * one), counts, told)
         if values:
             here = (nats, *(() if loop.also is None else (loop.also(outputs, target),)))
             each = jax.tree.map(lambda a, v: put(a, rows, v), each, here)
@@ -184,10 +244,11 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
             dw, dxc = pull(gradient.astype(outputs.dtype))
             grads = [g + d.astype(g.dtype) for g, d in zip(grads, dw, strict=True)]
             dx = put(dx, rows, dxc[0]) if x_wanted else None
-        return _Found(total, each, grads, dx)
+        return _Found(total, counts, each, grads, dx)
 
     start = _Found(
         None if values else jnp.float32(0),
+        _no_counts(loop, leaves, x, targets, given),
         _zeros(loop, leaves, x, targets) if values else None,
         [jnp.zeros(leaf.shape, jnp.float32) for leaf, w in zip(leaves, wanted, strict=True) if w],
         jnp.zeros_like(x) if x_wanted else None,
@@ -196,6 +257,26 @@ def _run(loop: _Loop, leaves, x, targets, weights, slopes, *, values=False, want
     made = iter(found.grads)
     grads = [next(made).astype(leaf.dtype) if w else None for leaf, w in zip(leaves, wanted, strict=True)]
     return found._replace(grads=grads)
+
+
+def _rows_of(given: Given, at: Callable[..., Array], rows: Array) -> Given:
+    return given._replace(tokens=jax.tree.map(lambda a: at(a, rows), given.tokens))
+
+
+def _scored(loop: _Loop, targets: Array, given: Given, logits: Array) -> tuple[Array, Any]:
+    return loop.score(logits, targets, given)
+
+
+def _no_counts(loop: _Loop, leaves, x, targets, given: Given) -> Any:
+    """Zeros for what a score counts."""
+    if loop.score is None:
+        return ()
+
+    def one(leaves, x, targets, given):
+        return loop.score(loop.logits(leaves, x), targets, given)[1]
+
+    first = given._replace(tokens=jax.tree.map(lambda a: a[:1], given.tokens))
+    return jax.tree.map(lambda s: jnp.float32(0), jax.eval_shape(one, leaves, x[:1], targets[:1], first))
 
 
 def _nats_of(logits: Array, targets: Array, slope: Array, z_loss: float) -> tuple[Array, Array]:
@@ -226,21 +307,24 @@ def _zeros(loop: _Loop, leaves, x, targets) -> tuple:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(loop: _Loop, leaves, x, targets, weights) -> Array:
-    return _run(loop, leaves, x, targets, weights, weights).total
+def _summed(loop: _Loop, leaves, x, targets, weights, given) -> tuple[Array, Any]:
+    found = _run(loop, leaves, x, targets, weights, weights, given)
+    return found.total, found.counts
 
 
 def _summed_forward(loop, *primals):
+    *primals, given = primals
     (leaves, x, targets, weights), wanted, x_wanted = _asked(*primals)
-    found = _run(loop, leaves, x, targets, weights, weights, wanted=wanted, x_wanted=x_wanted)
-    return found.total, (found.grads, found.dx)
+    given = jax.tree.map(lambda leaf: leaf.value, given)
+    found = _run(loop, leaves, x, targets, weights, weights, given, wanted=wanted, x_wanted=x_wanted)
+    return (found.total, found.counts), (found.grads, found.dx)
 
 
-def _summed_backward(loop, made, g):
+def _summed_backward(loop, made, cotangents):
     grads, dx = made
-    g = _dense(g)
+    g = _dense(cotangents[0])
     scaled = [None if d is None else (d * g).astype(d.dtype) for d in grads]
-    return scaled, None if dx is None else dx * g.astype(dx.dtype), None, None
+    return scaled, None if dx is None else dx * g.astype(dx.dtype), None, None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)

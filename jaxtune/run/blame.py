@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.run.training import Job
-from jaxtune.tree import PyTree, flatten
+from jaxtune.tree import PyTree, flatten, without_other
 
 
 def cause_of(job: Job) -> Callable[[int], str | None]:
@@ -34,7 +34,7 @@ def cause_of(job: Job) -> Callable[[int], str | None]:
         if first and experiment.module.dtype != jnp.float32:
             first += ", or use model.dtype=float32"
         first = first and f"{first}."
-        if damage := not_finite(job.frozen):
+        if damage := not_finite(without_other(job.frozen)):
             return f"{base} is damaged: {damage}. Use another copy of it."
         if job.stacked and number > 1:
             return None  # members differ in their rates

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.run.experiment import Data, Experiment
-from jaxtune.train.features import GIB, Extractor, Store, by_length_of_batch, find_cut
+from jaxtune.train.features import GIB, Extractor, OncePerRow, Store, by_length_of_batch, find_cut
 from jaxtune.train.parallel import make_mesh
 
 PAYS = 1.5  # passes over the data from which caching saves time, as computing features takes one
@@ -37,17 +37,43 @@ def plan(
         why = "the rotary embedding depends on what is packed together; set data.packing=false"
     else:
         extractor = Extractor(module, cut, frozen, Store(int(experiment.train.cache_gib * GIB)), make_mesh())
-        sizes = {extractor.key(part): extractor.layout(part).nbytes for part in rows.sets}
+        sizes = extractor.sizes(rows.sets)
         why = extractor.store.why_not(sizes)
         if why is None:
-            found = all(extractor.store.has(key, size) for key, size in sizes.items())
-            count, gib = sum(len(part) for parts in rows.sets for part in parts), sum(sizes.values()) / GIB
-            how = "found" if found else "computed once and kept"
-            place = f"{extractor.store.folder} (train.cache_features)"
-            return extractor, f"Features of {count:,} rows ({cut}; {gib:.3g} GiB) are {how} in {place}."
+            return extractor, _kept(
+                extractor, rows, f"Features of {{:,}} rows ({cut}; {{:.3g}} GiB)", "train.cache_features"
+            )
     if asked == "on":
         raise UserError(f"train.cache_features=on: {why}.")
     return None, f"Features are not cached: {why}." if cut else None
+
+
+def plan_once(experiment: Experiment, rows: Data, base: Any, mesh: Any) -> tuple[OncePerRow | None, str | None]:
+    """What computes of each row what the task keeps of it, or None; and a line on that.
+
+    Args:
+        experiment: the run's.
+        rows: the run's.
+        base: the base's parameters.
+        mesh: whose devices share the rows.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    if experiment.task.once is None:
+        return None, None
+    once = experiment.task.once(base, Store(int(experiment.train.cache_gib * GIB)), mesh)
+    if why := once.store.why_not(once.sizes(rows.sets)):
+        raise UserError(f"The {once.what} cannot be kept: {why}; or {once.store.off}.")
+    return once, _kept(once, rows, f"The {once.what} of {{:,}} rows ({{:.3g}} GiB)", "train.cache_gib is the most")
+
+
+def _kept(once: OncePerRow, rows: Data, words: str, setting: str) -> str:
+    sizes = once.sizes(rows.sets)
+    found = all(once.store.has(key, size) for key, size in sizes.items())
+    count, gib = sum(len(part) for parts in rows.sets for part in parts), sum(sizes.values()) / GIB
+    how = "found" if found else "computed once and kept"
+    return f"{words.format(count, gib)} are {how} in {once.store.folder} ({setting})."
 
 
 def passes(experiment: Experiment, rows: Data, batches: Any, held_out: Any, steps: int) -> float:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtune.data.batches import GRAIN
 from jaxtune.models.attention import trial
 from jaxtune.run import caching
 from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one_order
-from jaxtune.train.features import Extractor, above
+from jaxtune.train.features import Extractor, Features, OncePerRow, above
 from jaxtune.train.parallel import check_rows, make_mesh, replicate, shard_batch
 from jaxtune.train.recipe import start_group
 from jaxtune.train.stacked import shard_members, unstack
@@ -46,8 +47,10 @@ class Job:
     Attributes:
         experiment: that of the first member, for the settings that all share.
         state: of the single member, or of all, stacked.
+        frozen: what the step takes as frozen, with a companion's parameters beside it where the task has one.
         features: computes the features below all trained layers once; None: they are computed in each step.
-        note: a line on features for the user.
+        once: computes what else is kept of each row; None: nothing is.
+        note: lines on both for the user.
     """
 
     experiment: Experiment
@@ -64,6 +67,7 @@ class Job:
     step_fn: Any
     eval_step: Any
     features: Extractor | None = None
+    once: OncePerRow | None = None
     note: str | None = None
 
     @property
@@ -76,7 +80,7 @@ class Job:
 
     def params(self, state: TrainState) -> Any:
         """The parameters of a single run."""
-        return tree.combine(state.trainable, state.member, self.frozen)
+        return tree.combine(state.trainable, state.member, tree.without_other(self.frozen))
 
 
 def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = False) -> Job:
@@ -108,6 +112,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
     frozen = replicate(starts[0].frozen, mesh)
     passes = caching.passes(first, rows, batches, held_out, steps)
     features, note = caching.plan(first, rows, members[0].mask, frozen, passes)
+    once, told = caching.plan_once(first, rows, base, mesh)
     step_fn, eval_step = _programs(experiments, mesh, stacked)
 
     def put(batch, members):
@@ -121,7 +126,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         members=members,
         stacked=stacked,
         state=replicate(state, mesh),
-        frozen=frozen,
+        frozen=replicate(first.recipe.given(frozen), mesh),
         mesh=mesh,
         steps=steps,
         batch_at=batch_at([m.batches for m in members]),
@@ -130,7 +135,8 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         step_fn=step_fn,
         eval_step=eval_step,
         features=features,
-        note="\n".join(filter(None, (otherwise, note))) or None,
+        once=once,
+        note="\n".join(filter(None, (otherwise, note, told))) or None,
     )
 
 
@@ -140,37 +146,63 @@ def _programs(experiments: Sequence[Experiment], mesh: Any, stacked: bool, modul
     return recipe.programs(mesh, members=members, shared_batch=one_order(experiments), above=module)
 
 
-def with_features(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
-    """Return the same job with features in place of tokens; missing features are computed.
+def with_kept(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
+    """Return the same job over what is kept of its rows, which is computed if it is not there.
 
     Raises:
         Interrupted: `stop` returned True; what is done is kept.
     """
+    return with_features(_with_once(job, say, stop), say, stop)
+
+
+def with_features(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
+    """Return the same job over features in place of tokens, as `with_kept`."""
     if job.features is None:
         return job
+    job = _laid(job, _opened(job, job.features, say, stop), data.with_features)
+    module = above(job.module, job.features.cut)
+    step_fn, eval_step = _programs([m.experiment for m in job.members], job.mesh, job.stacked, module)
+    return replace(job, step_fn=step_fn, eval_step=eval_step)
+
+
+def _with_once(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
+    """Return the same job with what its task computes of each row once beside the tokens."""
+    if job.once is None:
+        return job
+    if job.once.found is None:
+        job.once.found = _opened(job, job.once, say, stop)
+        job.once.params = None  # the training needs the room
+    return _laid(job, job.once.found, partial(data.with_beside, name=job.once.name))
+
+
+def _opened(job: Job, once: OncePerRow, say: Callable[[str], None], stop: Callable[[], bool]) -> list[Features]:
+    """What is kept of the rows of each set."""
     began = time.monotonic()
 
     def progress(done, total):
-        say(f"features: {done:,} of {total:,} tokens, {done / (time.monotonic() - began):,.0f} tokens/s")
+        say(f"{once.what}: {done:,} of {total:,} tokens, {done / (time.monotonic() - began):,.0f} tokens/s")
 
-    train, *rest = (job.features.open(rows, stop, progress, say) for rows in job.rows.sets)
-    say(f"features: ready after {time.monotonic() - began:.1f} s")
-    streams = {id(m.batches): data.with_features(m.batches, train) for m in job.members}
+    found = [once.open(rows, stop, progress, say) for rows in job.rows.sets]
+    say(f"{once.what}: ready after {time.monotonic() - began:.1f} s")
+    return found
+
+
+def _laid(job: Job, found: Sequence[Features], lay: Callable[[Any, Features], Any]) -> Job:
+    """The same job with batches that hold what was found."""
+    train, *rest = found
+    streams = {id(m.batches): lay(m.batches, train) for m in job.members}
     members = [replace(m, batches=streams[id(m.batches)]) for m in job.members]
-    module = above(job.module, job.features.cut)
-    step_fn, eval_step = _programs([m.experiment for m in members], job.mesh, job.stacked, module)
     return replace(
         job,
         members=members,
         batch_at=batch_at([m.batches for m in members]),
-        eval_batches=None if job.eval_batches is None else data.with_features(job.eval_batches, *rest),
-        step_fn=step_fn,
-        eval_step=eval_step,
+        eval_batches=None if job.eval_batches is None else lay(job.eval_batches, *rest),
     )
 
 
 def over_features_found(job: Job) -> Job:
-    """Return `with_features` of the job if its features are cached: the job as it was trained."""
+    """Return the job with what was computed of its rows, if it is cached: the job as it was trained."""
+    job = _with_once(job, lambda line: None, lambda: False)
     if job.features is None:
         return job
     sizes = {job.features.key(rows): job.features.layout(rows).nbytes for rows in job.rows.sets}

@@ -218,10 +218,11 @@ class Store:
     A set is built under another name and renamed when complete; a build that was killed is resumed. Both are verified
     by the checksums of their blocks before use, and recomputed where damaged. Sets that are in use
     are locked; of the others the least recently used is removed first. Users may share the folder.
+    `off` is how to do without it.
     """
 
-    def __init__(self, limit: int, folder: Path | None = None):
-        self.limit, self.folder = limit, folder or cache_root() / "features"
+    def __init__(self, limit: int, folder: Path | None = None, off: str = "set train.cache_features=off"):
+        self.limit, self.folder, self.off = limit, folder or cache_root() / "features", off
 
     def path(self, key: str) -> Path:
         return self.folder / key
@@ -296,7 +297,7 @@ class Store:
                 if not lock.take(fcntl.LOCK_EX):
                     raise UserError(
                         f"The features in {self.path(key)} are damaged, and another run uses them: stop that one, or "
-                        "set train.cache_features=off."
+                        f"{self.off}."
                     )
             else:
                 lock.wait(fcntl.LOCK_EX, stop)
@@ -351,8 +352,7 @@ class Store:
                 raise UserError(
                     f"No room for features in {self.folder}: {_gib(new)} more are needed, "
                     f"{_gib(shutil.disk_usage(self.folder).free)} are free, and other runs use {_gib(kept)} of "
-                    f"train.cache_gib={self.limit / GIB:.3g}. Make room, or set "
-                    "train.cache_features=off."
+                    f"train.cache_gib={self.limit / GIB:.3g}. Make room, or {self.off}."
                 )
             others.remove(oldest)
             with contextlib.suppress(PermissionError):  # one of another user stays, and counts
@@ -479,48 +479,53 @@ def rows_digest(sources: Sequence[Rows]) -> str:
     return total.hexdigest()
 
 
-class Extractor:
-    """Finds or computes the features of data sets under one cut.
+class OncePerRow:
+    """Computes what is kept of each row of data sets, or finds it. A subclass says what, by `run` and `facts`.
 
     Args:
-        params: a tree that has all parameters below the cut.
-        store: where they are kept.
+        params: what `run` reads.
+        width, dtype, per_token: of what is kept, as in `FileLayout`.
+        store: where it is kept.
         mesh: whose devices share the rows.
+
+    Attributes:
+        name: of the array in batches, where it lies beside the tokens.
+        what: what is kept, in words.
+        found: of each set of a run, once it is there.
     """
 
-    def __init__(self, module: Any, cut: Cut, params: PyTree, store: Store, mesh: Mesh):
-        self.module, self.cut, self.store, self.mesh = module, cut, store, mesh
-        self.params = weights_below(module, cut, params)
+    name = what = "features"
+    found: "list[Features] | None" = None
+
+    def __init__(self, params: PyTree, width: int, dtype: Any, per_token: bool, store: Store, mesh: Mesh):
+        self.params, self.store, self.mesh = params, store, mesh
+        self.width, self.dtype, self.per_token = width, dtype, per_token
+
+    def run(self, params: PyTree, tokens: Any, positions: Any, segments: Any, types: Any) -> jax.Array:
+        """i32[B, T] each -> [B, T, width], or [B, width] where it is not kept per token; traced."""
+        raise NotImplementedError
 
     @property
-    def per_token(self) -> bool:
-        return not self.cut.pooled
+    def facts(self) -> list[Any]:
+        """All that decides a bit of it beside parameters and tokens, as JSON."""
+        raise NotImplementedError
 
     def layout(self, sources: Sequence[Rows]) -> FileLayout:
         tokens = np.concatenate([rows.length for rows in sources])
-        return FileLayout.of(tokens, self.module.spec.width, self.module.dtype, self.per_token)
+        return FileLayout.of(tokens, self.width, self.dtype, self.per_token)
 
     @cached_property
     def _model_key(self) -> list[Any]:
-        spec = self.module.spec
-        shape = replace(spec, config="", segments=spec.segments[: self.cut.segments])
-        body = getattr(self.module, "body", self.module)
-        pooling = self.module.pooling if self.cut.pooled else None
         device = [jax.default_backend(), jax.devices()[0].device_kind, self.mesh.size, jax.__version__]
-        return [
-            VERSION,
-            TOKENS,
-            weights_digest(self.params),
-            repr(shape),
-            str(body.dtype),
-            body.attention,
-            pooling,
-            device,
-        ]
+        return [VERSION, TOKENS, weights_digest(self.params), *self.facts, device]
 
     def key(self, sources: Sequence[Rows]) -> str:
-        """A hash, in hex, of everything that affects the features."""
+        """A hash, in hex, of everything that affects what is kept."""
         return hashlib.sha256(json.dumps([*self._model_key, rows_digest(sources)]).encode()).hexdigest()[:40]
+
+    def sizes(self, sets: Sequence[Sequence[Rows]]) -> dict[str, int]:
+        """Bytes of each set, by its key."""
+        return {self.key(part): self.layout(part).nbytes for part in sets}
 
     def open(
         self,
@@ -529,7 +534,7 @@ class Extractor:
         say: Callable[[int, int], None] = lambda done, total: None,
         tell: Callable[[str], None] = print,
     ) -> Features:
-        """The features of the rows of all sources.
+        """What is kept of the rows of all sources.
 
         Args:
             sources: the rows of each.
@@ -581,11 +586,33 @@ class Extractor:
     @cached_property
     def _run(self) -> Callable[..., jax.Array]:
         whole, split = PartitionSpec(), PartitionSpec(DATA)
-        local, specs = below(self.module, self.cut), (whole, split, split, split, split)
-        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))
+        specs = (whole, split, split, split, split)
+        return jax.jit(jax.shard_map(self.run, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))
 
     def _write(self, file: Any, layout: FileLayout, features: jax.Array, chosen: np.ndarray, end: int) -> None:
         found = np.asarray(features)[: len(chosen)]
         if self.per_token:
             found = found[np.arange(found.shape[1]) < layout.tokens[chosen][:, None]]
         file.write(found.astype(layout.dtype, copy=False).tobytes())
+
+
+class Extractor(OncePerRow):
+    """Computes the features of data sets under one cut, or finds them.
+
+    Args:
+        params: the tree; what lies below the cut is all there.
+        store, mesh: as in `OncePerRow`.
+    """
+
+    def __init__(self, module: Any, cut: Cut, params: PyTree, store: Store, mesh: Mesh):
+        below_cut = weights_below(module, cut, params)
+        super().__init__(below_cut, module.spec.width, module.dtype, not cut.pooled, store, mesh)
+        self.module, self.cut, self.run = module, cut, below(module, cut)
+
+    @property
+    def facts(self) -> list[Any]:
+        spec = self.module.spec
+        shape = replace(spec, config="", segments=spec.segments[: self.cut.segments])
+        body = getattr(self.module, "body", self.module)
+        pooling = self.module.pooling if self.cut.pooled else None
+        return [repr(shape), str(body.dtype), body.attention, pooling]

@@ -79,7 +79,7 @@ class Recipe:
 
     @cached_property
     def abstract(self) -> Start:
-        """`start` of abstract arrays: nothing is allocated."""
+        """`start` of abstract arrays, with what lies beside the frozen ones: nothing is allocated."""
         starts: list[Start] = []
 
         def shapes(base):
@@ -87,7 +87,17 @@ class Recipe:
             return starts[0].state, starts[0].frozen
 
         state, frozen = jax.eval_shape(shapes, self.abstract_base())
-        return Start(state, frozen, starts[0].mask, starts[0].counts)
+        return Start(state, self.abstract_given(frozen), starts[0].mask, starts[0].counts)
+
+    def abstract_given(self, frozen: tree.PyTree) -> tree.PyTree:
+        """What a step takes as frozen: with the shapes of the task's companion beside it, where it has one."""
+        companion = self.task.companion
+        return frozen if companion is None else tree.Beside(frozen, companion.abstract())
+
+    def given(self, frozen: tree.PyTree) -> tree.PyTree:
+        """The same, with numbers: the companion is read."""
+        companion = self.task.companion
+        return frozen if companion is None else tree.Beside(frozen, companion.load())
 
     def abstract_base(self) -> tree.PyTree:
         """The shapes of the parameters before the method."""
@@ -172,6 +182,7 @@ def compiled_bytes(recipes: Sequence[Recipe], *, shared_batch: bool = True, alon
             return state, starts[0].frozen
 
         state, frozen = jax.eval_shape(group, first.abstract_base())
+        frozen = first.abstract_given(frozen)
     batch = first.task.batch_like(first.batch)
     if not shared_batch:
         wide = lambda x: jax.ShapeDtypeStruct((len(recipes), *x.shape), x.dtype)  # noqa: E731
