@@ -42,6 +42,8 @@ def flags(tmp_path):
     def make(name: str) -> list[str]:
         if name == "quickstart":
             return []
+        if name == "distill":
+            return [f"--config.objective.teacher={tiny.BASE}"]
         if name in LABELLED:
             return labelled(tmp_path, name)
         rows = [ROWS.get(name, {"prompt": "Two mugs?", "completion": "Of course."})] * 8

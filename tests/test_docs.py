@@ -28,6 +28,7 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     f"jaxtune train {QUICKSTART}": (*SHORT, *SMALL, *ANSWERS),
     f"jaxtune sweep {QUICKSTART}": (*SHORT, *SMALL, *ANSWERS),
     f"jaxtune sweep {QUICKSTART} --find-lr": ("--find-steps=2", *SHORT[2:], *SMALL, *ANSWERS),
+    "jaxtune train --config=configs/distill.py": (*SHORT, *SMALL),
     "jaxtune eval": ("--rows=4", "--max-new-tokens=4"),
     "jaxtune eval runs/classifier": ("--rows=16",),
     "jaxtune generate": ("--max-new-tokens=4",),

@@ -96,11 +96,11 @@ def distillation(
     top_k: int = 0,
     members: int = 1,
 ) -> Callable[..., Any]:
-    """Return `loss_fn(params, batch, key) -> ((sum, weight), {"kl", "ce"})` for a decoder, the student.
+    """Return `loss_fn(params, batch, key) -> ((sum, weight), {"means": {"kl", "ce"}})` for a decoder, the student.
 
     `batch` is that of `causal_lm`, with `top_k` also `teacher`, which `TopK` computes; without, `params` are
     `tree.Beside(student's, teacher's)`. The sum is of losses over trained tokens, the weight their number; kl is the
-    forward KL, whatever the loss, and ce the cross-entropy, both summed likewise.
+    forward KL, whatever the loss, and ce the cross-entropy, each summed likewise beside its weight.
 
     Args:
         module: the student.
@@ -137,14 +137,15 @@ def distillation(
         total, counts = token_loss(
             student, head_leaf(params), x, targets, batch["weights"], score, given, members=2 * members
         )
-        return (total, batch["weights"].sum()), counts
+        weight = batch["weights"].sum()
+        return (total, weight), {"means": {name: (value, weight) for name, value in counts.items()}}
 
     return loss_fn
 
 
 def metrics(loss: float, weight: float, aux: Mapping[str, Any]) -> dict[str, float]:
     """What an evaluation logs: the forward KL to the teacher, the cross-entropy and its perplexity, and the tokens."""
-    kl, ce = (float(aux[name] / weight) if weight else math.nan for name in ("kl", "ce"))
+    kl, ce = (float(aux["means"][name][0] / weight) if weight else math.nan for name in ("kl", "ce"))
     return {"eval/kl": kl, "eval/ce": ce} | causal_lm.metrics(ce, weight, aux)
 
 

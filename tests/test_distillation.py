@@ -1,0 +1,305 @@
+"""Distillation: trl's divergence, exact gradients without logits of the batch, files of the teacher, whole runs."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import adapter, command, compiled, home, write_model  # noqa: F401
+
+from jaxtune import models
+from jaxtune.cli import main
+from jaxtune.models.decoder import head_logits
+from jaxtune.objectives import distillation as d
+from jaxtune.tree import Beside
+
+RNG = np.random.default_rng(0)
+P, Q = RNG.normal(0, 3.0, (2, 7, 50)).astype(np.float32)  # logits of a teacher and a student
+KINDS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.3}  # and what trl's beta is for them
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergence_is_that_of_trl(kind, temperature):
+    import torch
+    from trl.experimental.gkd import GKDTrainer
+
+    student = torch.tensor(Q[None], requires_grad=True)
+    want = GKDTrainer.generalized_jsd_loss(
+        student, torch.tensor(P[None]), beta=KINDS[kind], temperature=temperature, reduction="sum"
+    )
+    want.backward()
+
+    def ours(q):
+        log_p, log_q = (jax.nn.log_softmax(z / temperature, -1) for z in (P, q))
+        return d.divergence(log_p, log_q, kind, KINDS[kind]).sum()
+
+    value, grad = jax.value_and_grad(ours)(Q)
+    assert float(value) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert small.apart(grad, student.grad.numpy()[0]) < 1e-5
+
+
+# ------------------------------------------------------------ a teacher of another shape, in the step
+
+TEACHER = models.build(small.CONFIG | {"hidden_size": 24, "tie_word_embeddings": False, "num_hidden_layers": 1})
+ITS = jax.jit(TEACHER.init_params)(jax.random.key(5))
+STRENGTHS = {
+    "forward": d.Strength(),
+    "reverse": d.Strength("reverse_kl", temperature=2.0),
+    "mixed": d.Strength("jsd", 0.2, 1.5, 0.25),
+}
+
+
+def teacher(vocab=small.VOCAB):
+    return d.Teacher(None, TEACHER, vocab)
+
+
+def batch(**changes):
+    return {k: v[0] for k, v in small.batch(**changes).items()}
+
+
+def at_once(params, b, strength, packed=False):
+    """The same loss from the logits of the whole batch."""
+    where = b["positions"], b["segments"] if packed else None
+    q = small.decoder().apply({"params": params}, b["tokens"], *where)
+    p = TEACHER.apply({"params": ITS}, b["tokens"], *where)
+    log_p, log_q = (jax.nn.log_softmax(z / strength.temperature, -1) for z in (p, q))
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(q, -1), b["targets"][..., None], -1)[..., 0]
+    apart = d.divergence(log_p, log_q, strength.divergence, strength.beta)
+    return (b["weights"] * ((1 - strength.ce_weight) * apart + strength.ce_weight * nats)).sum()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
+def test_loss_and_gradient_are_those_of_whole_logits(strength, packed):
+    if packed and strength is not STRENGTHS["mixed"]:
+        pytest.skip("one of them says it")
+    loss_fn = d.distillation(small.decoder(), teacher(), strength, packed=packed)
+    b = batch()
+
+    def ours(params):
+        (total, weight), aux = loss_fn(Beside(params, ITS), b, None)
+        return total, (weight, aux["means"])
+
+    (value, (weight, means)), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(small.weights())
+    want, its = jax.jit(jax.value_and_grad(partial(at_once, b=b, strength=strength, packed=packed)))(small.weights())
+    assert float(value) == pytest.approx(float(want), rel=1e-5)
+    assert small.apart(grads, its) < 1e-5
+    assert float(weight) == b["weights"].sum()
+    plain = at_once(small.weights(), b, d.Strength(temperature=strength.temperature), packed)
+    assert float(means["kl"][0]) == pytest.approx(float(plain), rel=1e-5)
+    assert float(means["ce"][0]) == pytest.approx(
+        float(at_once(small.weights(), b, d.Strength(ce_weight=1.0), packed)), rel=1e-5
+    )
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+    loss_fn = d.distillation(small.decoder(), d.Teacher(None, small.decoder(), small.VOCAB), d.Strength())
+    b = batch()
+    value, grads = jax.value_and_grad(lambda p: loss_fn(Beside(p, small.weights()), b, None)[0][0])(small.weights())
+    assert abs(float(value)) < 1e-4
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-4
+
+
+def test_members_under_vmap_are_as_alone():
+    stack = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), small.weights())
+    b = batch()
+
+    def one(params, members):
+        loss_fn = d.distillation(small.decoder(), teacher(), STRENGTHS["mixed"], members=members)
+        return jax.value_and_grad(lambda p: loss_fn(Beside(p, ITS), b, None)[0][0])(params)
+
+    both = jax.jit(jax.vmap(partial(one, members=2)))(stack)
+    for i in range(2):
+        alone = one(jax.tree.map(lambda x, i=i: x[i], stack), 1)
+        assert small.apart(jax.tree.map(lambda x, i=i: x[i], both), alone) < 1e-5
+
+
+@pytest.mark.parametrize("trained", ["body", "head"])
+def test_no_logits_of_the_whole_batch(trained):
+    from test_objectives import largest
+
+    b, t, width, v = 4, 1024, 8, 64_000
+    shape = jax.ShapeDtypeStruct
+    args = shape((width, v), jnp.float32), shape((b, t, width), jnp.float32), shape((b, t), jnp.int32)
+
+    class Other:
+        logits = staticmethod(lambda head, hidden: head_logits(head, hidden))
+
+    def loss(head, x, targets):
+        def score(logits, targets, given):
+            log_p = jax.nn.log_softmax(Other.logits(given.shared, given.tokens), -1)
+            return d._score(STRENGTHS["mixed"], logits, targets, log_p, jax.nn.log_softmax(logits, -1))
+
+        told = d.Given(jax.lax.stop_gradient(x), {"kernel": jax.lax.stop_gradient(head)})
+        weights = jnp.ones(targets.shape)
+        return d.token_loss(head_logits, {"kernel": head}, x, targets, weights, score, told)[0]
+
+    argnum = 1 if trained == "body" else 0
+    assert largest(jax.value_and_grad(loss, argnums=argnum), *args) <= 512 * v
+
+
+# ----------------------------------------------------------------------------------------------------- the likeliest k
+
+
+@pytest.mark.parametrize("vocab", [61, 2**16 + 100], ids=["ids of 16 bits", "of 32"])
+def test_what_is_kept_comes_back(vocab):
+    log_p = jax.nn.log_softmax(jnp.asarray(RNG.normal(0, 4.0, (5, vocab)), jnp.float32), -1)
+    kept = d.packed(log_p, vocab, 8)
+    assert kept.shape == (5, d.packed_width(vocab, 8)) and kept.dtype == jnp.uint16
+    found, ids = d.unpacked(kept, 8)
+    order = np.argsort(-np.asarray(log_p), -1)[:, :8]
+    assert np.array_equal(ids, order)
+    p = np.take_along_axis(np.exp(np.asarray(log_p, np.float64)), order, -1)
+    np.testing.assert_allclose(np.exp(found)[:, :8], p, rtol=2e-2)  # bfloat16 of a log-probability
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(found)[:, 8], 1 - p.sum(-1), atol=1e-2)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 19), st.sampled_from(sorted(KINDS)))
+def test_tokens_taken_together_bound_the_divergence_from_below(seed, k, kind):
+    """The data-processing inequality; equal where every token but one is told apart."""
+    rng = np.random.default_rng(seed)
+    log_p, log_q = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 3.0, (2, 3, 20)), jnp.float32), -1)
+    _, ids = jax.lax.top_k(log_p, k)
+    some = d.divergence(d.coarse(log_p, ids), d.coarse(log_q, ids), kind)
+    whole = d.divergence(log_p, log_q, kind)
+    assert (some <= whole + 1e-5).all() and (some >= -1e-5).all()
+    if k == 19:
+        np.testing.assert_allclose(some, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_loss_over_what_is_kept_is_near_that_in_the_step():
+    b, k = batch(), small.VOCAB - 1
+    kept = d.top_k_of(TEACHER, ITS, b["tokens"], b["positions"], small.VOCAB, k, 1.5)
+    params = small.weights()
+
+    def grads(top_k, b):
+        loss_fn = d.distillation(small.decoder(), teacher(), STRENGTHS["mixed"], top_k=top_k)
+        given_ = (lambda p: p) if top_k else (lambda p: Beside(p, ITS))
+        return jax.jit(jax.value_and_grad(lambda p: loss_fn(given_(p), b, None)[0][0]))(params)
+
+    (some, got), (whole, want) = grads(k, b | {"teacher": kept}), grads(0, b)
+    assert float(some) == pytest.approx(float(whole), rel=1e-2)
+    assert small.apart(got, want) < 2e-2
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def argv(home, tmp_path_factory):  # noqa: F811
+    """A command that distils the small model's sums from a wider one that was drawn."""
+    folder = tmp_path_factory.mktemp("teacher")
+    write_model(folder, hidden_size=24, num_hidden_layers=3, initializer_range=0.5)
+    chosen = {"objective__name": "distillation", "objective__teacher": folder, "tune__lora__lora_dropout": 0.0}
+    return partial(command, home, **chosen)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=[0, 16], ids=["in the step", "kept"])
+def trained(request, argv, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    assert main(argv(workdir, objective__top_k=request.param)) == 0
+    return workdir, request.param
+
+
+def test_a_run_comes_nearer_to_its_teacher(trained):
+    found = [line for line in lines(trained[0]) if "eval/kl" in line]
+    assert found[-1]["eval/kl"] < 0.97 * found[0]["eval/kl"]
+    assert found[-1]["eval/loss"] == pytest.approx(found[-1]["eval/kl"], rel=1e-5)
+    assert found[-1]["eval/perplexity"] == pytest.approx(np.exp(found[-1]["eval/ce"]), rel=1e-5)
+
+
+def test_it_writes_page_and_card_and_goes_on_as_text(trained, capsys):
+    workdir, _ = trained
+    assert "AutoModelForCausalLM" in (workdir / "adapter" / "README.md").read_text()
+    assert "jaxtune generate" in (workdir / "report.html").read_text()
+    assert main(["generate", str(workdir), "--prompt=1 and 4 make ", "--max-new-tokens=2"]) == 0
+
+
+def test_it_resumes_to_the_same_bytes(argv, tmp_path, trained):
+    given_ = {"objective__top_k": trained[1], "optim__schedule": "constant"}
+    assert main(argv(tmp_path / "alone", **given_)) == 0
+    assert main(argv(tmp_path / "run", train__steps=4, **given_)) == 0
+    assert main(argv(tmp_path / "run", **given_)) == 0
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "alone")
+
+
+def test_the_size_of_what_is_kept_is_said_before(argv, capsys):
+    assert main([*argv(None, objective__top_k=16), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "The teacher's top-16 log-probabilities of 48 rows (" in out and "GiB) are found in" in out
+
+
+def test_it_sweeps(argv, tmp_path):
+    flags = argv(tmp_path / "sweep", "--sweep.optim.lr=1e-3,3e-3")
+    assert main(["sweep", *[flag for flag in flags[1:] if not flag.startswith("--config.optim.lr")]]) == 0
+    for member in ("lr=0.001", "lr=0.003"):
+        assert lines(tmp_path / "sweep" / member)[-1]["eval/kl"] > 0
+
+
+def test_full_tuning_in_micro_batches_of_packed_rows(argv, tmp_path):
+    settings_ = {"tune__lora__r": None, "tune__lora__lora_dropout": None, "optim__lr": 1e-3, "train__steps": 4}
+    more = {"tune__method": "full", "data__packing": "true", "data__max_length": 64, "train__grad_accum": 2}
+    last = []
+    for top_k in (0, 200):
+        workdir = tmp_path / str(top_k)
+        assert main(argv(workdir, **settings_, **more, objective__top_k=top_k, objective__ce_weight=0.3)) == 0
+        last.append(lines(workdir)[-1]["eval/loss"])
+    assert last[0] == pytest.approx(last[1], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective__teacher": None}, "needs objective.teacher"),
+        ({"objective__teacher": "/nowhere/at/all"}, "objective.teacher=/nowhere/at/all"),
+        ({"objective__top_k": 258}, "objective.top_k=258 of a vocabulary of 258"),
+        ({"objective__jsd_beta": 0.1}, "objective.jsd_beta has no effect"),
+        ({"objective__divergence": "jsd", "objective__jsd_beta": 0}, "above 0 and below 1"),
+        ({"objective__temperature": 0}, "above 0"),
+        ({"objective__z_loss": 0.1}, "objective.z_loss has no effect"),
+        ({"objective__name": None}, "objective.teacher has no effect"),
+        ({"objective__on_policy": 4}, "there is no setting objective.on_policy"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_before_the_run(argv, tmp_path, capsys, changes, words):
+    assert main(argv(tmp_path / "no", **changes)) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(argv, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    write_model(tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    told = json.loads(file.read_text())
+    vocab = told["model"]["vocab"]
+    a, b = list(vocab)[:2]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    file.write_text(json.dumps(told))
+    assert main(argv(tmp_path / "no", objective__teacher=tmp_path / "other")) == 2
+    err = capsys.readouterr().err
+    assert "has another vocabulary" in err and "shares the student's tokenizer" in err
+    file.unlink()
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "other" / "config.json").read_text()) | {"vocab_size": 300})
+    )
+    assert main(argv(tmp_path / "no", objective__teacher=tmp_path / "other")) == 2
+    assert "300 tokens, the student 258" in capsys.readouterr().err
+
+
+def test_a_wider_table_of_the_same_tokens_is_no_hindrance(argv, tmp_path):
+    (tmp_path / "padded").mkdir()
+    write_model(tmp_path / "padded", vocab_size=264)
+    assert main(argv(tmp_path / "run", objective__teacher=tmp_path / "padded", train__steps=2)) == 0
