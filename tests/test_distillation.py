@@ -23,6 +23,7 @@ P, Q = RNG.normal(0, 3.0, (2, 7, 50)).astype(np.float32)  # logits of a teacher 
 KINDS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.3}  # and what trl's beta is for them
 
 
+@pytest.mark.filterwarnings("ignore")  # trl's own
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_divergence_is_that_of_trl(kind, temperature):
