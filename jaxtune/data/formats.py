@@ -45,8 +45,8 @@ MEANT = {
 # Common names of prompts and completions, the surest first: used to suggest a mapping, never to guess one.
 ASKED = ("prompt", "instruction", "question", "query", "input", "problem", "source", "document", "article")
 ANSWERED = ("completion", "response", "answer", "output", "target", "solution", "summary", "highlights")
-# Beside a text, what it is to be judged by or answered with.
-JUDGED = ("label", "labels", "text_pair", "gold_label", "label_text", "sentiment", "intent")
+UNLEARNT = "labels that are not trained (objective.name=sequence_classification learns them)"
+LABELLED = ("label", "labels", "gold_label", "label_text", "sentiment", "intent")
 MESSAGES = {"messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat"}
 
 
@@ -268,13 +268,13 @@ def _detect(where: str, found: list[str], columns: Mapping[str, str]) -> str:
 
 
 def _refuse_judged(where: str, found: Sequence[str]) -> None:
-    """Raise UserError for texts with labels or answers, which are plain text only by data.format=text."""
+    """Raise UserError for texts with a second text or an answer, which are no plain text unless that is said."""
     for name in found:
-        if name.lower() not in JUDGED + ANSWERED:
+        if name.lower() not in ("text_pair", *ANSWERED):
             continue
         learn = f"data.columns=prompt=text,completion={name} trains it as the answer"
-        if name.lower() in JUDGED:
-            learn = "objective.name=sequence_classification learns labels"
+        if name.lower() == "text_pair":
+            learn = "objective.name=sequence_classification learns labels of pairs"
         raise UserError(
             f"{where}: a text with a column {name!r}, which training on the text alone would leave out: {learn}; "
             f"data.format=text leaves it out. Columns found: {', '.join(found)}."
@@ -376,7 +376,8 @@ class _Columns:
                     f"{where}: column {name!r} would change what is trained, and is not read as {self.format}: "
                     f"{use}ignore it with data.ignore={name}."
                 )
-            self.notes.add("columns that are not used", name, where)
+            labels = self.format == "text" and name.lower() in LABELLED
+            self.notes.add(UNLEARNT if labels else "columns that are not used", name, where)
 
     def given(self, row: dict, column: str) -> object:
         """The value of an optional column, None where it is empty."""

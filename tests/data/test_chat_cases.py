@@ -341,13 +341,12 @@ def test_a_column_of_the_file_is_read_once(prepare, row, columns, text):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"label": 1}, "a column 'label'.*objective.name=sequence_classification"),
-        ({"Labels": ["a"]}, "a column 'Labels'"),
-        ({"text_pair": "x"}, "a column 'text_pair'"),
+        ({"text_pair": "x"}, "a column 'text_pair'.*objective.name=sequence_classification"),
+        ({"Answer": "x"}, "a column 'Answer'"),
         ({"summary": "x"}, "a column 'summary'.*data.columns=prompt=text,completion=summary trains it"),
     ],
 )
-def test_a_text_with_labels_or_an_answer_is_no_plain_text_unless_that_is_said(prepare, more, said):
+def test_a_text_with_a_pair_or_an_answer_is_no_plain_text_unless_that_is_said(prepare, more, said):
     row = {"text": "a", **more}
     with pytest.raises(UserError, match=said):
         default(prepare, row)
@@ -356,6 +355,12 @@ def test_a_text_with_labels_or_an_answer_is_no_plain_text_unless_that_is_said(pr
         assert default(prepare, row, **settings)[0] == ["a</s>"]
     if column == "summary":
         assert default(prepare, row, columns={"prompt": "text", "completion": "summary"})[1] == [["x</s>"]]
+
+
+def test_labels_of_texts_that_are_trained_as_text_are_told(prepare):
+    texts, _, report = default(prepare, {"text": "a", "label": 1}, {"text": "b", "label": 0})
+    said = "labels that are not trained (objective.name=sequence_classification learns them): label (2), first at"
+    assert texts == ["a</s>", "b</s>"] and said in report.lines()[1]
 
 
 @pytest.mark.parametrize(
