@@ -15,6 +15,7 @@ TEXT = {"text": "The shop sells mugs and lamps. Today a customer asked for two b
 ROWS = {
     "pretrain_tiny": TEXT,
     "continued_pretraining": TEXT,
+    **{name: {"prompt": "Two mugs?", "chosen": "Of course.", "rejected": "No."} for name in ("dpo", "orpo")},
     "chat_lora": {
         "messages": [{"role": "user", "content": "Two mugs?"}, {"role": "assistant", "content": "Of course."}]
     },
@@ -47,6 +48,8 @@ def flags(tmp_path):
         if name in LABELLED:
             return labelled(tmp_path, name)
         rows = [ROWS.get(name, {"prompt": "Two mugs?", "completion": "Of course."})] * 8
+        if name == "kto":
+            rows = [rows[0] | {"label": i % 2 == 0} for i in range(8)]
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [f"--config.model.path={tiny.BASE}", f"--config.data.train={file}", "--config.data.eval_fraction=0.0"]

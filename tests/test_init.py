@@ -278,9 +278,6 @@ def test_columns_are_known_by_their_names(tmp_path, row, format, columns):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference tuning (DPO) is not there yet"),
-        ({"messages": MESSAGES, "label": True}, "KTO"),
-        ({"prompt": "a", "completion": "b", "label": False}, "KTO"),
         ({"prompt": "a", "id": 1}, "prompts ('prompt') without answers"),
         ({"turns": ["a", "b"], "category": "c"}, "prompts ('turns') without answers"),
         ({"question": [[MESSAGES[0]]], "function": []}, "prompts ('question') without answers"),
@@ -297,10 +294,26 @@ def test_rows_that_cannot_be_tuned_on_are_named(tmp_path, row, said):
     assert f"{file}:1: " in str(error.value)
 
 
-def test_preferences_are_refused_also_where_columns_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("row", "format", "columns"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", {}),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "preference", {"prompt": "question"}),
+        ({"prompt": "a", "preferred": "b", "Dispreferred": "c"}, "preference",
+         {"chosen": "preferred", "rejected": "Dispreferred"}),
+        ({"messages": MESSAGES, "label": True}, "kto", {}),
+        ({"prompt": "a", "completion": "b", "label": False}, "kto", {}),
+    ],
+)  # fmt: skip
+def test_judged_rows_are_recognised(tmp_path, row, format, columns):
+    layout = propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", [row]))))
+    assert (layout.format, dict(layout.columns)) == (format, columns)
+
+
+def test_one_side_of_pairs_may_be_tuned_on(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match="Preference tuning"):
-        propose.recognise(data.read(str(file)), {"prompt": "prompt", "completion": "chosen"})
+    layout = propose.recognise(data.read(str(file)), {"prompt": "prompt", "completion": "chosen"})
+    assert layout.format == "prompt_completion"
 
 
 def test_named_columns_are_used(model, tmp_path):
@@ -650,6 +663,8 @@ def test_the_target_is_a_python_file(model, tmp_path, capsys):
         ("toolcall/glaive_toolcall_en_demo.json", "sharegpt"),
         ("wikisql/train.jsonl", "text"),
         ("wikitext2/valid.txt", "text"),
+        ("preference/dpo_en_demo.json", "preference"),
+        ("preference/kto_en_demo.json", "kto"),
     ],
 )
 def test_real_data_is_recognised(assets, file, found):
@@ -665,8 +680,6 @@ def test_real_data_is_recognised(assets, file, found):
         ("bfcl/simple_python_answers.json", "no column has a name that says what it is"),
         ("ifeval/input_data.jsonl", "prompts ('prompt') without answers"),
         ("mt_bench/question.jsonl", "prompts ('turns') without answers"),
-        ("preference/dpo_en_demo.json", "preference pairs"),
-        ("preference/kto_en_demo.json", "KTO"),
         ("sms_spam/SMSSpamCollection", r"printf 'label\ttext\n'; cut -f1,2"),
     ],
 )

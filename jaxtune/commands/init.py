@@ -65,9 +65,10 @@ def main(argv: list[str]) -> None:
         narrowest=narrowest,
     )
     settings = {**layout.settings, "vocab_size": spec.vocab}
-    settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if layout.labels is None else {}
+    text = layout.labels is None and layout.form is None
+    settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if text else {}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
-    proposal = propose.propose(name, layout, whole.length, model).changed(options.settings)
+    proposal = propose.propose(name, layout, whole.longest, model).changed(options.settings)
     train, held_out, report = prepare(
         tokenizer,
         [name],
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     refuse_existing(out)
     atomic_write_text(out, propose.write_config(proposal, title, command, findings))
     last = f"Wrote {out}. Look at it, then run\n\n    {command}"
-    show(train[0], tokenizer, layout.labels, [f"{options.data.name}: {layout}", *findings], last)
+    show(train[0], tokenizer, layout.labels or layout.form, [f"{options.data.name}: {layout}", *findings], last)
 
 
 def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None, int]:

@@ -39,6 +39,7 @@ from jaxtune.config.schema import (
     no_eval_data,
 )
 from jaxtune.errors import UserError, nearest
+from jaxtune.objectives import answers
 from jaxtune.objectives.task import continues
 from jaxtune.reading import parse_json
 
@@ -300,8 +301,14 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         )
     if not continues(values["objective.name"]) and values["data.overlength"] == "split":
         yield (
-            f"data.overlength=split has no meaning for {values['objective.name']}, whose labels belong to whole rows; "
-            "choose drop or truncate"
+            f"data.overlength=split has no meaning for {values['objective.name']}, whose labels or answers belong to "
+            "whole rows; choose drop or truncate"
+        )
+    yield from answers.problems(values)
+    if values["objective.name"] == "preference" and values["data.packing"] and values["data.overlength"] == "truncate":
+        yield (
+            "data.overlength=truncate has no meaning for packed pairs, of which both texts lie in one row; choose "
+            "drop, or data.packing=false"
         )
     sources, weights = values["data.train"] or (), values["data.weights"] or ()
     if len(sources) > 1 and weights and len(weights) != len(sources):
@@ -310,13 +317,17 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _idle(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:
     for rule in IDLE:
-        because = re.sub(r"\{([\w.]+)\}", lambda m: str(values[m[1]]), rule.because)
+        because = re.sub(r"\{([\w.]+)\}", lambda m: _shown(values[m[1]]), rule.because)
         for path, (value, origin) in given.items():
             if value not in OFF and _within(path, rule.at(values)):
                 yield (
                     f"{origin}: {path} has no effect: {because}. Remove it"
                     + ("" if origin.startswith("--") else f", or unset it with --config.{path}=none")
                 )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _within(path: str, paths: Iterable[str]) -> bool:

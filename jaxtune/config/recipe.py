@@ -70,6 +70,7 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
         batch=BatchShape(t.batch_size // t.grad_accum, length, t.grad_accum, cfg.data.packing),
         seed=t.seed,
         quantization=cfg.model.quantization,
+        goes_on=cfg.model.adapter is not None,
     )
     return Experiment(
         recipe=recipe,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.methods import settings as methods
+from jaxtune.objectives import answers
 from jaxtune.objectives.task import TASKS, unread
 from jaxtune.train import optimizers
 
@@ -179,6 +180,30 @@ SETTINGS = (
     Setting("objective.first_label", int, None, "number of the first label, where rows number the labels (0 or 1)"),
     Setting("objective.class_weights", ClassWeights, None, "weights of labels in the loss: balanced, or one each"),
     Setting("objective.pooling", str, "auto", "how token states become a text's; auto: the family's", POOLINGS),
+    Setting("objective.loss", Names, ("sigmoid",), f"over pairs, one or several: {', '.join(answers.PAIR_LOSSES)}"),
+    Setting("objective.loss_weights", Numbers, None, "of several losses; default: 1 each", range=ALL_POSITIVE),
+    Setting(
+        "objective.beta",
+        float,
+        None,
+        "hold to the reference, or scale of the margin; default: the loss's",
+        range=POSITIVE,
+    ),
+    Setting("objective.gamma", float, 0.5, "SimPO's target margin, in units of the reward", range=NOT_NEGATIVE),
+    Setting("objective.label_smoothing", float, 0.0, "share of pairs that are the wrong way round", range=BELOW_1),
+    Setting(
+        "objective.sft_weight", float, None, "of the loss on chosen answers; default: orpo, cpo 1", range=NOT_NEGATIVE
+    ),
+    Setting("objective.desirable_weight", float, 1.0, "of good answers (kto)", range=POSITIVE),
+    Setting("objective.undesirable_weight", float, 1.0, "of bad answers (kto)", range=POSITIVE),
+    Setting(
+        "objective.reference",
+        str,
+        "precomputed",
+        "log-probabilities of the base: computed once and kept, or in each step under the adapters",
+        ("precomputed", "live"),
+    ),
+    Setting("objective.share_prompt", bool, False, "with data.packing: a prompt is laid once for both answers"),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
     Setting("objective.teacher", Path, None, "a model, run or adapter that a student learns from (distillation)"),
     Setting("objective.top_k", int, 0, "likeliest tokens of it, computed once; 0: it runs in the step", range=TOP_K),
@@ -214,6 +239,7 @@ SETTINGS = (
     ),
     Setting("train.keep", int, 2, "checkpoints kept beside the best", range=AT_LEAST_1),
     Setting("train.early_stop", int, 0, "evaluations without improvement before stopping; 0: off", range=NOT_NEGATIVE),
+    Setting("train.best", str, "eval/loss", "metric of evaluations that decides which weights are the result"),
     Setting("train.cache_features", str, "auto", "compute once what lies below all trained layers", AUTO),
     Setting("train.cache_gib", float, 20.0, "GiB on disk that cached features of all runs may take", range=POSITIVE),
     Setting("train.seed", int, 0, "seed of the order of rows, dropout and initial values", range=SEED),
@@ -291,6 +317,8 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "model.tokenizer": lambda values: values["model.path"],
     "optim.lr": lambda values: DEFAULT_LR[values["tune.method"]],
     "optim.momentum": lambda values: optimizers.defaults("momentum").get(values["optim.name"], 0.9),
+    "objective.beta": answers.default_beta,
+    "objective.sft_weight": answers.default_sft,
     "train.epochs": lambda values: 1.0 if values["train.steps"] is None else None,
     "train.micro_batch": lambda values: values["train.batch_size"] // (values["train.grad_accum"] or 1),
     "train.grad_accum": lambda values: (
@@ -334,6 +362,7 @@ def no_eval_data(values: Mapping[str, Any]) -> bool:
 
 IDLE = (
     Idle(lambda v: unread(v["objective.name"]), lambda v: True, "objective.name is {objective.name}"),
+    Idle(answers.unread, lambda v: v["objective.name"] == "preference", "objective.loss is {objective.loss}"),
     *(
         Idle((f"tune.{name}",), lambda v, name=name: v["tune.method"] != name, "tune.method is {tune.method}")
         for name, row in methods.ROWS.items()
@@ -349,6 +378,7 @@ IDLE = (
     Idle(("optim.min_lr_ratio",), lambda v: v["optim.schedule"] == "constant", "optim.schedule is constant"),
     Idle(("data.max_segments",), lambda v: not v["data.packing"], "data.packing is off"),
     Idle(("data.group_by_length",), lambda v: v["data.packing"], "data.packing leaves nothing to pad"),
+    Idle(("objective.share_prompt",), lambda v: not v["data.packing"], "data.packing is off"),
     Idle(("data.eval_fraction",), lambda v: v["data.eval"], "data.eval names the held-out data"),
     Idle(("data.weights",), lambda v: v["data.train"] and len(v["data.train"]) == 1, "data.train has one source"),
     Idle(("model.chat_template", *CONVERSATIONS), lambda v: v["data.format"] == "text", "data.format is text"),
@@ -363,7 +393,7 @@ IDLE = (
         "{data.format} rows name their completion",
     ),
     Idle(
-        ("train.eval_every", "train.eval_batches", "train.early_stop", "evaluate"),
+        ("train.eval_every", "train.eval_batches", "train.early_stop", "train.best", "evaluate"),
         no_eval_data,
         "there is nothing to evaluate on: give data.eval or data.eval_fraction",
     ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxtune.curate.answers import answer_checks
 from jaxtune.curate.balance import Balance, label_notes
 from jaxtune.curate.finding import ERROR, NOTE, SEVERITIES, WARNING, Finding
 from jaxtune.curate.near import NearDuplicates
@@ -191,9 +192,11 @@ def examine(
     if labels is None:
         form = text_form(tokenizer, reader_settings(tokenizer, **reading), allow_left_out)
     else:
+        labels = labels.on(tokenizer)
         form = label_form(tokenizer, labels)
     opened = [read(name) for names in (train, eval) if names for name in source_names(names)]
     check_columns(opened, (reading if labels is None else labels.settings).get("columns") or {})
+    labelled = labels is not None and not labels.text
     sources = []
     for split, names in ((TRAIN, source_names(train)), (EVAL, source_names(eval) if eval else [])):
         sources += [Opened(source, form.reader(source), split) for source in map(read, names)]
@@ -202,13 +205,14 @@ def examine(
     balance = Balance(labels.classes_of if several else None)
     packed = Packing(overlength, packing or labels is not None, rows_a_batch, group_by_length)
     quality, drawn = (
-        TokenQuality(tokenizer, vocab_size, labelled=labels is not None),
+        TokenQuality(tokenizer, vocab_size, labelled=labelled),
         Samples(tokenizer, samples, labels),
     )
     checks: list[Check] = [
-        *(row_checks(tokenizer) if labels is None else label_row_checks(tokenizer, labels)),
+        *(label_row_checks(tokenizer, labels) if labelled else row_checks(tokenizer)),
         NothingLeft(overlength),
-        *set_checks(labelled=labels is not None),
+        *set_checks(labelled=labelled, judged=labels is not None and labels.text),
+        *answer_checks(labels),
         *([NearDuplicates(near)] if near else []),
         Lengths(overlength, positions or max_length),
         EmptyMasks(overlength),

@@ -147,6 +147,7 @@ class RepeatedAnswers(SetCheck):
             )
 
 
-def set_checks(*, labelled: bool = False) -> list[SetCheck]:
-    """Return new checks; labels repeat by nature, so labelled rows are not checked for repeated answers."""
-    return [Overlap(), Duplicates(), Conflicts(), *([] if labelled else [RepeatedAnswers()])]
+def set_checks(*, labelled: bool = False, judged: bool = False) -> list[SetCheck]:
+    """Return the checks, fresh; labels repeat by nature, and a prompt has several answers where they are judged."""
+    checks = [Overlap(), Duplicates(), *([] if judged else [Conflicts()])]
+    return [*checks, *([] if labelled else [RepeatedAnswers()])]

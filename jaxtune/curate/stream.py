@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.batches import Prefetch
-from jaxtune.data.formats import ColumnTypes, Conversation, Document, Example, Reader, make_reader
+from jaxtune.data.formats import ColumnTypes, Reader, make_reader, text_sides
 from jaxtune.data.labels import LabelEncoder
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source
@@ -55,7 +55,8 @@ class Chunk:
     """Rows of one source: those that could be read, and those that could not.
 
     Row k has the ledger index `first + k`, the texts `prompts[k]` (what is given) and `answers[k]` (what is trained),
-    and the tokens `ids[start[k] : start[k] + length[k]]`, i32, with `mask` u8 (1: to be predicted).
+    and the tokens `ids[start[k] : start[k] + length[k]]`, i32, with `mask` u8 (1: to be predicted); of a pair they are
+    those of its longer text.
     `broken` holds (ledger index, number, message) of rows that training would refuse.
     """
 
@@ -176,7 +177,7 @@ class Reading(NamedTuple):
 
 def text_form(tokenizer: Any, settings: Mapping[str, Any], allow_left_out: Sequence[str] = ()) -> Reading:
     """Text to be continued; `settings` are those of `make_reader`."""
-    return Reading(lambda source: make_reader(source, **settings), Encoder(tokenizer, allow_left_out), sides)
+    return Reading(lambda source: make_reader(source, **settings), Encoder(tokenizer, allow_left_out), text_sides)
 
 
 def label_form(tokenizer: Any, labels: RowForm) -> Reading:
@@ -230,6 +231,7 @@ def _chunk(opened: Opened, first: int, part: list[tuple[int, dict]], types: Colu
     broken += [(k[0], made) for k, made in zip(kept, encoded) if isinstance(made, str)]
     good = [(*k, made) for k, made in zip(kept, encoded) if not isinstance(made, str)]
     numbers, rows, _, examples, tokens = map(list, zip(*good)) if good else ([], [], [], [], [])
+    tokens = list(map(form.encoder.longer, tokens)) if hasattr(form.encoder, "longer") else tokens
     length = np.array([len(ids) for ids, *_ in tokens], np.int64)
     texts = [form.sides(example) for example in examples]
     as_bytes = bytes if np.uint8 == form.encoder.MARK else lambda marks: bytes(map(bool, marks))  # marks name tags
@@ -258,28 +260,3 @@ def _encode(encoder: Any, places: list[str], examples: list[Any]) -> list[tuple[
         if len(examples) == 1:
             return [str(error)]
     return [made for pair in zip(places, examples) for made in _encode(encoder, [pair[0]], [pair[1]])]
-
-
-def sides(example: Example) -> tuple[str, str]:
-    """Return (prompt, answer) as plain text; the answer of a conversation is its last one."""
-    if isinstance(example, Document):
-        given = answer = ""
-        for text, trained in example.pieces:
-            if trained:
-                answer += text
-            else:
-                given += text
-        return given, answer
-    return _turns(example)
-
-
-def _turns(conversation: Conversation) -> tuple[str, str]:
-    messages = conversation.messages
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-    asked = "\n".join(_spoken(m) for m in messages[:last] if m["role"] != "system")
-    return asked, _spoken(messages[last]) if last < len(messages) else ""
-
-
-def _spoken(message: dict) -> str:
-    calls = [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", ())]
-    return "\n".join([message["content"], *calls]) if calls else message["content"]

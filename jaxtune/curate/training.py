@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.curate.answers import of_rows
 from jaxtune.curate.balance import MOST, ROWS_A_VALUE, class_balance, label_notes
 from jaxtune.curate.finding import SEVERITIES, WARNING, Finding, graded, share
 from jaxtune.curate.report import DataReport, length_summary
@@ -41,16 +42,23 @@ def glance(
     train = [_whole(rows) for rows in train]
     ledger = Ledger([], report.sources[0].max_length)
     plain = form is None and all(source.format == "text" for source in report.sources)
+    judged = form is not None and form.text
     for rows in train:
         _add(ledger, rows, TRAIN, form, plain)
     if held_out is not None:
         _add(ledger, _whole(held_out), EVAL, form, plain)
     ledger.close()
     classes = form.classes(train) if form else None if plain else _answers(tokenizer, train, ledger)
+    counted = None if judged else classes  # what judged answers are of is said in its own words
     findings = [
         *(finding for source in report.sources for finding in _left_out(source)),
-        *(finding for check in set_checks(labelled=form is not None) for finding in check.findings(ledger)),
-        *(class_balance(classes) if classes else ()),
+        *(
+            finding
+            for check in set_checks(labelled=form is not None and not judged, judged=judged)
+            for finding in check.findings(ledger)
+        ),
+        *(of_rows(form, train, token_hashes) if judged else ()),
+        *(class_balance(counted) if counted else ()),
         *(label_notes(form) if form else ()),
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
@@ -69,12 +77,12 @@ def _add(ledger: Ledger, rows: Rows, split: int, form: RowForm | None, plain: bo
     for label in rows.labels:
         named = Source(label, label, lambda: iter(()), lambda: "")
         ledger.sources.append(Opened(named, Reader("", (), lambda where, row: row), split))
-    if form is None:
+    if form is None or form.text:
         given, answer = token_hashes(rows, 0), token_hashes(rows, 1)
     else:  # the whole text is the prompt; what is predicted is not a token
         given, answer = token_hashes(rows, None), form.answers(rows)
-    trained = trained_counts(rows, first=1 if form is None else 0)
-    numbers = {"source": base + rows.source, "number": rows.origin, "length": rows.length, "digest": rows.digest}
+    trained = trained_counts(rows, first=1 if form is None or form.text else 0)
+    numbers = {"source": base + rows.source, "number": rows.origin, "length": rows.longest, "digest": rows.digest}
     texts = {"prompt": 0 * given if plain else given, "answer": answer}
     ledger.add(len(rows), numbers | texts | {"trained": trained, "fitted": trained})
 

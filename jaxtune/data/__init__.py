@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.data.batches import Batches, EvalBatches, Prefetch, side_by_side, with_beside, with_features
+from jaxtune.data.batches import (
+    Batches,
+    EvalBatches,
+    Prefetch,
+    side_by_side,
+    with_beside,
+    with_features,
+    with_reference,
+)
 from jaxtune.data.chat import DEFAULT_TEMPLATE
 from jaxtune.data.formats import check_columns, make_reader
 from jaxtune.data.labels import LabelForm
@@ -53,6 +61,7 @@ __all__ = [
     "source_names",
     "with_beside",
     "with_features",
+    "with_reference",
 ]
 
 
@@ -96,6 +105,7 @@ def prepare(
         raise UserError("give either data.eval or data.eval_fraction, not both.")
     if not 0 <= eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
+    labels = None if labels is None else labels.on(tokenizer)
     settings = reader_settings(tokenizer, **reading) if labels is None else labels.settings
     common = [
         FORMAT_VERSION,
@@ -123,7 +133,8 @@ def prepare(
 
     def load_fitted(name: str) -> tuple[Rows, SourceReport]:
         whole, report, encoder = load(name)
-        rows = fit(whole, max_length, overlength, report, encoder.FIRST)
+        lengths = None if labels is None else labels.lengths(whole)
+        rows = fit(whole, max_length, overlength, report, encoder.FIRST, lengths)
         if labels is not None:
             rows = encoder.closed(rows, max_length, whole)
         if not len(rows):
@@ -229,15 +240,18 @@ def _hold_out(train: list[Rows], fraction: float) -> tuple[list[Rows], Rows]:
 
 
 def _nothing_left(report: SourceReport) -> UserError:
-    if report.too_long == report.rows and report.overlength == "drop":
+    whole = report.format in ("preference", "kto")  # an answer is judged whole, and is not split
+    if report.equal == report.rows:
+        why = "the two answers of every pair are equal: see that data.columns names two columns"
+    elif report.too_long == report.rows and report.overlength == "drop":
         why = (
             f"every row is over data.max_length={report.max_length} tokens (the longest has {report.longest}): "
-            "raise it, or set data.overlength to truncate or split"
+            f"raise it, or set data.overlength to truncate{'' if whole else ' or split'}"
         )
     elif report.too_long and report.overlength != "split":
         why = (
             f"{report.too_long:,} of them are over data.max_length={report.max_length}, and within it no trained token "
-            "is left: raise it, or set data.overlength=split"
+            f"is left: raise it{'' if whole else ', or set data.overlength=split'}"
         )
     elif report.format in ("chat", "sharegpt"):
         why = "no conversation has an assistant's turn"

@@ -160,9 +160,12 @@ class Assembler:
         batch["row"] = np.arange(n, dtype=np.int32)
         if self.features is not None:
             del batch["tokens"]
-            batch["features"] = self.features.lay(plan, n, t)
+            batch["features"] = self._features(plan, n, t)
         batch |= {name: kept.lay(plan, n, t) for name, kept in self.beside.items()}
         return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
+
+    def _features(self, plan: Plan, n: int, t: int) -> np.ndarray:
+        return self.features.lay(plan, n, t)
 
     def places(self, plan: Plan) -> list[str]:
         return [self.rows[self.source[m]].where(self.index[m]) for members in plan for m in members]
@@ -181,6 +184,14 @@ def with_beside(batches: Any, kept: Features, name: str) -> Any:
     new = copy.copy(batches)
     new._assembler = copy.copy(batches._assembler)
     new._assembler.beside = {**new._assembler.beside, name: kept}
+    return new
+
+
+def with_reference(batches: Any, reference: np.ndarray) -> Any:
+    """Return the same `Batches` or `EvalBatches` with numbers of their rows under a reference, f32[texts, R]."""
+    new = copy.copy(batches)
+    new._assembler = copy.copy(batches._assembler)
+    new._assembler.reference = reference
     return new
 
 
@@ -394,7 +405,7 @@ class EvalBatches:
             raise UserError("no evaluation rows.")
         self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing, grain)
         if packing:
-            self._plan = [np.asarray(b) for b in pack(rows.length, max_length, max_segments)]
+            self._plan = [np.asarray(b) for b in pack(self._assembler.length, max_length, max_segments)]
         else:
             self._plan = list(np.arange(len(rows))[:, None])
 

@@ -12,7 +12,7 @@ A file with other columns is mapped by `columns` (jaxtune's name -> the file's) 
 import hashlib
 import json
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -180,7 +180,7 @@ def make_reader(
                     f"data.columns: {where} has no column {columns[ours]!r} for {ours!r}, nor has any of the first "
                     f"{SEEN:,} rows.{nearest(columns[ours], found)} Columns found: {', '.join(found)}."
                 )
-        reader = _Columns(
+        reader = Columns(
             format=format,
             columns=columns,
             ignore=tuple(ignore),
@@ -282,6 +282,8 @@ def _refuse_judged(where: str, found: Sequence[str]) -> None:
 
 
 def _no_columns(where: str, problem: str, found: list[str], columns: Mapping[str, str]) -> UserError:
+    if {"chosen", "rejected"} <= set(found):
+        return _pairs(where, found)
     lower = {c.lower(): c for c in found}
     asked, answered = (next((lower[name] for name in names if name in lower), None) for names in (ASKED, ANSWERED))
     system = next((f",system={lower[name]}" for name, ours in MEANT.items() if ours == "system" != name in lower), "")
@@ -325,7 +327,7 @@ def _text_value(where: str, row: dict, column: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """A reader for one of FORMATS; the fields are the arguments of `make_reader`."""
 
     format: str
@@ -495,18 +497,21 @@ def _folded(where: str, messages: list[dict]) -> list[dict]:
 def _refuse_other_objectives(where: str, row: dict, used: set[str], answered: bool) -> None:
     """Raise UserError for rows of preferences, unless the columns that make them so are `used` or ignored."""
     found = f"Columns found: {', '.join(row)}."
-    instead = 'To tune on the good answers alone, write them as {"messages": [...]} rows to a file of their own.'
     if {"chosen", "rejected"} <= set(row) and not {"chosen", "rejected"} & used:
-        raise UserError(
-            f"{where}: preference pairs (chosen, rejected). Preference tuning (DPO) is not there yet, and plain "
-            f"tuning on both would teach the rejected answers. {instead} {found}"
-        )
+        raise _pairs(where, row)
     if answered and "label" in row and "label" not in used and _is_verdict(row["label"]):
         raise UserError(
-            f"{where}: answers judged good or bad (KTO: 'label' is true or false). Preference tuning is not there yet, "
-            f"and plain tuning on all rows would teach the bad answers. {instead} If the label says something else, "
-            f"leave it out with data.ignore=label. {found}"
+            f"{where}: answers judged good or bad ('label' is true or false): set objective.name=kto, for plain tuning "
+            "on all rows would teach the bad answers. If the label says something else, leave it out with "
+            f"data.ignore=label. {found}"
         )
+
+
+def _pairs(where: str, columns: Iterable[str]) -> UserError:
+    return UserError(
+        f"{where}: preference pairs (chosen, rejected): set objective.name=preference. To tune on the good answers "
+        "alone, map one side: data.columns=prompt=prompt,completion=chosen. Columns found: " + ", ".join(columns) + "."
+    )
 
 
 def _is_verdict(label: object) -> bool:
@@ -616,3 +621,28 @@ class ColumnTypes:
                     "A column has one type: correct the rows."
                 )
             self._usual[column] = type(value)
+
+
+def text_sides(example: Example) -> tuple[str, str]:
+    """Return what is given and what is to be answered, as plain text; of a conversation its last answer."""
+    if isinstance(example, Document):
+        given = answer = ""
+        for text, trained in example.pieces:
+            if trained:
+                answer += text
+            else:
+                given += text
+        return given, answer
+    return _turns(example)
+
+
+def _turns(conversation: Conversation) -> tuple[str, str]:
+    messages = conversation.messages
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+    asked = "\n".join(_spoken(m) for m in messages[:last] if m["role"] != "system")
+    return asked, _spoken(messages[last]) if last < len(messages) else ""
+
+
+def _spoken(message: dict) -> str:
+    calls = [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls]) if calls else message["content"]

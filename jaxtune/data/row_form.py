@@ -18,11 +18,19 @@ class RowForm:
         notes: sentences for the user on how the rows were read.
         per_token: marks name a label for each word.
         several: a row may have several classes, or none.
+        text: the marks are those of text: 1 at a token that is trained (`jaxtune.data.tokenize.Encoder`).
+        pairs: a row is two texts, of which the first is better.
     """
 
     notes: Sequence[str] = ()
     per_token: bool = False
     several: bool = False
+    text: bool = False
+    pairs: bool = False
+
+    def on(self, tokenizer: Any) -> "RowForm":
+        """Return the form for rows that this tokenizer will read."""
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -44,6 +52,14 @@ class RowForm:
         the first token of a row that can be trained.
         """
         raise NotImplementedError
+
+    def lengths(self, rows: Rows) -> np.ndarray:
+        """Return how many tokens each row takes of data.max_length, i[R]."""
+        return rows.longest
+
+    def said(self, rows: Sequence[Rows]) -> list[str]:
+        """Return what is to be said of the training rows of all sources, in sentences."""
+        return []
 
     def sides(self, example: Any) -> tuple[str, str]:
         """Return (prompt, answer) of an example, as text."""

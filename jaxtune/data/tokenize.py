@@ -44,7 +44,8 @@ class Rows:
     tokens i32[N] and mask u8[N] (1: this token is to be predicted) are flat; per row: start i64[R], length i32[R],
     origin i64[R] (its line, or its row counted from 1, in the source), source i32[R] (an index into `labels`) and
     digest u64[R] (of its content); of labelled rows also target f32[R, n], and their mask holds `data.labels`' marks.
-    `labels[s].replace("{}", str(origin))` is the row's place in words.
+    `labels[s].replace("{}", str(origin))` is the row's place in words. `other` holds a second text of each row, in the
+    same order: of a pair the rejected answer after its prompt, where the rows themselves are the chosen ones.
     """
 
     tokens: np.ndarray
@@ -57,6 +58,7 @@ class Rows:
     labels: tuple[str, ...]
     target: np.ndarray | None = None
     lost: int = 0  # labelled words of the source that gave no token
+    other: "Rows | None" = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -70,7 +72,18 @@ class Rows:
         """Return the rows of an index or boolean array, over the same flat arrays."""
         pick = {name: getattr(self, name)[index] for name in ("start", "length", "origin", "source", "digest")}
         target = None if self.target is None else self.target[index]
-        return Rows(self.tokens, self.mask, labels=self.labels, target=target, **pick)
+        other = None if self.other is None else self.other.select(index)
+        return Rows(self.tokens, self.mask, labels=self.labels, target=target, other=other, **pick)
+
+    @property
+    def sides(self) -> tuple["Rows", ...]:
+        """The rows, and behind them the second text of each where there is one."""
+        return (self,) if self.other is None else (self, self.other)
+
+    @property
+    def longest(self) -> np.ndarray:
+        """Tokens of each row's longest text, i32[R]."""
+        return np.max([side.length for side in self.sides], axis=0)
 
     def prefixed(self, ids: Sequence[int]) -> "Rows":
         """Return the rows with `ids` before each, which are not to be predicted; the rows are copied."""
@@ -84,6 +97,7 @@ class Rows:
             mask=np.concatenate([part for _, mask in rows for part in (np.zeros(len(ids), np.uint8), mask)]),
             start=np.concatenate([[0], np.cumsum(length[:-1], dtype=np.int64)]).astype(np.int64),
             length=length,
+            other=None if self.other is None else self.other.prefixed(ids),
         )
 
     def where(self, i: int) -> str:
@@ -109,6 +123,7 @@ class Rows:
             source=np.concatenate(sources).astype(np.int32),
             labels=tuple(labels),
             target=None if parts[0].target is None else np.concatenate([p.target for p in parts]),
+            other=None if parts[0].other is None else Rows.concatenate([p.other for p in parts]),
             **join,
         )
 
@@ -123,6 +138,7 @@ class SourceReport:
     kept: int = 0  # after `fit`; pieces, where rows were split
     too_long: int = 0
     untrained: int = 0
+    equal: int = 0  # pairs whose two answers are the same tokens
     max_length: int = 0
     overlength: str = "drop"
     longest: int = 0  # tokens in the longest row, before `fit`
@@ -144,6 +160,7 @@ class SourceReport:
             f"{self.too_long:,} over {self.max_length:,} tokens {done}, "
             f"{self.untrained:,} without a trained token dropped; "
             f"{self.tokens:,} tokens, {self.trained:,}{share} trained"
+            + (f"; {self.equal:,} pairs of two equal answers, which teach nothing, dropped" if self.equal else "")
             + (f"; {self.lost:,} labelled words give no token and are not trained" if self.lost else "")
         )
 
@@ -490,15 +507,21 @@ def _report(source: Source, reader: Reader, stored: dict[str, Any], cached: bool
 
 
 def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> Rows:
-    return Rows(
+    names = rows.dtype.names
+    found = Rows(
         tokens=tokens,
         mask=mask,
         source=np.zeros(len(rows), np.int32),
         labels=(source.label,),
-        target=rows["label"] if "label" in rows.dtype.names else None,
-        lost=int(rows["lost"].sum()) if "lost" in rows.dtype.names else 0,
+        target=rows["label"] if "label" in names else None,
+        lost=int(rows["lost"].sum()) if "lost" in names else 0,
         **{name: np.ascontiguousarray(rows[name]) for name in ("start", "length", "origin", "digest")},
     )
+    if "first" not in names:
+        return found
+    first = np.ascontiguousarray(rows["first"])  # tokens of the first of two texts, which lie one behind the other
+    other = replace(found, start=found.start + first, length=found.length - first, target=None)
+    return replace(found, length=first, other=other)
 
 
 def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_file) -> np.ndarray:
@@ -519,34 +542,57 @@ def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_f
     return np.array(table, encoder.ROW)
 
 
-def fit(rows: Rows, max_length: int, overlength: str, report: SourceReport, first: int = 1) -> Rows:
+def fit(
+    rows: Rows,
+    max_length: int,
+    overlength: str,
+    report: SourceReport,
+    first: int = 1,
+    lengths: np.ndarray | None = None,
+) -> Rows:
     """Bring rows to at most `max_length` tokens and drop those without a token to predict; count both in `report`.
 
     `overlength`: "drop" the row; "truncate" to its first tokens; "split" into pieces that share one token, so that
     every token of the row but the first is still predicted. `first`: the first token of a row that can be trained.
+    `lengths`: what each row takes of max_length; default: the tokens of its longest text.
     """
     if overlength not in ("drop", "truncate", "split"):
         raise UserError(f"data.overlength: unknown {overlength!r}. Known: drop, truncate, split.")
     if max_length < 2:
         raise UserError(f"data.max_length: {max_length} leaves no token to predict; at least 2.")
-    long = rows.length > max_length
+    lengths = rows.longest if lengths is None else lengths
+    long = lengths > max_length
     report.rows += len(rows)
     report.too_long += int(long.sum())
     report.max_length, report.overlength = max_length, overlength
-    report.longest = max(report.longest, int(rows.length.max(initial=0)))
+    report.longest = max(report.longest, int(lengths.max(initial=0)))
     if overlength == "drop":
         rows = rows.select(~long)
     elif overlength == "truncate":
-        rows = replace(rows, length=np.minimum(rows.length, max_length))
+        cut = [replace(side, length=np.minimum(side.length, max_length)) for side in rows.sides]
+        rows = replace(cut[0], other=cut[1] if cut[1:] else None)
     elif long.any():
         rows = _split(rows, max_length)
-    trained = trained_counts(rows, first)
-    kept = rows.select(trained > 0)
-    report.untrained += len(rows) - len(kept)
+    trained = [trained_counts(side, first) for side in rows.sides]
+    there = np.all([counts > 0 for counts in trained], axis=0)
+    report.untrained += int((~there).sum())
+    same = there & equal_sides(rows)
+    report.equal += int(same.sum())
+    there &= ~same
+    kept = rows.select(there)
     report.kept += len(kept)
-    report.tokens += int(kept.length.sum())
-    report.trained += int(trained.sum())
+    report.tokens += sum(int(side.length.sum()) for side in kept.sides)
+    report.trained += sum(int(counts[there].sum()) for counts in trained)
     return kept
+
+
+def equal_sides(rows: Rows) -> np.ndarray:
+    """Which rows have a second text of the same tokens, bool[R]: nothing tells the one from the other."""
+    found = np.zeros(len(rows), bool)
+    if rows.other is not None:
+        for i in np.flatnonzero(rows.length == rows.other.length):
+            found[i] = np.array_equal(rows[i][0], rows.other[i][0])
+    return found
 
 
 def _split(rows: Rows, max_length: int) -> Rows:

@@ -9,6 +9,12 @@ KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it
     "entity_f1": ("entity F1", 1, True),
     "entity_precision": ("entity precision", 1, True),
     "entity_recall": ("entity recall", 1, True),
+    "margins": ("margin of the rewards", 1, False),
+    "rewards/chosen": ("reward of chosen answers", 0, False),
+    "rewards/rejected": ("reward of rejected answers", 0, False),
+    "logps/chosen": ("log-probability of chosen answers", 0, False),
+    "logps/rejected": ("log-probability of rejected answers", 0, False),
+    "kl": ("KL to the reference", 0, False),
     "json_valid": ("valid JSON", 1, True),
     "json_exact": ("every field right", 1, True),
 }

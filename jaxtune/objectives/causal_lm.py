@@ -65,14 +65,24 @@ def open_task(
     Raises:
         UserError: the model does not continue text.
     """
+    module = open_decoder("causal_lm", config, fields)
+    return module, causal_lm_task(module, packed=data["packing"], z_loss=objective["z_loss"])
+
+
+def open_decoder(task: str, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    """Return the module of a config.json for a task that continues text.
+
+    Raises:
+        UserError: the model does not continue text.
+    """
     module = models.build(dict(config), **fields)
     if not module.continues:
         what = "has a label head" if read_labels(config) else f"(model_type={config['model_type']!r}) is an encoder"
         raise UserError(
-            f"objective.name=causal_lm needs a model that continues text, and the one in model.path {what}: set "
+            f"objective.name={task} needs a model that continues text, and the one in model.path {what}: set "
             "objective.name to sequence_classification or token_classification."
         )
-    return module, causal_lm_task(module, packed=data["packing"], z_loss=objective["z_loss"])
+    return module
 
 
 def causal_lm_task(module: Any, *, packed: bool = False, z_loss: float = 0.0) -> Task:

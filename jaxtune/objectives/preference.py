@@ -1,20 +1,30 @@
-"""Losses over pairs of answers: each a pure function of a few numbers a row, which come from `token_nats`.
+"""Losses over answers: each a pure function of a few numbers a row, all of them from `token_nats`. And their tasks.
 
     log p(y | x) = -sum of nats over the trained tokens of y       `answer_logprobs`
     a pair       = its chosen and its rejected answer, each under the policy and under the reference
 
 With r_c = log p(chosen) - log p_ref(chosen), r_r likewise, and the margin m = r_c - r_r, a loss is f32[R] of these. The
-losses of `FREE` need no reference.
+losses of `FREE` need no reference. What they are told (`Strength`) are arrays in the state, params["objective"], so
+that the members of a sweep have each its own.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune.weights.leaf import Array
+from jaxtune.data.preferences import JudgedAssembler, JudgedForm, PairAssembler, PairForm, SharedAssembler
+from jaxtune.errors import UserError
+from jaxtune.models.decoder import head_leaf, head_logits
+from jaxtune.objectives import OverBatch, inputs
+from jaxtune.objectives.answers import PAIR_LOSSES
+from jaxtune.objectives.causal_lm import open_decoder
+from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task
+from jaxtune.objectives.token_nats import chunk_size, token_nats
+from jaxtune.weights.leaf import Adapter, Array, map_weights, row_keys
 
 
 class Pairs(NamedTuple):
@@ -188,7 +198,7 @@ LOSSES: dict[str, Callable[[Pairs, Strength], Array]] = {
     "cpo": cpo,
     "orpo": orpo,
 }
-FREE = frozenset({"simpo", "cpo", "orpo"})  # need no reference
+FREE = frozenset(name for name, loss in PAIR_LOSSES.items() if not loss.reference)
 
 
 def kto(
@@ -217,3 +227,237 @@ def kto(
     z = jnp.maximum(jax.lax.stop_gradient(kl), 0.0)
     signed = jnp.where(desirable, 1.0, -1.0) * (logprobs - reference - z)
     return jnp.where(desirable, *weights) * jax.nn.sigmoid(-beta * signed)
+
+
+# --------------------------------------------------------------------------------------- from a batch to those numbers
+
+
+def answers(module: Any, params: Any, batch: Mapping[str, Array], key: Any, members: int = 1) -> tuple[Array, Array]:
+    """Sum log-probabilities over the answers of a batch.
+
+    Args:
+        module: a decoder.
+        params: its tree.
+        batch: tokens (or features), targets, positions i32[B, S, T], answer f32[B, S, T], row i32[B]: S texts a row.
+        key: of dropout; None: none.
+        members: as in `token_nats`.
+
+    Returns:
+        (sums of log-probabilities, numbers of tokens), f32[B, S] each; of packed pairs f32[B * P, 2].
+    """
+    if "owner" in batch:
+        return _packed(module, params, batch, key, members)
+    sides = batch["answer"].shape[:2]
+
+    def flat(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    rows = (sides[1] * batch["row"][:, None] + jnp.arange(sides[1])).reshape(-1)
+    keys = None if key is None else row_keys(key, rows)
+    where, targets = flat(batch["answer"]), flat(batch["targets"])
+    x = module.apply(
+        {"params": params}, flat(inputs(batch)), flat(batch["positions"]), None, keys=keys, method="hidden"
+    )
+    project = functools.partial(head_logits, spec=module.spec)
+    nats = token_nats(project, head_leaf(params), x, jnp.where(where > 0, targets, 0), where, members=members)
+    return tuple(found.reshape(sides) for found in answer_logprobs(nats, where))
+
+
+def _packed(module: Any, params: Any, batch: Mapping[str, Array], key: Any, members: int) -> tuple[Array, Array]:
+    """`answers` of rows that hold up to P pairs each."""
+    keys = None if key is None else row_keys(key, batch["row"])
+    where, targets, pairs = batch["answer"], batch["targets"], batch["weights"].shape[1]
+    x = module.apply(
+        {"params": params}, inputs(batch), batch["positions"], batch["segments"], keys=keys, method="hidden"
+    )
+    project = functools.partial(head_logits, spec=module.spec)
+    nats = token_nats(project, head_leaf(params), x, jnp.where(where > 0, targets, 0), where, members=members)
+    owner = batch["owner"] + 2 * pairs * jnp.arange(len(where))[:, None]
+    found = answer_logprobs(nats, where, owner, count=2 * pairs * len(where))
+    return tuple(array.reshape(-1, 2) for array in found)
+
+
+def base_of(params: Any) -> Any:
+    """The tree without its adapters: the base, where nothing else is trained."""
+    return map_weights(lambda w: w.w if isinstance(w, Adapter) else w, params)
+
+
+def _reference(
+    how: str | None, module: Any, params: Any, batch: Mapping[str, Array], members: int, like: Array
+) -> Array:
+    """The reference's sums of log-probabilities, of the shape of the policy's, `like`."""
+    if how is None:
+        return jnp.zeros_like(like)
+    if how == "live":
+        return jax.lax.stop_gradient(answers(module, base_of(params), batch, None, members)[0])
+    return batch["reference"].reshape(like.shape)
+
+
+def preference(
+    module: Any, losses: Mapping[str, float], *, sft: float = 0.0, reference: str | None = None, members: int = 1
+) -> Callable[..., Any]:
+    """Return `loss_fn(params, batch, key) -> ((sum, weight), aux)` over pairs, as `data.PairAssembler` lays them.
+
+    The sum is over pairs, the weight their number. params["objective"] holds the fields of `Strength`.
+
+    Args:
+        module: a decoder.
+        losses: names of `LOSSES`, with their weights (MPO: Wang et al. 2024, arXiv:2411.10442, eq. 1).
+        sft: weight of the mean nats a token of the chosen answer, which ORPO and CPO add (arXiv:2403.07691, eq. 6).
+        reference: "live": from the base under the adapters; "precomputed": the batch has it; None: there is none.
+        members: as in `token_nats`.
+    """
+    by_token = PAIR_LOSSES[next(iter(losses))].by_token
+
+    def loss_fn(params, batch, key):
+        told = Strength(**params[OBJECTIVE])
+        sums, tokens = answers(module, params, batch, key, members)
+        ref = _reference(reference, module, params, batch, members, sums)
+        pairs = Pairs(*sums.T, *ref.T, *tokens.T)
+        each = sum(weight * LOSSES[name](pairs, told) for name, weight in losses.items())
+        each += sft * -sums[:, 0] / jnp.maximum(tokens[:, 0], 1)
+        weights = batch["weights"].reshape(-1)
+        rewards = told.beta * (sums - ref) / (jnp.maximum(tokens, 1) if by_token else 1)
+        margins = rewards[:, 0] - rewards[:, 1]
+        means = {
+            "accuracy": 0.5 * (jnp.sign(margins) + 1),  # a half where the model is still its reference
+            "margins": margins,
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "logps/chosen": sums[:, 0],
+            "logps/rejected": sums[:, 1],
+        }
+        total = weights.sum()
+        means = {name: ((weights * value).sum(), total) for name, value in means.items()}
+        return ((weights * each).sum(), total), {"means": jax.lax.stop_gradient(means)}
+
+    return loss_fn
+
+
+def judged(module: Any, *, reference: str = "precomputed", members: int = 1) -> OverBatch:
+    """Return KTO's loss over judged answers, as `data.JudgedAssembler` lays them; see `kto`.
+
+    Its KL is the mean over all rows of the batch, whatever the micro-batches and devices they lie on.
+    params["objective"] holds beta, desirable_weight and undesirable_weight.
+    """
+
+    def one(batch, side):
+        return {k: v[:, side : side + 1] if v.ndim > 1 else v for k, v in batch.items()}
+
+    def log_ratios(params, batch, key, side):
+        batch = one(batch, side)
+        sums, _ = answers(module, params, batch, key, members)
+        return sums[:, 0], _reference(reference, module, params, batch, members, sums)[:, 0]
+
+    def sums(params, batch, key):
+        policy, ref = log_ratios(params, batch, None, 1)
+        return (batch["weights"] * (policy - ref)).sum(), batch["weights"].sum()
+
+    def loss(params, batch, key, found):
+        told, weights, good = params[OBJECTIVE], batch["weights"], batch["good"] > 0
+        policy, ref = log_ratios(params, batch, key, 0)
+        kl = found[0] / jnp.maximum(found[1], 1)
+        sides = told["desirable_weight"], told["undesirable_weight"]
+        each = kto(policy, ref, good, kl, told["beta"], sides)
+        rewards, yes, no = told["beta"] * (policy - ref), weights * good, weights * ~good
+        z = jnp.maximum(kl, 0.0)
+        signed = jnp.where(good, 1.0, -1.0) * (policy - ref - z)
+        means = {
+            "accuracy": ((weights * 0.5 * (jnp.sign(signed) + 1)).sum(), weights.sum()),
+            "rewards/chosen": ((yes * rewards).sum(), yes.sum()),
+            "rewards/rejected": ((no * rewards).sum(), no.sum()),
+            "logps/chosen": ((yes * policy).sum(), yes.sum()),
+            "logps/rejected": ((no * policy).sum(), no.sum()),
+            "kl": (weights.sum() * z, weights.sum()),
+        }
+        return ((weights * each).sum(), weights.sum()), {"means": jax.lax.stop_gradient(means)}
+
+    return OverBatch(sums, loss)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tasks
+
+
+def open_preference(
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+) -> tuple[Any, Task]:
+    """Open the task of pairs on the model of a config.json; see `jaxtune.objectives.task.register`."""
+    module = open_decoder("preference", config, fields)
+    packed, shared = data["packing"], objective["share_prompt"]
+    if shared and any(block.window is not None for segment in module.spec.segments for block in segment.pattern):
+        raise UserError(
+            "objective.share_prompt: the model has layers of sliding-window attention, which counts the tokens of one "
+            "answer between the prompt and the other; leave it off."
+        )
+    names = objective["loss"]
+    losses = dict(zip(names, objective["loss_weights"] or (1.0,) * len(names), strict=True))
+    compares = any(name not in FREE for name in names)
+    values = {name: objective[name] for name in ("beta", "gamma", "label_smoothing")}
+    reference = objective["reference"] if compares else None
+    task = _task(
+        module,
+        functools.partial(preference, losses=losses, sft=objective["sft_weight"], reference=reference),
+        values,
+        reference,
+        PairForm.of(data, packed=packed, shared=shared),
+        SharedAssembler if shared else PairAssembler,
+    )
+    return module, dataclasses.replace(task, features=not shared)
+
+
+def open_kto(
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+) -> tuple[Any, Task]:
+    """Open the task of judged answers on the model of a config.json; see `jaxtune.objectives.task.register`."""
+    module = open_decoder("kto", config, fields)
+    values = {name: objective[name] for name in ("beta", "desirable_weight", "undesirable_weight")}
+    reference = objective["reference"]
+    loss = functools.partial(judged, reference=reference)
+    return module, _task(module, loss, values, reference, JudgedForm.of(data), JudgedAssembler)
+
+
+def _task(
+    module: Any, loss: Any, values: Mapping[str, float], reference: str | None, form: Any, assembler: Any
+) -> Task:
+    vocab = module.spec.vocab
+    return Task(
+        loss=lambda module, members: loss(module, members=members),
+        batch_like=functools.partial(_batch_like, assembler.TARGET, reference == "precomputed"),
+        metrics=means,
+        assembler=assembler,
+        form=form,
+        chunk=lambda tokens, members, backend: min(tokens, chunk_size(tokens, vocab, members, backend)),
+        continues=True,
+        values=values,
+        reference=reference,
+    )
+
+
+PACKED_PAIRS = 8  # of a packed row whose pairs are not known yet
+
+
+def _batch_like(target: str, reference: bool, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = (shape.micros, shape.rows)
+    laid, per = ((*rows, shape.length), (*rows, PACKED_PAIRS)) if shape.packed else ((*rows, 2, shape.length), rows)
+    tokens, number = jax.ShapeDtypeStruct(laid, jnp.int32), jax.ShapeDtypeStruct(per, jnp.float32)
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
+    batch |= {"owner": tokens} if shape.packed else {}
+    batch |= {"answer": jax.ShapeDtypeStruct(laid, jnp.float32), "weights": number, target: number}
+    batch |= {"reference": jax.ShapeDtypeStruct((*per, 2), jnp.float32)} if reference else {}
+    return batch | {"row": jax.ShapeDtypeStruct(rows, jnp.int32)}
+
+
+def means(loss: float, weight: float, aux: Any) -> dict[str, float]:
+    """What an evaluation logs: the means that the loss counts, and over how many rows."""
+    found = {f"eval/{name}": float(total / count) for name, (total, count) in aux["means"].items() if count}
+    return found | {"eval/rows": int(weight)}

@@ -11,7 +11,7 @@ Nothing here imports jax before a task is opened.
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 Opener = Callable[..., tuple[Any, "Task"]]
@@ -43,6 +43,11 @@ class Task:
         companion: another model that the loss reads: it is then given `tree.Beside(params, companion's)`; None: none.
         once: (the base's parameters, store, mesh) -> what is computed of each row once, before the first step, and lies
             in batches beside its tokens; None: nothing is.
+        values: what the loss is told, by name: an array each in the state, params["objective"], so that a sweep of it
+            is one compiled step.
+        reference: the loss compares with the model as the run begins: "precomputed": batches hold the log-probabilities
+            of their texts under it (`jaxtune.train.reference`); "live": the loss computes them from the base under the
+            adapters; None: it does not.
     """
 
     loss: Callable[[Any, int], Callable[..., Any]]
@@ -55,6 +60,8 @@ class Task:
     features: bool = True
     companion: "Companion | None" = None
     once: Callable[[Any, Any, Any], Any] | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    reference: str | None = None
 
 
 class Companion(Protocol):
@@ -73,19 +80,27 @@ class Entry(NamedTuple):
         settings: of the settings that only some tasks read, those that this one reads; the others are refused.
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows, "module:name" (`jaxtune.evaluate.evaluation.Evaluator`).
+        in_step: those of its settings that are `Task.values`, which members of one compiled step may differ in.
     """
 
     opener: Opener | str
     settings: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"
     evaluator: str = "jaxtune.evaluate.own_loss:OwnLoss"
+    in_step: tuple[str, ...] = ()
 
 
-_TEXT = (
-    *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.ignore", "data.packing"),
-    *("data.max_segments",),
-    *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "model.chat_template", "evaluate"),
+_TURNS = (
+    *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "data.ignore", "model.chat_template"),
+    "evaluate",
 )
+_TEXT = (
+    *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.packing"),
+    "data.max_segments",
+    *_TURNS,
+)
+_PAIR_VALUES = ("objective.beta", "objective.gamma", "objective.label_smoothing")
+_KTO_VALUES = ("objective.beta", "objective.desirable_weight", "objective.undesirable_weight")
 _LABELS = ("objective.labels", "objective.first_label", "objective.class_weights")
 
 TASKS: dict[str, Entry] = {
@@ -114,7 +129,24 @@ TASKS: dict[str, Entry] = {
         "AutoModelForTokenClassification",
         "jaxtune.evaluate.classifiers:Classes",
     ),
+    "preference": Entry(
+        "jaxtune.objectives.preference:open_preference",
+        (
+            *("objective.loss", "objective.loss_weights", "objective.sft_weight", "objective.reference"),
+            *("objective.share_prompt", "data.packing"),
+            *(*_PAIR_VALUES, *_TURNS),
+        ),
+        evaluator="jaxtune.evaluate.preferences:Preferences",
+        in_step=_PAIR_VALUES,
+    ),
+    "kto": Entry(
+        "jaxtune.objectives.preference:open_kto",
+        ("objective.reference", *_KTO_VALUES, *_TURNS),
+        evaluator="jaxtune.evaluate.preferences:Preferences",
+        in_step=_KTO_VALUES,
+    ),
 }
+OBJECTIVE = "objective"  # where `Task.values` stand in the tree of parameters
 
 
 def register(
@@ -123,6 +155,7 @@ def register(
     settings: Sequence[str] = (),
     auto_class: str = "AutoModelForCausalLM",
     evaluator: str = Entry._field_defaults["evaluator"],
+    in_step: Sequence[str] = (),
 ) -> None:
     """Add a task to those that `objective.name` chooses from.
 
@@ -134,13 +167,14 @@ def register(
         settings: of the settings that only some tasks read, those that this one reads.
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows; default: the task's own loss and metrics, row by row.
+        in_step: those of its settings that its `Task.values` hold.
 
     Raises:
         ValueError: there is a task of this name.
     """
     if name in TASKS:
         raise ValueError(f"there is a task called {name!r} already")
-    TASKS[name] = Entry(opener, tuple(settings), auto_class, evaluator)
+    TASKS[name] = Entry(opener, tuple(settings), auto_class, evaluator, tuple(in_step))
 
 
 def open_task(

@@ -21,7 +21,7 @@ from jaxtune.report.words import number, setting
 MOST_SAMPLES = 20
 HEADLINE = (
     *("loss", "json_exact", "numeric", "accuracy", "entity_f1"),
-    *("exact_match", "rouge_l", "json_valid", "perplexity"),
+    *("exact_match", "rouge_l", "json_valid", "margins", "perplexity"),
 )  # the headline of a page: the first two that were measured
 
 
@@ -80,11 +80,29 @@ def curves(run: RunRecord) -> list[Chart]:
     held_out = Series("held out", evals, 2, "dots", mark=best.step if best else None, note=note)
     charts = [
         chart("Loss", [*train_loss_series(loss), held_out], wide=True),
+        *_answers(run),
         chart("Learning rate", [Series("learning rate", run.series("train/lr"), 1)], zero=True),
         chart("Gradient norm", [Series("gradient norm", run.series("train/grad_norm"), 1)]),
         chart("Tokens a second", [Series("tokens a second", run.series("train/tokens_per_second"), 1)], zero=True),
     ]
     return [c for c in charts if c]
+
+
+def _answers(run: RunRecord) -> list[Chart | None]:
+    """What a run over better and worse answers has beside its loss."""
+
+    def both(name: str, label: str, colour: int) -> list[Series]:
+        return [
+            Series(label, run.series(f"train/{name}"), colour, "faint"),
+            Series(f"{label}, held out", run.series(f"eval/{name}"), colour, "dots"),
+        ]
+
+    return [
+        chart("Margin of the rewards", both("margins", "chosen - rejected", 1)),
+        chart("Rewards", [*both("rewards/chosen", "chosen", 1), *both("rewards/rejected", "rejected", 2)]),
+        chart("Accuracy", both("accuracy", "right way round", 1)),
+        chart("KL to the reference", both("kl", "nats an answer", 1), zero=True),
+    ]
 
 
 def train_loss_series(loss: Sequence[Any]) -> list[Series]:

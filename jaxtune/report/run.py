@@ -13,6 +13,7 @@ from jaxtune.config import BY_PATH, DERIVED, load_file
 from jaxtune.errors import UserError
 from jaxtune.reading import parse_json, read_text
 from jaxtune.report.evaluation import check_metrics, read_evaluation
+from jaxtune.train.best import sign
 from jaxtune.train.log import read_metrics
 
 
@@ -76,9 +77,17 @@ class RunRecord:
         return [Measured(step, values[step]) for step in sorted(values)]
 
     def best(self) -> Measured | None:
-        """The evaluation with the lowest loss, the first of equals, without that of the base at step 0."""
-        tuned = (point for point in self.series("eval/loss") if point.step > 0)
-        return min(tuned, key=lambda point: point.value, default=None)
+        """The loss of the best evaluation by train.best, the first of equals; that of the base, at step 0, is none."""
+        metric, losses = self.settings["train.best"], dict(self.series("eval/loss"))
+        tuned = (point for point in self.series(metric) if point.step > 0 and point.step in losses)
+        best = max(tuned, key=lambda point: sign(metric) * point.value, default=None)
+        return best and Measured(best.step, losses[best.step])
+
+    def cost_of_best(self) -> float:
+        """What the best evaluation has of train.best, negated where more is better; infinity where there is none."""
+        metric, best = self.settings["train.best"], self.best()
+        found = {point.step: -sign(metric) * point.value for point in self.series(metric)}
+        return found[best.step] if best else math.inf
 
     def last_step(self) -> int:
         return max((line["step"] for line in self.metrics), default=0)

@@ -52,6 +52,10 @@ class MemberRecord:
         best = self.run.best() if held_out else next(reversed(smooth(self.run.series("train/loss"))), None)
         return best.value if best else math.inf
 
+    def rank(self, held_out: bool) -> tuple[float, float]:
+        """What to sort by, the least first: train.best where there is held-out data, then the loss."""
+        return self.run.cost_of_best() if held_out and self.run else math.inf, self.loss(held_out)
+
 
 @dataclass(frozen=True)
 class SweepRecord:
@@ -139,7 +143,7 @@ def read_sweep(folder: str | os.PathLike) -> SweepRecord:
         raise UserError(f"{folder}: none of its {len(members)} runs has logged a step yet; there is nothing to report")
     swept = list(dict.fromkeys(path for point in points.values() for path in point))
     held_out = any(m.run and m.run.best() for m in members)
-    members.sort(key=lambda m: (m.status == "failed", m.loss(held_out)))
+    members.sort(key=lambda m: (m.status == "failed", *m.rank(held_out)))
     return SweepRecord(folder, members, swept)
 
 

@@ -66,6 +66,12 @@ def _best(sweep: SweepRecord) -> str:
     best = winner.run.best()
     at = f" at step {best.step:,}" if best else ""
     so_far = "" if sweep.over else " so far"
+    metric = winner.run.settings["train.best"]
+    if best and metric != "eval/loss":
+        value = dict(winner.run.series(metric))[best.step]
+        return (
+            f"{winner.name} is the best by {metric}{so_far}, {number(value)}{at} (held-out loss {number(best.value)})."
+        )
     text = f"{winner.name} has the lowest {kind} loss{so_far}, {number(sweep.loss(winner))}{at}."
     return text if sweep.held_out else f"{text} There is no held-out loss to judge by."
 

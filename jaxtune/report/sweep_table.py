@@ -17,25 +17,26 @@ from typing import Any
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.reading import read_json
+from jaxtune.train.best import sign
 from jaxtune.train.log import read_metrics
 
 FACTS = ("status", "eval_loss", "step", "train_loss", "run")
 
 
 def sweep_rows(outdir: Path) -> list[dict[str, Any]]:
-    """Return one row for each run: finished ones by evaluation loss, lowest first, then the others by swept settings.
+    """Return one row a run: the finished ones by train.best, the best first, then the others by what was swept.
 
-    A row has a column for each swept setting, named by its last part, and FACTS: eval_loss is the lowest evaluation
-    after a step, the one whose weights are the result, and step is where it was; train_loss is the last one logged.
-    Each is None if there is no finite value.
+    A row has a column for each swept setting, called by its last part, and FACTS: eval_loss is that of the best
+    evaluation after a step, whose weights are the result, and step is where it was; train_loss is the last one logged.
+    Each is None where there is none, or none that is finite.
 
     Raises:
         UserError: outdir holds no run of a sweep.
     """
-    rows = [_row(run, values) for run, values in _runs(outdir)]
-    finished = [row for row in rows if row["status"] == "finished"]
-    finished.sort(key=lambda row: math.inf if row["eval_loss"] is None else row["eval_loss"])
-    return finished + [row for row in rows if row["status"] != "finished"]
+    found = [_row(run, values) for run, values in _runs(outdir)]
+    finished = [pair for pair in found if pair[0]["status"] == "finished"]
+    finished.sort(key=lambda pair: pair[1])
+    return [row for row, _ in finished] + [row for row, _ in found if row["status"] != "finished"]
 
 
 def _runs(outdir: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -150,12 +151,14 @@ def _swept(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row if column not in FACTS))
 
 
-def _row(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+def _row(run: Path, values: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The row of a run, and what to sort it by: less is better."""
     metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     evaluations = [m for m in metrics if m["step"] and math.isfinite(m.get("eval/loss", math.nan))]
-    best = min(evaluations, key=lambda m: m["eval/loss"], default={})
+    metric = _judged_by(run)
+    best = max((m for m in evaluations if metric in m), key=lambda m: sign(metric) * m[metric], default={})
     losses = [m["train/loss"] for m in metrics if math.isfinite(m.get("train/loss", math.nan))]
-    return {
+    row = {
         **values,
         "status": status(run),
         "eval_loss": best.get("eval/loss"),
@@ -163,6 +166,13 @@ def _row(run: Path, values: dict[str, Any]) -> dict[str, Any]:
         "train_loss": losses[-1] if losses else None,
         "run": str(run),
     }
+    return row, -sign(metric) * best[metric] if best else math.inf
+
+
+def _judged_by(run: Path) -> str:
+    """The metric of train.best."""
+    file = run / "config.json"
+    return (read_json(file, halves=True).get("train", {}) if file.is_file() else {}).get("best") or "eval/loss"
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

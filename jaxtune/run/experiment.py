@@ -168,6 +168,7 @@ def data_lines(experiment: Experiment, rows: Data) -> list[str]:
     if experiment.data.max_length is None:
         known = experiment.module.spec.positions
         lines.append(f"data.max_length is {rows.length} by default (the model knows {known}).")
+    lines += [] if rows.form is None else rows.form.said(rows.train)
     lines += added_line(rows.tokenizer, experiment.base.folder, rows.ends)
     lines += [
         f"{f.severity}: {f.message}: {f.fix}."

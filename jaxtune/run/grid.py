@@ -28,6 +28,7 @@ from jaxtune.run.experiment import Data, Experiment, data_lines, make_batches, o
 from jaxtune.run.training import Job, build
 from jaxtune.run.workdir import check_is_ours, check_room, check_workdir, dated
 from jaxtune.train import loop
+from jaxtune.train.best import sign
 from jaxtune.train.checkpoint import Damaged
 from jaxtune.train.cost import measure
 from jaxtune.train.recipe import compiled_bytes
@@ -252,8 +253,10 @@ class Sweep:
             raise RunFailed("No point has a result: no loss is finite. Lower optim.lr.")
 
     def _survivors(self, rung: dict[str, Any]) -> list[str]:
-        """The best of a rung by eval loss, in the order of the points."""
-        best = {n: e["best"]["loss"] for n, e in rung["ended"].items() if e["best"] and not _failed(e)}
+        """The best of a rung by the metric of train.best, in the order of the points."""
+        ended = {n: e["best"] for n, e in rung["ended"].items() if e["best"] and not _failed(e)}
+        metric = next(iter(self.points.values())).cfg.train.best
+        best = {name: -sign(metric) * found.get("value", found["loss"]) for name, found in ended.items()}
         left = sorted(best, key=best.get)[: max(2, len(rung["ended"]) // self.halving)]
         print(f"step {rung['until']}: {len(left)} of {len(rung['ended'])} are kept: {', '.join(left)}")
         return [name for name in self.points if name in left and not rung["ended"][name]["ended"]]

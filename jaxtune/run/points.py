@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.errors import UserError
+from jaxtune.objectives.task import TASKS
 from jaxtune.reading import parse_json
 from jaxtune.report import sweep_table
 from jaxtune.train.optimizers import OPTIMIZERS
@@ -25,7 +26,7 @@ IN_STEP = (
 # Settings that do not affect what is compared, or make evaluations incomparable.
 FIXED = (
     *("log", "evaluate", "data.cache", "data.eval", "data.eval_fraction"),
-    *("train.eval_every", "train.eval_batches", "train.save_every", "train.keep", "train.early_stop"),
+    *("train.eval_every", "train.eval_batches", "train.save_every", "train.keep", "train.early_stop", "train.best"),
     *("train.cache_features", "train.cache_gib"),
 )
 LIMIT = 64  # runs, without --yes
@@ -50,6 +51,11 @@ class Point:
         return [f"--config.{path}={text_of(value)}" for path, value in self.values.items()]
 
 
+def _in_step() -> list[str]:
+    """What differs between members of one step, of every task."""
+    return list(dict.fromkeys([*IN_STEP, *(path for entry in TASKS.values() for path in entry.in_step)]))
+
+
 def check_path(path: str, origin: str) -> config.Setting:
     """Return the setting that a sweep varies.
 
@@ -60,7 +66,7 @@ def check_path(path: str, origin: str) -> config.Setting:
     if any(path == fixed or path.startswith(f"{fixed}.") for fixed in FIXED):
         raise UserError(
             f"{origin}: {path} cannot be swept: it does not change what is learned, or makes evaluations incomparable. "
-            f"In one step: {', '.join(IN_STEP)}. Group after group: every other setting of model, tune, data, "
+            f"In one step: {', '.join(_in_step())}. Group after group: every other setting of model, tune, data, "
             "objective, optim and train."
         )
     return setting
@@ -188,7 +194,7 @@ def text_of(value: Any) -> str:
 def signature(cfg: Any) -> str:
     """The settings that members of one step must share, as text: points with equal signatures may share a step."""
     tree = json.loads(config.to_json(cfg))
-    apart = set(IN_STEP)
+    apart = {*IN_STEP, *TASKS[cfg.objective.name].in_step}
     if cfg.model.init == "random" or (cfg.data.packing and cfg.data.weights and not cfg.train.steps):
         apart.discard("train.seed")  # another base, or another number of steps
     if not OPTIMIZERS[cfg.optim.name].elementwise:

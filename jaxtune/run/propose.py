@@ -5,7 +5,7 @@
     propose       settings from the lengths of the rows and the size of the model
     write_config  the proposal as a Python file with a comment for each choice
 
-Data for an objective that is not supported is named and refused. Nothing here imports jax.
+Nothing here imports jax.
 """
 
 import json
@@ -26,6 +26,10 @@ from jaxtune import config
 from jaxtune.data.files import header_hint, looks_tagged
 from jaxtune.data.formats import ANSWERED, ASKED, FORMATS, MESSAGES, Reader, make_reader
 from jaxtune.data.labels import LABELS, PAIR_COLUMNS, PAIRS, TAGS, WORDS, LabelForm, count_ids, count_labels
+from jaxtune.data.preferences import LABELS as JUDGED
+from jaxtune.data.preferences import PROMPTS as PREFERENCE_PROMPTS
+from jaxtune.data.preferences import SIDES, JudgedForm, PairForm
+from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source, kind, read, splits
 from jaxtune.errors import UserError
 from jaxtune.reading import read_json
@@ -36,6 +40,8 @@ PROMPTS = (*(name for name in ASKED if name != "source"), *TEXTS, "source")  # w
 # Names of contexts of a question, and of system prompts.
 CONTEXTS = ("input", "context", "passage", "background", "paragraph", "story", "document", "article", "evidence")
 SYSTEMS = ("system", "system_prompt", "system_message")
+# What the better and the worse of two answers are called, the surest names first.
+BETTER_WORSE = (("chosen", "chosen_response", "preferred"), ("rejected", "rejected_response", "dispreferred"))
 MOST_LABELS = 1000  # more, or more than half as many as rows, and a column is an answer rather than a label
 COMPLETIONS = (*ANSWERED, "sql", *LABELS)
 # Text before the answer, where prompt and answer are one text. A space after it belongs to the answer.
@@ -59,6 +65,7 @@ FULL_LIMIT = 1e9  # parameters at most for full fine-tuning on plain text
 RANK = 16
 LR_WIDTH = 2048
 LR = {"lora": 2e-4, "full": 1e-5}  # for models at least LR_WIDTH wide
+JUDGED_SHARE = 0.1  # of that, for losses over answers
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Recognised:
     Attributes:
         format: one of FORMATS; of labelled rows, the name of the objective.
         labels: how labelled rows are read; None: text.
+        form: how pairs and judged answers are read; None: others.
         problem: of `objective.problem_type`; None: it follows from the model.
         own: the labels are the data's and differ from the model's.
         given: the user's settings for reading text, as `data.prepare` takes them.
@@ -78,6 +86,7 @@ class Recognised:
     completion_from: str | None = None
     prompt_from: str | None = None
     labels: LabelForm | None = None
+    form: RowForm | None = None
     notes: tuple[str, ...] = ()
     problem: str | None = None
     own: bool = False
@@ -86,8 +95,8 @@ class Recognised:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings, as `data.prepare` takes them."""
-        if self.labels is not None:
-            return {"labels": self.labels}
+        if (form := self.labels or self.form) is not None:
+            return {"labels": form}
         marks = {"completion_from": self.completion_from, "prompt_from": self.prompt_from}
         if self.format == "template":
             return dict(self.given)
@@ -95,6 +104,8 @@ class Recognised:
 
     def reader(self, source: Source) -> Reader:
         """The reader of a source. Raises UserError if its rows cannot be read in this way."""
+        if self.form is not None:
+            return self.form.reader(source)
         if self.labels is None:
             reader = make_reader(source, **self.settings)
             if mark := self.completion_from:
@@ -173,13 +184,14 @@ def recognise(
         given: other settings that the user has given, as `reading` returns them.
 
     Raises:
-        UserError: rows that no supported objective can use, prompts without answers, or columns of unknown names.
+        UserError: prompts without answers, or columns of unknown names.
     """
     given = dict(given or {})
     number, row = next(iter(source))
     where, row = source.where(number), {name: v for name, v in row.items() if name not in (given.get("ignore") or ())}
-    _refuse_other_objectives(where, row)
     chosen = given.get("template") or given.get("format")
+    if not chosen and (judged := _judged(source, row, columns or {}, given)) is not None:
+        return judged
     if not chosen and (labelled := _labelled(source, row, columns or {})) is not None:
         return labelled
     if chosen or columns:
@@ -206,19 +218,31 @@ def recognise(
     return Recognised(format, columns, marker, until, notes=tuple(notes), given=given)
 
 
-def _refuse_other_objectives(where: str, row: dict) -> None:
-    found = f"Columns found: {', '.join(row)}."
-    instead = 'To tune on the good answers alone, write them as {"messages": [...]} rows to a file of their own.'
-    if {"chosen", "rejected"} <= set(row):
-        raise UserError(
-            f"{where}: preference pairs (chosen, rejected). Preference tuning (DPO) is not there yet, and plain "
-            f"tuning on both would teach the rejected answers. {instead} {found}"
-        )
-    if isinstance(row.get("label"), bool) and {"messages", "conversations", "completion"} & set(row):
-        raise UserError(
-            f"{where}: answers judged good or bad (KTO: 'label' is true or false). Preference tuning is not there yet, "
-            f"and plain tuning on all rows would teach the bad answers. {instead} {found}"
-        )
+def _judged(source: Source, row: dict, columns: Mapping[str, str], given: Mapping[str, Any]) -> Recognised | None:
+    """How rows that judge answers are read: pairs, or good and bad ones; None for others."""
+    theirs, ours = {name.lower(): name for name in row}, dict(columns)
+    if "completion" in columns or "text" in columns:  # one side of a pair may be tuned on alone
+        return None
+    read_as = {name: given[name] for name in ("system", "system_as_user", "roles", "ignore") if given.get(name)}
+    for side, names in zip(SIDES, BETTER_WORSE):
+        if side not in ours and (found := next((theirs[n] for n in names if n in theirs), None)):
+            ours[side] = found
+    if set(SIDES) <= set(ours):
+        if not {"prompt", *PREFERENCE_PROMPTS} & {*columns, *theirs} and (asked := _first_text(row, theirs, PROMPTS)):
+            ours["prompt"] = asked
+        ours = {name: column for name, column in ours.items() if name != column}
+        form = PairForm(columns=ours, **read_as)
+        form.reader(source)
+        note = "pairs of answers, the better one first: tuned with DPO; objective.loss names other losses"
+        return Recognised("preference", ours, form=form, notes=(note,))
+    label = next((theirs[name] for name in JUDGED if name in theirs), None)
+    values = {json.dumps(r.get(label)) for _, r in islice(source, MOST_LABELS)} if label else set()
+    answered = {"messages", "conversations", "completion", "completions"} & set(theirs)
+    if not label or columns or not answered or not values <= {"true", "false"}:
+        return None
+    form = JudgedForm(**read_as)
+    form.reader(source)
+    return Recognised("kto", {}, form=form, notes=("answers judged good or bad: tuned with KTO",))
 
 
 def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognised | None:
@@ -559,9 +583,13 @@ def max_length(lengths: np.ndarray, positions: int) -> int:
     return min(-(-high // MULTIPLE) * MULTIPLE, positions)
 
 
-def learning_rate(method: str, width: int) -> float:
-    """Return the peak rate, to one digit: Adam's best rate goes with 1/width (Yang et al. 2022, arXiv:2203.03466)."""
-    return float(f"{LR[method] * max(1.0, LR_WIDTH / width):.1g}")
+def learning_rate(method: str, width: int, layout: Recognised | None = None) -> float:
+    """Return the peak rate, to one digit: Adam's best rate goes with 1/width (Yang et al. 2022, arXiv:2203.03466).
+
+    For losses over answers it is a tenth, as is usual: they reward every further step away from the base.
+    """
+    share = JUDGED_SHARE if layout and layout.form else 1.0
+    return float(f"{share * LR[method] * max(1.0, LR_WIDTH / width):.1g}")
 
 
 def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFacts) -> Proposal:
@@ -595,7 +623,7 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         *_method(method, corpus, model),
         Choice("data.train", _one_source(data)),
         *_evaluation(held),
-        *([] if labelled or layout.format == "template" else [Choice("data.format", layout.format)]),
+        *([] if labelled or layout.form or layout.format == "template" else [Choice("data.format", layout.format)]),
         *([Choice("data.columns", dict(layout.columns), "jaxtune's name: the file's")] if layout.columns else []),
         *(
             [Choice("data.completion_from", layout.completion_from, "the text after it is trained")]
@@ -606,7 +634,8 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         Choice("data.max_length", length, _length_reason(lengths, length, long, model.positions, layout)),
         *_corpus(corpus),
         *_labels(layout),
-        Choice("optim.lr", learning_rate(method, model.width), _lr_reason(method, model.width)),
+        *_objective(layout),
+        Choice("optim.lr", learning_rate(method, model.width, layout), _lr_reason(method, model.width, layout)),
         Choice("train.epochs", 3 if rows < 10_000 and not corpus else 1),
         Choice("train.batch_size", 8 if rows < 1000 else 16, "rows a step; train.grad_accum splits it to save memory"),
     ]
@@ -618,7 +647,7 @@ def _template_notes(layout: Recognised, model: ModelFacts) -> list[str]:
         if model.has_template:
             return ["rendered with the tokenizer's chat template; only the assistant's turns are trained"]
         return ["the tokenizer has no chat template: a plain one is used and exported with the model"]
-    if layout.format not in ("text", "template") and layout.labels is None and model.has_template:
+    if layout.format not in ("text", "template") and not (layout.labels or layout.form) and model.has_template:
         return ["a row becomes a user's and an assistant's turn of the tokenizer's chat template"]
     return []
 
@@ -675,6 +704,17 @@ def _labels(layout: Recognised) -> list[Choice]:
     ]
 
 
+def _objective(layout: Recognised) -> list[Choice]:
+    """The settings of pairs and judged answers, in the order of the schema."""
+    if layout.form is None:
+        return []
+    what = "pairs of answers: DPO" if layout.form.pairs else "answers judged good or bad"
+    return [Choice("objective.name", layout.format, what), Choice("objective.beta", 0.1, BETA)]
+
+
+BETA = "the higher, the closer to the base"
+
+
 def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, layout: Recognised) -> str:
     if layout.is_corpus:
         return f"tokens in a packed sequence; the model has {positions:,} positions"
@@ -684,8 +724,9 @@ def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, 
     return f"rows have {mean:,} tokens on average, at most {longest:,}; {dropped}"
 
 
-def _lr_reason(method: str, width: int) -> str:
-    return f"{LR[method]:g} from width {LR_WIDTH:,}, more for a narrower model (this: {width:,})"
+def _lr_reason(method: str, width: int, layout: Recognised) -> str:
+    share = JUDGED_SHARE if layout.form else 1.0
+    return f"{share * LR[method]:g} from width {LR_WIDTH:,}, more for a narrower model (this: {width:,})"
 
 
 # ------------------------------------------------------------------------------------------ the file

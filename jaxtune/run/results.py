@@ -17,7 +17,7 @@ from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve
 from jaxtune.report.card import carry_evaluation, run_facts
-from jaxtune.run.training import as_stored, over_features_found
+from jaxtune.run.training import as_it_ran, as_stored
 from jaxtune.train.cost import chunks, dot_flops
 from jaxtune.train.log import read_metrics
 from jaxtune.train.loop import EARLY
@@ -124,7 +124,7 @@ def _cost(job, steps: int) -> dict[str, Any]:
     }
     if not steps:
         return cost
-    job = over_features_found(job)
+    job = as_it_ran(job)
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         (job.state, job.frozen, job.put(job.batch_at(0), list(range(len(job.members))))),

@@ -14,7 +14,7 @@ from jaxtune.files import atomic_write_text
 from jaxtune.run import results, sampling
 from jaxtune.run.blame import cause_of
 from jaxtune.run.experiment import Experiment
-from jaxtune.run.training import Job, Member, with_kept
+from jaxtune.run.training import Job, Member, with_kept, with_reference
 from jaxtune.train import loop
 from jaxtune.train.checkpoint import Checkpoints, Damaged
 from jaxtune.train.log import Metrics, Progress, read_metrics
@@ -108,7 +108,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
             progress.say(f"Resuming after step {start} of {last}.")
         if start < last:
             with loop.stop_on_signal() as stopped:
-                job = with_kept(job, progress.say, stopped)
+                job = with_reference(with_kept(job, progress.say, stopped), progress.say, stopped)
         clock("features")
         runs, after = [], start if found or first else -1
         for index, (member, place, record) in enumerate(zip(job.members, places, records, strict=True)):
@@ -306,7 +306,7 @@ def _generate_before(job: Job, runs: list[loop.Run], scored: Sequence[Any]) -> N
 def _plan(job: Job, last: int) -> loop.Intervals:
     t = job.experiment.train
     eval_every = t.eval_every or max(1, round(job.members[0].batches.steps_per_epoch))
-    return loop.Intervals(last, job.experiment.log.every, eval_every, t.save_every, t.early_stop)
+    return loop.Intervals(last, job.experiment.log.every, eval_every, t.save_every, t.early_stop, t.best)
 
 
 def _evaluation(job: Job) -> Any:

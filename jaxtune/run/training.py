@@ -7,17 +7,21 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune import data, tree
 from jaxtune.data.batches import GRAIN
+from jaxtune.errors import UserError, nearest
 from jaxtune.models.attention import trial
-from jaxtune.run import caching
+from jaxtune.objectives.task import OBJECTIVE
+from jaxtune.run import caching, reference
 from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one_order
 from jaxtune.train.features import Extractor, Features, OncePerRow, above
 from jaxtune.train.parallel import check_rows, make_mesh, replicate, shard_batch
 from jaxtune.train.recipe import start_group
+from jaxtune.train.reference import Reference
 from jaxtune.train.stacked import shard_members, unstack
-from jaxtune.train.step import TrainState
+from jaxtune.train.step import TrainState, make_eval_step
 
 # On a CPU a member's results are the same bits in a group of any size if rows have 32 tokens, but not 24.
 STACKED_GRAIN = 32
@@ -51,6 +55,7 @@ class Job:
         features: computes the features below all trained layers once; None: they are computed in each step.
         once: computes what else is kept of each row; None: nothing is.
         note: lines on both for the user.
+        reference: computes the log-probabilities of answers as the run begins; None: none are needed.
     """
 
     experiment: Experiment
@@ -69,6 +74,7 @@ class Job:
     features: Extractor | None = None
     once: OncePerRow | None = None
     note: str | None = None
+    reference: Reference | None = None
 
     @property
     def module(self) -> Any:
@@ -79,8 +85,9 @@ class Job:
         return unstack(state, index, member.like) if self.stacked else state
 
     def params(self, state: TrainState) -> Any:
-        """The parameters of a single run."""
-        return tree.combine(state.trainable, state.member, tree.without_other(self.frozen))
+        """The parameters of a single run, without what only the loss reads."""
+        params = tree.combine(state.trainable, state.member, tree.without_other(self.frozen))
+        return {name: leaf for name, leaf in params.items() if name != OBJECTIVE}
 
 
 def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = False) -> Job:
@@ -92,6 +99,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         stacked: put the members into one state with a leading axis.
     """
     first, mesh = experiments[0], make_mesh()
+    reference.check(first)
     otherwise = trial(first.module)
     check_rows(first.recipe.batch.rows, mesh)
     grain = STACKED_GRAIN if stacked else GRAIN
@@ -110,10 +118,13 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         for e, start in zip(experiments, starts, strict=True)
     ]
     frozen = replicate(starts[0].frozen, mesh)
+    compared = reference.plan(first, base, starts[0], rows.sets, mesh)
     passes = caching.passes(first, rows, batches, held_out, steps)
     features, note = caching.plan(first, rows, members[0].mask, frozen, passes)
     once, told = caching.plan_once(first, rows, base, mesh)
     step_fn, eval_step = _programs(experiments, mesh, stacked)
+    if held_out is not None:
+        _check_best(first)
 
     def put(batch, members):
         if len(streams) == 1:
@@ -137,7 +148,26 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         features=features,
         once=once,
         note="\n".join(filter(None, (otherwise, note, told))) or None,
+        reference=compared,
     )
+
+
+def _check_best(experiment: Experiment) -> None:
+    """Raise UserError where train.best is no metric that evaluations log. Nothing is compiled."""
+    asked, recipe = experiment.train.best, experiment.recipe
+    if asked == "eval/loss":
+        return
+    start, evaluate = recipe.abstract, make_eval_step(recipe.loss(), jit=False)
+    batch = recipe.task.batch_like(recipe.batch)
+    state = start.state.trainable, start.state.member, start.frozen
+    _, _, aux = jax.eval_shape(evaluate, *state, batch)
+    found = recipe.task.metrics(1.0, 1.0, jax.tree.map(lambda x: np.ones(x.shape), aux))
+    names = ["eval/loss", *(name for name in found if name.rpartition("/")[2] not in ("rows", "tokens"))]
+    if asked not in names:
+        raise UserError(
+            f"train.best={asked}: evaluations of this run log no such metric.{nearest(asked, names, n=1)} "
+            f"They log {', '.join(names)}."
+        )
 
 
 def _programs(experiments: Sequence[Experiment], mesh: Any, stacked: bool, module: Any = None) -> tuple[Any, Any]:
@@ -200,8 +230,38 @@ def _laid(job: Job, found: Sequence[Features], lay: Callable[[Any, Features], An
     )
 
 
-def over_features_found(job: Job) -> Job:
-    """Return the job with what was computed of its rows, if it is cached: the job as it was trained."""
+def with_reference(job: Job, say: Callable[[str], None], stop: Callable[[], bool]) -> Job:
+    """Return the same job with the reference's log-probabilities in its batches, computed if they are not there.
+
+    Raises:
+        Interrupted: `stop` said so; what is done is kept.
+    """
+    if job.reference is None:
+        return job
+    began = time.monotonic()
+
+    def progress(done, total):
+        say(f"reference: {done:,} of {total:,} tokens, {done / (time.monotonic() - began):,.0f} tokens/s")
+
+    found = [job.reference.sums(rows, stop, progress, say) for rows in job.rows.sets]
+    say(
+        f"reference: log-probabilities of {sum(x.size for x in found):,} answers after {time.monotonic() - began:.1f} s"
+    )
+    return _compared(job, *found)
+
+
+def _compared(job: Job, train: Any, held_out: Any = None) -> Job:
+    """The job with these log-probabilities, f32[texts, R], of its rows."""
+    streams = {id(m.batches): data.with_reference(m.batches, train) for m in job.members}
+    members = [replace(m, batches=streams[id(m.batches)]) for m in job.members]
+    held_out = None if job.eval_batches is None else data.with_reference(job.eval_batches, held_out)
+    return replace(job, members=members, batch_at=batch_at([m.batches for m in members]), eval_batches=held_out)
+
+
+def as_it_ran(job: Job) -> Job:
+    """Return the job with batches of the shapes that it ran on; what the reference said of them is 0 here."""
+    if job.reference is not None:
+        job = _compared(job, *(np.zeros((2, sum(map(len, rows))), np.float32) for rows in job.rows.sets))
     job = _with_once(job, lambda line: None, lambda: False)
     if job.features is None:
         return job

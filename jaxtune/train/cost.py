@@ -24,6 +24,7 @@ from jaxtune import tree
 from jaxtune.models.attention import choose
 from jaxtune.objectives.task import Task
 from jaxtune.train.recipe import Recipe, Start
+from jaxtune.train.step import over_batch
 
 GIB = 2**30
 POLICIES = ("none", "dots", "attention", "full")  # from most memory to least
@@ -288,7 +289,9 @@ def _loss(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) ->
 
     def forward(trainable, member, frozen, micro, key):
         def loss(trainable):
-            (total, weight), _ = loss_fn(tree.combine(trainable, member, frozen), micro, key)
+            params = tree.combine(trainable, member, frozen)
+            known = over_batch(loss_fn, params, jax.tree.map(lambda x: x[None], micro))
+            (total, weight), _ = known(params, micro, key)
             return total, weight
 
         return jax.vjp(loss, trainable, has_aux=True)

@@ -479,6 +479,14 @@ def rows_digest(sources: Sequence[Rows]) -> str:
     return total.hexdigest()
 
 
+def both(sources: Sequence[Rows]) -> list[Rows]:
+    """The rows of all sources, and behind all of them the second texts of rows that have one."""
+    if sources[0].other is None:
+        return list(sources)
+    first = [replace(rows, target=None, other=None) for rows in sources]
+    return [*first, *(rows.other for rows in sources)]
+
+
 class OncePerRow:
     """Computes what is kept of each row of data sets, or finds it. A subclass says what, by `run` and `facts`.
 
@@ -511,7 +519,7 @@ class OncePerRow:
         raise NotImplementedError
 
     def layout(self, sources: Sequence[Rows]) -> FileLayout:
-        tokens = np.concatenate([rows.length for rows in sources])
+        tokens = np.concatenate([rows.length for rows in both(sources)])
         return FileLayout.of(tokens, self.width, self.dtype, self.per_token)
 
     @cached_property
@@ -521,7 +529,7 @@ class OncePerRow:
 
     def key(self, sources: Sequence[Rows]) -> str:
         """A hash, in hex, of everything that affects what is kept."""
-        return hashlib.sha256(json.dumps([*self._model_key, rows_digest(sources)]).encode()).hexdigest()[:40]
+        return hashlib.sha256(json.dumps([*self._model_key, rows_digest(both(sources))]).encode()).hexdigest()[:40]
 
     def sizes(self, sets: Sequence[Sequence[Rows]]) -> dict[str, int]:
         """Bytes of each set, by its key."""
@@ -546,7 +554,7 @@ class OncePerRow:
             UserError: there is no room for them.
             Interrupted: `stop` returned True; what is done is kept.
         """
-        rows, layout = Rows.concatenate(list(sources)), self.layout(sources)
+        rows, layout = Rows.concatenate(both(sources)), self.layout(sources)
 
         def fill(file, first, done):
             saved = time.monotonic()

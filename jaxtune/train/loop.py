@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.data import Prefetch
 from jaxtune.errors import Interrupted, RunFailed
+from jaxtune.train.best import is_better
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.log import Metrics, Progress
 from jaxtune.train.step import TrainState
@@ -28,6 +29,7 @@ class Intervals:
     eval_every: int = 0
     save_every: int = 0
     early_stop: int = 0  # evaluations without improvement
+    best: str = "eval/loss"  # the metric that decides which evaluation is the best
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """{"step", "loss"} of the best evaluation; None if there was none."""
+        """{"step", "loss", "value"} of the best evaluation, the value of `Intervals.best`; None: there was none."""
         return self.record["best"]
 
     @property
@@ -66,6 +68,7 @@ class Run:
 
 
 EARLY = "early"
+FIXED = ("loss", "weight", "grad_norm")  # of a step's metrics; the others are logged as they are
 
 
 def fresh_record() -> dict[str, Any]:
@@ -106,7 +109,7 @@ class Loop:
         batch_at: the host batch of a step, a pure function of it.
         runs: the run, or the runs that are stacked in the state, in order.
         put: (host batch, indices of the runs) -> device batch.
-        evaluate: state -> metrics of each run; the lowest "eval/loss" is the best.
+        evaluate: state -> metrics of each run; `plan.best` decides which is the best.
         sample: called with (step, state, its runs) after each evaluation.
         dropped: runs that were removed from the step, also before a resume.
         cause: step whose loss is not finite -> the cause, if it is not the learning rate.
@@ -246,11 +249,12 @@ class Loop:
             if run.ended:
                 continue
             self._log(run, number, values)
-            found[run.name], loss = values, values["eval/loss"]
+            found[run.name] = values
             if not number:
                 continue
-            if run.best is None or loss < run.best["loss"] or math.isnan(run.best["loss"]):
-                run.record["best"], run.record["waited"] = {"step": number, "loss": loss}, 0
+            loss, value = values["eval/loss"], values.get(self.plan.best, math.nan)
+            if run.best is None or is_better(self.plan.best, value, run.best.get("value", run.best["loss"])):
+                run.record["best"], run.record["waited"] = {"step": number, "loss": loss, "value": value}, 0
             else:
                 run.record["waited"] += 1
         self.progress.evaluated(number, found)
@@ -299,7 +303,7 @@ def _line(run: Run, number: int, values: dict[str, float], seconds: float) -> di
         "train/tokens": run.record["tokens"],
         "train/tokens_per_second": round(window["tokens"] / max(seconds, 1e-9), 1),
     }
-    return line | {f"train/{k}": float(f"{v:.4g}") for k, v in values.items() if "/" in k}
+    return line | {f"train/{k}": float(f"{v:.4g}") for k, v in values.items() if k not in FIXED}
 
 
 def _tokens(batch: dict[str, np.ndarray], members: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxtune import tree
-from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task
 from jaxtune.train import optim, stacked, watch
 from jaxtune.train.step import TrainState, init_state, make_eval_step, make_train_step
 from jaxtune.weights.leaf import Packed
@@ -55,6 +55,7 @@ class Recipe:
         seed: of the method's initial values and of dropout.
         steps: of the run.
         quantization: of the frozen weights, as model.quantization; "none": none.
+        goes_on: the method goes on with an adapter, so that the run does not begin as the base.
     """
 
     module: Any
@@ -66,6 +67,7 @@ class Recipe:
     seed: int = 0
     steps: int = 100
     quantization: str = "none"
+    goes_on: bool = False
 
     @cached_property
     def shape(self) -> Callable[[Any], Any]:
@@ -114,10 +116,14 @@ class Recipe:
     def start(self, base: tree.PyTree) -> Start:
         """Apply method and optimizer to the base's parameters, which are not copied."""
         params, mask = self.tuned(base)
-        part = tree.partition(params, mask)
+        part, counts = tree.partition(params, mask), tree.count(params, mask)
+        told = {name: jnp.float32(value) for name, value in self.task.values.items()}
+        if told:  # the loss's own numbers lie beside the parameters, and a sweep may vary them
+            roles = dict.fromkeys(told, tree.MEMBER)
+            part = tree.partition(params | {OBJECTIVE: told}, mask | {OBJECTIVE: roles})
         key = jax.random.fold_in(jax.random.key(self.seed), 2)
         state = init_state(part.trainable, part.member, self.tx, key, copy=False)
-        return Start(state, in_dtype(part.frozen, self.module.dtype), mask, tree.count(params, mask))
+        return Start(state, in_dtype(part.frozen, self.module.dtype), mask, counts)
 
     def loss(self, module: Any = None, members: int = 1) -> Callable[..., Any]:
         """The loss over the module, or over another form of it: above a cut, or with another remat policy."""

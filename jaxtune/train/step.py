@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxtune.objectives import OverBatch
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import Field, PyTree, combine, map_fields
 
-LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]]
+LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]] | OverBatch
 
 
 class TrainState(NamedTuple):
@@ -43,15 +44,23 @@ def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., A
     `batch` has leading axes [A, B]: A micro-batches one after another, B rows split over the mesh. Gradients are of
     the sum, in float32, and exist for `trainable` only. Nothing is divided here, so any split gives the same numbers.
     """
+    gradients = _gradients(loss_fn, mesh)
+    return lambda *args: gradients(*args)[:3]
+
+
+def _gradients(loss_fn: LossFn, mesh: Mesh | None) -> Callable[..., Any]:
+    """`value_and_grad`, that also returns the sums of what the loss counts as "means": {name: (sum, count)}."""
 
     def local(trainable, member, frozen, batch, key):
+        known = over_batch(loss_fn, combine(trainable, member, frozen), batch, mesh)
+
         def loss(trainable, micro):
-            (total, weight), _ = loss_fn(combine(trainable, member, frozen), micro, key)
-            return total, weight
+            (total, weight), aux = known(combine(trainable, member, frozen), micro, key)
+            return total, (weight, aux.get("means", {}))
 
         def one(micro):
-            (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(trainable, micro)
-            return total, weight, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            (total, (weight, means)), grads = jax.value_and_grad(loss, has_aux=True)(trainable, micro)
+            return total, weight, jax.tree.map(lambda g: g.astype(jnp.float32), grads), means
 
         micros = jax.tree.leaves(batch)[0].shape[0]
         sums = one(jax.tree.map(lambda x: x[0], batch))
@@ -68,6 +77,15 @@ def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., A
     )
 
 
+def over_batch(loss_fn: LossFn, params: PyTree, batch: Any, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """The loss of a micro-batch, told what it has to know of the whole batch [A, B, ...]."""
+    if not isinstance(loss_fn, OverBatch):
+        return loss_fn
+    found = jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda micro: loss_fn.sums(params, micro, None), batch))
+    found = jax.lax.stop_gradient(found if mesh is None else jax.lax.psum(found, DATA))
+    return lambda params, micro, key: loss_fn.loss(params, micro, key, found)
+
+
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -79,7 +97,7 @@ def make_train_step(
     """Return `step(state, frozen, batch) -> (state, metrics)`.
 
     `state` is donated, `frozen` never is. `metrics` are f32[]: loss (mean over trained tokens), weight (their number),
-    grad_norm (before clipping).
+    grad_norm (before clipping), and the means that the loss counts.
 
     Args:
         loss_fn: (params, batch, key) -> ((sum, weight), counts); see `value_and_grad`.
@@ -90,16 +108,17 @@ def make_train_step(
             weights.
         jit: compile the step; False leaves that to the caller, who may `vmap` over the state first.
     """
-    gradients = value_and_grad(loss_fn, mesh)
+    gradients = _gradients(loss_fn, mesh)
 
     def step(state, frozen, batch):
         key = jax.random.fold_in(state.key, state.step)
-        total, weight, grads = gradients(state.trainable, state.member, frozen, batch, key)
+        total, weight, grads, means = gradients(state.trainable, state.member, frozen, batch, key)
         weight = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.tree.norm(grads)}
+        metrics |= {name: value / jnp.maximum(count, 1) for name, (value, count) in means.items()}
         if group is not None:
             metrics |= _by_group(group, grads, updates, trainable)
         return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
@@ -130,8 +149,10 @@ def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = Tru
     """
 
     def local(trainable, member, frozen, batch):
+        known = over_batch(loss_fn, combine(trainable, member, frozen), batch, mesh)
+
         def one(micro):
-            (total, weight), aux = loss_fn(combine(trainable, member, frozen), micro, None)
+            (total, weight), aux = known(combine(trainable, member, frozen), micro, None)
             return total, weight, aux
 
         sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
