@@ -7,8 +7,6 @@ Columns are prompt, chosen, rejected, as texts or messages; others: --config.dat
 Another loss over the same pairs: --config.objective.loss=ipo (or several: sigmoid,ipo with objective.loss_weights).
 
 Expected: `eval/loss` falls from 0.693, `eval/accuracy` and `eval/margins` rise, and the workdir ends with `adapter/`.
-
-Measured: MEASURED_DPO
 """
 
 from common import recipe

@@ -7,8 +7,6 @@ Columns are prompt, completion and label (true: good), or messages and label. Wh
 `jaxtune data` says how much.
 
 Expected: `eval/loss` falls from 0.5, `eval/accuracy` rises, and the workdir ends with `adapter/`.
-
-Measured: MEASURED_KTO
 """
 
 from common import recipe

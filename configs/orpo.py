@@ -6,8 +6,6 @@ r"""ORPO with LoRA: fine-tuning on the better answers and away from the worse on
 Rows are those of configs/dpo.py. SimPO, which has no reference either: --config.objective.loss=simpo
 
 Expected: `eval/loss` falls, `eval/accuracy` rises, and the workdir ends with `adapter/`.
-
-Measured: MEASURED_ORPO
 """
 
 from common import recipe
