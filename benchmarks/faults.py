@@ -3,6 +3,7 @@
     python benchmarks/faults.py bits --n=200      flipped bits in arrays: each is found, or changes no number
     python benchmarks/faults.py kills --n=40      SIGKILL at any moment: the bytes of a run left alone
     python benchmarks/faults.py disk              full, read-only, forbidden (as root, on Linux): one sentence each
+    python benchmarks/faults.py inputs --n=40     so many mutated files to every reader: read, or refused in one message
 
 Nothing here measures time; it may run beside other work. The exit status is 0 if everything held.
 """
@@ -10,6 +11,7 @@ Nothing here measures time; it may run beside other work. The exit status is 0 i
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -59,7 +61,13 @@ def prepare(folder: Path) -> None:
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAXTUNE_CACHE": str(folder / "cache"), **quick, **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "JAXTUNE_CACHE": str(folder / "cache"),
+        **quick,
+        **more,
+    }
 
 
 def run(argv: list[str], env: dict[str, str], **options: object) -> tuple[int, str]:
@@ -67,46 +75,101 @@ def run(argv: list[str], env: dict[str, str], **options: object) -> tuple[int, s
     return done.returncode, done.stdout
 
 
-def result(workdir: Path) -> tuple[bytes, list[dict]]:
-    """The weights, and the metrics without what the clock decides."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k != "train/tokens_per_second"} for line in lines]
-    return (workdir / "adapter" / "adapter_model.safetensors").read_bytes(), kept
+def result(workdir: Path) -> dict[str, object]:
+    """The weights of every result, and the metrics without what the clock decides."""
+    found: dict[str, object] = {}
+    for path in sorted([*workdir.rglob("metrics.jsonl"), *workdir.rglob("*.safetensors")]):
+        found[str(path.relative_to(workdir))] = path.read_bytes()
+        if path.suffix == ".jsonl":
+            lines = map(json.loads, path.read_text().splitlines())
+            found[str(path.relative_to(workdir))] = [
+                {k: v for k, v in line.items() if k != "train/tokens_per_second"} for line in lines
+            ]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills
 
 
 def kills(folder: Path, n: int, draw: random.Random) -> list[str]:
-    """Kill a run at a random moment, and its successors too, until one ends; compare with one left alone."""
-    env = environment(folder)
-    began = time.monotonic()
-    status, said = run(command(folder, folder / "alone"), env)
-    if status:
-        raise SystemExit(said)
-    began = time.monotonic()
-    run(command(folder, folder / "again"), env)  # the time with programs in the cache
-    seconds, wrong, killed = time.monotonic() - began, [], 0
-    while killed < n:
-        workdir = folder / f"killed-{killed}"
+    """Kill a run at a random moment, and its successors too, until one ends; compare with one left alone.
+
+    Runs, runs over cached features and sweeps take turns. Each has caches of its own, so that these are killed as well;
+    only compiled programs are shared.
+    """
+    kinds = {
+        "lora": command(folder, folder / "WORKDIR"),
+        "features": _features(folder, folder / "WORKDIR"),
+        "sweep": command(folder, folder / "WORKDIR", "--sweep.optim.lr=0.01,0.02", name="sweep"),
+    }
+    os.environ |= environment(folder, JAX_COMPILATION_CACHE_DIR=str(folder / "xla"))
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    alone, seconds = {}, {}
+    for kind, argv in kinds.items():
+        for name in ("first", "alone"):  # the second with programs in the cache, as all that follow
+            began = time.monotonic()
+            status, said = _ended(_begin(argv, folder / f"{name}-{kind}"))
+            seconds[kind] = time.monotonic() - began
+            if status:
+                raise SystemExit(said)
+        alone[kind] = result(folder / f"alone-{kind}")
+        print(f"{kind}: {seconds[kind]:.1f} s alone", flush=True)
+    wrong, killed, trials = [], dict.fromkeys(kinds, 0), 0
+    while sum(killed.values()) < n:
+        kind = list(kinds)[trials % len(kinds)]
+        workdir = folder / f"{kind}-{trials}"
+        trials += 1
+        before, moments = killed[kind], []
         for _ in range(draw.choice((1, 1, 2, 3))):
-            process = subprocess.Popen(
-                command(folder, workdir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            try:
-                process.wait(draw.uniform(0.1, 1.0) * seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                killed += 1
-        status, said = run(command(folder, workdir), env)
-        left = [p.name for p in workdir.rglob("*.tmp*")]
-        if status or result(workdir) != result(folder / "alone") or left:
-            wrong.append(f"{workdir.name}: exit {status}, left {left}: {said[-500:]}")
-        shutil.rmtree(workdir)
-        print(f"{killed} kills, {len(wrong)} wrong", flush=True)
-    print(f"kills: {killed - len(wrong)} of {killed} ended with the bytes of a run left alone")
+            process, _ = _begin(kinds[kind], workdir)
+            moments.append(draw.uniform(0.02, 1.0) * seconds[kind])
+            process.join(moments[-1])
+            process.kill()
+            process.join()
+            killed[kind] += process.exitcode == -signal.SIGKILL
+        if killed[kind] == before:
+            shutil.rmtree(workdir)
+            continue
+        status, said = _ended(_begin(kinds[kind], workdir))
+        left = [str(p.relative_to(workdir)) for p in workdir.rglob("*") if ".tmp" in p.name or "-tmp" in p.name]
+        left += [p.name for p in Path(f"{workdir}.cache").rglob("*.tmp")]
+        if status or result(workdir) != alone[kind] or left:
+            at = ", ".join(f"{moment:.2f} s" for moment in moments)
+            wrong.append(f"{workdir.name}, killed after {at}: exit {status}, left {left}: {said[-1500:]}")
+        else:
+            shutil.rmtree(workdir)
+            shutil.rmtree(f"{workdir}.cache")
+        print(f"{sum(killed.values())} kills in {trials} runs, {len(wrong)} wrong", flush=True)
+    counts = ", ".join(f"{count} of {kind}" for kind, count in killed.items())
+    print(f"kills: {sum(killed.values())} ({counts}); {trials - len(wrong)} of {trials} runs ended as one left alone")
     return wrong
+
+
+def _begin(argv: list[str], workdir: Path) -> tuple[multiprocessing.Process, Path]:
+    """The command in a process of its own, and the file of what it prints; forked from one with all imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])  # of tests/, which is on its path
+    words = [word.replace("WORKDIR", workdir.name) for word in argv[3:]]  # without python -m jaxtune
+    out = workdir.with_suffix(".said")
+    process = context.Process(target=_main, args=(words, str(out), f"{workdir}.cache"))
+    process.start()
+    return process, out
+
+
+def _main(words: list[str], out: str, cache: str) -> None:
+    os.environ["JAXTUNE_CACHE"] = cache
+    with open(out, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    from jaxtune.cli import main
+
+    sys.exit(main(words))
+
+
+def _ended(begun: tuple[multiprocessing.Process, Path]) -> tuple[int, str]:
+    process, out = begun
+    process.join()
+    return process.exitcode, out.read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------- bits
@@ -327,6 +390,31 @@ def disk(folder: Path, only: str | None) -> list[str]:
     return wrong
 
 
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def inputs(folder: Path, n: int, draw: random.Random) -> list[str]:
+    """What `tests/test_bad_input.py` mutates and reads, counted."""
+    os.environ |= environment(folder)
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_bad_input import READERS, read_mutated
+
+    wrong, read, refused = [], 0, 0
+    for reader in READERS:
+        before = read, refused, len(wrong)
+        for _ in range(n):
+            seed = draw.randrange(2**32)
+            try:
+                said = read_mutated(reader, seed, folder / "mutated")
+            except (Exception, SystemExit) as error:
+                wrong.append(f"{reader}, seed {seed}: {type(error).__name__}: {str(error)[:300]}")
+            else:
+                read, refused = read + (said is None), refused + (said is not None)
+        print(f"{reader}: {read - before[0]} read, {refused - before[1]} refused, {len(wrong) - before[2]} wrong")
+    print(f"inputs: {read + refused} of {read + refused + len(wrong)} clear, {refused} of them refused")
+    return wrong
+
+
 def _generate(done: Path, place: Path) -> list[str]:
     (place.parent / "prompts.txt").write_text("a\n")
     flags = (f"--file={place.parent / 'prompts.txt'}", f"--out={place / 'a.jsonl'}", "--max-new-tokens=2")
@@ -391,8 +479,8 @@ def _give_away(folder: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("kills", "bits", "disk"))
-    p.add_argument("--n", type=int, default=40, help="kills, or bits of each kind")
+    p.add_argument("what", choices=("kills", "bits", "disk", "inputs"))
+    p.add_argument("--n", type=int, default=40, help="kills, bits of each kind, or files of each")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", help="of the cases of disk: those whose name holds one of these words")
     options = p.parse_args()
@@ -402,7 +490,7 @@ def main() -> None:
         if options.what == "disk":
             wrong = disk(folder, options.only)
         else:
-            wrong = {"kills": kills, "bits": bits}[options.what](folder, options.n, draw)
+            wrong = {"kills": kills, "bits": bits, "inputs": inputs}[options.what](folder, options.n, draw)
     print(f"{machine()['processor']}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
     for text in wrong:
         print(f"\n{text}")

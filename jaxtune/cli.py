@@ -57,46 +57,67 @@ def run() -> None:
     """Console entry point."""
     if not any(word.startswith("--tasks") for word in sys.argv):  # the harness hashes data sets with torch's help
         torchless.hide()
+    status = _without_streams() or main()
     try:
-        status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # of `jaxtune train --help | head`; what is left in the buffer goes nowhere
+    except OSError:  # which `main` has told; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
     sys.exit(status)
+
+
+def _without_streams() -> int:
+    """1 where the standard output is closed; another standard stream that is closed becomes /dev/null.
+
+    The next file that is opened would get its number, and what is printed.
+    """
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if closed:
+        print("jaxtune: error: the standard output is closed; send it to /dev/null instead.", file=sys.stderr)
+    return int(closed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: `sys.argv[1:]`) and return its exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(argv)
+        status, said = _outcome(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `jaxtune train --help | head`
+        return 1
+    except OSError as error:  # also where that was what the command ended by
+        status, said = 1, f"error: the standard output cannot be written: {error.strerror}."
+    if said:
+        print(f"jaxtune: {said}", file=sys.stderr)
+    return status
+
+
+def _outcome(argv: list[str]) -> tuple[int, str]:
+    """The exit status of a command, and what is to be said of it."""
+    try:
+        return _dispatch(argv), ""
     except Help as text:
         print(text)
-        return 0
+        return 0, ""
     except UserError as error:
-        print(f"jaxtune: error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except SystemExit as error:  # raised by a config or scorer file: the command did nothing
-        print(f"jaxtune: error: a file of yours called sys.exit({error.code!r}); nothing was done.", file=sys.stderr)
-        return 2
+        return 2, f"error: {printable(str(error))}"
+    except SystemExit as error:  # of a config or scorer file: what the command is for was not done
+        return 2, f"error: a file of yours called sys.exit({error.code!r}); nothing was done."
     except RunFailed as error:
-        print(f"jaxtune: error: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return 1, f"error: {printable(str(error))}"
     except Interrupted as error:
-        print(f"jaxtune: {error}", file=sys.stderr)
-        return 3
+        return 3, str(error)
     except KeyboardInterrupt:
-        print("jaxtune: interrupted", file=sys.stderr)
-        return 1
+        return 1, "interrupted"
     except BrokenPipeError:
         raise
     except Exception as error:
-        if (message := disk_trouble(error)) is None:
-            traceback.print_exc()
-            return 1
-        print(f"jaxtune: error: {printable(message)}", file=sys.stderr)
-        return 2
+        if (said := disk_trouble(error)) is not None:
+            return 2, f"error: {printable(said)}"
+        sys.stdout.flush()  # what that cannot do is what the error is about
+        traceback.print_exc()
+        return 1, ""
 
 
 def _dispatch(argv: list[str]) -> int:

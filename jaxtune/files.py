@@ -247,8 +247,16 @@ def is_ours(folder: Path) -> bool:
     """Whether a folder, which is made if missing, can be written to."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+        return may(folder, os.R_OK | os.W_OK | os.X_OK)
     return False
+
+
+def may(path: Path, what: int) -> bool:
+    """Whether this process may do with a file what `os.R_OK`, `os.W_OK` and `os.X_OK` name, by all its capabilities.
+
+    Without `effective_ids` the system leaves those out that a process has without being root.
+    """
+    return os.access(path, what, effective_ids=os.access in os.supports_effective_ids)
 
 
 @functools.cache
@@ -300,7 +308,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise UserError(f"{lock} is a link, which a lock must not be; remove it.")
     fresh, fd = not lock.exists(), _hold(folder)
     try:
-        if not os.access(folder, os.W_OK | os.X_OK):  # the lock was there, and could be read
+        if not may(folder, os.W_OK | os.X_OK):  # the lock was there, and could be read
             raise DiskError(f"{folder} cannot be written: {os.strerror(errno.EACCES)}.", errno.EACCES)
         sweep(folder)
         for inside in [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,17 @@ def read_json(path: str | Path, *, halves: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
     return value
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether what a file is, links followed, lies in its folder, or in the hub's cache that the folder is part of."""
+    real = file.resolve()
+    if real.is_relative_to(folder.resolve()):
+        return True
+    cache = re.match(r"(.*/models--[^/]+)/snapshots/", f"{folder.absolute()}/")
+    return cache is not None and real.is_relative_to(Path(cache[1]).resolve() / "blobs")
+
+
+def not_copied(file: Path) -> str:
+    """What is said of a file that is not `is_inside`."""
+    return f"{file.name} is a link to a file outside of the model's directory, and was not copied."

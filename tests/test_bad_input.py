@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import pyarrow.parquet
 import pytest
 import report_runs
+import test_export
 import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,12 +26,16 @@ from hypothesis import strategies as st
 import jaxtune
 from jaxtune import cli, config
 from jaxtune.commands.generate import read_prompts
+from jaxtune.data import load_tokenizer, prepare
+from jaxtune.data.labels import LabelForm
 from jaxtune.errors import UserError, printable
 from jaxtune.hf import tensors
+from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.peft import load_adapter
 from jaxtune.hf.stops import named_ids
 from jaxtune.methods.table import lora
 from jaxtune.report import write_report, write_sweep
+from jaxtune.run import points
 
 SECONDS = 20
 DEEP = "[" * 20_000 + "]" * 20_000
@@ -127,8 +133,23 @@ def adapter() -> Path:
     module, params = zoo.ours("llama")
     params, mask = lora(params, jax.random.key(0), module=module, r=2, target_modules=["q_proj", "v_proj"])
     out = zoo.scratch() / "adapter"
-    jaxtune.export_adapter(module, params, out, base=model(), mask=mask)
+    (zoo.scratch() / "of-the-base").mkdir()
+    BaseFiles(model()).record(zoo.scratch() / "of-the-base")
+    jaxtune.export_adapter(module, params, out, base=model(), mask=mask, record=zoo.scratch() / "of-the-base")
     return out
+
+
+@functools.cache
+def label_adapter() -> Path:
+    folder = zoo.scratch() / "labelled"
+    shutil.copytree(adapter(), folder)
+    labels = {"id2label": {"0": "a", "1": "b"}, "architectures": ["LlamaForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(labels | {"problem_type": "single_label_classification"}))
+    return folder
+
+
+def resolve_adapter(folder: Path) -> None:
+    config.resolve({"model": {"path": str(folder)}, "data": {"train": "rows.jsonl"}})
 
 
 @functools.cache
@@ -167,6 +188,74 @@ def texts() -> Path:
     return folder
 
 
+TEMPLATE = (
+    "{%- for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m.role == 'assistant' %}</s>{% endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|assistant|>' }}{%- endif %}"
+)
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+PAIRS = [{"prompt": f"w{i} w2", "completion": f"w{i + 1}"} for i in range(6)]
+
+
+@functools.cache
+def tokenizer_folder() -> Path:
+    folder = zoo.scratch() / "tokenizer"
+    test_export.write_tokenizer(folder, TEMPLATE)
+    return folder
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return load_tokenizer(str(tokenizer_folder()))
+
+
+@functools.cache
+def rows() -> Path:
+    folder = zoo.scratch() / "rows"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    (folder / "rows.json").write_text(json.dumps(PAIRS))
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(3)))
+    (folder / "rows.csv").write_text("prompt,completion\n" + "".join(",".join(row.values()) + "\n" for row in PAIRS))
+    (folder / "rows.txt").write_text("w1 w2 w3\n" * 5)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), folder / "rows.parquet")
+    (folder / "labels.jsonl").write_text(
+        "".join(json.dumps({"text": "w1", "label": str(i % 2)}) + "\n" for i in range(6))
+    )
+    (folder / "tags.conll").write_text("w1\tO\nw2\tB-x\n\nw3\tO\n\n" * 3)
+    (folder / "points.jsonl").write_text('{"optim.lr": 1e-3}\n{"optim.lr": 2e-3, "train.seed": 1}\n')
+    (folder / "points.csv").write_text("optim.lr,train.seed\n1e-3,0\n2e-3,1\n")
+    return folder
+
+
+def read_rows(name: str, per_token: bool | None = None) -> Callable[[Path], Any]:
+    """A reader of rows, with labels where `per_token` is given."""
+
+    def read(folder: Path) -> None:
+        form = None if per_token is None else LabelForm(per_token)
+        prepare(tokenizer(), str(folder / name), max_length=32, cache=False, labels=form)
+
+    return read
+
+
+def read_tokenizer(folder: Path) -> None:
+    found = load_tokenizer(str(folder))
+    prepare(found, str(rows() / "chat.jsonl"), max_length=64, cache=False)
+
+
+JINJA = [
+    *("{{", "%}", "{% endfor %}", "{{ x.y.z }}", "{{ messages[9] }}", "{{ raise_exception('no') }}", "{% raw %}", "{#"),
+    *("{{ 1 / 0 }}", "{{ messages | length }}", "{% include 'x' %}", "{{ ''.__class__ }}", "{{ range(10**9) | list }}"),
+    *("{% generation %}x{% endgeneration %}", "{% for a in range(10**6) %}{% endfor %}", "\x1b[31m", "{{ '%c' % -1 }}"),
+]
+
+
+def of_template(data: bytes, rng: random.Random) -> bytes:
+    """A piece of Jinja put into a template."""
+    at = rng.randrange(len(data) + 1)
+    piece = rng.choice(JINJA)
+    return data[:at] + piece.encode() + data[at:]
+
+
 class Eos:
     eos_token_id = 2
 
@@ -188,6 +277,22 @@ READERS: dict[str, tuple[Callable[[], Path], str, Callable, Callable[[Path], Any
     "sweep.json": (sweep, "sweep.json", of_json, write_sweep),
     "member.json": (sweep, "lr=1e-3/member.json", of_json, write_sweep),
     "resumed config": (run, "config.json", of_json, lambda d: config.load_file(str(d / "config.json"))),
+    "adapter as model.path": (adapter, "adapter_config.json", of_json, resolve_adapter),
+    "labels of an adapter": (label_adapter, "config.json", of_json, resolve_adapter),
+    "base.json": (adapter, "base.json", of_json, jaxtune.load),
+    "points.jsonl": (rows, "points.jsonl", of_json, lambda d: points.read_points(d / "points.jsonl")),
+    "points.csv": (rows, "points.csv", of_bytes, lambda d: points.read_points(d / "points.csv")),
+    "chat_template.jinja": (tokenizer_folder, "chat_template.jinja", of_template, read_tokenizer),
+    "tokenizer.json": (tokenizer_folder, "tokenizer.json", of_json, read_tokenizer),
+    "tokenizer_config.json": (tokenizer_folder, "tokenizer_config.json", of_json, read_tokenizer),
+    "rows.jsonl": (rows, "rows.jsonl", of_json, read_rows("rows.jsonl")),
+    "rows.json": (rows, "rows.json", of_json, read_rows("rows.json")),
+    "chat.jsonl": (rows, "chat.jsonl", of_json, read_rows("chat.jsonl")),
+    "rows.csv": (rows, "rows.csv", of_bytes, read_rows("rows.csv")),
+    "rows.txt": (rows, "rows.txt", of_bytes, read_rows("rows.txt")),
+    "rows.parquet": (rows, "rows.parquet", of_bytes, read_rows("rows.parquet")),
+    "labels.jsonl": (rows, "labels.jsonl", of_json, read_rows("labels.jsonl", False)),
+    "tags.conll": (rows, "tags.conll", of_bytes, read_rows("tags.conll", True)),
 }
 
 
@@ -276,18 +381,21 @@ def test_names_that_cannot_be(command, name, tmp_path, monkeypatch, capsys):
     assert said.startswith("jaxtune: error: ") and "Traceback" not in said
 
 
+@pytest.mark.security
 def test_a_config_that_ends_the_program_is_no_success(tmp_path, capsys):
     (tmp_path / "c.py").write_text("import sys\ndef get_config():\n    sys.exit(0)\n")
     assert cli.main(["train", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"]) == 2
     assert "sys.exit" in capsys.readouterr().err
 
 
+@pytest.mark.security
 def test_messages_hold_no_escapes_for_a_terminal(tmp_path, capsys):
     assert cli.main(["generate", str(tmp_path / "\x1b[31mred"), "--prompt=x"]) == 2
     said = capsys.readouterr().err
     assert "\x1b" not in said and "\\x1b[31mred" in said
 
 
+@pytest.mark.security
 def test_a_header_beyond_all_bounds(tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little"))
@@ -296,6 +404,7 @@ def test_a_header_beyond_all_bounds(tmp_path):
         tensors.index_dir(tmp_path)
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     "header, message",
     [

@@ -1,6 +1,7 @@
 """What a result's card and a run's last lines say is code: it is executed here, for every kind of result."""
 
 import dataclasses
+import json
 import re
 import shutil
 import warnings
@@ -18,7 +19,7 @@ from jaxtune import config, models
 from jaxtune.cli import main
 from jaxtune.config.recipe import experiment
 from jaxtune.errors import UserError
-from jaxtune.hf import card
+from jaxtune.hf import card, export
 from jaxtune.hf import load as hf
 from jaxtune.methods.table import tune
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, with_labels
@@ -26,6 +27,7 @@ from jaxtune.tree import partition
 
 TOKENS = np.random.default_rng(0).integers(4, 90, (2, 9), dtype=np.int32)
 NAMES = ("ham", "spam's", 'a "third"')
+NEW = [zoo.VOCAB, zoo.VOCAB + 1]  # tokens that "resized" results add to their bases
 LORA = {"r": 2, "target_modules": "all-linear"}
 # kind: (base, method, its settings, the labels of a new head); no method: the whole model is written.
 RESULTS = {
@@ -43,12 +45,36 @@ RESULTS = {
     "decoder, token": ("llama", "lora", LORA, Labels(TOKEN, NAMES, drawn=True)),
     "whole head": ("bert", None, {}, Labels(SEQUENCE, NAMES, drawn=True)),
     "bare": ("bert", "lora", {"r": 2, "target_modules": ["query"]}, None),
+    "dora": ("llama", "lora", LORA | {"use_dora": True, "use_rslora": True, "lora_alpha": 4}, None),
+    "parts": ("llama", "lora", LORA | {"modules_to_save": ["lm_head"], "bias": "all"}, None),
+    "tokens": ("qwen3", "lora", {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [5, 7]}, None),
+    "experts": ("mixtral", "lora", {"r": 2, "target_modules": ["v_proj", "gate"]}, None),
+    "resized": ("llama", "lora", LORA | {"trainable_token_indices": NEW}, None),
+    "resized, tied": ("qwen3", "lora", LORA | {"trainable_token_indices": NEW}, None),
+    "untied": ("qwen3", "head", {}, None),
+    "merged": ("llama", "merged", LORA, None),
+    "merged, resized": ("qwen3", "merged", LORA | {"trainable_token_indices": NEW}, None),
+    "merged head": ("distilbert", "merged", {"r": 2, "target_modules": ["q_lin"]},
+                    Labels(SEQUENCE, NAMES, drawn=True)),
+    "whole, token": ("roberta", None, {}, Labels(TOKEN, NAMES, drawn=True)),
+    "whole, value": ("llama", None, {}, Labels(SEQUENCE, ("LABEL_0",), PROBLEMS[2], drawn=True)),
+    "whole, bare": ("bert", None, {}, None),
+    "image": ("vit", "lora", {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]}, None),
+    "image head": ("vit", "head", {}, None),
 }  # fmt: skip
-QUICK = ("lora", "sequence", "token")
+ROWS = zoo.VOCAB + len(NEW)
+DECODERS = ("llama", "qwen3", "mixtral")
+QUICK = ("lora", "sequence", "token", "resized")
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
 
 
-def logits(module, params, out=None):
-    tokens = TOKENS
+def inputs(kind):
+    if kind.startswith("image"):
+        return test_encoders.vit("vit")[-1]
+    return np.concatenate([TOKENS, [NEW, NEW]], axis=1).astype(np.int32) if "resized" in kind else TOKENS
+
+
+def logits(module, params, tokens=TOKENS):
     if prefix := jaxtune.virtual_tokens(params):
         tokens = np.concatenate([np.tile(prefix, (2, 1)), TOKENS], axis=1).astype(np.int32)
     return np.asarray(jax.jit(lambda p: module.apply({"params": p}, tokens))(params))
@@ -57,20 +83,30 @@ def logits(module, params, out=None):
 def made(kind, tmp_path):
     """A result of a kind beside its base: (folder, module, params)."""
     name, method, settings, labels = RESULTS[kind]
-    directory = zoo.directory(name) if name == "llama" else test_encoders.directory(name)
+    of_images = kind.startswith("image")
+    directory = (
+        test_encoders.vit(name)[1] if of_images else (zoo if name in DECODERS else test_encoders).directory(name)
+    )
     base, out = tmp_path / "the-base", tmp_path / "result"
     shutil.copytree(directory, base)
-    write_tokenizer(base)
-    values = hf.read_config(base) | {"architectures": None}
+    if of_images:
+        (base / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    else:
+        write_tokenizer(base)
+    values = hf.read_config(base) | ({} if of_images else {"architectures": None})
     module = models.build(values)
     if labels is not None:
         module = with_labels(models.build({"pad_token_id": 0} | values), labels)
     params = hf.read_params(module, base, key=jax.random.key(3))
-    if method is None:
+    if "resized" in kind:
+        module, params = jaxtune.resize(module, params, ROWS)
+    mask = None
+    if method is not None:
+        params, mask = tune("lora" if method == "merged" else method, params, jax.random.key(0), module, settings)
+        params = shake(params, mask)
+    if method in (None, "merged", "head"):
         jaxtune.export_model(module, params, out, base=base)
         return out, module, params
-    params, mask = tune(method, params, jax.random.key(0), module, settings)
-    params = shake(params, mask)
     jaxtune.export_adapter(module, params, out, base=base, mask=mask)
     return out, module, params
 
@@ -86,25 +122,30 @@ def run(code):
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in RESULTS])
 def test_the_code_of_a_card_loads_the_result(kind, tmp_path, monkeypatch):
     out, module, params = made(kind, tmp_path)
-    expected = logits(module, params)
+    given = inputs(kind)
+    expected = logits(module, params, given)
     text = (out / "README.md").read_text()
     assert str(tmp_path) not in text  # no path of this machine
     blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
-    theirs, ours = (run(code) for code in blocks)
+    adapter = (out / "adapter_config.json").exists()
+    more = {"auto": module.auto_class, "config": module.label_config} | export.inputs(module, out)
+    printed = card.loading(str(tmp_path / "the-base"), str(out), adapter=adapter, **more)  # by `train`, with paths
     import torch
 
-    with torch.no_grad():
-        out_of_it = theirs["model"].eval()(torch.tensor(TOKENS, dtype=torch.long))
-    got = out_of_it.logits if hasattr(out_of_it, "logits") else out_of_it.last_hidden_state
-    assert zoo.apart(got.numpy(), expected) < 1e-4
-    assert "tokenizer" in theirs
-    assert zoo.apart(logits(ours["module"], ours["params"]), expected) < 1e-5
-    labels = RESULTS[kind][3]
-    if labels is not None:
-        assert ours["module"].labels == dataclasses.replace(labels, drawn=ours["module"].labels.drawn)
-        assert tuple(theirs["model"].config.id2label[i] for i in range(len(labels.names))) == labels.names
+    for theirs, ours in (map(run, blocks), map(run, printed.values())):
+        with torch.no_grad():
+            given_to = torch.tensor(given, dtype=torch.float32 if given.dtype.kind == "f" else torch.long)
+            out_of_it = theirs["model"].eval()(given_to)
+        got = out_of_it.logits if hasattr(out_of_it, "logits") else out_of_it.last_hidden_state
+        assert zoo.apart(got.numpy(), expected) < 1e-4
+        assert ("processor" if kind.startswith("image") else "tokenizer") in theirs
+        assert zoo.apart(logits(ours["module"], ours["params"], given), expected) < 1e-5
+        labels = RESULTS[kind][3]
+        if labels is not None:
+            assert ours["module"].labels == dataclasses.replace(labels, drawn=ours["module"].labels.drawn)
+            assert tuple(theirs["model"].config.id2label[i] for i in range(len(labels.names))) == labels.names
 
 
 def test_the_lines_of_a_run_name_the_base_and_the_labels():

@@ -1,12 +1,16 @@
 """Classification from labelled files to a result that transformers loads: whole commands on a tiny BERT."""
 
 import json
+import re
+import textwrap
+import warnings
 
 import numpy as np
 import pytest
 import small
 import torch
 from runs import compiled, write_jsonl  # noqa: F401
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from jaxtune import cli, data
 from jaxtune.config import from_json, resolve
@@ -14,6 +18,7 @@ from jaxtune.config.recipe import experiment, open_model
 from jaxtune.data.labels import LabelAssembler, LabelForm
 from jaxtune.errors import UserError
 
+AUTO = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 WORDS = ["red", "blue", "green", "big", "small", "car", "bus", "tree", "house", "sky", "very", "un", "##able"]
 WORDS += ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
 
@@ -173,6 +178,39 @@ def test_tags_are_learnt_by_lora_and_the_adapter_holds_the_head(home, tmp_path, 
     assert after["eval/entity_f1"] > 0.9 > before["eval/entity_f1"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("TOKEN_CLS", ["classifier"])
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_a_run_with_a_label_head_is_exported_and_loads_as_it_says(kind, home, tmp_path, capsys, monkeypatch):
+    """`jaxtune export RUN OUT`, merged and --adapter, and the lines that `train` prints, with three labels."""
+    import jaxtune
+
+    flags = ("--config.tune.method=lora", "--config.tune.lora.r=2", "--config.train.steps=1")
+    files = {"train": "train.conll", "eval": "eval.conll"} if kind == "token" else {}
+    run = tmp_path / "run"
+    assert train(home, *flags, workdir=run, kind=kind, **files) == 0, capsys.readouterr().err
+    printed = re.findall(r"load it with (\w+):\n((?:  .*\n|\n)+)", capsys.readouterr().out)
+    assert [library for library, _ in printed] == ["peft", "jaxtune"]
+    for flag, name in ((), "merged"), (("--adapter",), "adapter"):
+        assert cli.main(["export", str(run), str(tmp_path / name), *flag]) == 0, capsys.readouterr().err
+    auto = AUTO[kind].from_pretrained(tmp_path / "merged").eval()
+    tokens = np.array([[15, 0, 3, 4, 16], [15, 1, 10, 8, 16]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft and transformers tell of new heads
+        loaded = [textwrap.dedent(code) for _, code in printed]
+        loaded = [exec(code, names := {}) or names for code in loaded]
+    with torch.no_grad():
+        expected = auto(torch.tensor(tokens)).logits.numpy()
+        theirs = loaded[0]["model"].eval()(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(theirs, expected, atol=1e-5)
+    names = {row["label"] for row in texts(0, 3)} if kind == "sequence" else {"O", "B-col", "I-col"}
+    assert set(auto.config.id2label.values()) == set(loaded[0]["model"].config.id2label.values()) == names
+    ours = [(loaded[1]["module"], loaded[1]["params"])]
+    ours += [jaxtune.load(folder) for folder in (tmp_path / "merged", tmp_path / "adapter", run / "adapter")]
+    for module, params in ours:
+        assert set(module.labels.names) == names
+        got = module.apply({"params": params}, tokens.astype(np.int32))
+        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 SEQUENCE_ERRORS = {

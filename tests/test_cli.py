@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -265,6 +266,41 @@ def test_a_reader_that_has_enough_is_no_error():
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help"])  # within the buffer, and beyond it
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("> /dev/full", "the standard output cannot be written: No space left on device."),
+        (">&-", "the standard output is closed; send it to /dev/null instead."),
+    ],
+)
+def test_a_standard_output_that_takes_nothing(where, said, words):
+    script = f"exec {sys.executable} -m jaxtune {words} {where}"
+    done = subprocess.run(["bash", "-c", script], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"jaxtune: error: {said}\n")
+
+
+def test_other_standard_streams_may_be_closed():
+    done = subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} -m jaxtune train --nothing <&- 2>&-"], cwd=REPO, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_what_a_command_could_not_print_is_told_in_place_of_its_own_words(monkeypatch, capsys):
+    """It raised the same error, which is taken for the disk's."""
+
+    def flush():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=flush, write=lambda text: None))
+    monkeypatch.setattr(cli, "_dispatch", lambda argv: flush())
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == (
+        "jaxtune: error: the standard output cannot be written: No space left on device.\n"
+    )
 
 
 @pytest.mark.parametrize(

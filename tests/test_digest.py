@@ -9,10 +9,11 @@ import runs
 from runs import command, compiled, everything, home  # noqa: F401
 from safetensors.numpy import load_file, save_file
 
+import jaxtune
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.hf import digest
-from jaxtune.hf.digest import RECORD, BaseFiles
+from jaxtune.hf.digest import RECORD, BaseFiles, carry_record
 
 
 @pytest.fixture
@@ -162,6 +163,52 @@ def test_commands_refuse_another_base(argv, tuned, tmp_path, capsys):
     assert "model.safetensors has changed" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def adapter_elsewhere(tuned, tmp_path, how):
+    """The adapter of a run, taken out of it."""
+    if how == "exported":
+        assert main(["export", str(tuned), str(tmp_path / "elsewhere"), "--adapter"]) == 0
+        assert str(tmp_path) not in (tmp_path / "elsewhere" / RECORD).read_text()
+    else:
+        carry_record(tuned, tuned / "adapter")  # as a run does at its end
+        shutil.copytree(tuned / "adapter", tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("how", ["copied", "exported"])
+def test_an_adapter_taken_out_of_its_run_knows_its_base(how, tuned, home, tmp_path, capsys):  # noqa: F811
+    adapter, base = adapter_elsewhere(tuned, tmp_path, how), tmp_path / "home" / "model"
+    jaxtune.load(adapter)
+    change_weights(base)
+    said = (
+        rf"model.safetensors has changed: the adapter in .*elsewhere started from another base \(then in {'model'}"
+    )
+    with pytest.raises(UserError, match=said):
+        jaxtune.load(adapter)
+    further = command(
+        home, tmp_path / "further", model__path=adapter, tune__lora__r=None, tune__lora__lora_dropout=None
+    )
+    for argv in (["export", str(adapter), str(tmp_path / "out")], [*further, "--dry-run"]):
+        assert main(argv) == 2
+        assert "model.safetensors has changed" in capsys.readouterr().err
+    jaxtune.load(adapter, base=base)  # said to be meant
+    assert main(["export", str(adapter), str(tmp_path / "out"), "--allow-other-base"]) == 0
+
+
+def test_a_run_with_a_tokenizer_of_its_own_and_its_adapter(tuned, tmp_path):
+    """Of an adapter alone nobody knows which tokenizer its run had: config and weights are compared."""
+    apart = tmp_path / "tokenizer"
+    apart.mkdir()
+    for file in (tmp_path / "home" / "model").glob("tokenizer*"):
+        shutil.copy(file, apart)
+    (tuned / RECORD).unlink()
+    BaseFiles(tmp_path / "home" / "model", apart).record(tuned)
+    carry_record(tuned, tuned / "adapter")
+    jaxtune.load(tuned / "adapter")
+    change_weights(tmp_path / "home" / "model")
+    with pytest.raises(UserError, match=r"model\.safetensors has changed"):
+        jaxtune.load(tuned / "adapter")
 
 
 def test_another_base_may_be_asked_for(tuned, tmp_path):

@@ -448,6 +448,7 @@ def test_facts_of_a_full_run_without_held_out_data():
 # ------------------------------------------------------------------------------------------------------------ security
 
 
+@pytest.mark.security
 def test_links_out_of_a_model_are_not_followed(base, tmp_path):
     (tmp_path / "secret").write_text("key")
     (base / "vocab.json").symlink_to(tmp_path / "secret")
@@ -461,6 +462,22 @@ def test_links_out_of_a_model_are_not_followed(base, tmp_path):
     assert (tmp_path / "out/merges.txt").is_file() and (tmp_path / "out/tokenizer.json").is_file()
 
 
+@pytest.mark.security
+def test_a_generation_config_that_is_a_link_to_elsewhere_is_not_copied(base, tmp_path):
+    """Its stops are read, as transformers would; nothing else of it."""
+    (tmp_path / "secret").write_text('{"eos_token_id": 5, "key": "secret"}')
+    (base / "generation_config.json").unlink()
+    (base / "generation_config.json").symlink_to(tmp_path / "secret")
+    module, params = zoo.ours("llama")
+    notes = jaxtune.export_model(module, params, tmp_path / "out", base=base)
+    assert [note for note in notes if note.startswith("generation_config.json is a link to a file outside")]
+    assert not (tmp_path / "out/generation_config.json").exists()
+    jaxtune.export_model(module, params, tmp_path / "again", base=base, ends=[7])
+    written = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert written["eos_token_id"] == [5, 7] and "key" not in written
+
+
+@pytest.mark.security
 def test_links_of_the_hubs_cache_are(base, tmp_path):
     blobs, snapshot = tmp_path / "models--o--n/blobs", tmp_path / "models--o--n/snapshots/abc"
     shutil.copytree(base, blobs)
@@ -470,6 +487,24 @@ def test_links_of_the_hubs_cache_are(base, tmp_path):
     module, params = zoo.ours("llama")
     assert jaxtune.export_model(module, params, tmp_path / "out", base=snapshot) == []
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("kind", ["a full folder", "a file", "nowhere", "itself"])
+@pytest.mark.parametrize("name", ["link", "link.gguf"])
+def test_links_that_nothing_is_written_through(kind, name, base, tmp_path, capsys):
+    precious, link = tmp_path / "precious", tmp_path / name
+    if kind == "a full folder":
+        precious.mkdir()
+        (precious / "a").write_text("kept")
+    elif kind == "a file":
+        precious.write_text("kept")
+    link.symlink_to(link if kind == "itself" else precious)
+    assert main(["export", str(base), str(link)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and said.count("jaxtune: error: ") == 1 and name in said
+    assert link.is_symlink() and precious.exists() == (kind not in ("nowhere", "itself"))
+    assert (precious / "a" if precious.is_dir() else precious).read_text() == "kept" if precious.exists() else True
 
 
 def test_a_link_to_an_empty_folder_is_written_into(base, tmp_path):

@@ -9,6 +9,7 @@ import signal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import small
@@ -18,7 +19,7 @@ from jaxtune import data, models
 from jaxtune.cli import main
 from jaxtune.data import Rows
 from jaxtune.data.labels import LabelAssembler
-from jaxtune.errors import Interrupted, UserError
+from jaxtune.errors import Interrupted, RunFailed, UserError
 from jaxtune.methods.table import cut, tune
 from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, with_labels
 from jaxtune.objectives.causal_lm import causal_lm
@@ -315,6 +316,35 @@ def test_damaged_features_that_another_run_uses_are_said(tmp_path):
     with pytest.raises(UserError, match="are damaged, and another run uses them"):
         Store(GIB, tmp_path).open("k", LAYOUT, fill)
     assert used is not None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_is_damaged_after_it_was_opened_is_found_as_it_is_read(dtype, tmp_path):
+    """Also where a second opening in this process believes what the first has verified."""
+    layout = FileLayout.of(np.array([2, 5, 3]), 4, dtype, True)
+
+    def filled(file, first, done):
+        file.write(np.arange(40).astype(dtype).tobytes())
+
+    store, plan = Store(GIB, tmp_path), [[0, 2], [1]]
+    found = store.open("k", layout, filled)
+    whole = found.lay(plan, 2, 8)
+    assert whole[1, :5].tolist() == np.arange(20).reshape(5, 4).tolist()  # the longest row comes first
+    file = store.path("k") / "features.bin"
+    times = file.stat()
+    with file.open("r+b") as f:
+        f.seek(5)
+        f.write(b"\x01")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for reader in (found, store.open("k", layout, None)):
+        assert (reader.lay([[0, 2]], 1, 8) == whole[:1]).all()
+        with pytest.raises(RunFailed, match=r"have been damaged since this run opened them \(row 2\)"):
+            reader.lay(plan, 2, 8)
+    del found, reader
+    features._verified.clear()  # as in another process
+    said = []
+    assert (store.open("k", layout, filled, say=said.append).lay(plan, 2, 8) == whole).all()
+    assert len(said) == 1 and "were damaged; they are made again" in said[0]
 
 
 def test_a_store_of_another_user_is_read_and_not_written(tmp_path, monkeypatch):

@@ -122,6 +122,7 @@ def test_a_directory_that_was_made_for_nothing_does_not_stay(tmp_path):
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == [".lock", "a"]
 
 
+@pytest.mark.security
 def test_a_lock_is_never_what_a_link_points_to(tmp_path):
     precious, folder = tmp_path / "precious", tmp_path / "run"
     precious.write_text("kept")
@@ -137,6 +138,7 @@ def test_a_lock_is_never_what_a_link_points_to(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_a_lock_that_is_no_file(make, tmp_path):
     make(tmp_path / ".lock")

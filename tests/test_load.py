@@ -189,6 +189,7 @@ def test_an_untied_model_without_its_head_is_refused(folder):
 # --- files that are not what they should be
 
 
+@pytest.mark.security
 def test_pickles_are_never_read_and_the_command_that_converts_them_works(tmp_path):
     import torch
 
@@ -309,6 +310,7 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
             load(absent)
 
 
+@pytest.mark.security
 def test_a_hub_id_is_downloaded_without_pickles_or_code(monkeypatch):
     asked = {}
 
@@ -478,6 +480,7 @@ def test_every_setting_of_transformers_config_is_read_or_known_to_change_nothing
 # ------------------------------------------------------------------------------------------------------------ security
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
 def test_shards_lie_beside_their_index(name, tmp_path):
     folder = tmp_path / "m"
@@ -488,6 +491,7 @@ def test_shards_lie_beside_their_index(name, tmp_path):
         load(folder)
 
 
+@pytest.mark.security
 def test_the_second_copies_of_weights_are_not_downloaded():
     from huggingface_hub.utils import filter_repo_objects
 

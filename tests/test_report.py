@@ -62,6 +62,7 @@ def test_points_are_drawn_where_their_values_are(run):
     assert y / 10 == pytest.approx(ticks[4.0] + (ticks[0.0] - ticks[4.0]) * (4 - 1.25) / 4, abs=0.1)
 
 
+@pytest.mark.security
 def test_the_page_stands_alone(run):
     for page in (Page(write_report(run)), Page(write_comparison([run, make_run(run.parent / "other")]))):
         assert page.source.startswith("<!doctype html>")
@@ -103,6 +104,7 @@ def test_a_torn_last_line_changes_nothing(run, tail):
     assert write_report(run).read_text(encoding="utf-8") == whole
 
 
+@pytest.mark.security
 def test_nothing_in_a_run_is_markup(tmp_path):
     overrides = {
         "model": {"path": HOSTILE.replace("\x00\ud800", "")},

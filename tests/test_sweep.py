@@ -490,6 +490,33 @@ def test_halving_goes_on_where_it_was_killed(halved, run, home, tmp_path):  # no
     assert results(killed, plans[0]["points"]) == results(halved, plans[0]["points"])
 
 
+@slow
+@pytest.mark.parametrize("rung", [0, 1])
+def test_a_checkpoint_that_is_damaged_at_a_cut_is_made_again(rung, halved, run, tmp_path):
+    """As a sweep that was killed right after the cut: the group is trained again up to there, and nothing differs."""
+    again, flags = shutil.copytree(halved, tmp_path / "again"), (EIGHT, "--halving=2")
+    plan = json.loads((again / "sweep.json").read_text())
+    del plan["rungs"][rung + 2 :]
+    plan["rungs"][rung + 1]["ended"] = {}
+    (again / "sweep.json").write_text(json.dumps(plan))
+    for name in (name for group in plan["rungs"][rung + 1]["groups"] for name in group):
+        shutil.rmtree(again / name)
+    for folder in (again / "groups").iterdir():
+        if int(folder.name.partition("-")[0]) > rung:
+            shutil.rmtree(folder)
+    [kept] = sorted((again / "groups" / f"{rung}-0" / "checkpoints").glob("[0-9]*"))[-1:]
+    for file in kept.rglob("d/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    status, _, err = run(again, *flags)
+    assert status == 1
+    assert f"The checkpoint of step {kept.name} cannot be read" in err and "will be trained again up to there" in err
+    assert "Traceback" not in err
+    assert run(again, *flags)[0] == 0
+    assert results(again, plan["points"]) == results(halved, plan["points"])
+
+
 # --- points
 
 

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.files import refuse_existing
 
     refuse_existing(options.out)
+    from jaxtune.hf.digest import recorded
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
     from jaxtune.hf.stops import stop_ids
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> None:
     shared["ends"] = stop_ids(source.adapter) if source.adapter else ()
     if options.adapter:
         where = {"base": source.base, "base_folder": source.model, "config": config, "bake": options.bake}
+        where["record"] = None if source.any_base else source.run or recorded(source.adapter)
         notes = export_adapter(module, params, options.out, **where, **shared)
     else:
         notes = export_model(

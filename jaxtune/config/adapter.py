@@ -31,7 +31,7 @@ def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
     where, base, kind = f"model.path={path}", config.get("base_model_name_or_path"), config.get("peft_type")
     if not own_base and (not isinstance(base, str) or not base):
         raise UserError(f"{where}: the adapter does not name its base; set model.path to the base and model.adapter.")
-    if kind not in _METHODS:
+    if not isinstance(kind, str) or kind not in _METHODS:
         raise UserError(f"{where}: an adapter of type {kind!r} is not trained; expected one of {', '.join(_METHODS)}.")
     if config.get("layers_pattern"):
         raise UserError(f"{where}: layers_pattern={config['layers_pattern']!r} is not trained further.")
@@ -56,9 +56,12 @@ def _labels(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     names = config.get("id2label")
     classes = config.get("architectures")
-    task = next((t for kind, t in _TASKS.items() for c in classes or () if str(c).endswith(f"For{kind}")), None)
+    classes = classes if isinstance(classes, list) else []
+    task = next((t for kind, t in _TASKS.items() for c in classes if str(c).endswith(f"For{kind}")), None)
     if task is None or not isinstance(names, dict):
         return {}
+    if wrong := set(map(str, range(len(names)))) ^ names.keys():
+        raise UserError(f"{folder}/config.json: id2label has no number for each label from 0 on: {min(wrong)!r}.")
     found = {"objective.name": task}
     if config.get("problem_type") != "regression":
         found["objective.labels"] = [names[key] for key in sorted(names, key=int)]

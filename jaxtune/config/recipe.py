@@ -16,6 +16,7 @@ from jaxtune.config import ADAPTERS, DEFAULT_LR, to_json
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
+from jaxtune.hf.digest import BaseFiles, recorded
 from jaxtune.hf.peft import load_adapter
 from jaxtune.methods.table import cut, tune, virtual_ids
 from jaxtune.models import names
@@ -44,6 +45,8 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
     module, task = open_model(cfg, folder, backend=backend, **defaults)
     if weights and cfg.model.init == "pretrained":
         tensors.index_dir(folder)
+    if cfg.model.adapter is not None and (record := recorded(Path(cfg.model.adapter).expanduser())):
+        BaseFiles(folder).check(record)
     settings = method_settings(cfg)
     length, prefix = max_length(cfg, module), virtual_ids(module, settings)
     if length - len(prefix) < 2:

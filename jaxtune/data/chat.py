@@ -351,13 +351,17 @@ class ChatRenderer:
         """The spans that the template marks itself, each extended over the special token that ends the turn, if any."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, marks = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.template(tools),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            with time_limit(TEMPLATE_SECONDS, "it"):
+                rendered, marks = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self.template(tools),
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except Exception as error:  # the template's own, as in `_render`; it may tell how often it is rendered
+            raise UserError(f"{where}: the chat template fails with its generation marks: {error}.") from None
         if rendered[0] != text:
             raise UserError(f"{where}: the chat template renders differently with its generation marks.")
         starts = [start for start, _ in marks[0][1:]] + [len(text)]

@@ -28,6 +28,7 @@ from jaxtune.data.messages import Notes
 from jaxtune.data.sources import Source, place_of
 from jaxtune.errors import DiskError, UserError
 from jaxtune.files import cache_root
+from jaxtune.reading import read_text
 
 FORMAT_VERSION = 2  # raise it when the same input would give other tokens
 CHUNK = 512  # rows tokenised at a time
@@ -236,7 +237,9 @@ def load_tokenizer(path: str, chat_template: str | None = None, date: str | None
         raise UserError(f"{path}: no tokenizer here (tokenizer.json). Name one with model.tokenizer.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library in Rust is no Exception
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: cannot load a tokenizer: {first}{_conversion(folder)}") from None
     if not tokenizer.is_fast:
@@ -245,7 +248,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, date: str | None
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise UserError(f"model.chat_template: no such file: {chat_template}")
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(chat_template)
     if uses_date(tokenizer.chat_template):
         try:
             day = datetime.date.fromisoformat(date) if date else datetime.date.today()

@@ -27,9 +27,9 @@ class Kept:
         for line in self.file:
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = None
-            if entry is None:  # cut off by a kill: nothing follows it
+            if not isinstance(entry, dict) or not {"key", "record"} <= entry.keys():  # torn by a kill, or damaged
                 break
             whole += len(line)
             self.records[entry["key"]] = entry["record"]

@@ -23,6 +23,7 @@ def loading(
     auto: str = "AutoModelForCausalLM",
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
+    rows: int | None = None,
 ) -> dict[str, str]:
     """Code to paste that loads a result: library -> lines.
 
@@ -32,12 +33,13 @@ def loading(
         adapter: whether `here` is an adapter rather than a whole model.
         auto: the class of transformers that loads it.
         config: its config.json, for the labels of a label head; nothing else of it is read.
-        tokenizer: whether there is one in `here`.
+        tokenizer: whether there is one in `here`; of a model of images, what prepares them.
+        rows: of the table of tokens, where an adapter was made after some were added to its base.
     """
     where, named = json.dumps(here), json.dumps(base)
-    tokenizer = tokenizer and auto != _IMAGES
-    classes = f"{auto}, AutoTokenizer" if tokenizer else auto
-    last = f"\ntokenizer = AutoTokenizer.from_pretrained({where})" if tokenizer else ""
+    variable, of_inputs = ("processor", "AutoImageProcessor") if auto == _IMAGES else ("tokenizer", "AutoTokenizer")
+    classes = f"{auto}, {of_inputs}" if tokenizer else auto
+    last = f"\n{variable} = {of_inputs}.from_pretrained({where})" if tokenizer else ""
     own = f"import jaxtune\n\nmodule, params = jaxtune.load({where})"
     if not adapter:
         code = f"from transformers import {classes}\n\nmodel = {auto}.from_pretrained({where}){last}"
@@ -51,6 +53,7 @@ def loading(
     lines += [
         *([f"labels = {labels!r}"] if arguments else []),
         f"base = {auto}.from_pretrained({', '.join([named, *arguments])})",
+        *([f"base.resize_token_embeddings({rows})"] if rows else []),
         f"model = PeftModel.from_pretrained(base, {where}){last}",
     ]
     return {"peft": "\n".join(lines), "jaxtune": own}
@@ -94,6 +97,7 @@ def model_card(
     auto: str = "AutoModelForCausalLM",
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
+    rows: int | None = None,
 ) -> str:
     """Return the text of README.md. A base on this machine is named by its folder, without the path.
 
@@ -106,6 +110,7 @@ def model_card(
         auto: the class of transformers that loads the model.
         config: as for `loading`.
         tokenizer: as for `loading`.
+        rows: as for `loading`.
     """
     local = is_local(base)
     shown = Path(base).name if local else base
@@ -125,7 +130,7 @@ def model_card(
     if facts:
         rows = [f"| {label} | {cell(value)} |" for label, value in facts.items()]
         blocks.append("\n".join(["## The run", "", "| | |", "|---|---|", *rows]))
-    kind = {"adapter": bool(adapter), "auto": auto, "config": config, "tokenizer": tokenizer}
+    kind = {"adapter": bool(adapter), "auto": auto, "config": config, "tokenizer": tokenizer, "rows": rows}
     code = loading(None if local else base, name, **kind)
     blocks.append("\n\n".join(["## How to load it", *(f"```python\n{lines}\n```" for lines in code.values())]))
     return "\n\n".join(blocks) + "\n"

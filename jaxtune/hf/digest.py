@@ -90,16 +90,17 @@ class BaseFiles:
         recorded = read_record(run)
         now = self.whole if whole else self.quick
         before = recorded["whole" if whole else "files"]
-        if not any(name.startswith("tokenizer/") for name in now):
-            before = {name: found for name, found in before.items() if not name.startswith("tokenizer/")}
+        if any("tokenizer/" in name for name in now) != any("tokenizer/" in name for name in before):
+            now, before = ({k: v for k, v in found.items() if not k.startswith(TOKENIZER)} for found in (now, before))
         unlike = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if unlike:
             name = unlike[0]
             what = "has changed" if name in before and name in now else "is new" if name in now else "is gone"
             more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
+            kind = "adapter" if (run / "adapter_config.json").exists() else "run"
             raise UserError(
-                f"{self.small.get(name, self.folder / name)} {what}{more}: the run in {run} started from another base "
-                f"(then in {recorded['path']}). Nothing was changed; put that base back, or give another run."
+                f"{self.small.get(name, self.folder / name)} {what}{more}: the {kind} in {run} started from another base "
+                f"(then in {recorded['path']}). Nothing was changed; put that base back, or give another {kind}."
             )
 
     @contextmanager
@@ -117,6 +118,24 @@ class BaseFiles:
             self.begin()
         yield
         self.check(run, whole=True)
+
+
+def recorded(adapter: Path) -> Path | None:
+    """Where the record of an adapter's base is: beside it, or in the run that it lies in; None: there is none."""
+    folders = [adapter, *([adapter.parent] if (adapter.parent / "config.json").is_file() else [])]
+    return next((folder for folder in folders if (folder / RECORD).is_file()), None)
+
+
+def carry_record(run: Path, out: Path) -> None:
+    """Write what a run, or an adapter, tells of its base into the adapter directory `out`, without this machine's path.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if (run / RECORD).is_file():
+        found = {**read_record(run)}
+        found["path"] = Path(found["path"]).name
+        atomic_write_text(out / RECORD, json.dumps(found, indent=1) + "\n")
 
 
 def read_record(run: Path) -> Mapping:

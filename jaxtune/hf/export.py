@@ -18,6 +18,7 @@ from jaxtune.hf import tensors
 from jaxtune.hf.card import model_card
 from jaxtune.hf.stops import write_generation_config
 from jaxtune.models.names import Tensor
+from jaxtune.reading import is_inside, not_copied
 from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, scale_biases, weights_by_path
 
 TOKENIZER_FILES = (
@@ -78,7 +79,7 @@ def export_model(
         tensors.write(folder, {t.hf: hf_tensor(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
         config = _config(module.spec.hf_config, "lm_head" not in params if module.continues else None, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        write_generation_config(base, folder, ends)
+        notes += write_generation_config(base, folder, ends)
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
         card = model_card(
             name=out.name,
@@ -87,7 +88,7 @@ def export_model(
             facts=facts,
             notes=notes,
             auto=module.auto_class,
-            tokenizer=has_tokenizer(folder),
+            **inputs(module, folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
@@ -166,7 +167,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None)
         if not file.is_file():
             continue
         if not is_inside(file, source):
-            notes.append(f"{file.name} is a link to a file outside of the model's directory, and was not copied.")
+            notes.append(not_copied(file))
             continue
         there = folder / file.relative_to(source)
         there.parent.mkdir(exist_ok=True)
@@ -178,18 +179,19 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | None = None)
     return notes
 
 
-def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file, links followed, lies in its folder, or in the hub's cache that the folder is part of."""
-    real = file.resolve()
-    if real.is_relative_to(folder.resolve()):
-        return True
-    cache = re.match(r"(.*/models--[^/]+)/snapshots/", f"{folder.absolute()}/")
-    return cache is not None and real.is_relative_to(Path(cache[1]).resolve() / "blobs")
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a directory holds a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES[:-2])
+
+
+def inputs(module: Any, folder: Path) -> dict[str, Any]:
+    """What the code that loads a result of `module` is told of its inputs; see `card.loading`."""
+    prepares = (folder / "preprocessor_config.json").is_file()
+    spec = module.spec
+    return {
+        "tokenizer": prepares if hasattr(spec, "patch") else has_tokenizer(folder),
+        "rows": spec.vocab if getattr(spec, "new_tokens", 0) else None,
+    }
 
 
 def public_name(base: str | Path) -> str:

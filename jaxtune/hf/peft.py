@@ -23,7 +23,8 @@ from jaxtune.files import atomic_dir
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
 from jaxtune.hf.card import model_card
-from jaxtune.hf.export import copy_tokenizer, has_tokenizer, public_name
+from jaxtune.hf.digest import BaseFiles, carry_record, recorded
+from jaxtune.hf.export import copy_tokenizer, inputs, public_name
 from jaxtune.hf.peft_config import (
     DEFAULTS,
     IA3_DEFAULTS,
@@ -244,7 +245,8 @@ def open_adapter(
         module = models.build({**values, "architectures": None}, **settings)
         module = with_labels(module, dataclasses.replace(labels, drawn=not same))
         drawn = module.drawn(tensors.index_dir(where), models.names(module), jax.random.key(0)).keys()
-    params = hf.read_params(module, where, param_dtype, key=jax.random.key(0), quantization=quantization)
+    with BaseFiles(where).same(None if any_base else recorded(folder)):
+        params = hf.read_params(module, where, param_dtype, key=jax.random.key(0), quantization=quantization)
     module, params = grown_for(folder, module, params)
     compared = None if any_base else named
     params, mask, config = load_adapter(module, params, folder, base=compared, drawn=drawn)
@@ -468,6 +470,7 @@ def export_adapter(
     base_folder: str | Path | None = None,
     overwrite: bool = False,
     bake: bool = False,
+    record: Path | None = None,
 ) -> list[str]:
     """Write the adapters of a zoo model as a PEFT directory, atomically.
 
@@ -487,6 +490,7 @@ def export_adapter(
         overwrite: replace a directory that is there.
         bake: multiply the scales into B and pad all ranks to the largest, for engines that ignore rank and alpha
             patterns.
+        record: directory of what was tuned (a run or an adapter), whose record of its base is carried along.
 
     Returns:
         Sentences that the user should read, such as a tokenizer that was not found.
@@ -517,8 +521,10 @@ def export_adapter(
             (folder / "config.json").write_text(text, encoding="utf-8")
         notes += copy_tokenizer(Path(tokenizer or base).expanduser(), folder, chat_template)
         stops_of = Path(base_folder or base).expanduser()
+        if record is not None:
+            carry_record(record, folder)
         if not set(ends) <= stop_ids(stops_of):
-            write_generation_config(stops_of, folder, ends)
+            notes += write_generation_config(stops_of, folder, ends)
         card = model_card(
             name=out.name,
             base=public_name(base),
@@ -527,7 +533,7 @@ def export_adapter(
             notes=notes,
             auto=module.auto_class,
             config=labels,
-            tokenizer=has_tokenizer(folder),
+            **inputs(module, folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
+from jaxtune.reading import is_inside, not_copied
 
 FILE = "generation_config.json"
 
@@ -36,23 +37,26 @@ def named_ids(tokenizer: Any, *folders: Path | None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def write_generation_config(base: Path, folder: Path, ends: Collection[int] = ()) -> None:
+def write_generation_config(base: Path, folder: Path, ends: Collection[int] = ()) -> list[str]:
     """Write the generation config of `base` to `folder`, with the tokens that end a trained turn among its stops.
 
-    Without `ends` that `base` does not know, its file is copied, if it has one.
+    Without `ends` that `base` does not know, its file is copied, if it has one. Returns a sentence on one that is a
+    link to elsewhere, of which nothing but its stops is read.
     """
     known, path = stop_ids(base), base / FILE
-    if set(ends) <= known and not path.is_file():
-        return
-    config = tensors.read_json(path) if path.is_file() else {}
-    if not path.is_file() and (base / "config.json").is_file():
+    away = path.is_file() and not is_inside(path, base)
+    there, notes = path.is_file() and not away, [not_copied(path)] if away else []
+    if set(ends) <= known and not there:
+        return notes
+    config = tensors.read_json(path) if there else {}
+    if not there and (base / "config.json").is_file():
         base_config = tensors.read_json(base / "config.json")
-        config = {
-            name: base_config[name] for name in ("bos_token_id", "pad_token_id") if base_config.get(name) is not None
-        }
+        kept = ("bos_token_id", "pad_token_id")
+        config = {name: base_config[name] for name in kept if base_config.get(name) is not None}
     if not set(ends) <= known:
         config["eos_token_id"] = sorted(known | set(ends))
     (folder / FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return notes
 
 
 def added_line(tokenizer: Any, base: Path, ends: Collection[int]) -> list[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.hf.digest import BaseFiles
+from jaxtune.hf.digest import BaseFiles, recorded
 from jaxtune.hf.load import load, read_config, resolve
 from jaxtune.hf.peft import find_base, open_adapter, read_adapter_config
 from jaxtune.hf.stops import named_ids
@@ -70,7 +70,7 @@ def same_base(source: Tuned) -> AbstractContextManager[None]:
     Raises:
         UserError: it is another, and `source.any_base` does not allow that.
     """
-    run = source.run or (source.adapter and source.adapter.parent)
+    run = source.run or (source.adapter and recorded(source.adapter))
     folder = source.model if source.adapter else resolve(source.base)
     settings = (source.config or {}).get("model") or {}
     other = settings.get("tokenizer") not in (None, settings.get("path")) and Path(settings["tokenizer"]).expanduser()
@@ -147,10 +147,9 @@ def open_source(source: Tuned, **settings: Any) -> tuple[Any, Any, dict[str, Any
     if source.adapter is None:
         return *load(source.model, **settings), None
     settings["dtype"] = settings.get("dtype") or jnp.float32
-    with same_base(source):
-        module, params, _, config = open_adapter(
-            source.adapter, base=source.base, any_base=source.any_base, quantization=source.quantization, **settings
-        )
+    module, params, _, config = open_adapter(
+        source.adapter, base=source.base, any_base=source.any_base, quantization=source.quantization, **settings
+    )
     return module, params, config
 
 

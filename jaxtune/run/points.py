@@ -14,7 +14,7 @@ from typing import Any
 from jaxtune import config
 from jaxtune.errors import UserError
 from jaxtune.objectives.task import TASKS
-from jaxtune.reading import parse_json
+from jaxtune.reading import parse_json, read_text
 from jaxtune.report import sweep_table
 from jaxtune.train.optimizers import OPTIMIZERS
 
@@ -103,12 +103,12 @@ def read_points(file: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: all problems, with their lines.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--points={file}: cannot be read: {error}") from None
+    text = read_text(file)
     if file.suffix == ".csv":
-        found = [(n, dict(row)) for n, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
+        try:
+            found = [(n, dict(row)) for n, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
+        except csv.Error as error:
+            raise UserError(f"--points={file}: {error}") from None
     elif file.suffix == ".jsonl":
         found = [(n, _json_line(file, n, line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:

@@ -16,6 +16,7 @@ from rich.table import Table
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve
+from jaxtune.reading import read_json
 from jaxtune.report.card import carry_evaluation, run_facts
 from jaxtune.run.training import as_it_ran, as_stored
 from jaxtune.train.cost import chunks, dot_flops
@@ -73,7 +74,7 @@ def finish(member, place, job, params, run, clock, scored) -> None:
         "cost": _cost(job, max(row["step"] for row in rows)),
         **place.facts,
     }
-    facts = run_facts(json.loads((workdir / "config.json").read_text()), rows, summary)
+    facts = run_facts(read_json(workdir / "config.json", halves=True), rows, summary)
     where = {
         "tokenizer": resolve(experiment.base.tokenizer),
         "chat_template": _chat_template(experiment, job),
@@ -84,6 +85,7 @@ def finish(member, place, job, params, run, clock, scored) -> None:
     if adapter:
         base = experiment.base
         where |= {"base": base.path, "base_folder": base.folder, "config": dict(experiment.settings)}
+        where["record"] = workdir if base.init == "pretrained" else None
         notes = export_adapter(job.module, params, out, mask=member.mask, **where)
     else:
         params = as_stored(job, params, member.mask)
@@ -144,6 +146,7 @@ def _column(rows: list[dict], name: str) -> tuple[Any, Any]:
 
 
 def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any) -> None:
+    from jaxtune.hf.export import inputs
     from jaxtune.report import evaluation
     from jaxtune.report.run import read_run
     from jaxtune.report.sentences import measured
@@ -164,7 +167,8 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
     console.print(f"\nresult: {out}\nreport: {page}\n")
     auto = module.auto_class
     labels = module.label_config
-    code = loading(member.experiment.base.path, str(out), adapter=adapter, auto=auto, config=labels)
+    base = member.experiment.base.path
+    code = loading(base, str(out), adapter=adapter, auto=auto, config=labels, **inputs(module, out))
     for library, lines in code.items():
         console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)
     if member.experiment.task.continues:

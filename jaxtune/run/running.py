@@ -11,10 +11,12 @@ import jax
 
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
+from jaxtune.reading import read_text
 from jaxtune.run import results, sampling
 from jaxtune.run.blame import cause_of
 from jaxtune.run.experiment import Experiment
 from jaxtune.run.training import Job, Member, with_kept, with_reference
+from jaxtune.run.workdir import versions_of
 from jaxtune.train import loop
 from jaxtune.train.checkpoint import Checkpoints, Damaged
 from jaxtune.train.log import Metrics, Progress, read_metrics
@@ -173,7 +175,7 @@ def _without_change(job: Job, place: RunFolder) -> Job:
         UserError: they were cached, and cannot be now.
     """
     file = place.folder / "config.json"
-    before = json.loads(file.read_text()).get("versions", {}).get("features") if file.exists() else None
+    before = versions_of(read_text(file)).get("features") if file.exists() else None
     if before is None or job.experiment.train.cache_features != "auto":
         return job
     if before == "none":

@@ -11,6 +11,7 @@ from jaxtune import config
 from jaxtune.data.chat import uses_date
 from jaxtune.errors import DiskError, Interrupted, RunFailed, UserError, disk_trouble
 from jaxtune.files import exclusive
+from jaxtune.reading import read_text
 
 
 @contextlib.contextmanager
@@ -84,9 +85,9 @@ def check_workdir(
     if not check_is_ours(workdir):
         return False
     file = workdir / "config.json"
-    text = file.read_text()
+    text = read_text(file)
     config.check_resume(config.from_json(text, str(file)), cfg)
-    versions = json.loads(text).get("versions", {})
+    versions = versions_of(text)
     before = versions.get("rows")
     if fingerprint and before is None and "data" in versions:  # which the readers of version 0.1.0 entered into
         print(f"The run in {workdir} was started by an older version; its data cannot be compared.")
@@ -103,6 +104,12 @@ def check_workdir(
     if base is not None:
         base.check(workdir)
     return True
+
+
+def versions_of(text: str) -> dict[str, Any]:
+    """What the config.json of a run records beside its settings: versions, and what its rows and features were."""
+    found = json.loads(text).get("versions")
+    return found if isinstance(found, dict) else {}
 
 
 def dated(cfg: Any, rows: Any) -> Any:
@@ -128,7 +135,7 @@ def as_begun(cfg: Any, workdir: Path | None) -> Any:
     file = None if workdir is None else workdir / "config.json"
     if file is None or not file.exists():
         return cfg
-    before = config.from_json(file.read_text(), str(file))
+    before = config.from_json(read_text(file), str(file))
     if not cfg.data.date and before.data.date:
         cfg = config.replaced(cfg, {"data.date": before.data.date})
     if cfg.train.micro_batch != "auto":

@@ -33,8 +33,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.data import Rows
 from jaxtune.data.labels import has_types, token_types
-from jaxtune.errors import Interrupted, UserError
-from jaxtune.files import atomic_write_text, cache_root, open_lock, sweep
+from jaxtune.errors import Interrupted, RunFailed, UserError
+from jaxtune.files import atomic_write_text, cache_root, may, open_lock, sweep
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import FROZEN, PyTree, flatten
 
@@ -181,11 +181,18 @@ class FileLayout:
 
 
 class Features:
-    """The features of the rows of one data set, read from their file; a row is counted over all sources."""
+    """The features of the rows of one data set, read from their file; a row is counted over all sources.
+
+    The file was verified when it was opened. Each row is again as it is read: by a hash of it that was made then.
+    """
 
     def __init__(self, file: Path, layout: FileLayout, lock: "_Lock"):
-        self.layout, self.lock = layout, lock  # shared: the file is not removed while this lives
+        self.file, self.layout, self.lock = file, layout, lock  # shared: the file is not removed while this lives
         self.flat = np.memmap(file, layout.dtype, "r", shape=(layout.entries, layout.width))
+        known = _known(file)
+        self.sums = _verified.get(known)
+        if self.sums is None:
+            self.sums = _verified[known] = _row_sums(self.flat, layout)
 
     @property
     def per_token(self) -> bool:
@@ -206,9 +213,14 @@ class Features:
         for b, members in enumerate(plan):
             at = 0
             for member in members:
-                part = self[member]
-                out[b, at : at + len(part)] = part
-                at += len(part)
+                end = at + self.layout.length[member]
+                out[b, at:end] = self[member]
+                if xxhash.xxh3_64_intdigest(out[b, at:end].view(np.uint8)) != self.sums[member]:
+                    raise RunFailed(
+                        f"The features in {self.file.parent} have been damaged since this run opened them (row "
+                        f"{member + 1}). The same command goes on, and makes them again."
+                    )
+                at = end
         return out if self.per_token else out[:, 0]
 
 
@@ -242,10 +254,10 @@ class Store:
             return None
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+        if not may(self.folder, os.R_OK | os.W_OK | os.X_OK):
             return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
         for path in (path for key in sizes for path in (self.path(key), self.partial(key))):
-            if path.exists() and not os.access(path, os.R_OK | os.X_OK):
+            if path.exists() and not may(path, os.R_OK | os.X_OK):
                 return f"{path} belongs to another user and cannot be read; set JAXTUNE_CACHE"
         new = sum(n for key, n in sizes.items() if not self.has(key, n))
         others = {key: _size(self.folder / key) for key in self._others(sizes)}
@@ -421,18 +433,31 @@ def _checksums(file: Path, end: int, known: Sequence[str] = ()) -> list[str]:
         return [*known, *pool.map(lambda at: xxhash.xxh3_128_hexdigest(data[at : at + BLOCK]), starts)]
 
 
-_verified: set[tuple[str, int, int, int]] = set()  # sets that this process has verified
+def _row_sums(flat: np.ndarray, layout: FileLayout) -> np.ndarray:
+    """A hash of the features of each row, u64[R]."""
+    data, size = memoryview(flat.view(np.uint8).reshape(-1)), layout.width * layout.dtype.itemsize
+    firsts, ends = layout.first * size, (layout.first + layout.length) * size
+    spans = zip(firsts.tolist(), ends.tolist(), strict=True)
+    return np.fromiter((xxhash.xxh3_64_intdigest(data[a:b]) for a, b in spans), np.uint64, len(firsts))
+
+
+# Files that this process has verified, and the hashes of their rows once they have been opened.
+_verified: dict[tuple[str, int, int, int], np.ndarray | None] = {}
+
+
+def _known(file: Path) -> tuple[str, int, int, int]:
+    found = file.stat()
+    return str(file), found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a set is undamaged."""
     try:
-        found = (folder / FILE).stat()
-        known = (str(folder), found.st_ino, found.st_size, found.st_mtime_ns)
-        if known not in _verified and _checksums(folder / FILE, found.st_size) == json.loads(
+        known = _known(folder / FILE)
+        if known not in _verified and _checksums(folder / FILE, known[2]) == json.loads(
             (folder / CHECKSUMS).read_bytes()
         ):
-            _verified.add(known)
+            _verified[known] = None
         return known in _verified
     except (OSError, ValueError):
         return False
