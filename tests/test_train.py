@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import textwrap
 from types import SimpleNamespace
 
 import jax
@@ -570,6 +572,66 @@ def test_whole_models_come_out(method, run, tmp_path):
     assert ("lm_head" in params) == (method == "head")
     losses = [m["eval/loss"] for m in read(tmp_path / "run") if "eval/loss" in m]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # peft tells of the base's name
+@pytest.mark.parametrize("saved", [None, "embed_tokens,lm_head"])
+def test_new_tokens_of_a_config_have_rows_that_are_trained(saved, run, home, tmp_path, capsys):  # noqa: F811
+    """From the tokenizer of the run to its result in peft, and further training of that."""
+    import torch
+    import transformers
+
+    from jaxtune.infer.source import load_target
+
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": f"{i}<add>", "completion": f"<is>{i + 1}"} for i in range(24)]
+    )
+    settings = {"data__train": rows, "data__eval": rows, "model__new_tokens": "<add>,<is>", "train__steps": 4}
+    settings |= {"tune__lora__modules_to_save": saved, "tune__lora__lora_dropout": 0, "optim__lr": 0.1}
+    status, out, err = run(tmp_path / "run", **settings)
+    assert status == 0, err
+    adapter = tmp_path / "run" / "adapter"
+    target = load_target(tmp_path / "run")
+    new = target.tokenizer.convert_tokens_to_ids(["<add>", "<is>"])
+    assert new == [258, 259] and target.module.spec.vocab == 260
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    assert said["trainable_token_indices"] == (None if saved else new)
+    tokens = np.array([[49, 258, 259, 50]], np.int32)
+    ours = np.asarray(target.module.apply({"params": target.params}, tokens))
+    [code] = re.findall(r"load it with peft:\n((?:  .*\n|\n)+)", out)
+    names = {}
+    exec(textwrap.dedent(code), names)
+    with torch.no_grad():
+        theirs = names["model"].eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert names["tokenizer"]("<is>").input_ids == [259]
+    assert main(["eval", str(tmp_path / "run"), "--rows=4"]) == 0, capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(merged(torch.tensor(tokens, dtype=torch.long)).logits.numpy(), ours, atol=1e-4)
+
+    own = {f"tune__lora__{name}": None for name in ("r", "lora_dropout", "modules_to_save")}
+    further = settings | own | {"model__path": adapter, "model__new_tokens": None}
+    status, _, err = run(tmp_path / "further", **further)
+    assert status == 0, err
+    losses = [[m["eval/loss"] for m in read(tmp_path / name) if "eval/loss" in m] for name in ("run", "further")]
+    assert losses[1][0] == pytest.approx(losses[0][-1], rel=1e-3) and losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model__new_tokens": "</s>"}, "model.new_tokens: '</s>' is a token already"),
+        ({"model__new_tokens": "<a>,<a>"}, "model.new_tokens: '<a>' is empty or given twice"),
+        ({"model__new_tokens": "<a>", "tune__method": "bitfit"}, "nothing trains the row"),
+    ],
+)
+def test_new_tokens_that_cannot_be(settings, said, run, tmp_path):
+    none = {"tune__lora__r": None, "tune__lora__lora_dropout": None} if "tune__method" in settings else {}
+    status, _, err = run(tmp_path / "run", "--dry-run", **settings, **none)
+    assert status == 2 and said in err
 
 
 REAL = {

@@ -67,7 +67,9 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
     from jaxtune.config.recipe import max_length, open_model
 
     module, task = open_model(cfg)
-    tokenizer = data.load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template, cfg.data.date)
+    tokenizer = data.load_tokenizer(
+        cfg.model.tokenizer, cfg.model.chat_template, cfg.data.date, cfg.model.new_tokens or ()
+    )
     d = cfg.data
     with Console(stderr=True).status("reading") as status:
         return curate.examine(

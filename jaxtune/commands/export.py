@@ -107,16 +107,12 @@ def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple
     import shutil
     import tempfile
 
+    from jaxtune.data.tokenize import add_tokens as add_to
     from jaxtune.infer.source import tokenizer_of
     from jaxtune.methods.vocabulary import resize
 
     tokenizer = tokenizer_of(source)
-    known = tokenizer.get_vocab()
-    for name in names:
-        if not name.strip() or name in known or names.count(name) > 1:
-            what = "a token already" if name in known else "empty or given twice"
-            raise UserError(f"--new-tokens: {name!r} is {what}.")
-    tokenizer.add_tokens(names)
+    add_to(tokenizer, names, "--new-tokens")
     ids = tokenizer.convert_tokens_to_ids(names)
     if max(ids) >= module.spec.vocab:
         module, params = resize(module, params, max(ids) + 1)

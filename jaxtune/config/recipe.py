@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.config import ADAPTERS, DEFAULT_LR, to_json
+from jaxtune.data.tokenize import ids_of_new
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
 from jaxtune.hf.digest import BaseFiles, recorded
-from jaxtune.hf.peft import load_adapter
+from jaxtune.hf.peft import load_adapter, rows_in
 from jaxtune.methods.table import cut, tune, virtual_ids
+from jaxtune.methods.vocabulary import with_rows
 from jaxtune.models import names
 from jaxtune.objectives.task import BatchShape, Task, open_task
 from jaxtune.run.experiment import Base, Experiment
@@ -77,7 +79,10 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
     )
     return Experiment(
         recipe=recipe,
-        base=Base(str(cfg.model.path), folder, cfg.model.init, cfg.model.tokenizer, cfg.model.chat_template),
+        base=Base(
+            *(str(cfg.model.path), folder, cfg.model.init, cfg.model.tokenizer, cfg.model.chat_template),
+            tuple(cfg.model.new_tokens or ()),
+        ),
         method=cfg.tune.method,
         settings=settings,
         adapter=cfg.tune.method in ADAPTERS,
@@ -119,7 +124,28 @@ def open_model(
         data=_plain(cfg.data),
         tokenizer=cfg.model.tokenizer,
     )
-    return cut(cfg.tune.method, module, method_settings(cfg)), task
+    return cut(cfg.tune.method, _with_new_tokens(cfg, module), method_settings(cfg)), task
+
+
+def _with_new_tokens(cfg: Any, module: Any) -> Any:
+    """The module with rows for model.new_tokens, and for those that the adapter which is trained on was made with.
+
+    Raises:
+        UserError: its table takes none.
+    """
+    rows = max(_new_ids(cfg), default=-1) + 1
+    if cfg.model.adapter is not None:
+        rows = max(rows, rows_in(Path(cfg.model.adapter).expanduser(), module))
+    if rows <= getattr(module.spec, "vocab", rows):
+        return module
+    if not hasattr(module.spec, "new_tokens"):
+        raise UserError(f"model.new_tokens: the table of {cfg.model.path} is an encoder's, which is given no rows.")
+    return with_rows(module, rows)
+
+
+def _new_ids(cfg: Any) -> tuple[int, ...]:
+    """The ids of model.new_tokens."""
+    return ids_of_new(cfg.model.tokenizer, tuple(cfg.model.new_tokens)) if cfg.model.new_tokens else ()
 
 
 def compute_dtype(name: str = "auto", backend: str | None = None) -> Any:
@@ -153,9 +179,16 @@ def _adapted(adapter: Path, folder: Path, params: Any, key: jax.Array, module: A
 
 
 def method_settings(cfg: Any) -> Mapping[str, Any]:
-    """The section of the method, tune.lora for tune.method=lora; empty for methods without settings."""
+    """The section of the method, tune.lora for tune.method=lora; empty for methods without settings.
+
+    The rows of new tokens are trained where the section does not say how the table is.
+    """
     chosen = cfg.tune.get(cfg.tune.method, None)
-    return {} if chosen is None else dict(chosen)
+    settings = {} if chosen is None else dict(chosen)
+    told = "embed_tokens" in (settings.get("modules_to_save") or ())
+    if settings.get("trainable_token_indices", ()) is None and not told and (new := _new_ids(cfg)):
+        settings["trainable_token_indices"] = new
+    return settings
 
 
 def section(cfg: Any, name: str) -> Any:

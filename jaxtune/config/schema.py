@@ -111,6 +111,7 @@ SETTINGS = (
     ),
     Setting("model.adapter", Path, None, "PEFT directory to train further; model.path=ADAPTER sets it and its base"),
     Setting("model.tokenizer", Path, None, "directory or hub id of the tokenizer; default: model.path"),
+    Setting("model.new_tokens", Names, None, "added to the tokenizer, with rows in the table; LoRA trains these rows"),
     Setting("model.chat_template", Path, None, "a Jinja file; default: the tokenizer's own"),
     Setting("model.dtype", str, "auto", "auto: bfloat16 on GPU, float32 on CPU", ("auto", "float32", "bfloat16")),
     Setting(

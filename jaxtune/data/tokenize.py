@@ -4,6 +4,7 @@ The cache holds every row of a source in full; `fit` then drops, truncates or sp
 copy. So another `max_length` or evaluation split needs no new tokenisation.
 """
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import importlib.metadata
 import io
 import json
 import shlex
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,18 +215,53 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
-def load_tokenizer(path: str, chat_template: str | None = None, date: str | None = None):
+def load_tokenizer(
+    path: str, chat_template: str | None = None, date: str | None = None, new_tokens: Sequence[str] = ()
+):
     """Load the tokenizer of a directory or hub id.
 
     Args:
         path: a directory or hub id.
         chat_template: a file whose text replaces the tokenizer's own template.
         date: the date that chat templates write, YYYY-MM-DD; default: today's, taken once.
+        new_tokens: names of tokens to add to it.
 
     Raises:
         UserError: there is no tokenizer; transformers cannot read or convert it, or text does not survive encoding and
-            decoding; it is a slow one, which has no character offsets; the template's file is missing.
+            decoding; it is a slow one, which has no character offsets; the template's file is missing; a new token has no
+            name, or is one already.
     """
+    tokenizer = _plain_tokenizer(path, new_tokens)
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise UserError(f"model.chat_template: no such file: {chat_template}")
+        tokenizer.chat_template = read_text(chat_template)
+    if uses_date(tokenizer.chat_template):
+        try:
+            day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        except ValueError:
+            raise UserError(f"data.date: {date!r} is no date; expected YYYY-MM-DD.") from None
+        template = tokenizer.chat_template
+        named = {name: with_date(text, day) for name, text in template.items()} if isinstance(template, dict) else None
+        tokenizer.chat_template = named or with_date(template, day)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def tokenizer_with(path: str, new_tokens: Sequence[str]) -> Iterator[Path]:
+    """A directory that holds the tokenizer of another, with tokens added, while the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="jaxtune-") as folder:
+        _plain_tokenizer(path, new_tokens).save_pretrained(folder)
+        yield Path(folder)
+
+
+@functools.lru_cache
+def ids_of_new(path: str, new_tokens: tuple[str, ...]) -> tuple[int, ...]:
+    """The ids that new tokens get."""
+    return tuple(_plain_tokenizer(path, new_tokens).convert_tokens_to_ids(list(new_tokens)))
+
+
+def _plain_tokenizer(path: str, new_tokens: Sequence[str] = ()):
     import transformers
 
     folder = Path(path)
@@ -245,19 +282,23 @@ def load_tokenizer(path: str, chat_template: str | None = None, date: str | None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; a tokenizer.json is needed.")
     check_round_trip(tokenizer, folder)
-    if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise UserError(f"model.chat_template: no such file: {chat_template}")
-        tokenizer.chat_template = read_text(chat_template)
-    if uses_date(tokenizer.chat_template):
-        try:
-            day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-        except ValueError:
-            raise UserError(f"data.date: {date!r} is no date; expected YYYY-MM-DD.") from None
-        template = tokenizer.chat_template
-        named = {name: with_date(text, day) for name, text in template.items()} if isinstance(template, dict) else None
-        tokenizer.chat_template = named or with_date(template, day)
+    if new_tokens:
+        add_tokens(tokenizer, new_tokens, "model.new_tokens")
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, names: Sequence[str], origin: str) -> None:
+    """Add tokens to a tokenizer; `origin` names the setting or flag in messages.
+
+    Raises:
+        UserError: a name is empty, there twice, or a token already.
+    """
+    known = tokenizer.get_vocab()
+    for name in names:
+        if not name.strip() or name in known or list(names).count(name) > 1:
+            what = "a token already" if name in known else "empty or given twice"
+            raise UserError(f"{origin}: {name!r} is {what}.")
+    tokenizer.add_tokens(list(names))
 
 
 def _conversion(folder: Path) -> str:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from jaxtune.evaluate.kept import key_of
 from jaxtune.files import hash_of
-from jaxtune.hf.load import load, resolve
+from jaxtune.hf.load import load, read_config, resolve
 from jaxtune.hf.peft import grown_for, load_adapter
 from jaxtune.infer.generation import prepare
 from jaxtune.infer.source import Tuned, same_base
+from jaxtune.methods.vocabulary import resize
 
 
 class System(NamedTuple):
@@ -43,9 +44,9 @@ def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[
         with same_base(source):
             module, params = load(source.model, dtype=dtype, quantization=source.quantization)
         below = base_identity(source, dtype)
+        module, params = grown_for(source.adapter, module, params)  # the rows have tokens that were added
         if base:
             yield System("base", module, prepare(module, params), below)
-        module, params = grown_for(source.adapter, module, params)
         tuned, _, _ = load_adapter(module, params, source.adapter, base=None if source.any_base else source.base)
         del params
         yield System("tuned", module, prepare(module, tuned), key_of(below, identity(source.adapter)))
@@ -57,6 +58,8 @@ def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[
     for name, folder in zip(named, folders, strict=True):
         with same_base(source) if name == "base" else nullcontext():
             module, params = load(folder, dtype=dtype)
+        if (rows := read_config(source.model).get("vocab_size") or 0) > getattr(module.spec, "vocab", rows):
+            module, params = resize(module, params, rows)
         yield System(name, module, prepare(module, params), identity(folder, str(dtype)))
 
 

@@ -294,11 +294,16 @@ def _labels(folder: Path, config: Mapping[str, Any], entries: Mapping[str, tenso
 
 def grown_for(folder: Path, module: Any, params: Any) -> tuple[Any, Any]:
     """The base, with rows for tokens that were added before the adapter was trained, as many as its file has."""
+    rows = rows_in(folder, module)
+    return resize(module, params, rows) if rows > module.spec.vocab else (module, params)
+
+
+def rows_in(folder: Path, module: Any) -> int:
+    """The rows of the table of tokens in an adapter's file; 0 where there is none."""
     entries = _index(folder)
     named = [t.module for t in models.names(module).tensors(module.spec) if t.path == TABLES[0]]
     keys = [f"{_PREFIX}{name}{middle}.weight" for name in named for middle in _TABLES]
-    rows = max((entries[key].shape[0] for key in keys if key in entries and entries[key].shape), default=0)
-    return resize(module, params, rows) if rows > module.spec.vocab else (module, params)
+    return max((entries[key].shape[0] for key in keys if key in entries and entries[key].shape), default=0)
 
 
 def _as_loaded(module: Any) -> Any:

@@ -40,9 +40,14 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
     params = {**params, "embed_tokens": {"embedding": grow(table, 0)}}
     if head is not None:
         params["lm_head"] = {**params["lm_head"], "kernel": grow(head, 1)}
+    return with_rows(module, vocab), params
+
+
+def with_rows(module: Any, vocab: int) -> Any:
+    """The module that `resize` returns; with fewer rows, the one before it."""
     config = json.dumps(module.spec.hf_config | {"vocab_size": vocab})
     new = module.spec.new_tokens + vocab - module.spec.vocab
-    return module.clone(spec=dataclasses.replace(module.spec, vocab=vocab, config=config, new_tokens=new)), params
+    return module.clone(spec=dataclasses.replace(module.spec, vocab=vocab, config=config, new_tokens=new))
 
 
 def with_new_tokens(tuned: tuple[PyTree, PyTree], module: Any) -> tuple[PyTree, PyTree]:

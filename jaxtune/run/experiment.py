@@ -14,6 +14,7 @@ from jaxtune.data.batches import GRAIN
 from jaxtune.hf import load as hf
 from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.stops import added_line
+from jaxtune.methods.vocabulary import resize, with_rows
 from jaxtune.train import watch
 from jaxtune.train.recipe import Recipe
 
@@ -28,6 +29,7 @@ class Base:
         init: "pretrained", or "random": only its config and tokenizer are read.
         tokenizer: directory or hub id of the tokenizer.
         chat_template: a Jinja file; None: the tokenizer's own.
+        new_tokens: that are added to the tokenizer.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Base:
     init: str
     tokenizer: str
     chat_template: str | None
+    new_tokens: tuple[str, ...] = ()
 
     @cached_property
     def files(self) -> BaseFiles:
@@ -42,13 +45,16 @@ class Base:
         return BaseFiles(self.folder, hf.resolve(self.tokenizer), weights=self.init == "pretrained")
 
     def load(self, recipe: Recipe) -> Any:
-        """Read the recipe's base parameters, or initialise them at random."""
+        """Read the recipe's base parameters, or initialise them at random; rows of the module's table beyond the file's are new."""
         key = jax.random.key(recipe.seed)
         if self.init == "random":
             return recipe.quantized(jax.jit(recipe.module.init_params)(key))
         self.files.begin()
         kind = None if recipe.quantization == "none" else recipe.quantization
-        return hf.read_params(recipe.module, self.folder, key=key, quantization=kind)
+        new = getattr(recipe.module.spec, "new_tokens", 0)
+        module = with_rows(recipe.module, recipe.module.spec.vocab - new) if new else recipe.module
+        params = hf.read_params(module, self.folder, key=key, quantization=kind)
+        return resize(module, params, recipe.module.spec.vocab)[1] if new else params
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +152,8 @@ class Data:
 def open_data(experiment: Experiment) -> Data:
     """Read and tokenise the rows that the config names."""
     d, length, prefix = experiment.data, experiment.recipe.batch.length, experiment.prefix
-    tokenizer = data.load_tokenizer(experiment.base.tokenizer, experiment.base.chat_template, d.date)
+    base = experiment.base
+    tokenizer = data.load_tokenizer(base.tokenizer, base.chat_template, d.date, base.new_tokens)
     train, held_out, report = data.prepare(
         tokenizer,
         d.train,

@@ -6,6 +6,7 @@ import math
 import resource
 import statistics
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxtune.data.tokenize import tokenizer_with
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve
@@ -76,21 +78,25 @@ def finish(member, place, job, params, run, clock, scored) -> None:
     }
     facts = run_facts(read_json(workdir / "config.json", halves=True), rows, summary)
     where = {
-        "tokenizer": resolve(experiment.base.tokenizer),
         "chat_template": _chat_template(experiment, job),
         "facts": facts,
         "ends": job.rows.ends,
         "overwrite": True,
     }
-    if adapter:
-        base = experiment.base
-        where |= {"base": base.path, "base_folder": base.folder, "config": dict(experiment.settings)}
-        where["record"] = workdir if base.init == "pretrained" else None
-        notes = export_adapter(job.module, params, out, mask=member.mask, **where)
-    else:
-        params = as_stored(job, params, member.mask)
-        base = experiment.base
-        notes = export_model(job.module, params, out, base=base.folder, tuned_from=base.path, **where)
+    base = experiment.base
+    with (
+        tokenizer_with(base.tokenizer, base.new_tokens)
+        if base.new_tokens
+        else nullcontext(resolve(base.tokenizer)) as own
+    ):
+        where["tokenizer"] = own
+        if adapter:
+            where |= {"base": base.path, "base_folder": base.folder, "config": dict(experiment.settings)}
+            where["record"] = workdir if base.init == "pretrained" else None
+            notes = export_adapter(job.module, params, out, mask=member.mask, **where)
+        else:
+            params = as_stored(job, params, member.mask)
+            notes = export_model(job.module, params, out, base=base.folder, tuned_from=base.path, **where)
     carry_evaluation(workdir, out)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
