@@ -219,7 +219,7 @@ def rows() -> Path:
     (folder / "rows.txt").write_text("w1 w2 w3\n" * 5)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), folder / "rows.parquet")
     (folder / "labels.jsonl").write_text(
-        "".join(json.dumps({"text": "w1", "label": str(i % 2)}) + "\n" for i in range(6))
+        "".join(json.dumps({"text": "w1", "label": "ab"[i % 2]}) + "\n" for i in range(6))
     )
     (folder / "tags.conll").write_text("w1\tO\nw2\tB-x\n\nw3\tO\n\n" * 3)
     (folder / "points.jsonl").write_text('{"optim.lr": 1e-3}\n{"optim.lr": 2e-3, "train.seed": 1}\n')
@@ -231,7 +231,8 @@ def read_rows(name: str, per_token: bool | None = None) -> Callable[[Path], Any]
     """A reader of rows, with labels where `per_token` is given."""
 
     def read(folder: Path) -> None:
-        form = None if per_token is None else LabelForm(per_token)
+        names = ("O", "B-x") if per_token else ("a", "b")
+        form = None if per_token is None else LabelForm(per_token, names)
         prepare(tokenizer(), str(folder / name), max_length=32, cache=False, labels=form)
 
     return read

@@ -47,8 +47,23 @@ LIKE_TAG = re.compile(r"[BIELSU]-\S+|O")
 MOST_FIELDS = 4  # fields of a CoNLL file without an index; with more, it is unclear which are the word and the label
 SAMPLED = 5000  # lines read to find the layout of a CoNLL file
 
+
+class Decoder(json.JSONDecoder):
+    """Python's, with one type of error for all that is wrong with a text."""
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        try:
+            return super().raw_decode(s, idx)
+        except json.JSONDecodeError:
+            raise
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deep", s, idx) from None
+        except ValueError:  # the limit of Python's int
+            raise json.JSONDecodeError("a number of thousands of digits", s, idx) from None
+
+
 # JSON has no NaN, but Python writes it for a value that is missing.
-DECODER = json.JSONDecoder(parse_constant=lambda word: None if word == "NaN" else float(word))
+DECODER = Decoder(parse_constant=lambda word: None if word == "NaN" else float(word))
 DECODE = DECODER.decode
 Numbered = Iterator[tuple[int, dict]]
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.data.batches import Assembler, Plan
-from jaxtune.data.files import header_hint
+from jaxtune.data.files import Decoder, header_hint
 from jaxtune.data.formats import Reader, own_columns
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source, kind
@@ -408,7 +408,7 @@ def several_labels(where: str, column: str, label: Any) -> list[Any]:
     """A list of labels; in a file without lists, from JSON text."""
     if isinstance(label, str):
         try:
-            label = json.loads(label)
+            label = Decoder().decode(label)
         except json.JSONDecodeError:
             label = None
     if not isinstance(label, list):

@@ -7,6 +7,7 @@ the rest is kept for the template; `chat.ChatRenderer` counts what the template 
 import json
 from collections.abc import Mapping, Sequence
 
+from jaxtune.data.files import Decoder
 from jaxtune.data.sources import kind
 from jaxtune.errors import UserError, nearest
 
@@ -251,6 +252,6 @@ def normalise_tools(where: str, tools: object, column: str = "tools") -> list[di
 def parse_json(where: str, what: str, text: str) -> object:
     """Parse the JSON string `text`; `where` and `what` name it in the error message."""
     try:
-        return json.loads(text)
+        return Decoder().decode(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: {what} is not JSON ({error.msg} at column {error.colno}): {text[:60]}") from None

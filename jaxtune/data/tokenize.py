@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import re
 import shlex
 import tempfile
 from collections import Counter
@@ -30,7 +31,7 @@ from jaxtune.data.messages import Notes
 from jaxtune.data.sources import Source, place_of
 from jaxtune.errors import DiskError, UserError
 from jaxtune.files import cache_root
-from jaxtune.reading import read_text
+from jaxtune.reading import parse_json, read_bytes, read_text
 
 FORMAT_VERSION = 2  # raise it when the same input would give other tokens
 CHUNK = 512  # rows tokenised at a time
@@ -272,19 +273,43 @@ def _plain_tokenizer(path: str, new_tokens: Sequence[str] = ()):
                 f"cp {shlex.quote(str(found[0]))} {shlex.quote(str(folder / 'tokenizer.model'))}"
             )
         raise UserError(f"{path}: no tokenizer here (tokenizer.json). Name one with model.tokenizer.")
+    _check_ids(folder / "tokenizer.json")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (KeyboardInterrupt, SystemExit):
+        if tokenizer.is_fast:
+            check_round_trip(tokenizer, folder)
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # a panic of the library in Rust is no Exception
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: cannot load a tokenizer: {first}{_conversion(folder)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; a tokenizer.json is needed.")
-    check_round_trip(tokenizer, folder)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"{path}: tokenizer_config.json has model_max_length={tokenizer.model_max_length!r}, no number."
+        )
     if new_tokens:
         add_tokens(tokenizer, new_tokens, "model.new_tokens")
     return tokenizer
+
+
+def _check_ids(file: Path) -> None:
+    """Refuse a tokenizer.json with an id for whose table, as long as that, tokenizers would look for memory a minute.
+
+    Raises:
+        UserError: it has one.
+    """
+    if not file.is_file() or not re.search(rb"[:\[,]\s*-?\d{9}", text := read_bytes(file)):
+        return
+    found = parse_json(text, str(file), halves=True)
+    found = found if isinstance(found, dict) else {}
+    model, added = found.get("model"), found.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocab.values()] if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if wrong := [i for i in ids if isinstance(i, int) and i >= 10**8]:
+        raise UserError(f"{file}: {wrong[0]} is no id of a token.")
 
 
 def add_tokens(tokenizer: Any, names: Sequence[str], origin: str) -> None:

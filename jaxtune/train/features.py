@@ -254,11 +254,11 @@ class Store:
             return None
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not may(self.folder, os.R_OK | os.W_OK | os.X_OK):
-            return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
         for path in (path for key in sizes for path in (self.path(key), self.partial(key))):
             if path.exists() and not may(path, os.R_OK | os.X_OK):
                 return f"{path} belongs to another user and cannot be read; set JAXTUNE_CACHE"
+        if not may(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
         new = sum(n for key, n in sizes.items() if not self.has(key, n))
         others = {key: _size(self.folder / key) for key in self._others(sizes)}
         used = sum(n for key, n in others.items() if self._in_use(key))
