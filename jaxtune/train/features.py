@@ -255,7 +255,7 @@ class Store:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
         for path in (path for key in sizes for path in (self.path(key), self.partial(key))):
-            if path.exists() and not may(path, os.R_OK | os.X_OK):
+            if may(self.folder, os.X_OK) and path.exists() and not may(path, os.R_OK | os.X_OK):
                 return f"{path} belongs to another user and cannot be read; set JAXTUNE_CACHE"
         if not may(self.folder, os.R_OK | os.W_OK | os.X_OK):
             return f"{self.folder} cannot be written; set JAXTUNE_CACHE"
