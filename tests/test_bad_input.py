@@ -382,6 +382,18 @@ def test_names_that_cannot_be(command, name, tmp_path, monkeypatch, capsys):
     assert said.startswith("jaxtune: error: ") and "Traceback" not in said
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", ["2", 2.5, True, {"x": 1}, [1, "2"], [None], [[2]]], ids=str)
+def test_ends_of_texts_that_are_no_tokens(value, file, tmp_path, capsys):
+    folder = shutil.copytree(model(), tmp_path / "m")
+    test_export.write_tokenizer(folder)
+    told = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(told | {"eos_token_id": value}))
+    assert cli.main(["generate", str(folder), "--prompt=w1", "--max-new-tokens=2"]) == 2
+    said = capsys.readouterr().err
+    assert "eos_token_id=" in said and file in said and "Traceback" not in said
+
+
 @pytest.mark.security
 def test_a_config_that_ends_the_program_is_no_success(tmp_path, capsys):
     (tmp_path / "c.py").write_text("import sys\ndef get_config():\n    sys.exit(0)\n")
