@@ -84,12 +84,8 @@ def finish(member, place, job, params, run, clock, scored) -> None:
         "overwrite": True,
     }
     base = experiment.base
-    with (
-        tokenizer_with(base.tokenizer, base.new_tokens)
-        if base.new_tokens
-        else nullcontext(resolve(base.tokenizer)) as own
-    ):
-        where["tokenizer"] = own
+    new = base.new_tokens
+    with tokenizer_with(base.tokenizer, new) if new else nullcontext(resolve(base.tokenizer)) as where["tokenizer"]:
         if adapter:
             where |= {"base": base.path, "base_folder": base.folder, "config": dict(experiment.settings)}
             where["record"] = workdir if base.init == "pretrained" else None
