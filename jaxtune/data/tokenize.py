@@ -229,8 +229,8 @@ def load_tokenizer(
 
     Raises:
         UserError: there is no tokenizer; transformers cannot read or convert it, or text does not survive encoding and
-            decoding; it is a slow one, which has no character offsets; the template's file is missing; a new token has no
-            name, or is one already.
+            decoding; it is a slow one, which has no character offsets; the template's file is missing; a new token has
+            no name, or is one already.
     """
     tokenizer = _plain_tokenizer(path, new_tokens)
     if chat_template is not None:

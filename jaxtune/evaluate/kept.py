@@ -29,7 +29,8 @@ class Kept:
                 entry = json.loads(line) if line.endswith(b"\n") else None
             except (ValueError, RecursionError):
                 entry = None
-            if not isinstance(entry, dict) or not {"key", "record"} <= entry.keys():  # torn by a kill, or damaged
+            whole_entry = isinstance(entry, dict) and isinstance(entry.get("key"), str) and "record" in entry
+            if not whole_entry:  # torn by a kill, or damaged
                 break
             whole += len(line)
             self.records[entry["key"]] = entry["record"]
