@@ -181,9 +181,7 @@ def test_an_adapter_taken_out_of_its_run_knows_its_base(how, tuned, home, tmp_pa
     adapter, base = adapter_elsewhere(tuned, tmp_path, how), tmp_path / "home" / "model"
     jaxtune.load(adapter)
     change_weights(base)
-    said = (
-        rf"model.safetensors has changed: the adapter in .*elsewhere started from another base \(then in {'model'}"
-    )
+    said = rf"model.safetensors has changed: the adapter in .*elsewhere started from another base \(then in {'model'}"
     with pytest.raises(UserError, match=said):
         jaxtune.load(adapter)
     further = command(

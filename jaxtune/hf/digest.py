@@ -99,8 +99,8 @@ class BaseFiles:
             more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
             kind = "adapter" if (run / "adapter_config.json").exists() else "run"
             raise UserError(
-                f"{self.small.get(name, self.folder / name)} {what}{more}: the {kind} in {run} started from another base "
-                f"(then in {recorded['path']}). Nothing was changed; put that base back, or give another {kind}."
+                f"{self.small.get(name, self.folder / name)} {what}{more}: the {kind} in {run} started from another "
+                f"base (then in {recorded['path']}). Nothing was changed; put that base back, or give another {kind}."
             )
 
     @contextmanager
