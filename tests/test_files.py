@@ -189,7 +189,7 @@ def test_without_a_home_the_cache_is_a_private_folder(home, tmp_path, monkeypatc
         monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
     else:
         monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setattr(files.os, "access", lambda *args: False)
+        monkeypatch.setattr(files, "may", lambda *args: False)
     folder = cache_root()
     assert folder.parent == tmp_path / "tmp"
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -182,7 +182,7 @@ def show(rows, tokenizer, form, findings: list[str], last: str) -> None:
 
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     for line in findings:
-        console.print(line)
+        console.print(printable(line))
     console.print()
     if form is not None:
         console.print(form.render(rows, tokenizer))

@@ -117,30 +117,30 @@ class DataReport:
 
         table = Table(title="training data", show_header=False, title_justify="left")
         for name, value in _facts(self.summary):
-            table.add_row(name, value)
+            table.add_row(name, printable(value))
         console.print(table)
         if lengths := self.summary.get("lengths"):
             console.print(Text(_histogram(lengths, self.summary["max_length"])))
         for column, groups in self.summary["groups"].items():
             shown = ", ".join(f"{g['value']} {g['rows']:,}" for g in groups[:6])
             more = f", ... ({len(groups)} values)" if len(groups) > 6 else ""
-            console.print(Text(f"by {column}: {shown}{more}"))
+            console.print(Text(printable(f"by {column}: {shown}{more}")))
         for place, pieces in self.samples:
-            console.print(Text(f"\n{place}", style="bold"))
+            console.print(Text(printable(f"\n{place}"), style="bold"))
             text = Text()
             for piece, trained in pieces:
                 marked = f"⟦{piece}⟧" if trained and console.color_system is None else piece
-                text.append(marked, style="green" if trained else "dim")
+                text.append(printable(marked), style="green" if trained else "dim")
             console.print(text)
         console.print()
         for finding in self.findings:
             head = Text(f"{finding.severity:<7} ", style=COLOURS[finding.severity])
             head.append(f"{finding.check}: ", style="bold")
-            head.append(finding.message, style="default")
+            head.append(printable(finding.message), style="default")
             console.print(head)
-            console.print(Text(f"        -> {finding.fix}", style="cyan"))
+            console.print(Text(printable(f"        -> {finding.fix}"), style="cyan"))
             for row in finding.rows:
-                console.print(Text(f"           {row}", style="dim"))
+                console.print(Text(printable(f"           {row}"), style="dim"))
         counts = ", ".join(f"{self.count(s)} {s}{'s' * (self.count(s) != 1)}" for s in SEVERITIES)
         console.print(Text(counts if self.findings else "nothing found", style="bold"))
 

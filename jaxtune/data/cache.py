@@ -24,6 +24,7 @@ def damage(folder: Path) -> str | None:
         for name in (TOKENS, MASK, ROWS, NOTES):
             if written[name] != hash_of(folder / name):
                 return name
+        np.load(folder / ROWS)  # raises where it is no array of numbers
     except FileNotFoundError as error:
         return "absent" if Path(error.filename).name == CHECKSUMS else Path(error.filename).name
     except (ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 from itertools import groupby
 
 from jaxtune.data.tokenize import Rows
+from jaxtune.errors import printable
 
 
 def runs(tokenizer, tokens, mask) -> list[tuple[str, bool]]:
@@ -28,7 +29,7 @@ def render_rows(rows: Rows, tokenizer, n: int = 2):
     for i in range(min(n, len(rows))):
         text.append(_heading(rows, i) + "\n", style="bold")
         for piece, trained in runs(tokenizer, *rows[i]):
-            text.append(piece, style="green" if trained else "dim")
+            text.append(printable(piece), style="green" if trained else "dim")
         text.append("\n")
     return text
 
@@ -41,7 +42,7 @@ def render_plain(rows: Rows, tokenizer, n: int = 2) -> str:
         blocks.append(
             _heading(rows, i) + "\n" + "".join(f"⟦{piece}⟧" if trained else piece for piece, trained in pieces) + "\n"
         )
-    return "".join(blocks)
+    return printable("".join(blocks))
 
 
 def _heading(rows: Rows, i: int) -> str:

@@ -45,7 +45,7 @@ class Base:
         return BaseFiles(self.folder, hf.resolve(self.tokenizer), weights=self.init == "pretrained")
 
     def load(self, recipe: Recipe) -> Any:
-        """Read the recipe's base parameters, or initialise them at random; rows of the module's table beyond the file's are new."""
+        """Read the recipe's base parameters, or initialise them at random; table rows beyond the file's are new."""
         key = jax.random.key(recipe.seed)
         if self.init == "random":
             return recipe.quantized(jax.jit(recipe.module.init_params)(key))
