@@ -14,6 +14,7 @@ import runs
 from runs import compiled, home  # noqa: F401
 
 from jaxtune.cli import main
+from jaxtune.data import load_tokenizer
 
 pytestmark = pytest.mark.security
 
@@ -192,8 +193,12 @@ def test_a_template_stays_in_its_sandbox(attack, canary, model, capsys):
     (model / "chat_template.jinja").write_text(attack.replace("CANARY", json.dumps(str(canary))) + "{{ messages }}")
     status = main(["generate", str(model), "--chat", "--prompt=1", "--max-new-tokens=1"])
     said = capsys.readouterr()
-    assert status == 2 and "the chat template refuses this conversation" in said.err
     assert "Traceback" not in said.err and "<class" not in said.out + said.err and not canary.exists()
+    if status == 0:  # what may not be read is empty
+        text = load_tokenizer(str(model)).apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+        assert text == "[{'role': 'user', 'content': '1'}]"
+    else:
+        assert status == 2 and "the chat template refuses this conversation" in said.err
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "[bold red]x[/]", "[/]", "\r\x08"])

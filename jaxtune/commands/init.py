@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtune.cli import Flag, parse_options
 from jaxtune.config import Columns, read_value
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, printable
 from jaxtune.reading import read_json
 
 USAGE = """usage: jaxtune init --model=DIR_OR_ID --data=FILE [--out=config.py] [--config.section.key=value ...]
@@ -185,7 +185,7 @@ def show(rows, tokenizer, form, findings: list[str], last: str) -> None:
         console.print(printable(line))
     console.print()
     if form is not None:
-        console.print(form.render(rows, tokenizer))
+        console.print(printable(form.render(rows, tokenizer)))
     else:
         console.print(render_rows(rows, tokenizer) if console.is_terminal else render_plain(rows, tokenizer))
     console.print(last)

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from jaxtune.cli import Flag, parse
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, printable
 
 USAGE = """usage: jaxtune train --config=FILE.py [--config.section.key=value ...] --workdir=DIR [--dry-run]
 
@@ -97,7 +97,7 @@ def _show_rows(data, form) -> None:
 
     console = Console(soft_wrap=True, emoji=False)
     if form is not None:
-        console.print(form.render(data.train[0], data.tokenizer), markup=False, highlight=False)
+        console.print(printable(form.render(data.train[0], data.tokenizer)), markup=False, highlight=False)
         return
     render = render_rows if console.is_terminal else render_plain
     console.print(render(data.train[0], data.tokenizer), markup=False, highlight=False)

@@ -29,6 +29,7 @@ from jaxtune.data import RowForm, held_out, reader_settings, source_names
 from jaxtune.data.formats import check_columns
 from jaxtune.data.preview import runs
 from jaxtune.data.sources import read
+from jaxtune.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -282,7 +282,7 @@ class LabelForm(RowForm):
                 chosen = target if self.value else self.names_of(target)
                 lines.append(f"{tokenizer.decode(ids.tolist())} ⟦{', '.join(map(str, chosen))}⟧")
             lines[-1] = f"{rows.where(i)}: {len(ids)} tokens\n{lines[-1]}\n"
-        return printable("\n".join(lines))
+        return "\n".join(lines)
 
 
 def _shown(names: Sequence[str]) -> str:

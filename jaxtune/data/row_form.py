@@ -87,8 +87,7 @@ class RowForm:
 
     def render(self, rows: Rows, tokenizer: Any, n: int = 2) -> str:
         """Return the first n rows as the model sees them."""
-        lines = (
+        return "\n".join(
             f"{rows.where(i)}: {len(rows[i][0])} tokens\n{tokenizer.decode(rows[i][0].tolist())}\n"
             for i in range(min(n, len(rows)))
         )
-        return printable("\n".join(lines))

@@ -11,6 +11,7 @@ import jax
 from jaxtune import data
 from jaxtune.curate import NOTE, DataReport, glance
 from jaxtune.data.batches import GRAIN
+from jaxtune.errors import printable
 from jaxtune.hf import load as hf
 from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.stops import added_line
@@ -182,7 +183,7 @@ def data_lines(experiment: Experiment, rows: Data) -> list[str]:
         for f in rows.glance.findings
         if f.severity != NOTE or f.check == "labels"
     ]
-    return lines
+    return [printable(line) for line in lines]
 
 
 def make_batches(
