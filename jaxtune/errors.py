@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -79,7 +80,4 @@ def _text(path: object) -> str:
 
 def printable(text: str) -> str:
     """Text that is safe to print: control characters and half characters are escaped."""
-    keep = "\n\t"
-    return "".join(
-        c if c in keep or (c.isprintable() and not "\ud800" <= c <= "\udfff") else repr(c)[1:-1] for c in text
-    )
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
