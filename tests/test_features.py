@@ -344,7 +344,7 @@ def test_what_is_damaged_after_it_was_opened_is_found_as_it_is_read(dtype, tmp_p
     features._verified.clear()  # as in another process
     said = []
     assert (store.open("k", layout, filled, say=said.append).lay(plan, 2, 8) == whole).all()
-    assert len(said) == 1 and "were damaged; they are made again" in said[0]
+    assert len(said) == 1 and "were damaged and are recomputed" in said[0]
 
 
 def test_a_store_of_another_user_is_read_and_not_written(tmp_path, monkeypatch):
@@ -362,7 +362,7 @@ def test_a_store_of_another_user_is_read_and_not_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "utime", refuse)
     monkeypatch.setattr(os, "open", read_only)
-    monkeypatch.setattr(os, "access", lambda path, how: not how & os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, how, **_: not how & os.W_OK)
     assert store.why_not({"k": LAYOUT.nbytes}) is None
     assert store.open("k", LAYOUT, None)[1].shape == (5, 4)
     assert "cannot be written; set JAXTUNE_CACHE" in store.why_not({"other": 10})

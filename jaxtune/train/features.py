@@ -218,7 +218,7 @@ class Features:
                 if xxhash.xxh3_64_intdigest(out[b, at:end].view(np.uint8)) != self.sums[member]:
                     raise RunFailed(
                         f"The features in {self.file.parent} have been damaged since this run opened them (row "
-                        f"{member + 1}). The same command goes on, and makes them again."
+                        f"{member + 1}). The same command goes on, and recomputes them."
                     )
                 at = end
         return out if self.per_token else out[:, 0]
