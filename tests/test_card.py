@@ -195,7 +195,7 @@ def test_another_word_on_what_an_adapter_says_is_refused(tmp_path):
     out, _, _ = made("lora", tmp_path)
     with pytest.raises(UserError, match=r"the adapter in model.path, which is trained further, has 2"):
         config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}, "tune": {"lora": {"r": 4}}})
-    with pytest.raises(UserError, match=r"tune.method='full', and the adapter"):
+    with pytest.raises(UserError, match=r"tune.method='full', but the adapter"):
         config.resolve({"model": {"path": str(out)}, "data": {"train": "d"}}, {"tune.method": "full"})
 
 
