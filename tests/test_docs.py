@@ -31,6 +31,7 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune train --config=configs/distill.py": (*SHORT, *SMALL),
     "jaxtune eval": ("--rows=4", "--max-new-tokens=4"),
     "jaxtune eval runs/classifier": ("--rows=16",),
+    "jaxtune eval runs/dpo": ("--rows=8",),
     "jaxtune generate": ("--max-new-tokens=4",),
 }
 PREPARED = {"evaluate": ("runs/quickstart", "runs/a")}  # runs that a page takes from the pages before it
