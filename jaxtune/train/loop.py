@@ -54,7 +54,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """{"step", "loss", "value"} of the best evaluation, the value of `Intervals.best`; None: there was none."""
+        """{"step", "loss"} of the best evaluation, with the "value" of another metric that decided; None: none was."""
         return self.record["best"]
 
     @property
@@ -254,7 +254,8 @@ class Loop:
                 continue
             loss, value = values["eval/loss"], values.get(self.plan.best, math.nan)
             if run.best is None or is_better(self.plan.best, value, run.best.get("value", run.best["loss"])):
-                run.record["best"], run.record["waited"] = {"step": number, "loss": loss, "value": value}, 0
+                other = {} if self.plan.best == "eval/loss" else {"value": value}
+                run.record["best"], run.record["waited"] = {"step": number, "loss": loss} | other, 0
             else:
                 run.record["waited"] += 1
         self.progress.evaluated(number, found)
