@@ -152,6 +152,7 @@ class Flag:
     """A flag (or positional argument) of a command, besides the settings.
 
     type: str, int, float or Path (a leading ~ is expanded); bool for a switch; list for strings of a repeated flag.
+    bare: the text it stands for without a value; None: it needs one.
     """
 
     doc: str
@@ -159,6 +160,7 @@ class Flag:
     default: Any = None
     choices: tuple[str, ...] = ()
     required: bool = False
+    bare: str | None = None
 
 
 # Of every command that reads an adapter.
@@ -298,6 +300,8 @@ def _flag_text(token: str, flag: Flag, queue: deque[str]) -> str:
     head, equals, text = token.partition("=")
     if equals:
         return text
+    if flag.bare is not None:
+        return flag.bare
     return "true" if flag.type is bool else _next(head, queue)
 
 

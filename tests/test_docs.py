@@ -32,9 +32,15 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune eval": ("--rows=4", "--max-new-tokens=4"),
     "jaxtune eval runs/classifier": ("--rows=16",),
     "jaxtune eval runs/dpo": ("--rows=8",),
+    "jaxtune eval runs/quickstart --frontier": ("--rows=4",),
+    "jaxtune eval runs/quickstart --memory": ("--rows=4",),
+    "jaxtune eval runs/canaries": ("--rows=4",),
     "jaxtune generate": ("--max-new-tokens=4",),
 }
-PREPARED = {"evaluate": ("runs/quickstart", "runs/a")}  # runs that a page takes from the pages before it
+PREPARED = {
+    "evaluate": ("runs/quickstart", "runs/a"),
+    "verdict": ("runs/quickstart",),
+}  # runs that a page takes from the pages before it
 
 
 def blocks(page):

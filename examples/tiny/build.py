@@ -4,6 +4,7 @@
     DIR/pretrain.jsonl   the base model's reading, column `text`
     DIR/train.jsonl      messages and their JSON, columns `prompt` and `completion`
     DIR/eval.jsonl       the same for combinations held out from both files above
+    DIR/general.jsonl    what the base can do besides, columns `domain`, `prompt` and `completion`
 
 The same seed gives the same bytes. `jaxtune/assets/tiny` holds all but `pretrain.jsonl`, and the
 weights trained on that.
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
-from corpus import documents
+from corpus import documents, general
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -99,6 +100,7 @@ def build(
     tokenizer_documents: int = TOKENIZER_DOCUMENTS,
     train_rows: int = 4_000,
     eval_rows: int = 300,
+    general_rows: int = 240,
 ) -> None:
     """Write everything the module's docstring lists under `out`.
 
@@ -110,6 +112,7 @@ def build(
     _write_jsonl(out / "pretrain.jsonl", ({"text": text} for text in texts))
     _write_jsonl(out / "train.jsonl", rows(Random(f"{seed}/train"), train_rows))
     _write_jsonl(out / "eval.jsonl", rows(Random(f"{seed}/eval"), eval_rows, held_out=True))
+    _write_jsonl(out / "general.jsonl", general(Random(f"{seed}/general"), general_rows))
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -127,7 +130,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED, help="another seed makes another world (default: 0)")
     options = parser.parse_args()
     build(options.out, options.seed)
-    print(f"Wrote {options.out}: base/ (no weights), pretrain.jsonl, train.jsonl, eval.jsonl")
+    print(f"Wrote {options.out}: base/ (no weights), pretrain.jsonl, train.jsonl, eval.jsonl, general.jsonl")
 
 
 if __name__ == "__main__":

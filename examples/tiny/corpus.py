@@ -7,7 +7,7 @@ It never sees a message followed by JSON: that is left to tuning. Braces and quo
 import json
 from bisect import bisect
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, cycle
 from random import Random
 
 from world import (
@@ -266,6 +266,37 @@ def customer_entry(rng: Random) -> str:
     name, city, orders = draw_name(rng), pick(rng, CITIES), [draw_order_number(rng) for _ in range(2)]
     text = f"{name} lives in {city} and placed the orders {' and '.join(orders)}."
     return _record(rng, "Customers", text, {"customer": name, "city": city, "orders": orders, "note": None})
+
+
+# --- what the base can do besides, to see what tuning costs it: prompts and what it read after such ------------------
+
+
+def _parted(text: str, at: str) -> tuple[str, str]:
+    """The text in two, before the last `at` that it holds and behind it; the prompt keeps `at` but for its space."""
+    prompt, _, completion = text.rpartition(at)
+    return prompt + at.rstrip(" "), " " + completion
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """The text in two after half of its words."""
+    words = text.split(" ")
+    half = len(words) // 2
+    return " ".join(words[:half]), " " + " ".join(words[half:])
+
+
+DOMAINS: dict[str, Callable[[Random], tuple[str, str]]] = {
+    "notes": lambda rng: _parted(noted_message(rng), "\nNote: "),
+    "questions": lambda rng: _parted(message_with_questions(rng), "\nAnswer: "),
+    "copying": lambda rng: _parted(read_back(rng), ": "),
+    "stories": lambda rng: _halves(story(rng)),
+}
+
+
+def general(rng: Random, count: int) -> Iterator[dict[str, str]]:
+    """Yield `count` rows of other things than the tuning's task, of each domain in turn."""
+    for _, (domain, draw) in zip(range(count), cycle(DOMAINS.items())):
+        prompt, completion = draw(rng)
+        yield {"domain": domain, "prompt": prompt, "completion": completion}
 
 
 # Shares of documents, which add up to 1.

@@ -10,12 +10,24 @@ from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
 
 USAGE = """usage: jaxtune eval TARGET [--data=FILE ...] [--metrics=a,b] [--group-by=COLUMN] [flags]
+       jaxtune eval TARGET --forgetting[=FILE ...] [--group-by=COLUMN] [flags]
+       jaxtune eval TARGET --frontier[=FILE ...] [--keep=0.9] [--within=NATS] [flags]
+       jaxtune eval TARGET --memory [flags]
        jaxtune eval TARGET --tasks=a,b [--include-path=DIR] [flags]
 
 Held-out rows: loss and perplexity, and scores of generated answers, of the base and of the tuned model, with 95%
 bootstrap intervals and a paired test with the verdict better, worse or no evidence. A run knows its base, data,
 template and columns; its eval.json, report.html and model card are updated. The same command resumes an evaluation
 that was killed.
+
+With --forgetting: the same on text outside the tuning data, by domain; how far the tuned model is from the base, and
+the answers that flipped from right to wrong and back. Without a file: the held-out part of mixed-in sources.
+
+With --frontier: loss on the task and on that text at strengths 0, 0.1 ... 1.2 of the tuning, and the one that keeps
+most of the gain and forgets least, for jaxtune export --scale.
+
+With --memory: whether training rows were memorised: their losses against those of held-out rows, what goes on word for
+word from its first 32 tokens, and the exposure of canaries (data.canaries).
 
 With --tasks: tasks of lm-evaluation-harness (pip install 'jaxtune[eval]').
 
@@ -37,6 +49,11 @@ FLAGS = {
     "max-new-tokens": Flag("longest answer in tokens; default: 1.25 times the longest expected one", int),
     "batch-size": Flag("prompts answered together", int, 32),
     "tuned-only": Flag("leave the base out", bool, False),
+    "forgetting": Flag("text or tasks outside the tuning data; again for more files", list, bare=""),
+    "frontier": Flag("the same text, at all strengths of the tuning; again for more files", list, bare=""),
+    "keep": Flag("with --frontier: the share of the task's gain to keep at least", float, 0.9),
+    "within": Flag("with --frontier: nats a token that general text may lose; default: any", float),
+    "memory": Flag("whether the run memorised its training rows", bool, False),
     "tasks": Flag("tasks of lm-evaluation-harness, separated by commas"),
     "include-path": Flag("folder with YAML tasks of your own; then only those are known", Path),
     "limit": Flag("at most so many documents of a task", int),
@@ -46,7 +63,19 @@ FLAGS = {
     "out": Flag("directory for eval.json and answers; default: the run's", Path),
 }
 OF_TASKS = ("include-path", "limit", "num-fewshot", "chat")
-OF_ROWS = ("data", "format", "columns", "metrics", "schema", "scorer", "labels", "group-by", "rows", "max-new-tokens")
+OF_ROWS = (
+    "forgetting",
+    "data",
+    "format",
+    "columns",
+    "metrics",
+    "schema",
+    "scorer",
+    "labels",
+    "group-by",
+    "rows",
+    "max-new-tokens",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +91,7 @@ def main(argv: list[str]) -> None:
     with ExitStack() as stack:
         if out is not None:
             stack.enter_context(exclusive(out / "eval"))
-        (_tasks if options.tasks else _held_out)(options, source, out)
+        _what(options)(options, source, out)
     if out is not None:
         print(f"written: {out / 'eval.json'}")
     if out is not None and out == source.run:
@@ -78,15 +107,40 @@ def _check_flags(options: SimpleNamespace) -> None:
         value = getattr(options, name.replace("-", "_"))
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: expected 1 or more.")
+    for part in ("frontier", "memory"):
+        if not getattr(options, part):
+            continue
+        others = ("forgetting", "memory", "metrics", "schema", "scorer", "labels", "group-by", "max-new-tokens")
+        for name in others if part == "frontier" else (*others, "frontier"):
+            if name != part and getattr(options, name.replace("-", "_")) != FLAGS[name].default:
+                raise UserError(f"--{name} has no effect with --{part}; leave one of them out.")
+    if not options.frontier and (options.keep, options.within) != (FLAGS["keep"].default, None):
+        raise UserError("--keep and --within choose among the strengths of --frontier; give it, too.")
+    if options.frontier and options.tuned_only:
+        raise UserError("--frontier begins with the base: leave out --tuned-only.")
+    if options.forgetting and options.data:
+        raise UserError("--data has no effect with --forgetting: name the general text as --forgetting=FILE.")
+    if options.forgetting and options.tuned_only:
+        raise UserError("--forgetting compares with the base: leave out --tuned-only.")
     if options.labels and (options.metrics or options.schema or options.scorer):
         raise UserError("--labels scores labels and generates nothing: leave out --metrics, --schema and --scorer.")
 
 
-def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    from jaxtune.evaluate.evaluation import Options, evaluate
+def _what(options: SimpleNamespace) -> Any:
+    """The function that measures what was asked for."""
+    if options.tasks:
+        return _tasks
+    return _frontier if options.frontier else _memory if options.memory else _rows
 
+
+def _rows(options: SimpleNamespace, source: Any, out: Path | None) -> None:
+    from jaxtune.evaluate.evaluation import HELD_OUT, Options, evaluate
+    from jaxtune.evaluate.forgetting import FORGETTING
+
+    general = options.forgetting and [file for file in options.forgetting if file]
+    part = HELD_OUT if general is None else FORGETTING
     asked = Options(
-        data=options.data,
+        data=options.data if general is None else general,
         format=options.format,
         columns=_columns(options.columns),
         metrics=options.metrics and _names(options.metrics),
@@ -100,8 +154,59 @@ def _held_out(options: SimpleNamespace, source: Any, out: Path | None) -> None:
         base=not options.tuned_only,
     )
     with Progress() as progress:
-        report = evaluate(source, asked, out, progress=progress.begin)
-    _show(report)
+        report = evaluate(source, asked, out, part=part, progress=progress.begin)
+    _show(report, "held-out" if part is HELD_OUT else "general")
+
+
+def _frontier(options: SimpleNamespace, source: Any, out: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxtune.evaluate.evaluation import Options
+    from jaxtune.evaluate.frontier import frontier
+    from jaxtune.report.evaluation import strengths
+
+    asked = Options(data=options.data, format=options.format, columns=_columns(options.columns), rows=options.rows)
+    files = [file for file in options.frontier if file] or None
+    with Progress() as progress:
+        report = frontier(source, asked, files, out, keep=options.keep, within=options.within, progress=progress.begin)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    table = Table("scale", "loss on the task", "loss on general text", "gain kept", "general text against the base", "")
+    for row in strengths(report):
+        table.add_row(*row)
+    console.print(table)
+    for line in (report["why"], *report["notes"]):
+        console.print(line, markup=False)
+    if report["chosen"] is not None and source.run:
+        print(f"export it:\n  jaxtune export {source.run} OUT --scale={report['chosen']:g}")
+
+
+def _memory(options: SimpleNamespace, source: Any, out: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxtune.evaluate.evaluation import Options
+    from jaxtune.evaluate.memory import memory
+    from jaxtune.report.evaluation import memory_tables
+
+    asked = Options(
+        data=options.data,
+        format=options.format,
+        columns=_columns(options.columns),
+        rows=options.rows,
+        batch_size=options.batch_size,
+        base=not options.tuned_only,
+    )
+    with Progress() as progress:
+        report = memory(source, asked, out, progress=progress.begin)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    for table in memory_tables(report):
+        shown = Table(table.title, *table.heads)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for line in (report["why"], *report["notes"]):
+        console.print(line, markup=False)
 
 
 def _names(text: str) -> list[str]:
@@ -121,7 +226,10 @@ def _refresh(source: Any) -> None:
     """Write the run's page and its result's model card again."""
     from jaxtune.report import write_report
     from jaxtune.report.card import carry_evaluation
+    from jaxtune.report.verdict import keep_verdict
 
+    if (source.run / "metrics.jsonl").is_file():
+        keep_verdict(source.run)
     carry_evaluation(source.run, source.adapter or source.model)
     if (source.run / "metrics.jsonl").is_file():
         print(f"report: {write_report(source.run)}")
@@ -167,8 +275,8 @@ class Progress:
         return done
 
 
-def _show(report: dict[str, Any]) -> None:
-    """Print the tables of the held-out rows."""
+def _show(report: dict[str, Any], rows: str = "held-out") -> None:
+    """Print the tables of the rows, which are what `rows` says."""
     from rich.console import Console
     from rich.table import Table
 
@@ -177,7 +285,7 @@ def _show(report: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     entries = report["metrics"]
     names = who(entries)
-    table = Table(f"{report['rows']:,} held-out rows", *names, *(["difference", ""] if len(names) == 2 else []))
+    table = Table(f"{report['rows']:,} {rows} rows", *names, *(["difference", ""] if len(names) == 2 else []))
     for entry in entries.values():
         more = [difference(entry), verdict(entry)] if len(names) == 2 else []
         table.add_row(entry["label"], *(value(entry, name) for name in names), *more)
@@ -190,6 +298,12 @@ def _show(report: dict[str, Any]) -> None:
                 more = [verdict(cell)] if len(names) == 2 else []
                 table.add_row(group, f"{cell['rows']:,}", *(value(cell, who) for who in names), *more)
             console.print(table)
+    if flips := report.get("flips"):
+        table = Table("answers that flipped", "rows", "right to wrong", "wrong to right", "")
+        for entry in flips.values():
+            counts = (f"{entry[key]:,}" for key in ("rows", "lost", "gained"))
+            table.add_row(entry["label"], *counts, verdict(entry))
+        console.print(table)
     for note in report["notes"]:
         console.print(note, markup=False)
 

@@ -6,10 +6,14 @@ from typing import Any
 from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
 
-USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter [--bake]] [--dtype=bfloat16]
+USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter [--bake]] [--dtype=bfloat16] [--scale=0.7]
 
 Write a run, a PEFT adapter or a model as a Hugging Face directory: adapters are merged into their base, or kept as a
-PEFT directory with --adapter. An OUT that ends in .gguf becomes one GGUF file, for llama.cpp. OUT must not exist."""
+PEFT directory with --adapter. An OUT that ends in .gguf becomes one GGUF file, for llama.cpp. OUT must not exist.
+
+--scale=0.7 writes the tuned model at another strength: 0 is the base, 1 the model as it was tuned, and between them
+their weights are mixed (WiSE-FT, arXiv:2109.01903), which of LoRA is the adapter's scale; jaxtune eval --frontier
+chooses it."""
 
 ARGUMENTS = {
     "source": Flag("run directory, adapter directory, model directory or hub id", required=True),
@@ -19,6 +23,7 @@ FLAGS = {
     "merge": Flag("merge the adapter into its base (the default)", bool, False),
     "adapter": Flag("write the adapter alone", bool, False),
     "bake": Flag("with --adapter: one rank and scale for all modules, for engines without patterns", bool, False),
+    "scale": Flag("the strength of the tuning, 0 or more; default: 1, as it was tuned", float, 1.0),
     "dtype": Flag("of the weights; default: the base's", choices=("float32", "bfloat16", "float16")),
     "new-tokens": Flag("names of tokens, separated by commas, to add to the tokenizer and the embedding"),
     **OF_ADAPTERS,
@@ -33,6 +38,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--dtype has no effect with --adapter: adapters are float32, as peft writes them.")
     if options.bake and not options.adapter:
         raise UserError("--bake has no effect without --adapter: a merged model has no scales.")
+    if not 0 <= options.scale < float("inf"):
+        raise UserError(f"--scale={options.scale:g}: expected 0 (the base) or more; 1 is the model as it was tuned.")
     as_gguf = options.out.suffix == ".gguf"
     if options.new_tokens and (options.adapter or as_gguf):
         raise UserError("--new-tokens writes a whole model directory; leave out --adapter, and .gguf.")
@@ -51,7 +58,10 @@ def main(argv: list[str]) -> None:
     if source.adapter is None and (options.merge or options.adapter):
         flag = "--merge" if options.merge else "--adapter"
         raise UserError(f"{flag}: {options.source} holds a whole model, not an adapter; leave the flag out.")
-    module, params, config = open_source(source)
+    if options.scale == 1:
+        module, params, config = open_source(source)
+    else:
+        module, params, config = at_scale(source, options.scale, options.adapter)
     if source.quantization and not options.adapter:
         import jax
 
@@ -76,6 +86,8 @@ def main(argv: list[str]) -> None:
     if options.new_tokens:
         tokenizer, module, params = add_tokens(options.new_tokens.split(","), source, module, params)
     shared = {"facts": source.run and read_run_facts(source.run, source.config), "tokenizer": tokenizer}
+    if options.scale != 1:
+        shared["facts"] = (shared["facts"] or {}) | {"scale": f"{options.scale:g}; figures above are those of 1"}
     shared["ends"] = stop_ids(source.adapter) if source.adapter else ()
     if options.adapter:
         where = {"base": source.base, "base_folder": source.model, "config": config, "bake": options.bake}
@@ -85,13 +97,36 @@ def main(argv: list[str]) -> None:
         notes = export_model(
             module, params, options.out, base=source.model, tuned_from=source.base, dtype=options.dtype, **shared
         )
-    if source.run:
+    if source.run and options.scale == 1:  # what was measured is the model as it was tuned
         from jaxtune.report.card import carry_evaluation
 
         carry_evaluation(source.run, options.out)
     for note in notes:
         print(note)
     print(f"written: {options.out}")
+
+
+def at_scale(source: Any, scale: float, as_adapter: bool) -> tuple[Any, Any, dict[str, Any] | None]:
+    """A source at another strength of its tuning: (module, params, adapter config or None), as `open_source`.
+
+    Raises:
+        UserError: it has no base, there is nothing between the two, or an adapter cannot hold it.
+    """
+    from jaxtune.evaluate.systems import pair
+    from jaxtune.infer.source import check_continues
+    from jaxtune.weights.strength import at_strength, folded, off_the_scale
+
+    check_continues(source)  # a label head has no base
+    models = pair(source, "--scale")
+    below = off_the_scale(models.base, models.tuned)
+    if not as_adapter:
+        return models.module, at_strength(models.tuned, below, scale), None
+    if below:
+        raise UserError(
+            f"--scale with --adapter: {source.adapter} trained more than LoRA factors ({next(iter(below))}), whose "
+            "strength is a mixture of whole weights; leave out --adapter to write them."
+        )
+    return models.module, folded(models.tuned, scale), models.config
 
 
 def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple[Path, Any, Any]:

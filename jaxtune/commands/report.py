@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     from pathlib import Path
 
     from jaxtune.report import write_comparison, write_report, write_sweep
+    from jaxtune.report.run import read_run
     from jaxtune.report.sweep import is_sweep
+    from jaxtune.report.verdict import verdict
 
     out = None if options.out is None else Path(options.out).expanduser()
     if out is not None and out.suffix not in (".html", ".htm"):
@@ -29,5 +31,9 @@ def main(argv: list[str]) -> None:
     runs = options.RUN
     if len(runs) > 1:
         print(write_comparison(runs, out))
+    elif is_sweep(Path(runs[0]).expanduser()):
+        print(write_sweep(runs[0], out))
     else:
-        print(write_sweep(runs[0], out) if is_sweep(Path(runs[0]).expanduser()) else write_report(runs[0], out))
+        print(write_report(runs[0], out))
+        for sentence in verdict(read_run(runs[0])):
+            print(sentence)

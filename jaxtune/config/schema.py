@@ -173,6 +173,7 @@ SETTINGS = (
         "data.max_segments", int, None, "most rows in a sequence; up to 32, a Hopper can use cuDNN", range=AT_LEAST_1
     ),
     Setting("data.group_by_length", bool, False, "batch rows of similar length: less padding, a little less random"),
+    Setting("data.canaries", Integers, None, "made-up secrets among the training rows, by how often each is repeated"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),
     #
     Setting("objective.name", str, "causal_lm", "the task", TASKS),
@@ -253,6 +254,7 @@ SETTINGS = (
     Setting("evaluate.samples", int, 0, "held-out rows to continue at each evaluation", range=NOT_NEGATIVE),
     Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
     Setting("evaluate.metrics", Names, None, "scores of answers before and after training; see jaxtune eval"),
+    Setting("evaluate.general", Paths, None, "text outside the tuning data, whose loss is logged at each evaluation"),
     Setting("evaluate.max_new_tokens", int, 64, "tokens of a generated answer at most", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
 )

@@ -42,9 +42,9 @@ class NearDuplicates:
 
     def see(self, chunk: Chunk) -> None:
         texts = zip(chunk.prompts, chunk.answers, *chunk.words)
-        hashes, owner = shingles([_divided(len(p) + len(a), given + answered) for p, a, given, answered in texts])
+        hashes, owner = shingles([divided(len(p) + len(a), given + answered) for p, a, given, answered in texts])
         if self._common is None:
-            self._common = _template(hashes, owner, len(chunk))
+            self._common = template(hashes, owner, len(chunk))
         keep = ~np.isin(hashes, self._common)
         hashes, owner = hashes[keep], owner[keep]
         counts = np.bincount(owner, minlength=len(chunk))
@@ -115,7 +115,7 @@ def _pairs(ledger: Ledger, index: np.ndarray, others: np.ndarray) -> tuple[str, 
     return tuple(f"{ledger.where(i)} ~ {ledger.where(j)}" for i, j in zip(index[:SHOWN], others[:SHOWN]))
 
 
-def _divided(length: int, words: list[str]) -> list[str]:
+def divided(length: int, words: list[str]) -> list[str]:
     """The words of a text of `length` characters; its characters, where spaces do not separate words."""
     return words if length < 15 * len(words) else list("".join(words))
 
@@ -141,7 +141,7 @@ def shingles(words: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
     return mixed[fresh], owner[fresh]
 
 
-def _template(hashes: np.ndarray, owner: np.ndarray, rows: int) -> np.ndarray:
+def template(hashes: np.ndarray, owner: np.ndarray, rows: int) -> np.ndarray:
     """Shingles that occur in many rows."""
     if rows < SAMPLE:
         return hashes[:0]

@@ -50,6 +50,11 @@ def place_of(label: str, number: int) -> str:
     return label.split("\n")[number >> FILE].replace("{}", str(number & ((1 << FILE) - 1)))
 
 
+def file_of(label: str, number: int) -> str:
+    """The file that a row stands in: see `Source.label`."""
+    return label.split("\n")[number >> FILE].rpartition("{}")[0].removesuffix(":").removesuffix(", row ")
+
+
 @dataclass(frozen=True)
 class Source:
     """Numbered rows with a name.

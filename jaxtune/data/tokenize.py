@@ -28,7 +28,7 @@ from jaxtune.data import cache as token_cache
 from jaxtune.data.chat import ChatRenderer, special_tokens, uses_date, with_date
 from jaxtune.data.formats import ColumnTypes, Conversation, Document, Reader
 from jaxtune.data.messages import Notes
-from jaxtune.data.sources import Source, place_of
+from jaxtune.data.sources import Source, file_of, place_of
 from jaxtune.errors import DiskError, UserError
 from jaxtune.files import cache_root
 from jaxtune.reading import parse_json, read_bytes, read_text
@@ -106,6 +106,10 @@ class Rows:
 
     def where(self, i: int) -> str:
         return place_of(self.labels[int(self.source[i])], int(self.origin[i]))
+
+    def file(self, i: int) -> str:
+        """The file, or the data set, that row i stands in."""
+        return file_of(self.labels[int(self.source[i])], int(self.origin[i]))
 
     @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":

@@ -97,18 +97,34 @@ def measure(
     Raises:
         UserError: a row is longer than the model's positions.
     """
-    found = Measured()
-    counts = [sum(row.mask) for row in rows]
+    nats = losses(system, rows, kept, progress)
+    found = measure_answers(system, rows, tokenizer, request, kept, progress)
+    found.nats = nats
+    return found
 
-    def losses(batch):
+
+def losses(system: System, rows: Sequence[Row], kept: Kept, progress: Progress = silent) -> list[float]:
+    """The nats of each row's trained tokens.
+
+    Raises:
+        UserError: a row is longer than the model's positions.
+    """
+
+    def nats(batch):
         masks = [rows[i].mask[1:] for i in batch]
         scored = score_batch(system.module, system.params, [rows[i].tokens for i in batch], masks=masks)
         return [-float(logprobs.sum()) for logprobs, _ in scored]
 
     keys = [key_of("loss", system.identity, row.tokens, row.mask) for row in rows]
     batches = batches_by_length([len(row.tokens) for row in rows], most_tokens())
-    found.nats = in_batches(kept, keys, batches, losses, progress(f"{system.name}: loss", len(rows)))
-    found.tokens = counts
+    return in_batches(kept, keys, batches, nats, progress(f"{system.name}: loss", len(rows)))
+
+
+def measure_answers(
+    system: System, rows: Sequence[Row], tokenizer: Any, request: Request, kept: Kept, progress: Progress = silent
+) -> Measured:
+    """What one model answers, without its losses."""
+    found = Measured(tokens=[sum(row.mask) for row in rows])
     asked = answerable(rows, system.module.spec.positions, request)
     if request.labels:
         found.labels = _choose_labels(system, rows, asked, kept, progress)

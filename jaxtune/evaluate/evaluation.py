@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from jaxtune.data import Rows
 from jaxtune.errors import UserError
 from jaxtune.evaluate.comparison import Column, compare, compare_groups
 from jaxtune.evaluate.kept import Kept
@@ -105,6 +106,25 @@ class Evaluator(Protocol):
         """Label names, and by model the counts: row the expected label, column the predicted one."""
 
 
+class Part(NamedTuple):
+    """A part of eval.json: what is measured of a source.
+
+    Attributes:
+        name: its key there.
+        opener: `(source, config of the run or None, options) -> Evaluator`; None: that of the task.
+        file: the rows, in eval/.
+        more: `(evaluator, measured, columns) -> dict`, what the part has beside metrics, groups and labels.
+    """
+
+    name: str
+    opener: Callable[..., Evaluator] | None = None
+    file: str = "rows.jsonl"
+    more: Callable[[Any, Mapping[str, Any], Mapping[str, Column]], dict[str, Any]] | None = None
+
+
+HELD_OUT = Part("held_out")
+
+
 def run_config(source: Tuned) -> Any:
     """The resolved config of a run; None if the source is not a run."""
     from jaxtune import config
@@ -130,6 +150,7 @@ def evaluate(
     options: Options,
     out: Path | None = None,
     *,
+    part: Part = HELD_OUT,
     say: Callable[[str], None] = print,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -139,11 +160,12 @@ def evaluate(
         source: from `infer.source.find`.
         options: the data and what to measure.
         out: folder for eval.json and eval/; None: nothing is written.
+        part: what is measured; default: the task, on held-out rows.
         say: called with each sentence on the data, before anything is measured.
         progress: see `Progress`.
 
     Returns:
-        The value of `held_out` in eval.json.
+        The value of the part in eval.json.
 
     Raises:
         UserError: the data cannot be read, or does not fit the model or the options.
@@ -152,7 +174,7 @@ def evaluate(
 
     began = time.time()
     prepare_jax()
-    evaluator = open_evaluator(source, run_config(source), options)
+    evaluator = (part.opener or open_evaluator)(source, run_config(source), options)
     for line in evaluator.lines:
         say(line)
     measured: dict[str, Any] = {}
@@ -172,15 +194,17 @@ def evaluate(
         "notes": evaluator.notes + quantised,
     }
     if evaluator.groups is not None:
-        report["groups"] = {"column": options.group_by} | compare_groups(found, evaluator.groups)
+        report["groups"] = {"column": options.group_by or "file"} | compare_groups(found, evaluator.groups)
     if (labels := evaluator.confusion(measured)) is not None:
         report["labels"] = labels
+    if part.more is not None:
+        report |= part.more(evaluator, measured, found)
     report["samples"] = [_sample(record, measured) for record in records[:MOST_SAMPLES]]
     report["seconds"] = round(time.time() - began, 2)
     if out is not None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        atomic_write_text(out / "eval" / "rows.jsonl", lines)
-        write_part(source, out, "held_out", report)
+        atomic_write_text(out / "eval" / part.file, lines)
+        write_part(source, out, part.name, report)
     return report
 
 
@@ -193,7 +217,7 @@ def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, An
 
 
 def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any]) -> None:
-    """Write one part of eval.json, with the step of the run; the other part is kept."""
+    """Write one part of eval.json, with the step of the run; the other parts are kept."""
     from jaxtune.hf.tensors import read_json
     from jaxtune.train.log import read_metrics
 
@@ -209,9 +233,7 @@ def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any]) -> N
 
 def sources(source: Tuned, cfg: Any, options: Options) -> tuple[Any, Any, float]:
     """(settings, sources, the fraction of them that is held out) of --data, or of the rows that the run held out."""
-    from jaxtune import config
-
-    settings = cfg or config.resolve({}, {}, source="the defaults", required=())
+    settings = settings_of(cfg)
     if options.data:
         return settings, options.data, 0.0
     if cfg is None:
@@ -222,6 +244,35 @@ def sources(source: Tuned, cfg: Any, options: Options) -> tuple[Any, Any, float]
     if not cfg.data.eval_fraction:
         raise UserError(f"The run in {source.run} held out no rows; give --data=FILE.")
     return settings, cfg.data.train, cfg.data.eval_fraction
+
+
+def settings_of(cfg: Any) -> Any:
+    """The config of a run, or the defaults."""
+    from jaxtune import config
+
+    return cfg or config.resolve({}, {}, source="the defaults", required=())
+
+
+def tuning_rows(cfg: Any, tokenizer: Any) -> Rows:
+    """The rows of text that a run was tuned on.
+
+    Raises:
+        UserError: they cannot be read any more.
+    """
+    from jaxtune import data
+    from jaxtune.config.recipe import DEFAULT_LENGTH
+
+    d = cfg.data
+    train, _, _ = data.prepare(
+        tokenizer,
+        d.train,
+        eval_fraction=d.eval_fraction,
+        max_length=d.max_length or DEFAULT_LENGTH,
+        overlength=d.overlength,
+        cache=d.cache,
+        **data.reading(d),
+    )
+    return data.Rows.concatenate(train)
 
 
 def base_to_compare(cfg: Any, options: Options) -> tuple[bool, list[str]]:

@@ -4,6 +4,7 @@ LOSS = "held-out loss"
 KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it is a share
     "loss": (LOSS, -1, False),
     "perplexity": ("perplexity", -1, False),
+    "general_loss": ("loss on general text", -1, False),
     "accuracy": ("accuracy", 1, True),
     "macro_f1": ("macro-F1", 1, True),
     "entity_f1": ("entity F1", 1, True),

@@ -1,8 +1,9 @@
 """Held-out rows for evaluation: tokens to score, a prompt to answer, the expected answer, and a group."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Row:
         answer: the ids of that span, with the end token.
         asked, expected: both as text.
         group: the value of the column that rows are grouped by.
+        file: the name of the file that it stands in.
     """
 
     where: str
@@ -36,6 +38,7 @@ class Row:
     asked: str
     expected: str
     group: str | None = None
+    file: str = ""
 
 
 def read_rows(
@@ -44,6 +47,7 @@ def read_rows(
     *,
     group_by: str | None = None,
     limit: int | None = None,
+    keep: Callable[[data.Rows], np.ndarray] | None = None,
     **settings: Any,
 ) -> tuple[list[Row], list[str]]:
     """Read and tokenise rows as training would: (rows, sentences on what was read and left out).
@@ -53,12 +57,13 @@ def read_rows(
         sources: as `jaxtune.data.prepare` takes them.
         group_by: a column of the files.
         limit: at most so many rows: those with the lowest hashes of their content, whatever their order.
+        keep: rows -> which of them count, bool[N]; `limit` comes after it.
         settings: of `jaxtune.data.prepare`; with `eval_fraction` the rows that training held out of `sources`.
 
     Raises:
         UserError: as `prepare`; the column to group by is missing or has too many values.
     """
-    rows, lines = tokenised(tokenizer, sources, limit, **settings)
+    rows, lines = tokenised(tokenizer, sources, limit, keep, **settings)
     groups = group_values(rows, data_names(sources), group_by) if group_by else [None] * len(rows)
     prefix = len(Encoder(tokenizer).prefix)
     cut = _cut(rows, settings)
@@ -66,12 +71,18 @@ def read_rows(
 
 
 def tokenised(
-    tokenizer: Any, sources: str | Sequence[str], limit: int | None = None, **settings: Any
+    tokenizer: Any,
+    sources: str | Sequence[str],
+    limit: int | None = None,
+    keep: Callable[[data.Rows], np.ndarray] | None = None,
+    **settings: Any,
 ) -> tuple[data.Rows, list[str]]:
     """Read rows as training would, or those that it held out: (rows, sentences on them); see `read_rows`."""
     train, held_out, report = data.prepare(tokenizer, sources, **settings)
     rows = data.Rows.concatenate(train) if held_out is None else held_out
     lines = [report.lines()[-1]] if held_out is not None else report.lines()
+    if keep is not None:
+        rows = rows.select(keep(rows))
     if limit is not None and limit < len(rows):
         rows = rows.select(np.sort(np.argsort(rows.digest, kind="stable")[:limit]))
         lines.append(f"{limit:,} of the rows are used, drawn by a hash of their content")
@@ -154,6 +165,7 @@ def as_row(
         tokenizer.decode(ids[:start]),
         expected.strip(),
         group,
+        Path(rows.file(i)).name,
     )
 
 

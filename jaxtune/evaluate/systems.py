@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune.errors import UserError
 from jaxtune.evaluate.kept import key_of
 from jaxtune.files import hash_of
 from jaxtune.hf.load import load, read_config, resolve
@@ -47,7 +48,7 @@ def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[
         module, params = grown_for(source.adapter, module, params)  # the rows have tokens that were added
         if base:
             yield System("base", module, prepare(module, params), below)
-        tuned, _, _ = load_adapter(module, params, source.adapter, base=None if source.any_base else source.base)
+        module, params, tuned, _ = adapted(source, module, params)
         del params
         yield System("tuned", module, prepare(module, tuned), key_of(below, identity(source.adapter)))
         return
@@ -61,6 +62,55 @@ def systems(source: Tuned, *, base: bool = True, dtype: Any = None) -> Iterator[
         if (rows := read_config(source.model).get("vocab_size") or 0) > getattr(module.spec, "vocab", rows):
             module, params = resize(module, params, rows)
         yield System(name, module, prepare(module, params), identity(folder, str(dtype)))
+
+
+def adapted(source: Tuned, module: Any, params: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """A source's adapter on its base: (module, the base with room for new tokens, with the adapter, config)."""
+    module, params = grown_for(source.adapter, module, params)
+    tuned, _, config = load_adapter(module, params, source.adapter, base=None if source.any_base else source.base)
+    return module, params, tuned, config
+
+
+class Pair(NamedTuple):
+    """A base and what was tuned from it, both in memory, as they were trained: an adapter is not merged.
+
+    Attributes:
+        module: of both.
+        base, tuned: parameters; an adapter shares its base's arrays.
+        identity: a hash that changes with the weights of either.
+        config: of the adapter; None of whole models.
+    """
+
+    module: Any
+    base: Any
+    tuned: Any
+    identity: str
+    config: dict[str, Any] | None = None
+
+
+def pair(source: Tuned, flag: str, dtype: Any = None) -> Pair:
+    """Load both models of a source.
+
+    Args:
+        source: from `infer.source.find`.
+        dtype: of activations.
+        flag: what asks for both, for messages.
+
+    Raises:
+        UserError: it names no base.
+    """
+    if source.adapter is None and source.run is None:
+        raise UserError(f"{flag}: {source.model} is a whole model and names no base; give a run, or an adapter.")
+    with same_base(source):
+        module, base = load(
+            source.model if source.adapter else resolve(source.base), dtype=dtype, quantization=source.quantization
+        )
+    if source.adapter is not None:
+        module, base, tuned, config = adapted(source, module, base)
+        return Pair(module, base, tuned, key_of(base_identity(source, dtype), identity(source.adapter)), config)
+    grown, tuned = load(source.model, dtype=dtype)
+    folders = identity(resolve(source.base), str(dtype)), identity(source.model, str(dtype))
+    return Pair(grown, base, tuned, key_of(*folders))
 
 
 def base_identity(source: Tuned, dtype: Any) -> str:

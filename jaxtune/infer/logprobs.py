@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune.errors import UserError
 from jaxtune.infer.generation import bucket
 from jaxtune.models.decoder import head_leaf, head_logits
-from jaxtune.objectives.token_nats import token_nats
+from jaxtune.objectives.token_nats import chunk_size, token_nats
 from jaxtune.weights.leaf import virtual_tokens
 
 Array = jax.Array
@@ -117,11 +117,9 @@ def score_batch(
         UserError: a row is longer than the model's positions.
     """
     prefix = virtual_tokens(params)
-    longest, most = len(prefix) + max(len(row) - 1 for row in rows), module.spec.positions
-    if longest > most:
-        soft = f", {len(prefix)} of them virtual," if prefix else ""
-        raise UserError(f"A row has {longest + 1:,} tokens{soft} and the model has {most:,} positions; shorten it.")
-    size, width = shape or (1 << (len(rows) - 1).bit_length(), min(bucket(longest), most))
+    longest = len(prefix) + max(len(row) - 1 for row in rows)
+    _check_length(longest, len(prefix), module)
+    size, width = shape or (1 << (len(rows) - 1).bit_length(), min(bucket(longest), module.spec.positions))
     tokens, targets = np.zeros((2, size, width), np.int32)
     where, spans = np.zeros((size, width), bool), []
     for i, row in enumerate(rows):
@@ -131,6 +129,112 @@ def score_batch(
         where[i, spans[-1]] = True if masks is None else masks[i]
     logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets, where))
     return [(logprobs[i, span].astype(np.float64), greedy[i, span]) for i, span in enumerate(spans)]
+
+
+# ------------------------------------------------------------------------------------------- one model against another
+
+
+class Beside(NamedTuple):
+    """What two models give each token of a row, f64[n].
+
+    Attributes:
+        base, tuned: -log of the probability.
+        kl: of the tuned model's next-token distribution from the base's, KL(tuned || base), in nats.
+    """
+
+    base: np.ndarray
+    tuned: np.ndarray
+    kl: np.ndarray
+
+
+@partial(jax.jit, static_argnames=("modules", "size"))
+def _beside(modules, params, tokens, at, targets, size: int) -> tuple[Array, Array, Array]:
+    """Nats of both models and their divergence, f32[n] each, `size` tokens at a time: n is a multiple of it.
+
+    Args:
+        modules: of the base and of the tuned model.
+        params: of both.
+        size: tokens in a chunk.
+        tokens: of each, i32[B, T]; they differ where a soft prompt lies before the rows.
+        at: of each, the flat positions whose logits count, i32[n].
+        targets: i32[n].
+    """
+
+    def states(module, own, ids, where):
+        hidden = module.apply({"params": own}, ids, method="hidden")
+        return hidden.reshape(-1, hidden.shape[-1])[where].reshape(-1, size, hidden.shape[-1])
+
+    def chunk(each):
+        *hidden, target = each
+        logits = [head_logits(head_leaf(p), h, m.spec) for m, p, h in zip(modules, params, hidden, strict=True)]
+        common = min(x.shape[-1] for x in logits)  # tokens that tuning added have no probability under the base
+        base, tuned = (jax.nn.log_softmax(x[:, :common]) for x in logits)
+        nats = [-jnp.take_along_axis(x, target[:, None], 1)[:, 0] for x in (base, tuned)]
+        return *nats, jnp.sum(jnp.exp(tuned) * (tuned - base), axis=-1)
+
+    hidden = [states(*each) for each in zip(modules, params, tokens, at, strict=True)]
+    found = jax.lax.map(chunk, (*hidden, targets.reshape(-1, size)))
+    return jax.tree.map(lambda x: x.reshape(-1), found)
+
+
+def beside(
+    modules: tuple[Any, Any],
+    params: tuple[Any, Any],
+    rows: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool]],
+) -> list[Beside]:
+    """Score tokens under a base and a tuned model in one pass; logits exist for a chunk of tokens at a time.
+
+    Args:
+        modules: (the base's, the tuned model's).
+        params: (the base's, the tuned model's).
+        rows: token ids.
+        masks: for each row of n tokens n - 1 truth values, which of those but the first to score.
+
+    Returns:
+        Of each row, what the scored tokens have.
+
+    Raises:
+        UserError: a row is longer than the models' positions.
+    """
+    laid = [_laid(m, p, rows) for m, p in zip(modules, params, strict=True)]
+    counts = [int(np.sum(mask)) for mask in masks]
+    n = 1 << max(0, sum(counts) - 1).bit_length()  # few shapes
+    size = min(chunk_size(n, modules[0].spec.vocab), n)
+    padded = size * (1 << (-(-n // size) - 1).bit_length())
+    targets = np.zeros(padded, np.int32)
+    scored = [np.flatnonzero(mask) for mask in masks]
+    if sum(counts):
+        targets[: sum(counts)] = np.concatenate([np.asarray(r)[s + 1] for r, s in zip(rows, scored, strict=True)])
+    at = []
+    for tokens, prefix in laid:
+        own = np.zeros(padded, np.int32)
+        if sum(counts):
+            own[: sum(counts)] = np.concatenate([i * tokens.shape[1] + prefix + s for i, s in enumerate(scored)])
+        at.append(own)
+    found = _beside(tuple(modules), tuple(params), tuple(t for t, _ in laid), tuple(at), targets, size)
+    parts = [np.split(np.asarray(x, np.float64)[: sum(counts)], np.cumsum(counts)[:-1]) for x in found]
+    return [Beside(*row) for row in zip(*parts, strict=True)]
+
+
+def _laid(module: Any, params: Any, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+    """(the rows but for their last tokens, behind a soft prompt, i32[B, T]; the length of that)."""
+    prefix = virtual_tokens(params)
+    longest = len(prefix) + max(len(row) - 1 for row in rows)
+    _check_length(longest, len(prefix), module)
+    tokens = np.zeros((1 << (len(rows) - 1).bit_length(), min(bucket(longest), module.spec.positions)), np.int32)
+    for i, row in enumerate(rows):
+        whole = [*prefix, *row][:-1]
+        tokens[i, : len(whole)] = whole
+    return tokens, len(prefix)
+
+
+def _check_length(longest: int, virtual: int, module: Any) -> None:
+    """Raise UserError where `longest` tokens, `virtual` of them a soft prompt's, exceed the positions."""
+    most = module.spec.positions
+    if longest > most:
+        soft = f", {virtual} of them virtual," if virtual else ""
+        raise UserError(f"A row has {longest + 1:,} tokens{soft} and the model has {most:,} positions; shorten it.")
 
 
 def most_tokens() -> int:

@@ -96,7 +96,7 @@ _TURNS = (
 )
 _TEXT = (
     *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.packing"),
-    "data.max_segments",
+    *("data.max_segments", "data.canaries"),
     *_TURNS,
 )
 _PAIR_VALUES = ("objective.beta", "objective.gamma", "objective.label_smoothing")

@@ -1,14 +1,16 @@
 """The parts of a model card on a run and its evaluation."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jaxtune.hf.card import cell, put_evaluation
 from jaxtune.report.evaluation import difference, read_evaluation, value, verdict, who
-from jaxtune.report.run import as_run
+from jaxtune.report.run import as_run, read_run
 from jaxtune.report.sentences import costs, findings, measured
+from jaxtune.report.verdict import verdict as verdict_of
 from jaxtune.train.log import read_metrics
 
 
@@ -16,28 +18,40 @@ def carry_evaluation(run: Path, out: Path) -> None:
     """Put the results of `jaxtune eval` for a run's last step into the model card in `out`."""
     steps = [m["step"] for m in read_metrics(run)] if (run / "metrics.jsonl").is_file() else []
     evaluation = read_evaluation(run, max(steps, default=None))
-    if evaluation and (out / "README.md").is_file():
-        put_evaluation(out / "README.md", evaluation_block(evaluation))
+    if not (out / "README.md").is_file():
+        return
+    block = evaluation_block(evaluation)
+    if steps:
+        record = read_run(run)
+        told = " ".join(verdict_of(replace(record, folder=Path(record.name))))  # a card names no folder of this machine
+        block = block.replace("## Evaluation", f"## Evaluation\n\n{told}", 1) if block else f"## Evaluation\n\n{told}"
+    if block:
+        put_evaluation(out / "README.md", block)
 
 
 def evaluation_block(evaluation: Mapping[str, Any]) -> str:
     """The results of eval.json in Markdown; empty where there are none."""
     blocks = []
-    held_out = evaluation.get("held_out")
+    held_out, forgetting = evaluation.get("held_out"), evaluation.get("forgetting")
     if held_out:
-        entries = held_out["metrics"]
-        names = who(entries)
-        both = len(names) == 2
-        heads = [f"{held_out['rows']:,} held-out rows", *names, *(["difference", "verdict"] if both else [])]
-        rows = [
-            [entry["label"], *(value(entry, n) for n in names), *([difference(entry), verdict(entry)] if both else [])]
-            for entry in entries.values()
-        ]
-        blocks.append("\n".join(_table([heads, *rows])))
+        blocks.append(_results(held_out, "held-out rows"))
+    if forgetting:
+        blocks.append(_results(forgetting, "rows outside the task"))
+        if flips := forgetting.get("flips"):
+            heads = ["answers that flipped", "rows", "right to wrong", "wrong to right", "verdict"]
+            rows = [
+                [e["label"], *(f"{e[k]:,}" for k in ("rows", "lost", "gained")), verdict(e)] for e in flips.values()
+            ]
+            blocks.append("\n".join(_table([heads, *rows])))
+    if held_out or forgetting:
         blocks.append(
             "Intervals hold 95% (bootstrap over rows; where no row differs, binomial); verdicts are those of a paired "
             "randomisation test."
         )
+    if frontier := evaluation.get("frontier"):
+        blocks.append(frontier["why"])
+    if memory := evaluation.get("memory"):
+        blocks.append(memory["why"])
     tasks = evaluation.get("tasks")
     if tasks:
         results = tasks["results"]
@@ -47,6 +61,19 @@ def evaluation_block(evaluation: Mapping[str, Any]) -> str:
                 rows.append([task, metric, *(f"{results[who][task][metric]['value']:.4f}" for who in results)])
         blocks.append("\n".join(_table(rows)))
     return "\n\n".join(["## Evaluation", *blocks]) if blocks else ""
+
+
+def _results(part: Mapping[str, Any], of: str) -> str:
+    """The table of a part's metrics; `of`: its rows, in words."""
+    entries = part["metrics"]
+    names = who(entries)
+    both = len(names) == 2
+    heads = [f"{part['rows']:,} {of}", *names, *(["difference", "verdict"] if both else [])]
+    rows = [
+        [entry["label"], *(value(entry, n) for n in names), *([difference(entry), verdict(entry)] if both else [])]
+        for entry in entries.values()
+    ]
+    return "\n".join(_table([heads, *rows]))
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -203,26 +203,29 @@ def thin(points: Sequence[Measured], most: int = MOST_POINTS) -> list[Measured]:
     return [points[0], *kept, points[-1]]
 
 
-def chart(title: str, series: Sequence[Series], *, zero: bool = False, wide: bool = False) -> Chart | None:
+def chart(
+    title: str, series: Sequence[Series], *, by: str = "step", zero: bool = False, wide: bool = False
+) -> Chart | None:
     """Draw curves over the step; None where no series has a point.
 
     Args:
         title: what is drawn, with its unit.
         series: the curves.
+        by: what they are drawn over, if not the step: the points' `step` is then that.
         zero: the value axis starts at 0.
         wide: the chart takes a row of its own.
     """
     drawn = [(s, thin(s.points)) for s in series if s.points]
     if not drawn:
         return None
-    x = step_axis([p.step for _, points in drawn for p in points])
+    x = (step_axis if by == "step" else linear_axis)([p.step for _, points in drawn for p in points])
     y = value_axis([p.value for _, points in drawn for p in points], zero=zero)
     shapes = [shape for s, points in drawn for shape in _curve(s, points, x, y)]
     curves = [
-        {"name": s.name, "colour": s.colour, "points": [[p.step, _short(p.value)] for p in points]}
+        {"name": s.name, "colour": s.colour, "points": [[p.step, _short(p.value)] for p in sorted(points)]}
         for s, points in drawn
     ]
-    return _chart(title, "step", x, y, shapes, curves, _legend(series), wide=wide)
+    return _chart(title, by, x, y, shapes, curves, _legend(series), wide=wide)
 
 
 def spread_chart(title: str, by: str, spreads: Sequence[Spread]) -> Chart | None:

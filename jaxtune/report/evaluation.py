@@ -17,7 +17,7 @@ COLOURS = {"base": 0, "tuned": 1, "model": 1}
 
 
 def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """Read the eval.json of a run: `{"held_out": ..., "tasks": ...}`, each if it was measured; {} without the file.
+    """Read the eval.json of a run: {part: ...}, those of `PARTS` that were measured; {} without the file.
 
     Args:
         folder: of the run.
@@ -31,20 +31,53 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
         return {}
     try:
         whole = read_json(file, halves=True)
-        held_out, tasks = whole.get("held_out"), whole.get("tasks")
-        if held_out is not None:
-            for entries in (held_out["metrics"], *held_out.get("groups", {}).get("metrics", {}).values()):
-                check_metrics(entries)
-            int(held_out["rows"])
-        if tasks is not None:
-            for metrics in (m for task in tasks["results"].values() for m in task.values()):
-                all(float(entry["value"]) for entry in metrics.values())
+        parts = {name: whole[name] for name in PARTS if whole.get(name)}
+        for name, part in parts.items():
+            PARTS[name](part)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is not what jaxtune eval writes ({type(error).__name__}: {error}); remove it and evaluate again."
         ) from None
-    parts = {"held_out": held_out, "tasks": tasks}
-    return {name: part for name, part in parts.items() if part and (step is None or part.get("step", step) == step)}
+    return {name: part for name, part in parts.items() if step is None or part.get("step", step) == step}
+
+
+def _check_rows(part: Any) -> None:
+    for entries in (part["metrics"], *part.get("groups", {}).get("metrics", {}).values()):
+        check_metrics(entries)
+    for flips in part.get("flips", {}).values():
+        str(flips["label"]), int(flips["rows"]), int(flips["lost"]), int(flips["gained"]), float(flips["p"])
+        int(flips["right"]["base"]), int(flips["right"]["tuned"]), BADGES[flips["verdict"]]
+    int(part["rows"])
+
+
+def _check_tasks(part: Any) -> None:
+    for metrics in (m for task in part["results"].values() for m in task.values()):
+        all(float(entry["value"]) for entry in metrics.values())
+
+
+def _check_frontier(part: Any) -> None:
+    losses = part["losses"]
+    str(part["why"]), int(part["rows"]), int(part["general_rows"])
+    for name in ("task", "general"):
+        if len(losses[name]) != len(part["strengths"]):
+            raise ValueError("not one loss for each strength")
+        if not all(math.isfinite(i["value"]) for i in losses[name]):
+            raise ValueError("a loss is not finite")
+    part["strengths"].index(0.0), part["strengths"].index(1.0)
+
+
+def _check_memory(part: Any) -> None:
+    str(part["why"]), int(part["rows"]), int(part["held_out_rows"]), str(part["memorised"])
+    memory_tables(part)
+
+
+PARTS: dict[str, Callable[[Any], None]] = {  # of eval.json -> what raises if it is not as `jaxtune eval` makes it
+    "held_out": _check_rows,
+    "forgetting": _check_rows,
+    "frontier": _check_frontier,
+    "memory": _check_memory,
+    "tasks": _check_tasks,
+}
 
 
 def check_metrics(entries: dict[str, Any]) -> dict[str, Any]:
@@ -76,18 +109,24 @@ def who(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def value(entry: Mapping[str, Any], name: str) -> str:
-    """A model's value with its interval."""
+    """A model's value with its interval; nothing where it has none."""
+    if name not in entry:
+        return ""
     return _with_interval(entry[name], _show(entry), "%" if entry["share"] else "")
 
 
 def difference(entry: Mapping[str, Any]) -> str:
-    """The difference with its interval, signed; of shares in points."""
+    """The difference with its interval, signed; of shares in points; nothing where there is none."""
+    if "difference" not in entry:
+        return ""
     show = _show(entry)
     return _with_interval(entry["difference"], lambda x: f"{'+' if x >= 0 else '−'}{show(abs(x))}")
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
-    """better, worse or no evidence, with the p-value."""
+    """better, worse or no evidence, with the p-value; nothing without a test."""
+    if "verdict" not in entry:
+        return ""
     return f"{entry['verdict']} {_p(entry)}".strip()
 
 
@@ -158,8 +197,8 @@ def lines(entries: Mapping[str, Mapping[str, Any]], span: tuple[float, float] | 
     names = who(entries)
     found = []
     for label, entry in entries.items():
-        figures = [value(entry, n) if n in entry else "" for n in names]
-        figures += [difference(entry) if "difference" in entry else ""] if len(names) == 2 else []
+        figures = [value(entry, n) for n in names]
+        figures += [difference(entry)] if len(names) == 2 else []
         parted = [figure.partition(" [") for figure in figures]
         tested = (entry["verdict"], BADGES[entry["verdict"]], _p(entry)) if "verdict" in entry else ()
         bars = _bars(entry, span or _span([entry]))
@@ -179,6 +218,63 @@ def groups(held_out: Mapping[str, Any]) -> list[tuple[str, list[Line]]]:
         return []
     metrics = found["metrics"].items()
     return [(held_out["metrics"][name]["label"], lines(cells, _span(cells.values()))) for name, cells in metrics]
+
+
+def flips(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a table of answers that flipped, each with its badge and how sure the test is."""
+    found = part.get("flips", {}).values()
+    return [entry | {"badge": BADGES[entry["verdict"]], "how_sure": _p(entry)} for entry in found]
+
+
+def strengths(part: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """Rows of a table of a frontier: scale, both losses, the gain kept, the cost, and "chosen" or ""."""
+    scales, losses = part["strengths"], part["losses"]
+    base, tuned = scales.index(0.0), scales.index(1.0)
+    task, general = ([i["value"] for i in losses[name]] for name in ("task", "general"))
+    gain = task[base] - task[tuned]
+    rows = []
+    for i, scale in enumerate(scales):
+        share = f"{100 * (task[base] - task[i]) / gain:.0f}%" if gain > 0 else ""
+        cost = general[i] - general[base]
+        signed = f"{'+' if cost >= 0 else '−'}{number(abs(cost))}"
+        shown = (_with_interval(losses[name][i], number) for name in ("task", "general"))
+        rows.append((f"{scale:g}", *shown, share, signed, "chosen" if scale == part["chosen"] else ""))
+    return rows
+
+
+class Counted(NamedTuple):
+    """A table in words: what stands over its first column, over the others, and its rows."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+
+MEMBERSHIP = {
+    "base": "by the loss under the base",
+    "tuned": "by the loss under the tuned model",
+    "model": "by the loss",
+    "gain": "by how much tuning lowered the loss",
+}
+
+
+def memory_tables(part: Mapping[str, Any]) -> list[Counted]:
+    """What was measured of a run's memory: membership, continuations and canaries, as far as there are any."""
+    auc = [[MEMBERSHIP[by], _with_interval(found, number)] for by, found in part["membership"].items()]
+    tables = [Counted("which rows were trained on, told", ["AUC"], auc)]
+    if found := part["verbatim"]:
+        models = [name for name in MODELS if name in found[0]]
+        rows = []
+        for row in found:
+            shares = [f"{row[name]:,} ({row[name] / row['rows']:.0%})" for name in models]
+            seen = row["group"] if row["group"] == "held out" else f"in the training data {row['group']}"
+            rows.append([seen, f"{row['rows']:,}", *shares])
+        tables.append(Counted("go on word for word", ["rows", *models], rows))
+    if found := part["canaries"]:
+        models = [name for name in MODELS if name in found[0]]
+        rows = [[f"{r['times']:,} times", f"{r['count']}", *(f"{r[n]:.1f}" for n in models), _p(r)] for r in found]
+        tables.append(Counted("exposure of canaries, bits", ["canaries", *models, "by chance"], rows))
+    return tables
 
 
 class Confusion(NamedTuple):

@@ -13,9 +13,10 @@ from jaxtune.report import evaluation
 from jaxtune.report.chart import Chart, Series, chart, smooth
 from jaxtune.report.data import data_view
 from jaxtune.report.render import render
-from jaxtune.report.run import RunRecord, read_object
+from jaxtune.report.run import Measured, RunRecord, read_object
 from jaxtune.report.samples import sample
 from jaxtune.report.sentences import costs, findings, measured, summary
+from jaxtune.report.verdict import verdict
 from jaxtune.report.words import number, setting
 
 MOST_SAMPLES = 20
@@ -28,6 +29,7 @@ HEADLINE = (
 def run_page(run: RunRecord) -> str:
     """Return the HTML of a run's page."""
     held_out = run.evaluation.get("held_out")
+    forgetting = run.evaluation.get("forgetting")
     metrics = measured(run)
     return render(
         "run.html",
@@ -35,6 +37,7 @@ def run_page(run: RunRecord) -> str:
         run=run,
         kind=f"{run.settings['tune.method']} · {run.model}",
         summary=summary(run),
+        verdict=verdict(run),
         headline=[_headline(run, metrics[key]) for key in HEADLINE if key in metrics][:2],
         costs=costs(run),
         best=run.best(),
@@ -45,6 +48,15 @@ def run_page(run: RunRecord) -> str:
         evaluate=shlex.join(["jaxtune", "eval", str(run.folder)]),
         groups=evaluation.groups(held_out or {}),
         confusions=evaluation.confusions(held_out or {}),
+        forgetting=forgetting,
+        forgotten=evaluation.by_label(forgetting["metrics"]) if forgetting else [],
+        forgotten_groups=evaluation.groups(forgetting or {}),
+        memory=run.evaluation.get("memory"),
+        memory_tables=evaluation.memory_tables(run.evaluation["memory"]) if "memory" in run.evaluation else [],
+        frontier=run.evaluation.get("frontier"),
+        strengths=evaluation.strengths(run.evaluation["frontier"]) if "frontier" in run.evaluation else [],
+        frontier_charts=frontier_charts(run.evaluation.get("frontier")),
+        flips=evaluation.flips(forgetting or {}),
         tasks=evaluation.task_rows(run.evaluation["tasks"]) if "tasks" in run.evaluation else None,
         charts=curves(run),
         evaluations=_evaluations(run),
@@ -78,8 +90,10 @@ def curves(run: RunRecord) -> list[Chart]:
     loss, evals, best = run.series("train/loss"), run.series("eval/loss"), run.best()
     note = f"best {number(best.value)} at step {best.step:,}" if best else ""
     held_out = Series("held out", evals, 2, "dots", mark=best.step if best else None, note=note)
+    general = Series("general text", run.series("eval/general_loss"), 3, "dots")
     charts = [
         chart("Loss", [*train_loss_series(loss), held_out], wide=True),
+        chart("Loss on general text", [general]),
         *_answers(run),
         chart("Learning rate", [Series("learning rate", run.series("train/lr"), 1)], zero=True),
         chart("Gradient norm", [Series("gradient norm", run.series("train/grad_norm"), 1)]),
@@ -103,6 +117,21 @@ def _answers(run: RunRecord) -> list[Chart | None]:
         chart("Accuracy", both("accuracy", "right way round", 1)),
         chart("KL to the reference", both("kl", "nats an answer", 1), zero=True),
     ]
+
+
+def frontier_charts(part: Mapping[str, Any] | None) -> list[Chart]:
+    """Loss on the task over loss on general text, and both over the strength of the tuning."""
+    if part is None:
+        return []
+    scales, chosen = part["strengths"], part["chosen"]
+    task, general = ([i["value"] for i in part["losses"][name]] for name in ("task", "general"))
+    at = None if chosen is None else general[scales.index(chosen)]
+    path = Series("scales 0 to 1.2", [Measured(x, y) for x, y in zip(general, task)], 1, "dots", mark=at)
+    found = [chart("Loss on the task over loss on general text", [path], by="loss on general text", wide=True)]
+    for name, values, colour in (("Loss on the task", task, 1), ("Loss on general text", general, 3)):
+        points = [Measured(scale, value) for scale, value in zip(scales, values)]
+        found.append(chart(name, [Series(name, points, colour, "dots", mark=chosen)], by="scale"))
+    return [c for c in found if c]
 
 
 def train_loss_series(loss: Sequence[Any]) -> list[Series]:

@@ -10,12 +10,14 @@ import jax
 
 from jaxtune import data
 from jaxtune.curate import NOTE, DataReport, glance
+from jaxtune.data import canaries
 from jaxtune.data.batches import GRAIN
 from jaxtune.errors import printable
 from jaxtune.hf import load as hf
 from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.stops import added_line
 from jaxtune.methods.vocabulary import resize, with_rows
+from jaxtune.run import general
 from jaxtune.train import watch
 from jaxtune.train.recipe import Recipe
 
@@ -118,6 +120,8 @@ class Data:
         eval: held out; None: there are none.
         report: what was read and left out.
         length: the most tokens of a row, with the virtual tokens before it.
+        general: text outside the training data, as evaluate.general names it; None: there is none.
+        notes: what became of that.
     """
 
     tokenizer: Any
@@ -127,6 +131,8 @@ class Data:
     length: int
     prefix: Sequence[int] = ()
     form: data.LabelForm | None = None
+    general: data.Rows | None = None
+    notes: Sequence[str] = ()
 
     @property
     def ends(self) -> list[int]:
@@ -167,12 +173,19 @@ def open_data(experiment: Experiment) -> Data:
         vocab_size=experiment.module.spec.vocab,
         cache=d.cache,
     )
-    return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form)
+    text, notes = general.read(experiment, tokenizer, train)
+    if d.canaries:
+        secret = canaries.rows(tokenizer, d.canaries, length - len(prefix))
+        notes.append(
+            f"data.canaries: {len(secret):,} rows with made-up secrets are among those of {train[0].labels[0]}."
+        )
+        train = [data.Rows.concatenate([train[0], secret]), *train[1:]] if len(secret) else train
+    return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form, text, notes)
 
 
 def data_lines(experiment: Experiment, rows: Data) -> list[str]:
     """Lines on what was read and how it is trained."""
-    lines = rows.report.lines()
+    lines = [*rows.report.lines(), *rows.notes]
     if experiment.data.max_length is None:
         known = experiment.module.spec.positions
         lines.append(f"data.max_length is {rows.length} by default (the model knows {known}).")

@@ -52,6 +52,7 @@ def finish(member, place, job, params, run, clock, scored) -> None:
     from jaxtune.hf.export import export_model
     from jaxtune.hf.peft import export_adapter
     from jaxtune.report import write_report
+    from jaxtune.report.verdict import keep_verdict
 
     experiment, workdir = member.experiment, place.folder
     adapter = has_adapter(params)
@@ -93,10 +94,11 @@ def finish(member, place, job, params, run, clock, scored) -> None:
         else:
             params = as_stored(job, params, member.mask)
             notes = export_model(job.module, params, out, base=base.folder, tuned_from=base.path, **where)
-    carry_evaluation(workdir, out)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
     atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    keep_verdict(workdir)
+    carry_evaluation(workdir, out)
     page = write_report(workdir)
     if not job.stacked:
         _show(member, rows, clock, out, page, adapter, job.module)

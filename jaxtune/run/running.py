@@ -12,7 +12,7 @@ import jax
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.reading import read_text
-from jaxtune.run import results, sampling
+from jaxtune.run import general, results, sampling
 from jaxtune.run.blame import cause_of
 from jaxtune.run.experiment import Experiment
 from jaxtune.run.training import Job, Member, with_kept, with_reference
@@ -316,7 +316,16 @@ def _evaluation(job: Job) -> Any:
         return None
     limit = job.experiment.train.eval_batches
     put = lambda b: shard_batch(b, job.mesh)  # noqa: E731
-    return loop.make_evaluate(job.eval_step, job.frozen, job.eval_batches, put, limit, job.experiment.task.metrics)
+    metrics = job.experiment.task.metrics
+    evaluate = loop.make_evaluate(job.eval_step, job.frozen, job.eval_batches, put, limit, metrics)
+    if job.rows.general is None:
+        return evaluate
+    losses = general.losses(job)
+
+    def with_general(state):
+        return [own | {general.NAME: loss} for own, loss in zip(evaluate(state), losses(state), strict=True)]
+
+    return with_general
 
 
 def _step(state: TrainState) -> int:

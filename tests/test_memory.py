@@ -1,0 +1,118 @@
+"""What a run remembers: intervals that cover, exposures as counted, canaries that come back, the sentence on them."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+from runs import compiled, home, write_jsonl  # noqa: F401
+from test_eval import refused, report_of
+
+from jaxtune import cli, data
+from jaxtune.data import canaries
+from jaxtune.evaluate import memory, statistics
+
+
+@pytest.mark.parametrize("m, n, shift", [(40, 60, 0.5), (30, 30, 0.0), (60, 25, 1.5)])
+def test_the_interval_of_an_auc_covers(m, n, shift):
+    """Of normal scores the AUC is Phi(shift / sqrt 2); 95% intervals hold it in 93 to 97 of 100 draws."""
+    from scipy.stats import norm
+
+    rng, true = np.random.default_rng(0), norm.cdf(shift / np.sqrt(2))
+    hits = 0
+    for _ in range(1000):
+        found = statistics.auc(rng.normal(shift, 1, m), rng.normal(0, 1, n))
+        hits += found.low <= true <= found.high
+    assert 930 <= hits <= 970
+
+
+def test_an_auc_is_the_share_of_pairs_in_order():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(1)
+    members, others = rng.integers(0, 6, 23), rng.integers(0, 5, 17)  # with ties
+    wanted = roc_auc_score([1] * 23 + [0] * 17, [*members, *others])
+    assert statistics.auc(members, others).value == pytest.approx(wanted)
+    apart = statistics.auc(np.arange(5, 9), np.arange(4))
+    assert apart.value == apart.high == 1 and apart.low == pytest.approx(0.025 ** (1 / 4))
+    assert statistics.auc(np.arange(1), np.arange(3)).low is None
+
+
+@pytest.mark.parametrize("table", [(9, 10, 2, 10), (0, 5, 0, 6), (3, 4, 3, 4), (40, 200, 21, 180), (5, 5, 0, 5)])
+def test_how_much_more_often_is_fishers_test(table):
+    from scipy.stats import fisher_exact
+
+    k, n, j, m = table
+    wanted = fisher_exact([[k, n - k], [j, m - j]], alternative="greater").pvalue
+    assert statistics.more_often(*table) == pytest.approx(wanted)
+
+
+def test_exposure_is_by_rank_and_chance_is_uniform():
+    values = np.array([-3.0, -1, -5, -9, -2, -8, -7, -6])  # rank 3 of 8
+    assert memory.exposure(values) == pytest.approx(np.log2(8) - np.log2(3))
+    assert memory.exposure(np.zeros(4)) == 0  # nothing tells it apart
+    rng = np.random.default_rng(0)
+    ps = [memory.by_chance(-np.log2(rng.random(4))) for _ in range(2000)]
+    assert np.quantile(ps, [0.05, 0.5, 0.95]) == pytest.approx([0.05, 0.5, 0.95], abs=0.02)
+
+
+def test_canaries_are_rows_as_often_as_asked(home):  # noqa: F811
+    tokenizer = data.load_tokenizer(str(home / "model"))
+    rows = canaries.rows(tokenizer, (1, 3), 100)
+    texts = tokenizer.batch_decode([rows[i][0].tolist() for i in range(len(rows))])
+    secrets = canaries.canaries((1, 3))
+    assert len(rows) == 4 * 1 + 4 * 3 and len(secrets) == 8 == len({c.asked for c in secrets})
+    for canary in secrets:
+        assert texts.count(f"{canary.asked}{canary.secret}</s>") == canary.times
+        others = canaries.others(canary, 50)
+        assert len(set(others)) == 50 and canary.secret not in others
+    assert rows.where(0) == "canary 1" and canaries.canaries((1, 3)) == secrets
+    assert canaries.canaries((3,)) == secrets[4:]  # whatever else is asked for
+
+
+def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path):  # noqa: F811
+    """A model of two layers, trained on a few rows many times: it recites them, and no held-out one."""
+    rng = np.random.default_rng(0)
+    texts = [{"text": "".join(rng.choice(list("abcdefgh"), 44))} for _ in range(12)]
+    train = write_jsonl(tmp_path / "train.jsonl", [texts[0]] * 3 + texts[1:6])
+    held_out = write_jsonl(tmp_path / "eval.jsonl", texts[6:])
+    argv = runs.command(
+        home,
+        tmp_path / "run",
+        data__train=train,
+        data__eval=held_out,
+        data__canaries="0,8",
+        tune__method="full",
+        tune__lora__r=None,
+        tune__lora__lora_dropout=None,
+        optim__lr=0.01,
+        train__steps=150,
+        train__batch_size=16,
+        train__eval_every=150,
+        train__save_every=0,
+        log__every=50,
+    )
+    assert cli.main(argv) == 0
+    assert cli.main(["eval", str(tmp_path / "run"), "--memory"]) == 0
+    found = report_of(tmp_path / "run", "memory")
+    by_group = {row["group"]: row for row in found["verbatim"]}
+    assert by_group["2 or 3 times"]["rows"] == 1 and by_group["once"]["rows"] == 5
+    assert by_group["held out"]["tuned"] == 0 == by_group["once"]["base"]
+    assert by_group["once"]["tuned"] + by_group["2 or 3 times"]["tuned"] >= 5
+    assert found["membership"]["tuned"]["low"] > 0.5 > found["membership"]["base"]["low"]
+    never, often = found["canaries"]
+    assert (never["times"], often["times"]) == (0, 8)
+    assert often["tuned"] > 6 and often["p"] < 0.01 < never["p"]
+    assert found["memorised"] == "yes" and "word for word in" in found["why"] and "8 times" in found["why"]
+    page, summary = ((tmp_path / "run" / name).read_text() for name in ("report.html", "summary.json"))
+    assert "exposure of canaries" in page and found["why"] in page
+    assert "Do not publish it" in json.loads(summary)["verdict"]["advice"]
+
+
+def test_what_is_refused(home, tmp_path, capsys):  # noqa: F811
+    assert "is no run" in refused(capsys, home / "model", "--memory")
+    run = runs.write_run(home, tmp_path / "run", eval=str(home / "eval.jsonl"))
+    assert "--memory has no effect with --frontier" in refused(capsys, run, "--memory", "--frontier=a")
+    for times in ("1,1", "-2", "5000"):
+        assert cli.main(runs.command(home, tmp_path / "no", data__canaries=times)) == 2
+        assert "data.canaries" in capsys.readouterr().err
