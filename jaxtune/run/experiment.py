@@ -176,9 +176,7 @@ def open_data(experiment: Experiment) -> Data:
     text, notes = general.read(experiment, tokenizer, train)
     if d.canaries:
         secret = canaries.rows(tokenizer, d.canaries, length - len(prefix))
-        notes.append(
-            f"data.canaries: {len(secret):,} rows with made-up secrets are among those of {train[0].labels[0]}."
-        )
+        notes.append(f"data.canaries: {len(secret):,} rows with made-up secrets are among the training rows.")
         train = [data.Rows.concatenate([train[0], secret]), *train[1:]] if len(secret) else train
     return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form, text, notes)
 
