@@ -11,6 +11,11 @@ from test_eval import refused, report_of
 from jaxtune import cli, data
 from jaxtune.data import canaries
 from jaxtune.evaluate import memory, statistics
+from jaxtune.evaluate.kept import Kept
+from jaxtune.evaluate.rows import Row
+from jaxtune.evaluate.systems import System
+from jaxtune.hf.load import load
+from jaxtune.infer.generation import generate
 
 
 @pytest.mark.parametrize("m, n, shift", [(40, 60, 0.5), (30, 30, 0.0), (60, 25, 1.5)])
@@ -70,8 +75,20 @@ def test_canaries_are_rows_as_often_as_asked(home):  # noqa: F811
     assert canaries.canaries((3,)) == secrets[4:]  # whatever else is asked for
 
 
+def test_what_goes_on_word_for_word(home):  # noqa: F811
+    """Rows that end as the model itself goes on; one with another last token; one that is too short."""
+    module, params = load(home / "model")
+    prompts = np.random.default_rng(0).integers(0, 200, (3, 32)).tolist()
+    ends = generate(module, params, prompts, max_new_tokens=10)
+    ends[1][-1] = (ends[1][-1] + 1) % 200
+    texts = [*(p + end for p, end in zip(prompts, ends, strict=True)), prompts[0] + ends[0][:3]]
+    rows = [Row("", tokens, [True] * len(tokens), None, [], "", "") for tokens in texts]
+    found = memory.reproduced(System("model", module, params, "x"), rows, 0, 2, Kept())
+    assert found == [True, False, True, None]
+
+
 def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path):  # noqa: F811
-    """A model of two layers, trained on a few rows many times: it recites them, and no held-out one."""
+    """A model of two layers, trained on a few rows many times: their losses and the canaries tell it."""
     rng = np.random.default_rng(0)
     texts = [{"text": "".join(rng.choice(list("abcdefgh"), 44))} for _ in range(12)]
     train = write_jsonl(tmp_path / "train.jsonl", [texts[0]] * 3 + texts[1:6])
@@ -98,12 +115,11 @@ def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path):  # noqa: F8
     by_group = {row["group"]: row for row in found["verbatim"]}
     assert by_group["2 or 3 times"]["rows"] == 1 and by_group["once"]["rows"] == 5
     assert by_group["held out"]["tuned"] == 0 == by_group["once"]["base"]
-    assert by_group["once"]["tuned"] + by_group["2 or 3 times"]["tuned"] >= 5
     assert found["membership"]["tuned"]["low"] > 0.5 > found["membership"]["base"]["low"]
     never, often = found["canaries"]
     assert (never["times"], often["times"]) == (0, 8)
     assert often["tuned"] > 6 and often["p"] < 0.01 < never["p"]
-    assert found["memorised"] == "yes" and "word for word in" in found["why"] and "8 times" in found["why"]
+    assert found["memorised"] == "yes" and "8 times" in found["why"]
     page, summary = ((tmp_path / "run" / name).read_text() for name in ("report.html", "summary.json"))
     assert "exposure of canaries" in page and found["why"] in page
     assert "Do not publish it" in json.loads(summary)["verdict"]["advice"]
