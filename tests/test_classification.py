@@ -28,6 +28,7 @@ from jaxtune.tree import TRAIN, flatten
 TOLERANCE = 1e-4
 NAMES = ("cold", "cool", "warm")
 ENCODERS = {name: test_encoders.ZOO[name] for name in ("bert", "roberta", "distilbert", "modernbert")}
+ENCODERS |= {name: test_encoders.ZOO[name] for name in ("xlm-roberta", "camembert", "electra")}
 ENCODERS |= {
     "modernbert-mean": (
         "modernbert",
@@ -41,7 +42,10 @@ DECODERS = {
     "gpt_neox": ("gpt_neox", zoo.ZOO["gpt_neox"][1] | {"pad_token_id": 0}),
     "qwen3-tied": ("qwen3", zoo.LLAMA | {"pad_token_id": 0, "tie_word_embeddings": True, "head_dim": 8}),
 }
+ALIKE = ("arcee", "glm", "glm4", "gptj", "ministral3", "olmo3", "opt", "phi", "seed_oss")
+DECODERS |= {name: (zoo.ZOO[name][0], zoo.ZOO[name][1] | {"pad_token_id": 0}) for name in ALIKE}
 MODELS = ENCODERS | DECODERS
+WITHOUT_TOKENS = ("gptj", "olmo3", "opt")  # transformers has no class of theirs for a label each token
 
 
 @functools.cache
@@ -97,6 +101,7 @@ LAYOUTS = [
     )
     for name in MODELS
     for kind in (SEQUENCE, TOKEN)
+    if kind == SEQUENCE or name not in WITHOUT_TOKENS
 ]
 
 

@@ -51,6 +51,12 @@ ZOO = {
     "bert-tanh-one-type": ("bert", BERT | {"hidden_act": "gelu_new", "type_vocab_size": 1, "num_attention_heads": 2}),
     "roberta": ("roberta", BERT | {"type_vocab_size": 1, "pad_token_id": 1}),
     "roberta-pad-3": ("roberta", BERT | {"pad_token_id": 3, "hidden_act": "relu", "num_attention_heads": 8}),
+    "xlm-roberta": ("xlm-roberta", BERT | {"pad_token_id": 1, "layer_norm_eps": 1e-5}),
+    "xlm-roberta-one-type": ("xlm-roberta", BERT | {"type_vocab_size": 1, "pad_token_id": 0, "num_attention_heads": 2}),
+    "camembert": ("camembert", BERT | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "camembert-relu": ("camembert", BERT | {"pad_token_id": 2, "hidden_act": "relu", "num_attention_heads": 1}),
+    "electra": ("electra", BERT | {"embedding_size": 20, "layer_norm_eps": 1e-3}),
+    "electra-one-width": ("electra", BERT | {"embedding_size": 32, "type_vocab_size": 1, "num_attention_heads": 2}),
     "distilbert": ("distilbert", DISTILBERT),
     "distilbert-relu": ("distilbert", DISTILBERT | {"activation": "relu", "n_heads": 1, "n_layers": 3}),
     "modernbert": ("modernbert", MODERNBERT),
@@ -132,7 +138,7 @@ def states(module, params):
     return np.asarray(hidden(module, params, np.where(there, ids, 5), there.astype(np.int32))) * there[..., None]
 
 
-default = {"bert", "roberta", "distilbert", "modernbert"}
+default = {"bert", "roberta", "electra", "distilbert", "modernbert"}
 every_encoder = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in default else pytest.mark.slow) for n in ZOO]
 )
@@ -227,6 +233,7 @@ MUTATIONS = {
         "roberta",
         lambda m, p: (m.clone(spec=dataclasses.replace(m.spec, first_position=0, positions=40)), p),
     ),
+    "no bias behind narrow embeddings": ("electra", lambda m, p: (m, zeroed(p, "embed_project']['bias"))),
     "window + 1": ("modernbert", lambda m, p: (windows(m, 1), p)),
     "window - 1": ("modernbert", lambda m, p: (windows(m, -1), p)),
     "local theta": ("modernbert", lambda m, p: (thetas(m, 160_000.0), p)),

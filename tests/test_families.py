@@ -31,13 +31,13 @@ BERT = ["query", "key", "value", "intermediate.dense"]
 # Elsewhere "all-linear": that reaches experts in peft, not here, and in an encoder the pooler, which is a label head.
 TARGETS = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), ATTENTION),
-    **dict.fromkeys(("bert", "roberta"), BERT),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
     "distilbert": ["q_lin", "v_lin", "out_lin", "lin1", "lin2"],
     "modernbert": ["Wqkv", "Wo", "Wi"],
 }
 # Through eight layers, float32's rounding alone moves a gradient by 1e-4 on some processors; four have both kinds.
 SHALLOW = {"modernbert": {"num_hidden_layers": 4}}
-ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert")
 every_family = pytest.mark.parametrize(
     "name", [n if n == "llama" else pytest.param(n, marks=pytest.mark.slow) for n in (*FIRST, *ENCODERS)]
 )

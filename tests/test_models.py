@@ -73,7 +73,7 @@ def up_to(module, params, layer):
 
 @pytest.mark.parity("load", "logits")
 @one_of_each(
-    *(set(FIRST) - {"mixtral", "qwen3_moe", "qwen2"}),
+    *(set(FIRST) - {"mixtral", "qwen3_moe", "qwen2", "arcee", "cohere", "glm", "olmo3", "opt", "phi", "seed_oss"}),
     *("llama-mha-biases", "llama-mqa-rope3", "qwen2-upper-windows", "qwen2-yarn"),
 )
 def test_logits_and_every_hidden_state_equal_transformers(name):
@@ -85,7 +85,8 @@ def test_logits_and_every_hidden_state_equal_transformers(name):
     assert got.dtype == jnp.float32
     assert zoo.apart(got, reference(name)) < TOLERANCE
     torch_model = zoo.model(name)
-    norm = next(m for n, m in torch_model.named_modules() if n.endswith((".norm", ".ln_f", ".final_layer_norm")))
+    last = (".norm", ".ln_f", ".final_layer_norm", ".final_layernorm")
+    norm = next(m for n, m in torch_model.named_modules() if n.endswith(last))
     with torch.no_grad():
         states = torch_model(torch.tensor(ids, dtype=torch.long), output_hidden_states=True).hidden_states
         want = [norm(x).numpy() for x in states[:-1]] + [states[-1].numpy()]  # the last is normalised
@@ -134,6 +135,12 @@ def scales(params, change):
     return jax.tree_util.tree_map_with_path(lambda p, x: change(x) if p[-1].key == "scale" else x, params)
 
 
+def two_norms(params):
+    """The first norm of each block a second time, for the feed-forward part."""
+    blocks = {k: v | {"post_attention_norm": v["input_norm"]} for k, v in params["segment_0"].items()}
+    return params | {"segment_0": blocks}
+
+
 MUTATIONS = {
     "eps": ("llama", lambda m, p: (change(m, eps=1e-6), p)),
     "exact gelu": ("gpt2", lambda m, p: (change(m, act="gelu"), p)),
@@ -151,6 +158,16 @@ MUTATIONS = {
     "no norm bias": ("gpt2", lambda m, p: (m, without(p, "post_attention_norm"))),
     "no norm offset": ("gemma2", lambda m, p: (m, scales(p, lambda x: x - 1))),
     "no q_norm offset": ("gemma3", lambda m, p: (m, unit(p, "q_norm"))),
+    "halves in place of neighbours": ("cohere", lambda m, p: (rope(m, interleaved=False), p)),
+    "halves in place of neighbours, half a head": ("glm4", lambda m, p: (rope(m, interleaved=False), p)),
+    "queries of one size": ("ministral3", lambda m, p: (rope(m, heat=None), p)),
+    "relu": ("arcee", lambda m, p: (change(m, act="relu"), p)),
+    "two norms in place of one": ("phi", lambda m, p: (change(m, residual="serial"), two_norms(p))),
+    "first position of opt": ("opt", lambda m, p: (m.clone(spec=dataclasses.replace(m.spec, first_position=1)), p)),
+    "no head bias": ("gptj", lambda m, p: (m, without(p, "lm_head"))),
+    "no q_norm bias": ("phi-qk-norm", lambda m, p: (m, without(p, "q_norm"))),
+    "no norm behind attention": ("glm4", lambda m, p: (m, unit(p, "attention_out_norm"))),
+    "no scale of each head's q": ("cohere-qk-norm", lambda m, p: (m, unit(p, "q_norm"))),
 }
 
 
@@ -201,6 +218,27 @@ MISREADINGS = {
     "rotated part of gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
     "tanh gelu": ("gpt_neox", {"hidden_act": "gelu_new"}),
     "eps of gpt_neox": ("gpt_neox", {"layer_norm_eps": 2e-4}),
+    "window of olmo3": ("olmo3", {"sliding_window": 7}),
+    "pattern of olmo3": ("olmo3", {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}),
+    "local base of olmo3": (
+        "olmo3-mha-biases",
+        whole(**zoo.GEMMA3_ROPES | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e5}}),
+    ),
+    "eps of seed_oss": ("seed_oss", {"rms_norm_eps": 2e-5}),
+    "gelu in arcee": ("arcee", {"hidden_act": "relu"}),
+    "heat": ("ministral3", whole(**zoo.MINISTRAL3["rope_parameters"] | {"llama_4_scaling_beta": 0.0})),
+    "heat's rate": ("ministral3", whole(**zoo.MINISTRAL3["rope_parameters"] | {"llama_4_scaling_beta": 0.41})),
+    "logit scale": ("cohere", {"logit_scale": 0.26}),
+    "eps of cohere": ("cohere", {"layer_norm_eps": 2e-4}),
+    "window of cohere2": ("cohere2", {"sliding_window": 7}),
+    "a rope in every layer of cohere2": ("cohere2", {"layer_types": ["sliding_attention"] * 5}),
+    "rotated part of glm": ("glm", zoo.rope("default", partial_rotary_factor=1.0)),
+    "eps of glm4": ("glm4", {"rms_norm_eps": 2e-5}),
+    "rotated part of phi": ("phi", zoo.rope("default", partial_rotary_factor=0.25)),
+    "exact gelu in phi": ("phi", {"hidden_act": "gelu"}),
+    "gelu in opt": ("opt", {"activation_function": "gelu"}),
+    "rotated part of gptj": ("gptj", {"rotary_dim": 8}),
+    "exact gelu in gptj": ("gptj", {"activation_function": "gelu"}),
     "linear": ("llama-linear", zoo.rope("linear", factor=4.1)),
     "dynamic": ("llama-dynamic", zoo.rope("dynamic", factor=2.1)),
     "dynamic's length": ("llama-dynamic", {"max_position_embeddings": 18}),
@@ -604,7 +642,7 @@ def test_layer_types_written_before_they_existed():
 
 BAD = {
     "family": ({"model_type": "lama"}, "model_type='lama' is not supported.*Did you mean 'llama'"),
-    "no family": ({"model_type": None}, "model_type=None is not supported; supported: gemma, gemma2"),
+    "no family": ({"model_type": None}, "model_type=None is not supported; supported: arcee, cohere"),
     "rope type": (
         {"rope_parameters": {"rope_type": "proportional"}},
         "rope type 'proportional' is not supported; supported: 'default'",
@@ -643,6 +681,20 @@ BAD_IN_FAMILY = {
     "mixtral": ({"output_router_logits": True}, "output_router_logits=True is not supported"),
     "starcoder2": ({"norm_type": "rms_norm"}, "norm_type='rms_norm' is not supported"),
     "gpt_neox": ({"hidden_act": "gelu_fast"}, "hidden_act='gelu_fast' is not supported"),
+    "olmo3": ({"sliding_window": None}, "lacks 'sliding_window'"),
+    "olmo3-mqa": (
+        {"rope_parameters": {"rope_type": "default"}},
+        "rope_parameters has 'rope_type', expected a rule for",
+    ),
+    "opt": ({"do_layer_norm_before": False}, "do_layer_norm_before=False is not supported"),
+    "opt-untied": ({"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 is not supported"),
+    "ministral3": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
+    "ministral3-mscale": (zoo.rope("yarn", factor=2.0, **zoo.YARN), "lacks 'llama_4_scaling_beta'"),
+    "cohere2": ({"sliding_window": None}, "lacks 'sliding_window'"),
+    "phi": ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+    "gptj": ({"rotary_dim": None}, "lacks 'rotary_dim'"),
+    "arcee": ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
+    "seed_oss": ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
 }
 
 

@@ -104,6 +104,22 @@ QWEN3_MOE = LLAMA | {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 3,
 STABLELM = LLAMA | {"layer_norm_eps": 1e-4}
 NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"rotary_pct": 0.5, "layer_norm_eps": 1e-4}
 
+HEATED = {"original_max_position_embeddings": 8, "beta_fast": 0.5, "beta_slow": 0.1, "llama_4_scaling_beta": 0.4}
+MINISTRAL3 = LLAMA | {"head_dim": 16} | rope("yarn", factor=4.0, **HEATED)
+COHERE = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word_embeddings")} | {
+    "layer_norm_eps": 1e-4,
+    "logit_scale": 0.25,
+    "pad_token_id": 0,
+}
+COHERE2 = COHERE | {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 2}
+GLM = LLAMA | {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}
+PHI = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word_embeddings")} | {"layer_norm_eps": 1e-4}
+OPT = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word_embeddings", "intermediate_size")} | {
+    "ffn_dim": 48,
+    "pad_token_id": 0,
+}
+GPTJ = GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}
+
 # name -> (model_type, config). Between them: every switch that a family's file reads.
 ZOO: dict[str, tuple[str, dict]] = {
     "llama": ("llama", LLAMA | {"head_dim": 16}),
@@ -245,6 +261,83 @@ ZOO: dict[str, tuple[str, dict]] = {
         "gpt_neox",
         NEOX | {"tie_word_embeddings": True, "num_attention_heads": 2, "rotary_emb_base": 500, "hidden_act": "relu"},
     ),
+    "olmo3": ("olmo3", LLAMA | {"sliding_window": 6, "num_hidden_layers": 5, "pad_token_id": 0}),
+    "olmo3-mha-biases": (
+        "olmo3",
+        LLAMA
+        | {"num_key_value_heads": 4, "attention_bias": True, "head_dim": 12, "sliding_window": 5, "pad_token_id": 0}
+        | {"rope_parameters": GEMMA3_ROPES, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
+    ),
+    "olmo3-mqa": (
+        "olmo3",
+        LLAMA
+        | {"num_key_value_heads": 1, "tie_word_embeddings": True, "layer_types": ["full_attention"] * 3}
+        | {"pad_token_id": 0},
+    ),
+    "seed_oss": ("seed_oss", LLAMA | {"head_dim": 16}),
+    "seed_oss-mha-biases": (
+        "seed_oss",
+        LLAMA | {"head_dim": 8, "num_key_value_heads": 4, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "seed_oss-mqa": (
+        "seed_oss",
+        LLAMA | {"head_dim": 12, "num_key_value_heads": 1, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "arcee": ("arcee", LLAMA),
+    "arcee-mha-biases": (
+        "arcee",
+        LLAMA | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "arcee-mqa": ("arcee", LLAMA | {"num_key_value_heads": 1, "head_dim": 12, "hidden_act": "gelu"}),
+    "ministral3": ("ministral3", MINISTRAL3 | {"pad_token_id": 0}),
+    "ministral3-window": (
+        "ministral3",
+        MINISTRAL3 | {"num_key_value_heads": 1, "sliding_window": 6, "tie_word_embeddings": True, "pad_token_id": 0},
+    ),
+    "ministral3-mscale": (
+        "ministral3",
+        MINISTRAL3
+        | {"num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0}
+        | rope("yarn", factor=2.0, mscale=1.5, mscale_all_dim=0.5, **HEATED | {"llama_4_scaling_beta": 0.1}),
+    ),
+    "cohere": ("cohere", COHERE),
+    "cohere-qk-norm": (
+        "cohere",
+        COHERE | {"use_qk_norm": True, "num_key_value_heads": 1, "tie_word_embeddings": False, "logit_scale": 0.3},
+    ),
+    "cohere-mha-biases": ("cohere", COHERE | {"attention_bias": True, "num_key_value_heads": 4, "head_dim": 12}),
+    "cohere2": ("cohere2", COHERE2),
+    "cohere2-mqa": (
+        "cohere2",
+        COHERE2 | {"num_key_value_heads": 1, "tie_word_embeddings": False, "sliding_window": 3},
+    ),
+    "cohere2-mha-biases": (
+        "cohere2",
+        COHERE2
+        | {"attention_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 3}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "glm": ("glm", GLM),
+    "glm-mha": ("glm", GLM | {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": False}),
+    "glm-mqa": (
+        "glm",
+        GLM | {"num_key_value_heads": 1, "tie_word_embeddings": True} | rope("default", partial_rotary_factor=1.0),
+    ),
+    "glm4": ("glm4", GLM),
+    "glm4-mha": ("glm4", GLM | {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": False}),
+    "glm4-mqa": (
+        "glm4",
+        GLM | {"num_key_value_heads": 1, "tie_word_embeddings": True} | rope("default", partial_rotary_factor=0.25),
+    ),
+    "phi": ("phi", PHI),
+    "phi-qk-norm": ("phi", PHI | {"qk_layernorm": True, "num_key_value_heads": 1, "hidden_act": "gelu"}),
+    "phi-mha": ("phi", PHI | {"num_key_value_heads": 4} | rope("linear", factor=2.0, partial_rotary_factor=0.25)),
+    "opt": ("opt", OPT),
+    "opt-untied": ("opt", OPT | {"tie_word_embeddings": False, "num_attention_heads": 2, "enable_bias": False}),
+    "opt-gelu": ("opt", OPT | {"activation_function": "gelu", "num_attention_heads": 1, "ffn_dim": 40}),
+    "gptj": ("gptj", GPTJ),
+    "gptj-whole": ("gptj", GPTJ | {"rotary_dim": 8, "n_inner": 40}),
+    "gptj-relu": ("gptj", GPTJ | {"n_head": 2, "activation_function": "relu", "rotary_dim": 10}),
 }
 
 

@@ -2,10 +2,11 @@
 
 LORA = {
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ("llama", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "gptj", "opt"),
         ("q_proj", "v_proj"),
     ),
-    **dict.fromkeys(("bert", "roberta"), ("query", "value")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "value")),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
 }
@@ -18,5 +19,8 @@ IA3 = {
     **dict.fromkeys(("bert", "roberta"), (("key", "value", "output.dense"), ("output.dense",))),
     "mixtral": (("k_proj", "v_proj"), ()),
     "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
+    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
+    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
     "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
 }

@@ -39,7 +39,7 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
 
     params = {**params, "embed_tokens": {"embedding": grow(table, 0)}}
     if head is not None:
-        params["lm_head"] = {**params["lm_head"], "kernel": grow(head, 1)}
+        params["lm_head"] = {name: grow(leaf, leaf.ndim - 1) for name, leaf in params["lm_head"].items()}
     return with_rows(module, vocab), params
 
 

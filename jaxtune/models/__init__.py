@@ -10,11 +10,12 @@ from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Config
 
 _NAMES = (
-    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"),
-    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
-    *("bert", "roberta", "distilbert", "modernbert", "vit"),
+    *("arcee", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "gptj"),
+    *("granite", "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert", "modernbert", "vit"),
 )
-FAMILIES = {name: f"jaxtune.models.families.{name}" for name in _NAMES}
+FAMILIES = {name: f"jaxtune.models.families.{name.replace('-', '_')}" for name in _NAMES}
 
 
 def family(config: dict) -> Any:

@@ -115,9 +115,8 @@ class Body(nn.Module):
             length = jnp.full_like(length, min(jax.tree.leaves(cache)[0].shape[2], spec.positions))
         # Not a set: its order, and so the program, would change from process to process.
         ropes = dict.fromkeys(b.rope for s in spec.segments for b in s.pattern if b.rope is not None)
-        ctx = ctx._replace(
-            ropes={str(r): rope.tables(r, positions, length) for r in ropes}, segments=self._laid(ctx.segments)
-        )
+        tables = {str(r): (rope.tables(r, positions, length), rope.heat(r, positions)) for r in ropes}
+        ctx = ctx._replace(ropes=tables, segments=self._laid(ctx.segments))
         pattern = Pattern
         kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
         if kept is not None and cache is None:
@@ -159,8 +158,9 @@ class Body(nn.Module):
         return jax.tree.map(lambda leaf: leaf, _abstract_params(self))
 
     def table(self, name: str, rows: int) -> Any:
-        """An embedding table [rows, D]."""
-        return Table(rows, self.spec.width, self.spec.init_std, name=name)()
+        """An embedding table [rows, D], or as wide as the spec says tables are."""
+        width = getattr(self.spec, "embed_width", None) or self.spec.width
+        return Table(rows, width, self.spec.init_std, name=name)()
 
 
 class Table(nn.Module):

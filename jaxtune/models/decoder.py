@@ -5,7 +5,7 @@ The parameters are a plain nested dict:
     embed_tokens/embedding [V,D]        (embed_positions/embedding [P,D])
     segment_0/block_0/self_attn/q_proj/kernel [n,D,H*C] ...    n = repeats of the segment, on axis 0
     norm/scale [D]
-    lm_head/kernel [D,V]                absent when the head is tied to the embedding
+    lm_head/kernel [D,V] (bias [V])     absent when the head is tied to the embedding
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Decoder(Body):
         x, cache = self.run(Block, x, positions, Context(slots, segments, {}, keys), cache)
         if self.stop is not None:
             return x
-        x = Norm(spec.norm, spec.eps, name="norm")(x)
+        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
         if self.is_initializing() and not spec.tied:
             self._head_kernel()
         return x if cache is None else (x, cache)
@@ -103,31 +103,38 @@ class Decoder(Body):
             scale = jnp.where(tokens < spec.vocab, scale, 1.0).astype(self.dtype)[..., None]
         x = embed(tokens, table).astype(self.dtype) * scale
         if spec.learned_positions:
-            x += embed(positions, self.table("embed_positions", spec.positions)).astype(self.dtype)
+            table = self.table("embed_positions", spec.first_position + spec.positions)
+            x += embed(positions + spec.first_position, table).astype(self.dtype)
         return x
 
     def _head_kernel(self) -> Any:
-        return Kernel(self.spec.width, self.spec.vocab, self.spec.init_std, name="lm_head")()
+        spec = self.spec
+        return Kernel(spec.width, spec.vocab, spec.init_std, spec.head_bias, name="lm_head")()
 
 
 class Kernel(nn.Module):
     width: int
     features: int
     std: float
+    bias: bool
 
     @nn.compact
     def __call__(self):
+        if self.bias:
+            leaf(self, "bias", nn.initializers.zeros, (self.features,))
         return leaf(self, "kernel", nn.initializers.normal(self.std), (self.width, self.features))
 
 
 def head_leaf(params: Any) -> dict[str, Any]:
-    """The output head in a tree: `{"kernel": [D,V]}`, or `{"embedding": [V,D]}` if it is tied."""
+    """The output head in a tree: `{"kernel": [D,V]}`, maybe with `"bias": [V]`; `{"embedding": [V,D]}` if tied."""
     return params["lm_head"] if "lm_head" in params else {"embedding": params["embed_tokens"]["embedding"]}
 
 
 def head_logits(head: dict[str, Any], x: Array, spec: DecoderSpec | None = None) -> Array:
     """x [..., D] -> logits f32[..., V]; with `spec`, scaled and capped as its model has them."""
     logits = (dot(x, head["kernel"]) if "kernel" in head else attend(x, head["embedding"])).astype(jnp.float32)
+    if "bias" in head:
+        logits += head["bias"].astype(jnp.float32)
     if spec is None:
         return logits
     if spec.logits_divisor != 1.0:

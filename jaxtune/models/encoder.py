@@ -3,7 +3,7 @@
 The parameters are a plain nested dict:
 
     embed_tokens/embedding [V,D]        (embed_positions/embedding [P,D], embed_types/embedding [S,D])
-    embed_norm/scale, bias [D]
+    embed_norm/scale, bias [D]          (embed_project/kernel [E,D], bias [D] where the tables are E wide)
     segment_0/block_0/self_attn/q_proj/kernel [n,D,H*C] ...    n = repeats of the segment, on axis 0
     norm/scale [D]                      where blocks normalise what they read
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.body import Body
-from jaxtune.models.layers import Attention, Context, Mlp, Norm
+from jaxtune.models.layers import Attention, Context, Linear, Mlp, Norm
 from jaxtune.models.spec import BlockSpec, Segment
 from jaxtune.weights.leaf import Array, Keys, embed
 
@@ -58,6 +58,7 @@ class EncoderSpec:
         learned_positions: whether a table of position embeddings is added to the tokens'.
         first_position: row of that table for a sequence's first token.
         types: rows of the table of segment types; 0: there is none.
+        embed_width: channels of the tables; a matrix leads to the residual stream's. None: there are as many.
         last_norm: whether a norm follows the last block.
         tied: an encoder has no output head to tie.
     """
@@ -70,6 +71,7 @@ class EncoderSpec:
     learned_positions: bool = True
     first_position: int = 0
     types: int = 0
+    embed_width: int | None = None
     last_norm: bool = False
     norm: Literal["rms", "layer"] = "layer"
     eps: float = 1e-12
@@ -143,7 +145,7 @@ class Encoder(Body):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
-        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types)
+        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types, keys)
         return self.blocks(x, positions, segments, keys)
 
     def blocks(self, x: Array, positions: Array, segments: Array | None, keys: Keys) -> Array:
@@ -158,7 +160,7 @@ class Encoder(Body):
         """The same as `hidden`."""
         return self.hidden(tokens, positions, segments, keys, types)
 
-    def _embedded(self, tokens: Array, positions: Array, types: Array | None) -> Array:
+    def _embedded(self, tokens: Array, positions: Array, types: Array | None, keys: Keys) -> Array:
         spec = self.spec
         x = embed(tokens, self.table("embed_tokens", spec.vocab)).astype(self.dtype)
         if spec.learned_positions:
@@ -167,4 +169,7 @@ class Encoder(Body):
         if spec.types:
             table = self.table("embed_types", spec.types)
             x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
-        return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
+        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
+        if spec.embed_width in (None, spec.width):
+            return x
+        return Linear(spec.width, True, spec.init_std, name="embed_project")(x, keys)

@@ -27,6 +27,7 @@ def gelu(x: Array) -> Array:
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -34,6 +35,7 @@ HF_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "relu2": "relu2",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -46,13 +48,14 @@ class Context(NamedTuple):
     Attributes:
         positions: i32[B, T], the cache slots to write; None: the first T, and the cache's earlier contents are unseen.
         segments: which tokens see one another; None: all of a row. Given as i32[B, T].
-        ropes: {str(rope): (cos, sin)}, each [B, T, 1, dim/2] float32.
+        ropes: {str(rope): ((cos, sin), factor)}: each of the first two [B, T, 1, dim/2] float32, the factor of queries
+            [B, T, 1, 1] or None.
         keys: one PRNG key a row, [B], or None.
     """
 
     positions: Array | None
     segments: Segments | Array | None
-    ropes: dict[str, tuple[Array, Array]]
+    ropes: dict[str, tuple[tuple[Array, Array], Array | None]]
     keys: Keys
 
 
@@ -107,11 +110,15 @@ class Norm(nn.Module):
         return h.astype(x.dtype)
 
 
-def rotate(x: Array, table: tuple[Array, Array]) -> Array:
-    """Rotate the first `dim` channels of x [B, T, H, C], the two halves as pairs."""
+def rotate(x: Array, table: tuple[Array, Array], interleaved: bool = False) -> Array:
+    """Rotate the first `dim` channels of x [B, T, H, C], as pairs the two halves or, if interleaved, neighbours."""
     cos, sin = (t.astype(x.dtype) for t in table)
     half = cos.shape[-1]
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        x1, x2 = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        turned = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
@@ -128,7 +135,9 @@ class Attention(nn.Module):
         if s.qk_norm:
             q, k = self._normed(q, "q_norm"), self._normed(k, "k_norm")
         if s.rope is not None:
-            q, k = rotate(q, ctx.ropes[str(s.rope)]), rotate(k, ctx.ropes[str(s.rope)])
+            table, heat = ctx.ropes[str(s.rope)]
+            q, k = (rotate(x, table, s.rope.interleaved) for x in (q, k))
+            q = q if heat is None else q * heat.astype(q.dtype)
         scores = {"scale": s.head_dim**-0.5 if s.scale is None else s.scale, "softcap": s.softcap, "window": s.window}
         if cache is not None:
             cache = write_cache(cache, k, v, ctx.positions, layer)
@@ -160,7 +169,8 @@ class Attention(nn.Module):
         s = self.spec
         if s.qk_norm == "width":
             return Norm(s.norm, s.eps, name=name)(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
-        return Norm(s.norm, s.eps, axes=2 if s.qk_norm == "heads" else 1, bias=False, name=name)(x)
+        by_head = s.qk_norm == "heads"
+        return Norm(s.norm, s.eps, axes=1 + by_head, bias=s.norm_bias and not by_head, name=name)(x)
 
 
 def write_cache(cache: dict[str, Array], k: Array, v: Array, positions: Array | None, layer: Array) -> dict[str, Array]:
@@ -275,7 +285,7 @@ class Block(nn.Module):
         s = self.spec
 
         def norm(y, name, places):
-            return Norm(s.norm, s.eps, name=name)(y) if s.norms in places else y
+            return Norm(s.norm, s.eps, bias=s.norm_bias, name=name)(y) if s.norms in places else y
 
         def out_norm(y, name):  # its backward pass reads y; unless y is kept, the product that gave it is recomputed
             after = ("after", "around")

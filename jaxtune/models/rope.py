@@ -20,19 +20,23 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in HF checkpoints.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
     Attributes:
         theta: the base of the frequencies.
         dim: channels of a head that are rotated, the first ones.
         kind: how frequencies are scaled for longer texts, a key of `RULES`.
         rule: arguments of that rule, (key, value) by HF's names.
+        interleaved: neighbouring channels are rotated as pairs, as in the paper; otherwise the two halves are.
+        heat: (beta, length): queries grow by 1 + beta log(1 + floor(position / length)), as Llama 4's do; None: never.
     """
 
     theta: float
     dim: int
     kind: str = "default"
     rule: tuple[tuple[str, Any], ...] = ()
+    interleaved: bool = False
+    heat: tuple[float, int] | None = None
 
 
 def tables(rope: Rope, positions: Array, length: Array) -> tuple[Array, Array]:
@@ -46,6 +50,14 @@ def tables(rope: Rope, positions: Array, length: Array) -> tuple[Array, Array]:
     frequencies, factor = RULES[rope.kind](rope, length, **dict(rope.rule))
     angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def heat(rope: Rope, positions: Array) -> Array | None:
+    """What queries at positions i32[B, T] are multiplied by, f32[B, T, 1, 1]; None: by nothing."""
+    if rope.heat is None:
+        return None
+    beta, length = rope.heat
+    return (1 + beta * jnp.log1p(positions // length))[..., None, None]
 
 
 def check_rule(kind: str, rule: dict[str, Any], dim: int, model_type: str) -> None:

@@ -23,6 +23,7 @@ class BlockSpec:
     mlp: int  # hidden width of the feed-forward part
     rope: Rope | None  # None: no position embedding in the block
     norm: NormKind = "rms"
+    norm_bias: bool = True  # whether LayerNorm has one
     eps: float = 1e-6
     norms: Literal["before", "after", "around"] = "before"  # where attention and the feed-forward part are normalised
     residual: Literal["serial", "parallel", "shared"] = "serial"  # "shared": parallel after one norm
@@ -67,7 +68,9 @@ class DecoderSpec:
         segments: the body, lowest first.
         positions: tokens of the longest sequence.
         tied: whether the output head is the embedding table.
+        head_bias: whether an untied head has a bias.
         learned_positions: whether a table of position embeddings is added to the tokens'.
+        first_position: row of that table for a sequence's first token.
         config: the HF config.json, as text (so that the spec stays hashable).
         embed_scale: multiplies the tokens' embeddings.
         scales_prompt: whether it multiplies a soft prompt's vectors, too; not if the embedding module itself scales.
@@ -82,8 +85,11 @@ class DecoderSpec:
     positions: int
     tied: bool
     config: str
+    head_bias: bool = False
     learned_positions: bool = False
+    first_position: int = 0
     norm: NormKind = "rms"
+    norm_bias: bool = True
     eps: float = 1e-6
     init_std: float = 0.02
     embed_scale: float = 1.0
@@ -141,18 +147,18 @@ _VALUES = [
         ),
         (
             r"(vocab|hidden|(moe_)?intermediate)_size|num_(attention|key_value)_heads|num_experts_per_tok|num_channels"
-            r"|n_(embd|heads?|positions|inner)|dim|hidden_dim|head_dim|max_position_embeddings|local_attention"
+            r"|n_(embd|heads?|positions|inner)|dim|hidden_dim|head_dim|max_position_embeddings|local_attention|rotary_dim|ffn_dim|embedding_size"
             r"|decoder_sparse_step|sliding_window_pattern|global_attn_every_n_layers|num_labels",
             "a whole number above 0",
             lambda v: type(v) is int and 0 < v < 2**31,
         ),
         (
-            r"\w+_(eps|epsilon|theta|factor|multiplier|range|softcapping|scalar|base|freq|pct)|logits_scaling",
+            r"\w+_(eps|epsilon|theta|factor|multiplier|range|softcapping|scalar|base|freq|pct)|logits?_scal(e|ing)",
             "a finite number",
             lambda v: type(v) in (int, float) and math.isfinite(v),
         ),
         (
-            r"(use|tie|is|scale_attn|norm_topk|add)_\w+|\w+_bias",
+            r"(use|tie|is|scale_attn|norm_topk|add|enable)_\w+|\w+_bias",
             "true or false",
             lambda v: type(v) is bool,
         ),
@@ -231,6 +237,10 @@ class Config:
             raise UserError(f"config.json ({self.model_type}) lacks {key!r}.{nearest(key, self.values)}")
         return self.values[key]
 
+    def stated(self, key: str, default):
+        """Return the value of `key`, `default` where it is absent; where null is no value, unlike in `get`."""
+        return self.need(key) if key in self.values else default
+
     def choice(self, key: str, default, allowed):
         """Return the value of `key` if it is one of `allowed`, which may be a mapping to jaxtune's names."""
         value = self.get(key, default)
@@ -265,6 +275,7 @@ class Config:
         partial: float | None = None,
         keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
         parameters: dict | None = None,
+        interleaved: bool = False,
     ) -> Rope:
         """Read `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both.
 
@@ -274,6 +285,7 @@ class Config:
             partial: the default part of a head that is rotated; None: the family rotates whole heads only.
             keys: names of the base and the part in the family's older configs.
             parameters: used instead of the config's own.
+            interleaved: whether neighbouring channels are rotated as pairs.
         """
         if parameters is None:
             parameters = self.get("rope_scaling") or self.get("rope_parameters") or {}
@@ -292,4 +304,26 @@ class Config:
             rule["max_position_embeddings"] = self.need("max_position_embeddings")
         check_rule(kind, rule, int(head_dim * part), self.model_type)
         frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}
-        return Rope(theta, int(head_dim * part), kind, tuple(sorted(frozen.items())))
+        return Rope(theta, int(head_dim * part), kind, tuple(sorted(frozen.items())), interleaved)
+
+    def ropes(self, head_dim: int, full: float, sliding: float, key: str = "rope_theta") -> dict[str, Rope]:
+        """Read a rope for each kind of layer: scaling belongs to "full_attention", `key` to the base of the other.
+
+        Args:
+            head_dim: channels of a head.
+            full: transformers' default base of layers that see all.
+            sliding: of those with a window.
+            key: what older configs call the latter.
+        """
+        rules = self.get("rope_parameters", {})
+        if others := rules.keys() - {"full_attention", "sliding_attention"}:
+            raise UserError(
+                f"config.json ({self.model_type}): rope_parameters has {min(others)!r}, expected a rule for "
+                "'full_attention' and one for 'sliding_attention'."
+            )
+        whole = self.get("rope_scaling", {}) | (rules.get("full_attention") or {})
+        local, keys = rules.get("sliding_attention") or {}, (key, "partial_rotary_factor")
+        return {
+            "full_attention": self.rope(head_dim, theta=full, parameters=whole),
+            "sliding_attention": self.rope(head_dim, theta=sliding, keys=keys, parameters=local),
+        }

@@ -13,17 +13,12 @@ NAMES = dataclasses.replace(GEMMA2, block=GEMMA2.block | norms(QK_NORMS))
 
 def spec(c: Config) -> DecoderSpec:
     c.choice("attn_logit_softcapping", None, (None,))  # transformers reads it and does nothing with it
-    head_dim, rules = c.need("head_dim"), c.get("rope_parameters", {})
+    ropes = c.ropes(c.need("head_dim"), 1e6, 1e4, "rope_local_base_freq")
     kinds, every = ("sliding_attention", "full_attention"), c.get("sliding_window_pattern", 6)
     default = [kinds[(i + 1) % every == 0] for i in range(c.need("num_hidden_layers"))]
-    whole = c.get("rope_scaling", {}) | (rules.get("full_attention") or {})
-    local = rules.get("sliding_attention") or {}
-    changes = {
-        "full_attention": {"rope": c.rope(head_dim, theta=1e6, parameters=whole)},
-        "sliding_attention": {
-            "rope": c.rope(head_dim, keys=("rope_local_base_freq", "partial_rotary_factor"), parameters=local),
-            "window": c.values.get("sliding_window", 4096),
-        },
-    }
-    blocks = [gemma_block(c, **around(c), qk_norm="head", **changes[kind]) for kind in c.layer_types(default)]
+    windows = {"full_attention": None, "sliding_attention": c.values.get("sliding_window", 4096)}
+    blocks = [
+        gemma_block(c, **around(c), qk_norm="head", rope=ropes[kind], window=windows[kind])
+        for kind in c.layer_types(default)
+    ]
     return gemma_decoder(c, by_layer(blocks), logits_softcap=c.get("final_logit_softcapping"))
