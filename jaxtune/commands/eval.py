@@ -42,7 +42,7 @@ FLAGS = {
     "columns": Flag("columns of --data, as data.columns: prompt=question,...; default: the run's"),
     "metrics": Flag("names, separated by commas"),
     "schema": Flag("JSON schema that answers should conform to", Path),
-    "scorer": Flag("FILE.py:FUNCTION, a metric of your own: (prediction, reference) -> number or None", list),
+    "scorer": Flag("FILE.py:FUNCTION, (prediction, reference) -> number or None; or reward:DIR, a reward model", list),
     "labels": Flag("answers are labels: score each one; accuracy, macro-F1, calibration, confusion", bool, False),
     "group-by": Flag("a column of the rows: measure each of its values apart, too"),
     "rows": Flag("how many rows to use, drawn by a hash of their content; default: all", int),

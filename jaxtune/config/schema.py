@@ -206,6 +206,7 @@ SETTINGS = (
         ("precomputed", "live"),
     ),
     Setting("objective.share_prompt", bool, False, "with data.packing: a prompt is laid once for both answers"),
+    Setting("objective.centering", float, 0.0, "keeps the scores of a pair around 0 (reward)", range=NOT_NEGATIVE),
     Setting("objective.z_loss", float, 0.0, "weight of the squared log partition function", range=NOT_NEGATIVE),
     Setting("objective.teacher", Path, None, "a model, run or adapter that a student learns from (distillation)"),
     Setting("objective.top_k", int, 0, "likeliest tokens of it, computed once; 0: it runs in the step", range=TOP_K),

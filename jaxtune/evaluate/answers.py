@@ -15,6 +15,8 @@ from jaxtune.evaluate.comparison import Column, compare
 from jaxtune.evaluate.evaluation import MOST_SAMPLES, Options, Progress, silent
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.metrics import Metric, choose, load_scorer, schema_metric
+from jaxtune.evaluate.reward import PREFIX as REWARD
+from jaxtune.evaluate.reward import reward_metric
 from jaxtune.evaluate.rows import Row, as_row, check_format, data_names, read_rows
 from jaxtune.evaluate.systems import System, systems
 from jaxtune.infer.continuations import scorer
@@ -195,7 +197,8 @@ def columns(rows: Sequence[Row], measured: Mapping[str, Measured], request: Requ
     }
     expected = [row.expected for row in rows]
     for name, metric in request.metrics.items():
-        scores = {who: _scores(metric, expected, m.answers) for who, m in measured.items()}
+        score = metric.batch or (lambda rows, answers, metric=metric: _scores(metric, expected, answers))
+        scores = {who: score(rows, m.answers) for who, m in measured.items()}
         if (column := _column(metric, scores)) is not None:
             found[name] = column
     if request.labels:
@@ -361,8 +364,11 @@ class Answers:
         check_continues(source)
         self.source, self.cfg = source, cfg
         own = {"json_schema": schema_metric(options.schema)} if options.schema else {}
-        own |= dict(load_scorer(given) for given in options.scorer)
         self.tokenizer = tokenizer_of(source)
+        own |= dict(
+            reward_metric(given, self.tokenizer) if given.startswith(REWARD) else load_scorer(given)
+            for given in options.scorer
+        )
         virtual = _virtual(source)
         positions = self._read(options, virtual)
         self.request = _request(options, self.rows, own, eos_ids(self.tokenizer, source), virtual)

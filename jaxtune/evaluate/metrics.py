@@ -30,6 +30,7 @@ class Metric(NamedTuple):
         label: its name in tables.
         score: `(prediction, reference) -> float | None`.
         better: 1 where more is better, -1 where less is.
+        batch: in place of `score`, `(rows, answers) -> a score of each`, for what needs more of a row than its answer.
         share: lies between 0 and 1 and is shown in percent.
     """
 
@@ -37,6 +38,7 @@ class Metric(NamedTuple):
     score: Score
     better: int = 1
     share: bool = True
+    batch: Callable[[Sequence[Any], Sequence[str | None]], list[float | None]] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

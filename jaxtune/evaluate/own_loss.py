@@ -84,15 +84,18 @@ class OwnLoss:
         run = jax.jit(jax.vmap(partial(loss_fn, key=None), in_axes=(None, 0)))
 
         def measured(batch):
-            width = min(bucket(max(int(self.rows.length[i]) for i in batch)), self.assembler.max_length)
+            width = min(bucket(max(int(self.rows.longest[i]) for i in batch)), self.assembler.max_length)
             padded = [*batch, *[batch[-1]] * ((1 << (len(batch) - 1).bit_length()) - len(batch))]
             laid = [self.assembler.assemble([np.array([i])], width) for i in padded]
             arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves), *laid)  # [rows, 1, ...]
             (loss, weight), aux = jax.device_get(run(system.params, arrays))
             return [self._of_row(loss[n], weight[n], jax.tree.map(lambda x, n=n: x[n], aux)) for n in range(len(batch))]
 
-        keys = [key_of(self.name, system.identity, *map(_listed, self.rows[i])) for i in range(len(self.rows))]
-        batches = batches_by_length(self.rows.length.tolist(), most_tokens())
+        keys = [
+            key_of(self.name, system.identity, *(_listed(part) for side in self.rows.sides for part in side[i]))
+            for i in range(len(self.rows))
+        ]
+        batches = batches_by_length(self.rows.longest.tolist(), most_tokens())
         found = in_batches(kept, keys, batches, measured, progress(f"{system.name}: loss", len(self.rows)))
         return [OfRow(*record) for record in found]
 

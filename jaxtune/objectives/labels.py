@@ -68,11 +68,7 @@ def _open(
         pooling if pooling != "auto" else stored and stored.pooling,
         drawn=not (stored and (stored.names, stored.problem) == (names, problem)),
     )
-    config = {**config, "architectures": None}
-    if config.get("pad_token_id") is None:  # transformers needs it, to find the last token of a decoder's row
-        padding = load_tokenizer(tokenizer).pad_token_id
-        config |= {} if padding is None else {"pad_token_id": padding}
-    module = with_labels(models.build(config, **fields), labels)
+    module = put_head(config, fields, labels, tokenizer)
     form.joined = None if module.is_encoder else JOINED
     typed = module.is_encoder and module.spec.types > 1 and kind != TOKEN and _paired(form, data["train"])
     return module, label_task(module, form, _class_weights(objective["class_weights"], form, counted), typed)
@@ -84,6 +80,30 @@ def _paired(form: LabelForm, sources: Sequence[str]) -> bool:
         return any("text_pair" in form.theirs(read(name)) for name in sources or ())
     except UserError:  # reading all rows reports it
         return False
+
+
+def put_head(
+    config: Mapping[str, Any], fields: Mapping[str, Any], labels: Labels, tokenizer: str, *, ends: bool = False
+) -> Any:
+    """Put a label head on the model of a config.json, which says how rows are padded.
+
+    Args:
+        config: of the model.
+        fields: of its module.
+        labels: of the head.
+        tokenizer: directory of the tokenizer.
+        ends: rows end with the token that ends a text, which then cannot pad.
+    """
+    config = {**config, "architectures": None}
+    padding, end = config.get("pad_token_id"), config.get("eos_token_id")
+    ended = {*end} if isinstance(end, list) else {end}
+    if padding is None or (ends and padding in ended):  # transformers finds the last token of a decoder's row by it
+        known = load_tokenizer(tokenizer)
+        ended |= {known.eos_token_id}
+        others = (known.pad_token_id, *((known.unk_token_id, known.bos_token_id) if ends else ()))
+        padding = next((i for i in others if i is not None and not (ends and i in ended)), padding)
+        config |= {} if padding is None else {"pad_token_id": padding}
+    return with_labels(models.build(config, **fields), labels)
 
 
 def label_task(

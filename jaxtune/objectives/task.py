@@ -146,6 +146,11 @@ TASKS: dict[str, Entry] = {
         in_step=_KTO_VALUES,
     ),
 }
+TASKS["reward"] = Entry(
+    "jaxtune.objectives.reward:open_task",
+    ("objective.centering", *(name for name in _TURNS if name != "evaluate")),
+    "AutoModelForSequenceClassification",
+)
 OBJECTIVE = "objective"  # where `Task.values` stand in the tree of parameters
 
 

@@ -1,0 +1,25 @@
+r"""A reward model: one number for a text, learnt from pairs of a better and a worse answer to one prompt.
+
+    jaxtune train --config=configs/reward.py --workdir=runs/reward \
+        --config.model.path=DIR_OR_ID --config.data.train=pairs.jsonl --config.data.eval_fraction=0.1
+
+Columns are prompt, chosen, rejected, as texts or messages, and may be margin. Then score the answers of another model:
+
+    jaxtune eval RUN --scorer=reward:runs/reward
+
+Expected: `eval/loss` falls from about 0.69 and `eval/accuracy` rises; `adapter/` loads into transformers'
+AutoModelForSequenceClassification.
+
+Measured: MEASURED_REWARD
+"""
+
+from common import recipe
+
+
+def get_config():
+    config = recipe("lora", lora={"r": 16, "lora_alpha": 32})
+    config.objective = {"name": "reward", "centering": 0.01}
+    config.optim.lr = 2e-4
+    config.train.batch_size = 8
+    config.train.best = "eval/accuracy"
+    return config

@@ -1,0 +1,101 @@
+"""Reward models: a text's score, learnt from pairs of a better and a worse answer (Bradley & Terry 1952; Ouyang et al.
+2022, arXiv:2203.02155, eq. 1).
+
+    loss = -log sigmoid(r_chosen - r_rejected - margin) + centering * (r_chosen + r_rejected)^2
+
+The margin is the pair's own (Touvron et al. 2023, arXiv:2307.09288, eq. 2), 0 where the data has none. The second term
+keeps scores around 0, which the first leaves open (Eisenstein et al. 2023, arXiv:2312.09244, eq. 4).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.data.preferences import PairAssembler, PairForm
+from jaxtune.models.classifier import PROBLEMS, SEQUENCE, Labels, read_labels
+from jaxtune.objectives import inputs
+from jaxtune.objectives.labels import put_head
+from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.weights.leaf import row_keys
+
+SCORE = "score"  # what the one label is called where the model has no name for it
+
+
+def reward(module: Any, centering: float = 0.0) -> Callable[..., Any]:
+    """Return `loss_fn(params, batch, key) -> ((sum, weight), {"means"})` for a `Classifier` of one label.
+
+    `batch` is that of `data.PairAssembler`, a pair a row. The sum is over pairs, and the weight their number; the means
+    are those of `preference`, of scores in place of implicit rewards.
+
+    Args:
+        module: the model.
+        centering: weight of the squared sum of both scores.
+    """
+
+    def loss_fn(params, batch, key):
+        weights = batch["weights"]
+        given = {name: _texts(batch[name]) for name in ("positions", "segments")}
+        keys = None if key is None else row_keys(key, jnp.repeat(batch["row"], 2))
+        scores = module.apply({"params": params}, _texts(inputs(batch)), **given, keys=keys).reshape(-1, 2)
+        apart = scores[:, 0] - scores[:, 1]
+        each = jax.nn.softplus(batch["margin"] - apart) + centering * jnp.square(scores.sum(-1))
+        means = {
+            "accuracy": 0.5 * (jnp.sign(apart) + 1),
+            "margins": apart,
+            "rewards/chosen": scores[:, 0],
+            "rewards/rejected": scores[:, 1],
+        }
+        total = weights.sum()
+        counted = {name: ((weights * value).sum(), total) for name, value in means.items()}
+        return ((weights * each).sum(), total), {"means": jax.lax.stop_gradient(counted)}
+
+    return loss_fn
+
+
+def _texts(pairs: jax.Array) -> jax.Array:
+    """[B, 2, ...] -> [2B, ...]: the two texts of each pair as rows."""
+    return pairs.reshape(-1, *pairs.shape[2:])
+
+
+def open_task(
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+) -> tuple[Any, Task]:
+    """Put a head of one label on the model of a config.json; see `jaxtune.objectives.task.register`.
+
+    A model that has one, of regression, goes on with it.
+    """
+    stored = read_labels(config)
+    kept = stored is not None and (stored.kind, stored.problem, len(stored.names)) == (SEQUENCE, PROBLEMS[2], 1)
+    labels = stored if kept else Labels(SEQUENCE, (SCORE,), PROBLEMS[2], drawn=True)
+    module = put_head(config, fields, labels, tokenizer, ends=True)
+    return module, Task(
+        loss=lambda module, members: reward(module, objective["centering"]),
+        batch_like=_batch_like,
+        metrics=metrics,
+        assembler=PairAssembler,
+        form=PairForm.of(data, margins=True),
+    )
+
+
+def metrics(loss: float, weight: float, aux: Any) -> dict[str, float]:
+    """What an evaluation logs: how often the chosen answer has the higher score, and the scores."""
+    found = {f"eval/{name}": float(total / count) for name, (total, count) in aux["means"].items() if count}
+    return found | {"eval/rows": int(weight)}
+
+
+def _batch_like(shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = (shape.micros, shape.rows)
+    tokens, number = (
+        jax.ShapeDtypeStruct(found, dtype)
+        for found, dtype in (((*rows, 2, shape.length), jnp.int32), (rows, jnp.float32))
+    )
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
+    batch |= {"answer": jax.ShapeDtypeStruct(tokens.shape, jnp.float32), "weights": number, "margin": number}
+    return batch | {"row": jax.ShapeDtypeStruct(rows, jnp.int32)}
