@@ -9,8 +9,6 @@ Columns are prompt, chosen, rejected, as texts or messages, and may be margin. T
 
 Expected: `eval/loss` falls from about 0.69 and `eval/accuracy` rises; `adapter/` loads into transformers'
 AutoModelForSequenceClassification.
-
-Measured: MEASURED_REWARD
 """
 
 from common import recipe

@@ -15,7 +15,7 @@ TEXT = {"text": "The shop sells mugs and lamps. Today a customer asked for two b
 ROWS = {
     "pretrain_tiny": TEXT,
     "continued_pretraining": TEXT,
-    **{name: {"prompt": "Two mugs?", "chosen": "Of course.", "rejected": "No."} for name in ("dpo", "orpo")},
+    **{name: {"prompt": "Two mugs?", "chosen": "Of course.", "rejected": "No."} for name in ("dpo", "orpo", "reward")},
     "chat_lora": {
         "messages": [{"role": "user", "content": "Two mugs?"}, {"role": "assistant", "content": "Of course."}]
     },

@@ -145,12 +145,12 @@ TASKS: dict[str, Entry] = {
         evaluator="jaxtune.evaluate.preferences:Preferences",
         in_step=_KTO_VALUES,
     ),
+    "reward": Entry(
+        "jaxtune.objectives.reward:open_task",
+        ("objective.centering", *(name for name in _TURNS if name != "evaluate")),
+        "AutoModelForSequenceClassification",
+    ),
 }
-TASKS["reward"] = Entry(
-    "jaxtune.objectives.reward:open_task",
-    ("objective.centering", *(name for name in _TURNS if name != "evaluate")),
-    "AutoModelForSequenceClassification",
-)
 OBJECTIVE = "objective"  # where `Task.values` stand in the tree of parameters
 
 
