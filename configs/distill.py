@@ -9,6 +9,9 @@ The student is the packaged tiny base, its teacher the same base tuned to write 
 A large teacher need not stay in memory: --config.objective.top_k=64 computes its likeliest tokens once, into files.
 
 Expected: `eval/kl` falls, and `json_exact` of held-out messages comes near the teacher's.
+
+Measured: 120 steps: `eval/kl` 5.374 -> 0.0002; of 100 held-out messages, valid JSON 0% -> 100%, all fields right 0% ->
+100% (the teacher: 100%).
 """
 
 from importlib.resources import files

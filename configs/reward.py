@@ -19,5 +19,4 @@ def get_config():
     config.objective = {"name": "reward", "centering": 0.01}
     config.optim.lr = 2e-4
     config.train.batch_size = 8
-    config.train.best = "eval/accuracy"
     return config
