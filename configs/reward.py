@@ -1,7 +1,7 @@
 r"""A reward model: one number for a text, learnt from pairs of a better and a worse answer to one prompt.
 
     jaxtune train --config=configs/reward.py --workdir=runs/reward \
-        --config.model.path=DIR_OR_ID --config.data.train=pairs.jsonl --config.data.eval_fraction=0.1
+        --config.model.path=DIR_OR_ID --config.data.train=pairs.jsonl
 
 Columns are prompt, chosen, rejected, as texts or messages, and may be margin. Then score the answers of another model:
 
@@ -17,6 +17,8 @@ from common import recipe
 def get_config():
     config = recipe("lora", lora={"r": 16, "lora_alpha": 32})
     config.objective = {"name": "reward", "centering": 0.01}
+    config.data.eval_fraction = 0.1
     config.optim.lr = 2e-4
     config.train.batch_size = 8
+    config.train.best = "eval/accuracy"
     return config
