@@ -242,7 +242,9 @@ def open_adapter(
     if labels is not None:
         stored = read_labels(values)
         same = stored is not None and dataclasses.replace(stored, pooling=labels.pooling) == labels
-        module = models.build({**values, "architectures": None}, **settings)
+        own = tensors.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        padding = {name: own[name] for name in ("pad_token_id",) if own.get(name) is not None}  # finds the last token
+        module = models.build({**values, **padding, "architectures": None}, **settings)
         module = with_labels(module, dataclasses.replace(labels, drawn=not same))
         drawn = module.drawn(tensors.index_dir(where), models.names(module), jax.random.key(0)).keys()
     with BaseFiles(where).same(None if any_base else recorded(folder)):
