@@ -35,6 +35,7 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune eval runs/quickstart --frontier": ("--rows=4",),
     "jaxtune eval runs/quickstart --memory": ("--rows=4",),
     "jaxtune eval runs/canaries": ("--rows=4",),
+    "jaxtune eval runs/reward": ("--rows=16",),
     "jaxtune generate": ("--max-new-tokens=4",),
 }
 PREPARED = {
