@@ -58,6 +58,8 @@ CLEAN["held_out"]["metrics"].pop("exact_match")
 CLEAN["held_out"].pop("groups")
 NOTHING = {"held_out": {"rows": 200, "data": [], "metrics": {"loss": SAME}, "notes": []}}
 LOST = CLEAN | {"forgetting": forgetting(GENERAL, "worse")}
+ONE_DOMAIN = forgetting(SAME, "no evidence")
+ONE_DOMAIN["groups"]["metrics"]["loss"]["notes"] = GENERAL | {"rows": 90}
 WORSE = EVALUATION | {"memory": QUIET, "forgetting": CLEAN["forgetting"]}
 
 CASES = {
@@ -72,6 +74,12 @@ CASES = {
         LOST,
         "Better than the base",
         "loss on general text 1 to 1.5; most of all notes (1 to 1.5); 55 answers turned from right to wrong and 5 back",
+        "jaxtune eval {run} --frontier=FILE",
+    ),
+    "forgot in one domain": (
+        CLEAN | {"forgetting": ONE_DOMAIN},
+        "Better than the base",
+        "Worse than the base: loss on notes (1 to 1.5).",
         "jaxtune eval {run} --frontier=FILE",
     ),
     "at a scale": (LOST | {"frontier": FRONTIER}, "Better", "general text", "jaxtune export {run} OUT --scale=0.6."),

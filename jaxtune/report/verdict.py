@@ -106,16 +106,15 @@ def _lost(run: RunRecord) -> tuple[bool | None, str]:
 
 def _forgotten(part: Mapping[str, Any]) -> Iterator[str]:
     """What text outside the task says got worse."""
-    for name in ("loss", *part["metrics"]):
-        entry = part["metrics"].get(name, {})
-        if entry.get("verdict") == "worse" and name == "loss":
-            yield _change(entry)
-            groups = {g: e for g, e in part.get("groups", {}).get("metrics", {}).get("loss", {}).items()
-                      if e.get("verdict") == "worse"}  # fmt: skip
-            if groups:
-                most = max(groups, key=lambda g: groups[g]["difference"]["value"])
-                yield f"most of all {most} ({_change(groups[most]).removeprefix(groups[most]['label']).strip()})"
-            break
+    whole = part["metrics"].get("loss", {})
+    domains = part.get("groups", {}).get("metrics", {}).get("loss", {})
+    worse = {name: entry for name, entry in domains.items() if entry.get("verdict") == "worse"}
+    if whole.get("verdict") == "worse":
+        yield _change(whole)
+    if worse:  # also where another domain gained as much
+        most = max(worse, key=lambda name: worse[name]["difference"]["value"])
+        change = _change(worse[most]).removeprefix(worse[most]["label"]).strip()
+        yield f"most of all {most} ({change})" if whole.get("verdict") == "worse" else f"loss on {most} ({change})"
     for entry in part.get("flips", {}).values():
         if entry["verdict"] == "worse":
             yield f"{entry['lost']:,} answers turned from right to wrong and {entry['gained']:,} back"
