@@ -10,8 +10,16 @@ from collections.abc import Iterable
 class UserError(Exception):
     """The user's input is wrong. The command line prints the message alone and exits with status 2.
 
-    The message names the file, row or field, what was found, what was expected, and what to do.
+    The message names the file, row or field, what was found, what was expected, and what to do. What was found may be
+    of any length: the middle of a message is left out beyond LONGEST characters.
     """
+
+    LONGEST = 3000
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        over = len(text) - self.LONGEST
+        return text if over <= 0 else f"{text[:2000]} [... {over:,} characters ...] {text[over + 2000 :]}"
 
 
 class Interrupted(Exception):

@@ -132,10 +132,9 @@ def sharded() -> Path:
 def adapter() -> Path:
     module, params = zoo.ours("llama")
     params, mask = lora(params, jax.random.key(0), module=module, r=2, target_modules=["q_proj", "v_proj"])
-    out = zoo.scratch() / "adapter"
-    (zoo.scratch() / "of-the-base").mkdir()
-    BaseFiles(model()).record(zoo.scratch() / "of-the-base")
-    jaxtune.export_adapter(module, params, out, base=model(), mask=mask, record=zoo.scratch() / "of-the-base")
+    out, run = zoo.scratch() / "adapter", zoo.scratch()
+    BaseFiles(model()).record(run)
+    jaxtune.export_adapter(module, params, out, base=model(), mask=mask, record=run)
     return out
 
 

@@ -31,6 +31,7 @@ from jaxtune.data.messages import Notes
 from jaxtune.data.sources import Source, file_of, place_of
 from jaxtune.errors import DiskError, UserError
 from jaxtune.files import cache_root
+from jaxtune.hf.stops import ids_by_file
 from jaxtune.reading import parse_json, read_bytes, read_text
 
 FORMAT_VERSION = 2  # raise it when the same input would give other tokens
@@ -285,7 +286,10 @@ def _plain_tokenizer(path: str, new_tokens: Sequence[str] = ()):
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # a panic of the library in Rust is no Exception
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if folder.is_dir():
+            ids_by_file(folder)  # of config.json transformers says no more than that a field is wrong
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         raise UserError(f"{path}: cannot load a tokenizer: {first}{_conversion(folder)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; a tokenizer.json is needed.")

@@ -19,21 +19,26 @@ def _ids(value: Any, where: str | Path) -> set[int]:
     return set(ids)
 
 
+def ids_by_file(folder: Path) -> list[set[int]]:
+    """The tokens that end a text by each file of a directory that may name some, the first to be believed first.
+
+    Raises:
+        UserError: they are no ids.
+    """
+    files = [folder / name for name in (FILE, "config.json") if (folder / name).is_file()]
+    return [_ids(tensors.read_json(file).get("eos_token_id"), file) for file in files]
+
+
 def stop_ids(folder: Path) -> set[int]:
     """The tokens at which transformers and vLLM stop a model of this directory, as its files say."""
-    for name in (FILE, "config.json"):
-        if (folder / name).is_file():
-            return _ids(tensors.read_json(folder / name).get("eos_token_id"), folder / name)
-    return set()
+    return next(iter(ids_by_file(folder)), set())
 
 
 def named_ids(tokenizer: Any, *folders: Path | None) -> tuple[int, ...]:
     """All tokens that end a text by the tokenizer or by any file of the directories."""
     found = _ids(tokenizer.eos_token_id, "the tokenizer")
     for folder in filter(None, folders):
-        for name in (FILE, "config.json"):
-            if (folder / name).is_file():
-                found |= _ids(tensors.read_json(folder / name).get("eos_token_id"), folder / name)
+        found |= set().union(*ids_by_file(folder))
     return tuple(sorted(found))
 
 
