@@ -625,7 +625,7 @@ def test_new_tokens_of_a_config_have_rows_that_are_trained(saved, run, home, tmp
     [
         ({"model__new_tokens": "</s>"}, "model.new_tokens: '</s>' is a token already"),
         ({"model__new_tokens": "<a>,<a>"}, "model.new_tokens: '<a>' is empty or given twice"),
-        ({"model__new_tokens": "<a>", "tune__method": "bitfit"}, "nothing trains the row"),
+        ({"model__new_tokens": "<a>", "tune__method": "ia3"}, "nothing trains the row"),
     ],
 )
 def test_new_tokens_that_cannot_be(settings, said, run, tmp_path):

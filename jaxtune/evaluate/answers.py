@@ -382,10 +382,12 @@ class Answers:
         from jaxtune import data, models
         from jaxtune.config.recipe import max_length
         from jaxtune.hf.load import read_config
+        from jaxtune.hf.peft import rows_in
 
         cfg, given = self.cfg, options.columns
         settings, sources, fraction = evaluation.sources(self.source, cfg, options)
         module = models.build(read_config(self.source.model))
+        added = 0 if self.source.adapter is None else rows_in(self.source.adapter, module)
         read_as = data.reading(settings.data)
         allowed = read_as.pop("allow_left_out")
         read_as["format"] = options.format or read_as["format"]
@@ -405,7 +407,7 @@ class Answers:
             eval_fraction=fraction,
             max_length=max_length(settings, module) - virtual,
             overlength=settings.data.overlength,
-            vocab_size=module.spec.vocab,
+            vocab_size=max(module.spec.vocab, added),
             cache=settings.data.cache,
             allow_left_out=allowed,
             **read_as,
