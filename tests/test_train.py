@@ -613,7 +613,7 @@ def test_new_tokens_of_a_config_have_rows_that_are_trained(saved, run, home, tmp
         np.testing.assert_allclose(merged(torch.tensor(tokens, dtype=torch.long)).logits.numpy(), ours, atol=1e-4)
 
     own = {f"tune__lora__{name}": None for name in ("r", "lora_dropout", "modules_to_save")}
-    further = settings | own | {"model__path": adapter, "model__new_tokens": None}
+    further = settings | own | {"model__path": adapter, "model__new_tokens": None, "optim__lr": 0.01}
     status, _, err = run(tmp_path / "further", **further)
     assert status == 0, err
     losses = [[m["eval/loss"] for m in read(tmp_path / name) if "eval/loss" in m] for name in ("run", "further")]
