@@ -48,7 +48,7 @@ RESULTS = {
     "dora": ("llama", "lora", LORA | {"use_dora": True, "use_rslora": True, "lora_alpha": 4}, None),
     "parts": ("llama", "lora", LORA | {"modules_to_save": ["lm_head"], "bias": "all"}, None),
     "tokens": ("qwen3", "lora", {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [5, 7]}, None),
-    "experts": ("mixtral", "lora", {"r": 2, "target_modules": ["v_proj", "gate"]}, None),
+    "experts": ("mixtral", "lora", {"r": 2, "target_modules": ["q_proj", "v_proj"]}, None),
     "resized": ("llama", "lora", LORA | {"trainable_token_indices": NEW}, None),
     "resized, tied": ("qwen3", "lora", LORA | {"trainable_token_indices": NEW}, None),
     "untied": ("qwen3", "head", {}, None),
