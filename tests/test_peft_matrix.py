@@ -99,6 +99,10 @@ REFUSED = {
     "lora_bias": "lora_bias=True",
     "tied weights": "ensure_weight_tying=True",
     "own biases": "in some layers only|bias",
+    # Of Phi and GPT-J, whose head has a bias, which peft writes along.
+    "the head": r"extra +base_model\.model\.lm_head\.base_layer\.bias",
+    "resized": r"extra +base_model\.model\.lm_head\.bias",
+    "resized, tokens": r"extra +base_model\.model\.lm_head\.bias",
 }
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
