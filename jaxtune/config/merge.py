@@ -40,7 +40,7 @@ from jaxtune.config.schema import (
 )
 from jaxtune.errors import UserError, nearest
 from jaxtune.objectives import answers
-from jaxtune.objectives.task import continues
+from jaxtune.objectives.task import TASKS
 from jaxtune.reading import parse_json
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             "tune.method=prompt_tuning puts virtual tokens before each row, which objective.teacher does not know; "
             "choose another method for objective.name=distillation"
         )
-    if not continues(values["objective.name"]) and values["data.overlength"] == "split":
+    if "data.format" not in TASKS[values["objective.name"]].settings and values["data.overlength"] == "split":
         yield (
             f"data.overlength=split has no meaning for {values['objective.name']}, whose labels or answers belong to "
             "whole rows; choose drop or truncate"

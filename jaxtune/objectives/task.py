@@ -203,11 +203,6 @@ def open_task(
     return opener(config, fields, objective=objective, data=data, tokenizer=tokenizer)
 
 
-def continues(name: str) -> bool:
-    """Whether what the task called `name` trains goes on to continue text; a task that is not known is none of them."""
-    return name in TASKS and TASKS[name].auto_class == "AutoModelForCausalLM"
-
-
 def unread(name: str) -> tuple[str, ...]:
     """Return the settings (or sections) that some task reads, but the task called `name` does not."""
     mine = TASKS[name].settings
