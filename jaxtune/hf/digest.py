@@ -149,7 +149,7 @@ def read_record(run: Path) -> Mapping:
         found = json.loads(file.read_bytes())
         if isinstance(found["path"], str) and all(isinstance(found[k], dict) for k in ("files", "whole")):
             return found
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{file} is damaged. Remove it to resume without comparing the base.")
 
