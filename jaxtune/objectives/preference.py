@@ -319,19 +319,27 @@ def preference(
         weights = batch["weights"].reshape(-1)
         rewards = told.beta * (sums - ref) / (jnp.maximum(tokens, 1) if by_token else 1)
         margins = rewards[:, 0] - rewards[:, 1]
-        means = {
-            "accuracy": 0.5 * (jnp.sign(margins) + 1),  # a half where the model is still its reference
-            "margins": margins,
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1],
-            "logps/chosen": sums[:, 0],
-            "logps/rejected": sums[:, 1],
-        }
-        total = weights.sum()
-        means = {name: ((weights * value).sum(), total) for name, value in means.items()}
-        return ((weights * each).sum(), total), {"means": jax.lax.stop_gradient(means)}
+        logps = {"logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1]}
+        return weighted(each, weights, of_pairs(margins, rewards) | logps)
 
     return loss_fn
+
+
+def of_pairs(margins: Array, rewards: Array) -> dict[str, Array]:
+    """What is counted of each pair, from its margin f32[R] and the rewards of both answers f32[R, 2]."""
+    return {
+        "accuracy": 0.5 * (jnp.sign(margins) + 1),  # a half where neither is preferred
+        "margins": margins,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+    }
+
+
+def weighted(each: Array, weights: Array, counted: Mapping[str, Array]) -> tuple[tuple[Array, Array], dict[str, Any]]:
+    """Return ((sum, weight), aux) of losses f32[R], and of what else is counted of each pair."""
+    total = weights.sum()
+    sums = {name: ((weights * value).sum(), total) for name, value in counted.items()}
+    return ((weights * each).sum(), total), {"means": jax.lax.stop_gradient(sums)}
 
 
 def judged(module: Any, *, reference: str = "precomputed", members: int = 1) -> OverBatch:
@@ -432,7 +440,7 @@ def _task(
     vocab = module.spec.vocab
     return Task(
         loss=lambda module, members: loss(module, members=members),
-        batch_like=functools.partial(_batch_like, assembler.TARGET, reference == "precomputed"),
+        batch_like=functools.partial(pairs_like, assembler.TARGET, reference == "precomputed"),
         metrics=means,
         assembler=assembler,
         form=form,
@@ -446,7 +454,8 @@ def _task(
 PACKED_PAIRS = 8  # of a packed row whose pairs are not known yet
 
 
-def _batch_like(target: str, reference: bool, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+def pairs_like(target: str, reference: bool, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract batch of pairs or judged answers; `target` is the assembler's number of each."""
     rows = (shape.micros, shape.rows)
     laid, per = ((*rows, shape.length), (*rows, PACKED_PAIRS)) if shape.packed else ((*rows, 2, shape.length), rows)
     tokens, number = jax.ShapeDtypeStruct(laid, jnp.int32), jax.ShapeDtypeStruct(per, jnp.float32)

@@ -7,6 +7,7 @@ The margin is the pair's own (Touvron et al. 2023, arXiv:2307.09288, eq. 2), 0 w
 keeps scores around 0, which the first leaves open (Eisenstein et al. 2023, arXiv:2312.09244, eq. 4).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from jaxtune.data.preferences import PairAssembler, PairForm
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, Labels, read_labels
 from jaxtune.objectives import inputs
 from jaxtune.objectives.labels import put_head
-from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.objectives.preference import means, of_pairs, pairs_like, weighted
+from jaxtune.objectives.task import Task
 from jaxtune.weights.leaf import row_keys
 
 SCORE = "score"  # what the one label is called where the model has no name for it
@@ -41,15 +43,7 @@ def reward(module: Any, centering: float = 0.0) -> Callable[..., Any]:
         scores = module.apply({"params": params}, _texts(inputs(batch)), **given, keys=keys).reshape(-1, 2)
         apart = scores[:, 0] - scores[:, 1]
         each = jax.nn.softplus(batch["margin"] - apart) + centering * jnp.square(scores.sum(-1))
-        means = {
-            "accuracy": 0.5 * (jnp.sign(apart) + 1),
-            "margins": apart,
-            "rewards/chosen": scores[:, 0],
-            "rewards/rejected": scores[:, 1],
-        }
-        total = weights.sum()
-        counted = {name: ((weights * value).sum(), total) for name, value in means.items()}
-        return ((weights * each).sum(), total), {"means": jax.lax.stop_gradient(counted)}
+        return weighted(each, weights, of_pairs(apart, scores))
 
     return loss_fn
 
@@ -77,25 +71,8 @@ def open_task(
     module = put_head(config, fields, labels, tokenizer, ends=True)
     return module, Task(
         loss=lambda module, members: reward(module, objective["centering"]),
-        batch_like=_batch_like,
-        metrics=metrics,
+        batch_like=functools.partial(pairs_like, PairAssembler.TARGET, False),
+        metrics=means,
         assembler=PairAssembler,
         form=PairForm.of(data, margins=True),
     )
-
-
-def metrics(loss: float, weight: float, aux: Any) -> dict[str, float]:
-    """What an evaluation logs: how often the chosen answer has the higher score, and the scores."""
-    found = {f"eval/{name}": float(total / count) for name, (total, count) in aux["means"].items() if count}
-    return found | {"eval/rows": int(weight)}
-
-
-def _batch_like(shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = (shape.micros, shape.rows)
-    tokens, number = (
-        jax.ShapeDtypeStruct(found, dtype)
-        for found, dtype in (((*rows, 2, shape.length), jnp.int32), (rows, jnp.float32))
-    )
-    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
-    batch |= {"answer": jax.ShapeDtypeStruct(tokens.shape, jnp.float32), "weights": number, "margin": number}
-    return batch | {"row": jax.ShapeDtypeStruct(rows, jnp.int32)}
