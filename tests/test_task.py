@@ -98,9 +98,11 @@ def batch_like(shape):
     return {"tokens": tokens, "positions": tokens, "segments": tokens, "weights": weights, "row": row}
 
 
-def open_pairs(config, fields, *, objective, data, tokenizer):
+def open_pairs(given):
     labels = Labels(SEQUENCE, ("score",), PROBLEMS[2], drawn=True)
-    module = with_labels(models.build({**config, "architectures": None, "pad_token_id": 0}, **fields), labels)
+    module = with_labels(
+        models.build({**given.config, "architectures": None, "pad_token_id": 0}, **given.fields), labels
+    )
     return module, tasks.Task(
         loss=lambda module, members: pairwise(module),
         batch_like=batch_like,

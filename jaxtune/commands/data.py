@@ -64,7 +64,8 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
     from rich.console import Console
 
     from jaxtune import curate, data
-    from jaxtune.config.recipe import max_length, open_model
+    from jaxtune.config.recipe import open_model
+    from jaxtune.objectives.task import row_length
 
     module, task = open_model(cfg)
     tokenizer = data.load_tokenizer(
@@ -79,7 +80,7 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
             eval_fraction=d.eval_fraction,
             **data.reading(d),
             labels=task.form,
-            max_length=max_length(cfg, module),
+            max_length=row_length(cfg.data.max_length, module),
             overlength=d.overlength,
             packing=d.packing,
             rows_a_batch=cfg.train.batch_size,

@@ -22,13 +22,11 @@ from jaxtune.hf.peft import load_adapter, rows_in
 from jaxtune.methods.table import cut, tune, virtual_ids
 from jaxtune.methods.vocabulary import with_rows
 from jaxtune.models import names
-from jaxtune.objectives.task import BatchShape, Task, open_task
+from jaxtune.objectives.task import BatchShape, Task, TaskInput, open_task, row_length
 from jaxtune.run.experiment import Base, Experiment
 from jaxtune.train import optim
 from jaxtune.train.optimizers import SETTINGS
 from jaxtune.train.recipe import Recipe
-
-DEFAULT_LENGTH = 1024  # of data.max_length, where the model's own limit is higher
 
 
 def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **defaults: Any) -> Experiment:
@@ -50,7 +48,7 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
     if cfg.model.adapter is not None and (record := recorded(Path(cfg.model.adapter).expanduser())):
         BaseFiles(folder).check(record)
     settings = method_settings(cfg)
-    length, prefix = max_length(cfg, module), virtual_ids(module, settings)
+    length, prefix = row_length(cfg.data.max_length, module), virtual_ids(module, settings)
     if length - len(prefix) < 2:
         raise UserError(
             f"data.max_length={length} leaves no room for text after {len(prefix)} virtual tokens; raise it."
@@ -116,14 +114,9 @@ def open_model(
     fields["most_segments"] = (cfg.data.packing and cfg.data.max_segments) or 0
     values = hf.read_config(folder)
     values |= {key: value for key, value in defaults.items() if values.get(key) is None}
-    module, task = open_task(
-        cfg.objective.name,
-        values,
-        fields | {"dtype": dtype or compute_dtype(cfg.model.dtype, backend)},
-        objective=_plain(cfg.objective),
-        data=_plain(cfg.data),
-        tokenizer=cfg.model.tokenizer,
-    )
+    fields |= {"dtype": dtype or compute_dtype(cfg.model.dtype, backend)}
+    given = TaskInput(values, fields, _plain(cfg.objective), _plain(cfg.data), cfg.model.tokenizer)
+    module, task = open_task(cfg.objective.name, given)
     return cut(cfg.tune.method, _with_new_tokens(cfg, module), method_settings(cfg)), task
 
 
@@ -153,20 +146,6 @@ def compute_dtype(name: str = "auto", backend: str | None = None) -> Any:
     if name == "auto":
         name = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def max_length(cfg: Any, module: Any) -> int:
-    """Return data.max_length, by default 1024 or the model's positions, whichever is less.
-
-    Raises:
-        UserError: it exceeds them.
-    """
-    known, asked = module.spec.positions, cfg.data.max_length
-    if asked is None:
-        return min(known, DEFAULT_LENGTH)
-    if asked > known:
-        raise UserError(f"data.max_length={asked} exceeds the {known} positions that the model knows; lower it.")
-    return asked
 
 
 def _adapted(adapter: Path, folder: Path, params: Any, key: jax.Array, module: Any) -> tuple[Any, Any]:

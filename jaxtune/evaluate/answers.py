@@ -380,9 +380,9 @@ class Answers:
     def _read(self, options: Options, virtual: int) -> int:
         """Read the held-out rows; return the positions of the model."""
         from jaxtune import data, models
-        from jaxtune.config.recipe import max_length
         from jaxtune.hf.load import read_config
         from jaxtune.hf.peft import rows_in
+        from jaxtune.objectives.task import row_length
 
         cfg, given = self.cfg, options.columns
         settings, sources, fraction = evaluation.sources(self.source, cfg, options)
@@ -405,7 +405,7 @@ class Answers:
             group_by=options.group_by,
             limit=options.rows,
             eval_fraction=fraction,
-            max_length=max_length(settings, module) - virtual,
+            max_length=row_length(settings.data.max_length, module) - virtual,
             overlength=settings.data.overlength,
             vocab_size=max(module.spec.vocab, added),
             cache=settings.data.cache,

@@ -264,7 +264,7 @@ class Classes:
     """The `jaxtune.evaluate.evaluation.Evaluator` of models with a label head."""
 
     def __init__(self, source: Tuned, cfg: Any, options: Options):
-        from jaxtune.config.recipe import max_length
+        from jaxtune.objectives.task import row_length
 
         options.refuse(OF_TEXT, f"{source.model}, which has a label head")
         self.tokenizer = tokenizer_of(source)
@@ -278,7 +278,7 @@ class Classes:
             options.rows,
             eval_fraction=fraction,
             labels=self.form,
-            max_length=max_length(settings, module),
+            max_length=row_length(settings.data.max_length, module),
             overlength=settings.data.overlength,
             vocab_size=module.spec.vocab,
             cache=settings.data.cache,

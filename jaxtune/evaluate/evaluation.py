@@ -260,7 +260,7 @@ def tuning_rows(cfg: Any, tokenizer: Any) -> Rows:
         UserError: they cannot be read any more.
     """
     from jaxtune import data
-    from jaxtune.config.recipe import DEFAULT_LENGTH
+    from jaxtune.objectives.task import DEFAULT_LENGTH
 
     d = cfg.data
     train, _, _ = data.prepare(

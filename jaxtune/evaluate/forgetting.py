@@ -50,8 +50,8 @@ class General(Answers):
 
     def _read(self, options: Options, virtual: int) -> int:
         from jaxtune import models
-        from jaxtune.config.recipe import DEFAULT_LENGTH
         from jaxtune.hf.load import read_config
+        from jaxtune.objectives.task import DEFAULT_LENGTH
 
         spec = models.build(read_config(self.source.model)).spec
         settings, names, keep, fraction = self._sources(options)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxtune.errors import UserError
 from jaxtune.models.classifier import read_labels
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import inputs
-from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.objectives.task import BatchShape, Task, TaskInput
 from jaxtune.objectives.token_nats import chunk_size, cross_entropy
 from jaxtune.weights.leaf import row_keys
 
@@ -52,32 +52,26 @@ def causal_lm(module: Any, *, packed: bool = False, z_loss: float = 0.0, members
     return loss_fn
 
 
-def open_task(
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Open the task on the model of a config.json; see `jaxtune.objectives.task.register`.
+def open_task(given: TaskInput) -> tuple[Any, Task]:
+    """Open the task on a model.
 
     Raises:
         UserError: the model does not continue text.
     """
-    module = open_decoder("causal_lm", config, fields)
-    return module, causal_lm_task(module, packed=data["packing"], z_loss=objective["z_loss"])
+    module = open_decoder("causal_lm", given)
+    return module, causal_lm_task(module, packed=given.data["packing"], z_loss=given.objective["z_loss"])
 
 
-def open_decoder(task: str, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    """Return the module of a config.json for a task that continues text.
+def open_decoder(task: str, given: TaskInput) -> Any:
+    """Return the module of a task that continues text.
 
     Raises:
         UserError: the model does not continue text.
     """
-    module = models.build(dict(config), **fields)
+    module = models.build(dict(given.config), **given.fields)
     if not module.continues:
-        what = "has a label head" if read_labels(config) else f"(model_type={config['model_type']!r}) is an encoder"
+        kind = given.config["model_type"]
+        what = "has a label head" if read_labels(given.config) else f"(model_type={kind!r}) is an encoder"
         raise UserError(
             f"objective.name={task} needs a model that continues text, and the one in model.path {what}: set "
             "objective.name to sequence_classification or token_classification."

@@ -32,7 +32,7 @@ from jaxtune.hf import load as hf
 from jaxtune.infer.source import Tuned, find, open_source
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import causal_lm, inputs
-from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.objectives.task import BatchShape, Task, TaskInput
 from jaxtune.objectives.token_nats import Given, chunk_size, token_loss, token_nats
 from jaxtune.tree import Beside
 from jaxtune.weights.leaf import Array, merge, row_keys
@@ -292,29 +292,17 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 # ----------------------------------------------------------------------------------------------------------- the task
 
 
-def open_task(
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Open the task on the model of a config.json, the student; see `jaxtune.objectives.task.register`.
+def open_task(given: TaskInput) -> tuple[Any, Task]:
+    """Open the task on a model, the student.
 
     Raises:
         UserError: the student or the teacher does not continue text, or they have other tokens.
     """
-    module, plain = causal_lm.open_task(
-        config, fields, objective={**objective, "z_loss": 0.0}, data=data, tokenizer=tokenizer
-    )
+    module = causal_lm.open_decoder("distillation", given)
+    objective = given.objective
     path, top_k = objective["teacher"], objective["top_k"]
-    if path is None:
-        raise UserError(
-            "objective.name=distillation needs objective.teacher, the directory of the model to learn from."
-        )
-    teacher = Teacher.open(path, module, tokenizer, {**fields, "remat": "none"})
-    length, known = data["max_length"] or min(module.spec.positions, 1024), teacher.module.spec.positions
+    teacher = Teacher.open(path, module, given.tokenizer, {**given.fields, "remat": "none"})
+    length, known = given.length(module), teacher.module.spec.positions
     if length > known:
         raise UserError(
             f"objective.teacher={path} knows {known:,} positions, and rows may have {length:,} tokens: set "
@@ -330,7 +318,7 @@ def open_task(
     )
 
     def loss(module, members):
-        return distillation(module, teacher, strength, packed=data["packing"], top_k=top_k, members=members)
+        return distillation(module, teacher, strength, packed=given.data["packing"], top_k=top_k, members=members)
 
     def batch_like(shape: BatchShape):
         batch = causal_lm.batch_like(shape)
@@ -344,7 +332,7 @@ def open_task(
         metrics=metrics,
         assembler=Assembler,
         chunk=lambda tokens, members, backend: min(tokens, chunk_size(tokens, module.spec.vocab, 2 * members, backend)),
-        continues=plain.continues,
+        continues=True,
         features=bool(top_k),
         companion=None if top_k else teacher,
         once=functools.partial(_once, teacher, top_k, strength.temperature) if top_k else None,

@@ -1,6 +1,6 @@
 """The tasks with labels, sequence_classification and token_classification: their rows, batches and metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,26 +13,19 @@ from jaxtune.data.labels import JOINED, LabelAssembler, LabelForm, count_ids, co
 from jaxtune.errors import UserError
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, read_labels, with_labels
 from jaxtune.objectives.classification import classification, metrics
-from jaxtune.objectives.task import BatchShape, Task
+from jaxtune.objectives.task import BatchShape, Task, TaskInput
 
 REGRESSION = PROBLEMS[2]
 
 
-def _open(
-    kind: str,
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Put a label head on the model of a config.json; see `jaxtune.objectives.task.register`.
+def _open(kind: str, given: TaskInput) -> tuple[Any, Task]:
+    """Put a label head on a model.
 
     Raises:
         UserError: the labels are missing, unknown or only one.
     """
-    stored = read_labels(config)
+    objective, data = given.objective, given.data
+    stored = read_labels(given.config)
     if stored is not None and stored.kind != kind:
         stored = None
     problem = objective["problem_type"]
@@ -68,7 +61,7 @@ def _open(
         pooling if pooling != "auto" else stored and stored.pooling,
         drawn=not (stored and (stored.names, stored.problem) == (names, problem)),
     )
-    module = put_head(config, fields, labels, tokenizer)
+    module = put_head(given, labels)
     form.joined = None if module.is_encoder else JOINED
     typed = module.is_encoder and module.spec.types > 1 and kind != TOKEN and _paired(form, data["train"])
     return module, label_task(module, form, _class_weights(objective["class_weights"], form, counted), typed)
@@ -82,28 +75,24 @@ def _paired(form: LabelForm, sources: Sequence[str]) -> bool:
         return False
 
 
-def put_head(
-    config: Mapping[str, Any], fields: Mapping[str, Any], labels: Labels, tokenizer: str, *, ends: bool = False
-) -> Any:
-    """Put a label head on the model of a config.json, which says how rows are padded.
+def put_head(given: TaskInput, labels: Labels, *, ends: bool = False) -> Any:
+    """Put a label head on a model, whose config.json says how rows are padded.
 
     Args:
-        config: of the model.
-        fields: of its module.
+        given: the model and its tokenizer.
         labels: of the head.
-        tokenizer: directory of the tokenizer.
         ends: rows end with the token that ends a text, which then cannot pad.
     """
-    config = {**config, "architectures": None}
+    config = {**given.config, "architectures": None}
     padding, end = config.get("pad_token_id"), config.get("eos_token_id")
     ended = {*end} if isinstance(end, list) else {end}
     if padding is None or (ends and padding in ended):  # transformers finds the last token of a decoder's row by it
-        known = load_tokenizer(tokenizer)
+        known = load_tokenizer(given.tokenizer)
         ended |= {known.eos_token_id}
         others = (known.pad_token_id, *((known.unk_token_id, known.bos_token_id) if ends else ()))
         padding = next((i for i in others if i is not None and not (ends and i in ended)), padding)
         config |= {} if padding is None else {"pad_token_id": padding}
-    return with_labels(models.build(config, **fields), labels)
+    return with_labels(models.build(config, **given.fields), labels)
 
 
 def label_task(

@@ -22,7 +22,7 @@ from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import OverBatch, inputs
 from jaxtune.objectives.answers import PAIR_LOSSES
 from jaxtune.objectives.causal_lm import open_decoder
-from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task
+from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task, TaskInput
 from jaxtune.objectives.token_nats import chunk_size, token_nats
 from jaxtune.weights.leaf import Adapter, Array, map_weights, row_keys
 
@@ -386,17 +386,11 @@ def judged(module: Any, *, reference: str = "precomputed", members: int = 1) -> 
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
 
-def open_preference(
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Open the task of pairs on the model of a config.json; see `jaxtune.objectives.task.register`."""
-    module = open_decoder("preference", config, fields)
-    packed, shared = data["packing"], objective["share_prompt"]
+def open_preference(given: TaskInput) -> tuple[Any, Task]:
+    """Open the task of pairs on a model."""
+    module = open_decoder("preference", given)
+    objective = given.objective
+    packed, shared = given.data["packing"], objective["share_prompt"]
     if shared and any(block.window is not None for segment in module.spec.segments for block in segment.pattern):
         raise UserError(
             "objective.share_prompt: the model has layers of sliding-window attention, which counts the tokens of one "
@@ -412,26 +406,20 @@ def open_preference(
         functools.partial(preference, losses=losses, sft=objective["sft_weight"], reference=reference),
         values,
         reference,
-        PairForm.of(data, packed=packed, shared=shared),
+        PairForm.of(given.data, packed=packed, shared=shared),
         SharedAssembler if shared else PairAssembler,
     )
     return module, dataclasses.replace(task, features=not shared)
 
 
-def open_kto(
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Open the task of judged answers on the model of a config.json; see `jaxtune.objectives.task.register`."""
-    module = open_decoder("kto", config, fields)
+def open_kto(given: TaskInput) -> tuple[Any, Task]:
+    """Open the task of judged answers on a model."""
+    module = open_decoder("kto", given)
+    objective = given.objective
     values = {name: objective[name] for name in ("beta", "desirable_weight", "undesirable_weight")}
     reference = objective["reference"]
     loss = functools.partial(judged, reference=reference)
-    return module, _task(module, loss, values, reference, JudgedForm.of(data), JudgedAssembler)
+    return module, _task(module, loss, values, reference, JudgedForm.of(given.data), JudgedAssembler)
 
 
 def _task(

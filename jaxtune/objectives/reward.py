@@ -8,7 +8,7 @@ keeps scores around 0, which the first leaves open (Eisenstein et al. 2023, arXi
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxtune.models.classifier import PROBLEMS, SEQUENCE, Labels, read_labels
 from jaxtune.objectives import inputs
 from jaxtune.objectives.labels import put_head
 from jaxtune.objectives.preference import means, of_pairs, pairs_like, weighted
-from jaxtune.objectives.task import Task
+from jaxtune.objectives.task import Task, TaskInput
 from jaxtune.weights.leaf import row_keys
 
 SCORE = "score"  # what the one label is called where the model has no name for it
@@ -53,26 +53,19 @@ def _texts(pairs: jax.Array) -> jax.Array:
     return pairs.reshape(-1, *pairs.shape[2:])
 
 
-def open_task(
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Put a head of one label on the model of a config.json; see `jaxtune.objectives.task.register`.
+def open_task(given: TaskInput) -> tuple[Any, Task]:
+    """Put a head of one label on a model.
 
     A model that has one, of regression, goes on with it.
     """
-    stored = read_labels(config)
+    stored = read_labels(given.config)
     kept = stored is not None and (stored.kind, stored.problem, len(stored.names)) == (SEQUENCE, PROBLEMS[2], 1)
     labels = stored if kept else Labels(SEQUENCE, (SCORE,), PROBLEMS[2], drawn=True)
-    module = put_head(config, fields, labels, tokenizer, ends=True)
+    module = put_head(given, labels, ends=True)
     return module, Task(
-        loss=lambda module, members: reward(module, objective["centering"]),
+        loss=lambda module, members: reward(module, given.objective["centering"]),
         batch_like=functools.partial(pairs_like, PairAssembler.TARGET, False),
         metrics=means,
         assembler=PairAssembler,
-        form=PairForm.of(data, margins=True),
+        form=PairForm.of(given.data, margins=True),
     )

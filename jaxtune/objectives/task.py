@@ -3,7 +3,7 @@
 `TASKS` lists them; `objective.name` chooses one. To add a task, call `register` with a function that
 makes it for a model; no other code needs its name:
 
-    def open_pairs(config, fields, *, objective, data, tokenizer): ... return module, Task(loss=..., ...)
+    def open_pairs(given: TaskInput): ... return module, Task(loss=..., ...)
     register("pairs", open_pairs)
 
 Nothing here imports jax before a task is opened.
@@ -14,7 +14,47 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-Opener = Callable[..., tuple[Any, "Task"]]
+from jaxtune.errors import UserError
+
+DEFAULT_LENGTH = 1024  # of data.max_length, where the model's own limit is higher
+
+
+class TaskInput(NamedTuple):
+    """What a task is opened on.
+
+    Attributes:
+        config: the model's config.json.
+        fields: of its module, such as dtype and remat.
+        objective, data: the sections of the run's config.
+        tokenizer: directory of the tokenizer.
+    """
+
+    config: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    data: Mapping[str, Any]
+    tokenizer: str
+
+    def length(self, module: Any) -> int:
+        """The most tokens of a row; see `row_length`."""
+        return row_length(self.data["max_length"], module)
+
+
+def row_length(asked: int | None, module: Any) -> int:
+    """Return the most tokens of a row: data.max_length, by default 1024 or the module's positions, whichever is less.
+
+    Raises:
+        UserError: it exceeds them.
+    """
+    known = module.spec.positions
+    if asked is None:
+        return min(known, DEFAULT_LENGTH)
+    if asked > known:
+        raise UserError(f"data.max_length={asked} exceeds the {known} positions that the model knows; lower it.")
+    return asked
+
+
+Opener = Callable[[TaskInput], tuple[Any, "Task"]]
 
 
 class BatchShape(NamedTuple):
@@ -166,9 +206,7 @@ def register(
 
     Args:
         name: its name in configs.
-        opener: `(config, fields, *, objective, data, tokenizer) -> (module, Task)`, or "module:name" of it. `config` is
-            the model's config.json; `fields` are of its module; `objective` and `data` are the sections of the run's
-            config; `tokenizer` is the directory of it.
+        opener: `(TaskInput) -> (module, Task)`, or "module:name" of it.
         settings: of the settings that only some tasks read, those that this one reads.
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows; default: the task's own loss and metrics, row by row.
@@ -182,16 +220,8 @@ def register(
     TASKS[name] = Entry(opener, tuple(settings), auto_class, evaluator, tuple(in_step))
 
 
-def open_task(
-    name: str,
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    *,
-    objective: Mapping[str, Any],
-    data: Mapping[str, Any],
-    tokenizer: str,
-) -> tuple[Any, Task]:
-    """Open the task called `name` on the model of a config.json: (module, task); see `register`.
+def open_task(name: str, given: TaskInput) -> tuple[Any, Task]:
+    """Open the task called `name` on a model: (module, task).
 
     Raises:
         UserError: the model does not fit the task, or the data lacks something that the task needs.
@@ -200,7 +230,7 @@ def open_task(
     if isinstance(opener, str):
         module, _, function = opener.partition(":")
         opener = getattr(importlib.import_module(module), function)
-    return opener(config, fields, objective=objective, data=data, tokenizer=tokenizer)
+    return opener(given)
 
 
 def unread(name: str) -> tuple[str, ...]:
