@@ -20,6 +20,7 @@ from jaxtune import cli, config, data
 from jaxtune.commands.init import read_model
 from jaxtune.errors import UserError
 from jaxtune.run import propose
+from jaxtune.run.recognise import open_source, recognise
 
 POSITIONS = 256
 
@@ -271,7 +272,7 @@ PAIR = "prompt_completion"
     ],
 )
 def test_columns_are_known_by_their_names(tmp_path, row, format, columns):
-    layout = propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", [row, row]))))
+    layout = recognise(data.read(str(write(tmp_path / "rows.jsonl", [row, row]))))
     assert (layout.format, layout.columns) == (format, columns)
 
 
@@ -289,7 +290,7 @@ def test_columns_are_known_by_their_names(tmp_path, row, format, columns):
 def test_rows_that_cannot_be_tuned_on_are_named(tmp_path, row, said):
     file = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(UserError) as error:
-        propose.recognise(data.read(str(file)))
+        recognise(data.read(str(file)))
     assert said in str(error.value)
     assert f"{file}:1: " in str(error.value)
 
@@ -306,13 +307,13 @@ def test_rows_that_cannot_be_tuned_on_are_named(tmp_path, row, said):
     ],
 )  # fmt: skip
 def test_judged_rows_are_recognised(tmp_path, row, format, columns):
-    layout = propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", [row]))))
+    layout = recognise(data.read(str(write(tmp_path / "rows.jsonl", [row]))))
     assert (layout.format, dict(layout.columns)) == (format, columns)
 
 
 def test_one_side_of_pairs_may_be_tuned_on(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    layout = propose.recognise(data.read(str(file)), {"prompt": "prompt", "completion": "chosen"})
+    layout = recognise(data.read(str(file)), {"prompt": "prompt", "completion": "chosen"})
     assert layout.format == "prompt_completion"
 
 
@@ -392,18 +393,18 @@ def test_a_conversation_in_one_text_is_trained_on_one_side(model, tmp_path, caps
 @pytest.mark.parametrize("odd", ["no answer", "Q\nA: 1\nA: 2"])
 def test_a_marker_that_is_not_once_in_every_text_is_none(tmp_path, odd):
     rows = [{"text": f"Q: {i}?\nA: {i}"} for i in range(30)] + [{"text": odd}]
-    assert propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).completion_from is None
+    assert recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).completion_from is None
 
 
 def test_a_column_of_few_labels_is_an_objective_of_its_own(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("message,topic\n" + "".join(f"t{i},{i % 3}\n" for i in range(9)))
-    layout = propose.recognise(data.read(str(file)))
+    layout = recognise(data.read(str(file)))
     assert str(layout) == "sequence_classification, text=message, label=topic"
     assert layout.labels.names == ("0", "1", "2")
     assert "'topic' has 3 labels" in layout.notes[0]
     command = layout.notes[1].partition("--columns=")[2]
-    pair = propose.recognise(data.read(str(file)), dict(p.split("=") for p in command.split(",")))
+    pair = recognise(data.read(str(file)), dict(p.split("=") for p in command.split(",")))
     assert str(pair) == "prompt_completion, prompt=message, completion=topic"
     assert "the labels are numbers" in " ".join(pair.notes)
 
@@ -411,19 +412,19 @@ def test_a_column_of_few_labels_is_an_objective_of_its_own(tmp_path):
 @pytest.mark.parametrize("labels", [[f"{i}" for i in range(20)], ["one"] * 20])
 def test_a_column_that_holds_no_labels_is_an_answer(tmp_path, labels):
     rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
-    assert propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).labels is None
+    assert recognise(data.read(str(write(tmp_path / "rows.jsonl", rows)))).labels is None
 
 
 def test_tagged_words_are_an_objective_of_their_own(tmp_path):
     (tmp_path / "train.conll").write_text("Two\tO\nmugs\tB-item\n\nblue\tO\n")
-    assert propose.recognise(data.read(str(tmp_path / "train.conll"))).labels.names == ("O", "B-item")
+    assert recognise(data.read(str(tmp_path / "train.conll"))).labels.names == ("O", "B-item")
     file = write(tmp_path / "rows.jsonl", [{"words": ["a", "b"], "ner_tags": [0, 1]}])
-    layout = propose.recognise(data.read(str(file)))
+    layout = recognise(data.read(str(file)))
     assert str(layout) == "token_classification, tokens=words, labels=ner_tags"
 
 
 def recognised(tmp_path, rows, columns=None):
-    return propose.recognise(data.read(str(write(tmp_path / "rows.jsonl", rows))), columns)
+    return recognise(data.read(str(write(tmp_path / "rows.jsonl", rows))), columns)
 
 
 def many(**columns):
@@ -557,11 +558,11 @@ def test_the_command_that_mends_a_bare_table_mends_it(tmp_path):
     file = tmp_path / "SMS Collection"
     file.write_text("".join(f"{'spam' if i % 3 else 'ham'}\tmessage {i}\t\t{i}\n" for i in range(50)))
     with pytest.raises(UserError, match="tab-separated lines without a header") as error:
-        propose.open_source(str(file))
+        open_source(str(file))
     subprocess.run(["sh", "-c", str(error.value).partition("for example: ")[2]], check=True)
     source = data.read(f"{file}.tsv")
     assert [row for _, row in source][1] == {"label": "spam", "text": "message 1"}
-    assert propose.recognise(source).labels.names == ("ham", "spam")
+    assert recognise(source).labels.names == ("ham", "spam")
 
 
 # ---------------------------------------------------------------------------------------------- wrong input
@@ -668,7 +669,7 @@ def test_the_target_is_a_python_file(model, tmp_path, capsys):
     ],
 )
 def test_real_data_is_recognised(assets, file, found):
-    layout = propose.recognise(propose.open_source(str(assets / "data" / file)))
+    layout = recognise(open_source(str(assets / "data" / file)))
     assert str(layout) == found
     assert layout.completion_from == ("\nA:" if "wikisql" in file else None)
 
@@ -685,5 +686,5 @@ def test_real_data_is_recognised(assets, file, found):
 )
 def test_real_data_for_other_objectives_is_refused(assets, file, said):
     with pytest.raises(UserError) as error:
-        propose.recognise(propose.open_source(str(assets / "data" / file)))
+        recognise(open_source(str(assets / "data" / file)))
     assert said in str(error.value)

@@ -15,7 +15,8 @@ from jaxtune import data, models
 from jaxtune.cli import main
 from jaxtune.data.batches import Assembler
 from jaxtune.data.formats import Reader
-from jaxtune.data.tokenize import ROW, check_unicode
+from jaxtune.data.rows import ROW
+from jaxtune.data.tokenize import check_unicode
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, Labels, with_labels
 from jaxtune.objectives import task as tasks
 from jaxtune.weights.leaf import row_keys

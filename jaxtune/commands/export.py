@@ -142,7 +142,7 @@ def add_tokens(names: list[str], source: Any, module: Any, params: Any) -> tuple
     import shutil
     import tempfile
 
-    from jaxtune.data.tokenize import add_tokens as add_to
+    from jaxtune.data.tokenizer import add_tokens as add_to
     from jaxtune.infer.source import tokenizer_of
     from jaxtune.methods.vocabulary import resize
 

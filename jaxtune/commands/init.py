@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.models.classifier import read_labels
     from jaxtune.models.spec import Config, DecoderSpec
     from jaxtune.run import propose
+    from jaxtune.run.recognise import fitted, open_source, reading, recognise
 
     out, name = options.out, str(options.data)
     if out.suffix != ".py":
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> None:
     refuse_existing(out)
     config, shapes, narrowest = read_model(options.model)
     spec = models.family(config).spec(Config(config))
-    source = propose.open_source(name)
-    layout = propose.recognise(source, options.columns, propose.reading(given))
+    source = open_source(name)
+    layout = recognise(source, options.columns, reading(given))
     if layout.labels is None:
         check_generates(options.model, config, spec)
     else:
-        layout = propose.fitted(layout, source, read_labels(config))
+        layout = fitted(layout, source, read_labels(config))
         layout.labels.joined = JOINED if isinstance(spec, DecoderSpec) else None
     tokenizer = load_tokenizer(
         tokenizer_path(options.model, options.tokenizer), given.get("model.chat_template"), given.get("data.date")
@@ -146,7 +147,7 @@ def _fetch_config(path: Path) -> Path:
 
 def tokenizer_path(model: Path, tokenizer: Path | None) -> str:
     """Return where the tokenizer is, or raise UserError for a model directory without one."""
-    from jaxtune.data.tokenize import has_tokenizer
+    from jaxtune.data.tokenizer import has_tokenizer
 
     if tokenizer is None and model.is_dir() and not has_tokenizer(model):
         raise UserError(f"{model}: no tokenizer here (tokenizer.json). Add it, or name one with --tokenizer=DIR_OR_ID.")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.config import ADAPTERS, DEFAULT_LR, to_json
-from jaxtune.data.tokenize import ids_of_new
+from jaxtune.data.tokenizer import ids_of_new
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf
 from jaxtune.hf import tensors

@@ -15,7 +15,7 @@ from jaxtune.curate.stream import EVAL, TRAIN, Ledger, Opened
 from jaxtune.data import Report, RowForm, Rows, Source, SourceReport
 from jaxtune.data.formats import Reader
 from jaxtune.data.preview import runs
-from jaxtune.data.tokenize import trained_counts
+from jaxtune.data.rows import trained_counts
 
 AT_ONCE = 2**20  # tokens that are hashed together
 

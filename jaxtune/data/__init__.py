@@ -23,19 +23,10 @@ from jaxtune.data.formats import check_columns, make_reader
 from jaxtune.data.labels import LabelForm
 from jaxtune.data.preview import render_plain, render_rows
 from jaxtune.data.row_form import RowForm
+from jaxtune.data.rows import Report, Rows, SourceReport, check_vocabulary, fit
 from jaxtune.data.sources import Source, read
-from jaxtune.data.tokenize import (
-    FORMAT_VERSION,
-    Encoder,
-    Report,
-    Rows,
-    SourceReport,
-    check_vocabulary,
-    fit,
-    load_tokenizer,
-    tokenise,
-    tokenizer_digest,
-)
+from jaxtune.data.tokenize import FORMAT_VERSION, Encoder, tokenise
+from jaxtune.data.tokenizer import load_tokenizer, tokenizer_digest
 from jaxtune.errors import UserError
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxtune.data.packing import pack
-from jaxtune.data.tokenize import Rows
+from jaxtune.data.rows import Rows
 from jaxtune.errors import UserError
 
 GRAIN = 2  # tokens: widths are multiples of it by default; cuDNN takes no odd ones

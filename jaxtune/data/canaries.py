@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.formats import Document
-from jaxtune.data.tokenize import Encoder, Rows
+from jaxtune.data.rows import Rows
+from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
 
 EACH = 4  # canaries for every number of repetitions

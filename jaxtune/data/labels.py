@@ -22,8 +22,9 @@ from jaxtune.data.batches import Assembler, Plan
 from jaxtune.data.files import Decoder, header_hint
 from jaxtune.data.formats import Reader, own_columns
 from jaxtune.data.row_form import RowForm
+from jaxtune.data.rows import ROW, Rows
 from jaxtune.data.sources import Source, kind
-from jaxtune.data.tokenize import ROW, Rows, check_unicode
+from jaxtune.data.tokenize import check_unicode
 from jaxtune.errors import UserError, nearest
 
 SEQUENCE_COLUMNS, PAIR_COLUMNS = ("text", "label"), ("text", "text_pair", "label")

@@ -43,8 +43,9 @@ from jaxtune.data.labels import whole_number
 from jaxtune.data.messages import Notes, known_roles
 from jaxtune.data.preview import runs
 from jaxtune.data.row_form import RowForm
+from jaxtune.data.rows import ROW, Rows
 from jaxtune.data.sources import Source, kind
-from jaxtune.data.tokenize import ROW, Encoder, Rows
+from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError, nearest
 
 BRANCH = 2**16  # of `jaxtune.models.attention`, which imports jax

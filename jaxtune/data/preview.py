@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from jaxtune.data.tokenize import Rows
+from jaxtune.data.rows import Rows
 from jaxtune.errors import printable
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxtune.data.formats import Reader
+from jaxtune.data.rows import Rows
 from jaxtune.data.sources import Source
-from jaxtune.data.tokenize import Rows
 
 
 class RowForm:

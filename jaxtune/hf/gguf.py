@@ -270,7 +270,7 @@ def read_tokenizer(folder: Path, vocab: int, chat_template: str | None = None) -
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return {}
     from jaxtune.data.chat import without_date
-    from jaxtune.data.tokenize import load_tokenizer
+    from jaxtune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
     where, parsed = f"The tokenizer in {folder}", json.loads(tokenizer.backend_tokenizer.to_str())

@@ -182,7 +182,7 @@ def eos_ids(tokenizer: Any, source: Tuned) -> tuple[int, ...]:
 
 def tokenizer_of(source: Tuned) -> Any:
     """The tokenizer of a source, with the settings of its run."""
-    from jaxtune.data.tokenize import load_tokenizer
+    from jaxtune.data.tokenizer import load_tokenizer
 
     settings = (source.config or {}).get("model", {})
     carried = source.tokenizer != source.model or not settings.get("tokenizer")

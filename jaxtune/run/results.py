@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.data.tokenize import tokenizer_with
+from jaxtune.data.tokenizer import tokenizer_with
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve

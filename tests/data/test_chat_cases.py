@@ -10,7 +10,7 @@ import pytest
 from data_zoo import CHATML, OPEN, byte_tokenizer, trained_runs, write_jsonl
 
 from jaxtune import data
-from jaxtune.data.tokenize import NO_END
+from jaxtune.data.rows import NO_END
 from jaxtune.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"

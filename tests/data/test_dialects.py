@@ -93,7 +93,7 @@ def test_a_ragged_tsv_names_its_line(tmp_path):
 def test_a_file_without_a_header_gets_one(tmp_path):
     from jaxtune.data import LabelForm
     from jaxtune.data.formats import make_reader
-    from jaxtune.run import propose
+    from jaxtune.run.recognise import recognise
 
     path = tmp_path / "a.csv"
     for content in (
@@ -106,7 +106,7 @@ def test_a_file_without_a_header_gets_one(tmp_path):
         assert [row["label"] for row in mended(path, str(error.value))] == ["pos", "pos"]
         (tmp_path / "a.clean.csv").unlink()
     path.write_text("film 0,pos\nfilm 1,neg\n")
-    for refuse in (LabelForm(False).reader, make_reader, propose.recognise):
+    for refuse in (LabelForm(False).reader, make_reader, recognise):
         with pytest.raises(UserError, match="If the first line is no header") as error:
             refuse(read(str(path)))
         assert mended(path, str(error.value)) == LABELLED
@@ -192,16 +192,16 @@ def test_tagged_words_in_the_layouts_people_have(tmp_path, content, expected):
 
 @pytest.mark.parametrize("name", ["eng.train.txt", "a.tsv", "a.txt"])
 def test_tagged_words_under_another_name_are_copied(tmp_path, name):
-    from jaxtune.run import propose
+    from jaxtune.run.recognise import open_source
 
     path = tmp_path / name
     path.write_text("-DOCSTART- -X- O O\n\nEU NNP B-ORG\nsays VBZ O\n\nPeter NNP B-PER\n")
     with pytest.raises(UserError, match=r"such a file is called \.conll") as error:
-        propose.open_source(str(path))
+        open_source(str(path))
     assert [row["labels"] for row in mended(path, str(error.value))] == [["B-ORG", "O"], ["B-PER"]]
     for text in ("Vitamin O\nis no vitamin\n", "one O\n", "a O\nb O\nc O\n"):
         path.write_text(text)
-        propose.open_source(str(path))
+        open_source(str(path))
 
 
 def test_conll_u_is_refused_with_the_command_that_mends_it(tmp_path):

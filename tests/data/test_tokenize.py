@@ -15,7 +15,8 @@ from jaxtune import files
 from jaxtune.data import Batches, load_tokenizer, prepare, render_plain, render_rows
 from jaxtune.data import cache as cache_module
 from jaxtune.data.formats import Document
-from jaxtune.data.tokenize import Encoder, tokenizer_digest
+from jaxtune.data.tokenize import Encoder
+from jaxtune.data.tokenizer import tokenizer_digest
 from jaxtune.errors import UserError
 
 PAIRS = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(40)]

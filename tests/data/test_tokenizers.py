@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtune import data
 from jaxtune.data.chat import uses_date, with_date, without_date
-from jaxtune.data.tokenize import load_tokenizer
+from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.errors import UserError
 
 TEXT = "How are you doing today?"
