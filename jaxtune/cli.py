@@ -36,6 +36,7 @@ COMMANDS = {
     "sweep": ("jaxtune.commands.sweep", "train many settings together, in one step where they allow it"),
     "generate": ("jaxtune.commands.generate", "continue prompts, or chat, with a run or a model"),
     "eval": ("jaxtune.commands.eval", "compare a run with its base on held-out rows or tasks"),
+    "decide": ("jaxtune.commands.decide", "prompt or fine-tune? both on the same held-out rows, with what they cost"),
     "export": ("jaxtune.commands.export", "write a run as a Hugging Face model directory"),
     "report": ("jaxtune.commands.report", "write the report page of a run or a sweep again"),
     "compare": ("jaxtune.commands.compare", "several runs in one table and on one page"),

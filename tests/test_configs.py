@@ -24,6 +24,7 @@ ROWS = {
 LABELLED = {
     "token_classification": {"tokens": ["Two", "mugs"], "labels": ["B-number", "O"]},
     **{f"classify_{method}": {"text": "Two mugs?", "label": "order"} for method in ("head", "lora", "full")},
+    "decide_banking77": {"text": "Two mugs?", "label": "order"},
 }
 
 

@@ -37,6 +37,7 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune eval runs/canaries": ("--rows=4",),
     "jaxtune eval runs/reward": ("--rows=16",),
     "jaxtune generate": ("--max-new-tokens=4",),
+    "jaxtune decide": ("--rows=8", "--candidates=prompts"),
 }
 PREPARED = {
     "evaluate": ("runs/quickstart", "runs/a"),

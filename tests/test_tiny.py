@@ -60,6 +60,7 @@ def test_build_gives_the_same_bytes_for_the_same_seed_only(tmp_path):
         "base/tokenizer_config.json",
         "eval.jsonl",
         "general.jsonl",
+        "orders.jsonl",
         "pretrain.jsonl",
         "train.jsonl",
     ]
@@ -69,7 +70,7 @@ def test_build_gives_the_same_bytes_for_the_same_seed_only(tmp_path):
 def test_packaged_files_are_what_the_generator_makes(tmp_path):
     build.build(tmp_path, pretrain_documents=build.TOKENIZER_DOCUMENTS)
     made, packaged = digests(tmp_path), digests(ASSETS)
-    for name in ("train.jsonl", "eval.jsonl", "general.jsonl", "base/tokenizer.json"):
+    for name in ("train.jsonl", "eval.jsonl", "general.jsonl", "orders.jsonl", "base/tokenizer.json"):
         assert made[name] == packaged[name], name
     made_config, packaged_config = (json.loads((p / "base/config.json").read_text()) for p in (tmp_path, ASSETS))
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "eos_token_id", "tie_word_embeddings"):

@@ -5,6 +5,7 @@
     DIR/train.jsonl      messages and their JSON, columns `prompt` and `completion`
     DIR/eval.jsonl       the same for combinations held out from both files above
     DIR/general.jsonl    what the base can do besides, columns `domain`, `prompt` and `completion`
+    DIR/orders.jsonl     messages and the order that they name, columns `prompt` and `completion`
 
 The same seed gives the same bytes. `jaxtune/assets/tiny` holds all but `pretrain.jsonl`, and the
 weights trained on that.
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
-from corpus import documents, general
+from corpus import documents, general, orders
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -101,6 +102,7 @@ def build(
     train_rows: int = 4_000,
     eval_rows: int = 300,
     general_rows: int = 240,
+    order_rows: int = 600,
 ) -> None:
     """Write everything the module's docstring lists under `out`.
 
@@ -113,6 +115,7 @@ def build(
     _write_jsonl(out / "train.jsonl", rows(Random(f"{seed}/train"), train_rows))
     _write_jsonl(out / "eval.jsonl", rows(Random(f"{seed}/eval"), eval_rows, held_out=True))
     _write_jsonl(out / "general.jsonl", general(Random(f"{seed}/general"), general_rows))
+    _write_jsonl(out / "orders.jsonl", orders(Random(f"{seed}/orders"), order_rows))
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -130,7 +133,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED, help="another seed makes another world (default: 0)")
     options = parser.parse_args()
     build(options.out, options.seed)
-    print(f"Wrote {options.out}: base/ (no weights), pretrain.jsonl, train.jsonl, eval.jsonl, general.jsonl")
+    print(
+        f"Wrote {options.out}: base/ (no weights), pretrain.jsonl, train.jsonl, eval.jsonl, general.jsonl, orders.jsonl"
+    )
 
 
 if __name__ == "__main__":

@@ -299,6 +299,17 @@ def general(rng: Random, count: int) -> Iterator[dict[str, str]]:
         yield {"domain": domain, "prompt": prompt, "completion": completion}
 
 
+def orders(rng: Random, count: int) -> Iterator[dict[str, str]]:
+    """Yield `count` messages that name an order, and that order: what the base can be asked for in its own words."""
+    found = 0
+    while found < count:
+        request = draw_request(rng)
+        text = message(rng, request)
+        if request.order is not None and request.order in text:
+            yield {"prompt": text, "completion": request.order}
+            found += 1
+
+
 # Shares of documents, which add up to 1.
 MIXTURE: tuple[tuple[float, Callable[[Random], str]], ...] = (
     (0.25, noted_message),

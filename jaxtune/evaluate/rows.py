@@ -145,28 +145,25 @@ def as_row(
         group: its value of the column that rows are grouped by, if any.
     """
     tokens, mask = rows[i]
-    mask = mask.astype(bool)
+    found = row_of(tokenizer, tokens.tolist(), mask.astype(bool), rows.where(i), prefix, cut)
+    found.group, found.file = group, Path(rows.file(i)).name
+    return found
+
+
+def row_of(
+    tokenizer: Any, ids: list[int], mask: np.ndarray, where: str = "", prefix: int = 0, cut: bool = False
+) -> Row:
+    """Tokens of a row, with which of them are trained, bool[T], in the form that evaluation uses; see `as_row`."""
     end = len(mask) - int(np.argmax(mask[::-1]))
     before = np.flatnonzero(~mask[:end])
     start = int(before[-1]) + 1 if len(before) else 0
-    ids = tokens.tolist()
     whole, asked = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:end], ids[:start]))
     alone = tokenizer.decode(ids[start:end], skip_special_tokens=True)
     expected = whole[len(asked) :] if whole.startswith(asked) else alone
     prompt = ids[:start] if start > prefix and not cut else None
     scored = mask.copy()
     scored[0] = False
-    return Row(
-        rows.where(i),
-        ids,
-        scored.tolist(),
-        prompt,
-        ids[start:end],
-        tokenizer.decode(ids[:start]),
-        expected.strip(),
-        group,
-        Path(rows.file(i)).name,
-    )
+    return Row(where, ids, scored.tolist(), prompt, ids[start:end], tokenizer.decode(ids[:start]), expected.strip())
 
 
 def group_values(rows: data.Rows, names: Sequence[str], column: str) -> list[str]:
