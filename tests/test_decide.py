@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from jaxtune import cli, tiny
 from jaxtune.data.formats import Conversation, Document
-from jaxtune.decide import asks, examples, learning, race, verdict
-from jaxtune.decide.asks import Ask, Instruction
+from jaxtune.decide import examples, learning, race, verdict
 from jaxtune.decide.candidates import NEIGHBOURS, PROMPT, TUNED, Outcome
 from jaxtune.decide.price import Price, parse_price
 from jaxtune.errors import UserError
+from jaxtune.evaluate import asks
+from jaxtune.evaluate.asks import Ask, Instruction
 
 ORDERS = tiny.ASSETS / "orders.jsonl"
 QUESTION = Path(__file__).parents[1] / "examples/prompts/question.txt"

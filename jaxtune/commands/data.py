@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from jaxtune.curate import DataReport
 
 USAGE = """usage: jaxtune data --config=FILE.py [--config.section.key=value ...] [--strict] [--write-clean=FILE.jsonl]
+       jaxtune data --config=FILE.py --known [--prompt=FILE] [--write-clean=FILE.jsonl --most-unknown=0.05]
 
 Read the data of a config as training does, and report on it: lengths, tokens, duplicates, overlap of training and
 evaluation, contradictions, balance, characters, roles and templates, with example rows and what to do. Reads the
 model's config.json and tokenizer; neither weights nor a GPU are needed.
+
+With --known the base answers the training rows behind examples from the data, greedily and by samples, and each row is
+sorted into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown (arXiv:2405.05904); known.jsonl in --workdir has the rows
+with a column known, to score by it: jaxtune eval RUN --data=known.jsonl --group-by=known.
 
 Exit status: 0 the report was made; 2 the input is wrong, or, with --strict, a finding is an error or a warning."""
 
@@ -24,6 +29,11 @@ FLAGS = {
     "write-clean": Flag("a .jsonl file to write the training rows to, without those that findings remove", Path),
     "drop-near": Flag("with --write-clean: leave out near duplicates, too", bool, False),
     "near": Flag("similarity of near duplicates, from 0 to 1; 0: do not look for them", float, 0.8),
+    "known": Flag("sort training rows by whether the base knows their answers", bool, False),
+    "known-rows": Flag("with --known: how many rows, drawn by content; default: 500, with --most-unknown all", int),
+    "shots": Flag("with --known: examples before a question", int, 4),
+    "prompt": Flag("with --known: a file with a prompt before the question, or around it as {input}", Path),
+    "most-unknown": Flag("with --known and --write-clean: the largest share of Unknown rows to keep; 0: none", float),
     "rows": Flag("rows to show with their trained tokens coloured", int, 3),
 }
 REPORT = "data_report.json"
@@ -37,6 +47,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--rows={options.rows}: expected 0 or more")
     if options.drop_near and not (options.write_clean and options.near):
         raise UserError("--drop-near has no effect without --write-clean=FILE.jsonl, or with --near=0: leave it out.")
+    _check_known(options)
     if options.write_clean:
         from jaxtune.curate.clean import targets
 
@@ -45,6 +56,8 @@ def main(argv: list[str]) -> None:
 
     console = Console(emoji=False)
     report = examine(cfg, near=options.near, samples=options.rows)
+    if options.known:
+        _know(report, cfg, options)
     report.print(console)
     if options.workdir:
         from jaxtune.files import atomic_write_text
@@ -57,6 +70,44 @@ def main(argv: list[str]) -> None:
     errors, warnings = report.count("error"), report.count("warning")
     if options.strict and errors + warnings:
         raise UserError(f"--strict: the data has {errors} errors and {warnings} warnings, shown above.")
+
+
+def _check_known(options: Any) -> None:
+    for name in ("known-rows", "prompt", "most-unknown", "shots"):
+        if not options.known and getattr(options, name.replace("-", "_")) != FLAGS[name].default:
+            raise UserError(f"--{name} has no effect without --known; leave it out.")
+    most = options.most_unknown
+    if most is not None and not (0 <= most < 1 and options.write_clean):
+        raise UserError(f"--most-unknown={most:g}: expected a share from 0 to below 1, with --write-clean=FILE.jsonl.")
+    if options.shots < 0 or (options.known_rows is not None and options.known_rows < 1):
+        raise UserError("--shots is 0 or more, and --known-rows 1 or more.")
+
+
+def _know(report: "DataReport", cfg: Any, options: Any) -> None:
+    """Add what the base knows to a report, and write the rows with their classes."""
+    from rich.console import Console
+
+    from jaxtune.curate.finding import SEVERITIES
+    from jaxtune.run.known import know
+
+    with Console(stderr=True).status("asking the base") as status:
+        finding, shares, lines = know(
+            cfg,
+            report.ledger,
+            rows=options.known_rows or (None if options.most_unknown is not None else 500),
+            shots=options.shots,
+            prompt=options.prompt,
+            most_unknown=options.most_unknown,
+            progress=lambda done, total: status.update(f"asking the base: {done:,} of {total:,} rows"),
+        )
+    report.findings.append(finding)
+    report.findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    report.summary["known"] = shares
+    if options.workdir:
+        from jaxtune.files import atomic_write_text
+
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(options.workdir / "known.jsonl", lines)
 
 
 def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":

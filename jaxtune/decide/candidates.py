@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxtune.data.formats import Document
 from jaxtune.data.tokenize import Encoder
-from jaxtune.decide.asks import Ask, Instruction, encoded, put
 from jaxtune.decide.race import race
 from jaxtune.errors import UserError
+from jaxtune.evaluate.asks import Ask, Instruction, encoded, put
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.metrics import Metric
 from jaxtune.evaluate.rows import Row

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtune import config, data
 from jaxtune.config.recipe import compute_dtype, open_model
 from jaxtune.data.tokenize import Encoder
-from jaxtune.decide import asks as rows_as
 from jaxtune.decide import examples, tuning, verdict
-from jaxtune.decide.asks import Ask, Instruction
 from jaxtune.decide.candidates import PROMPT, TUNED, Answerer, Outcome, Questions, answered, nearest_answers
 from jaxtune.decide.learning import Curve, fit
 from jaxtune.decide.price import SECONDS, Price
 from jaxtune.errors import UserError, nearest
+from jaxtune.evaluate import asks as rows_as
+from jaxtune.evaluate.asks import Ask, Instruction
 from jaxtune.evaluate.kept import Kept, key_of
 from jaxtune.evaluate.metrics import METRICS, Metric, choose
 from jaxtune.evaluate.systems import System, identity
@@ -256,7 +256,8 @@ class Decision:
         if self._asked("labels"):
             yield Planned("labels", "likeliest label", answering(len(self.material.labels) * 4 + length))
         if self._asked("neighbours"):
-            yield Planned("neighbours", self._neighbours_name(), 2.0 + 0.002 * count)
+            read = 0.0 if self._encoder() is None else (len(self.material.pool) + count) * length
+            yield Planned("neighbours", self._neighbours_name(), 2.0 + 0.002 * count + read / speed)
         if self._asked("lora"):
             for rows in self._sizes():
                 yield Planned(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxtune import config
-from jaxtune.decide.asks import Ask
 from jaxtune.decide.candidates import TUNED, Answerer, Outcome, Questions, answered
 from jaxtune.errors import UserError
+from jaxtune.evaluate.asks import Ask
 from jaxtune.evaluate.kept import Kept
 from jaxtune.files import atomic_write_text
 from jaxtune.reading import read_json
