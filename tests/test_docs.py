@@ -34,6 +34,8 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune eval runs/dpo": ("--rows=8",),
     "jaxtune eval runs/quickstart --frontier": ("--rows=4",),
     "jaxtune eval runs/quickstart --memory": ("--rows=4",),
+    "jaxtune eval runs/quickstart --confidence": ("--rows=4", "--samples=1", "--max-new-tokens=4"),
+    "jaxtune data --config=configs/decide_orders.py --known": ("--known-rows=4",),
     "jaxtune eval runs/canaries": ("--rows=4",),
     "jaxtune eval runs/reward": ("--rows=16",),
     "jaxtune generate": ("--max-new-tokens=4",),

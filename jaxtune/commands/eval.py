@@ -13,6 +13,7 @@ USAGE = """usage: jaxtune eval TARGET [--data=FILE ...] [--metrics=a,b] [--group
        jaxtune eval TARGET --forgetting[=FILE ...] [--group-by=COLUMN] [flags]
        jaxtune eval TARGET --frontier[=FILE ...] [--keep=0.9] [--within=NATS] [flags]
        jaxtune eval TARGET --memory [flags]
+       jaxtune eval TARGET --confidence [--samples=4] [--unanswerable=COLUMN] [flags]
        jaxtune eval TARGET --tasks=a,b [--include-path=DIR] [flags]
 
 Held-out rows: loss and perplexity, and scores of generated answers, of the base and of the tuned model, with 95%
@@ -28,6 +29,10 @@ most of the gain and forgets least, for jaxtune export --scale.
 
 With --memory: whether training rows were memorised: their losses against those of held-out rows, what goes on word for
 word from its first 32 tokens, and the exposure of canaries (data.canaries).
+
+With --confidence: how sure answers are, by the probability of their tokens and by samples that agree: calibration, the
+risk that remains where only the surest answers are given, wrong and confident answers, words that the prompt does not
+have, and, with --unanswerable, how often a question without an answer gets none.
 
 With --tasks: tasks of lm-evaluation-harness (pip install 'jaxtune[eval]').
 
@@ -54,6 +59,10 @@ FLAGS = {
     "keep": Flag("with --frontier: the share of the task's gain to keep at least", float, 0.9),
     "within": Flag("with --frontier: nats a token that general text may lose; default: any", float),
     "memory": Flag("whether the run memorised its training rows", bool, False),
+    "confidence": Flag("how sure answers are, and whether rightly", bool, False),
+    "samples": Flag("with --confidence: answers that are drawn beside the greedy one", int, 4),
+    "unanswerable": Flag("with --confidence: a column that is true where a question has no answer"),
+    "abstain": Flag("with --confidence: a text by which a model abstains; again for more", list),
     "tasks": Flag("tasks of lm-evaluation-harness, separated by commas"),
     "include-path": Flag("folder with YAML tasks of your own; then only those are known", Path),
     "limit": Flag("at most so many documents of a task", int),
@@ -110,10 +119,27 @@ def _check_flags(options: SimpleNamespace) -> None:
     for part in ("frontier", "memory"):
         if not getattr(options, part):
             continue
-        others = ("forgetting", "memory", "metrics", "schema", "scorer", "labels", "group-by", "max-new-tokens")
+        others = (
+            "confidence",
+            "forgetting",
+            "memory",
+            "metrics",
+            "schema",
+            "scorer",
+            "labels",
+            "group-by",
+            "max-new-tokens",
+        )
         for name in others if part == "frontier" else (*others, "frontier"):
             if name != part and getattr(options, name.replace("-", "_")) != FLAGS[name].default:
                 raise UserError(f"--{name} has no effect with --{part}; leave one of them out.")
+    for name in ("samples", "unanswerable", "abstain"):
+        if not options.confidence and getattr(options, name) != FLAGS[name].default:
+            raise UserError(f"--{name} has no effect without --confidence; give it, too.")
+    if options.samples < 0:
+        raise UserError(f"--samples={options.samples}: expected 0 or more.")
+    if options.confidence and options.forgetting:
+        raise UserError("--confidence and --forgetting measure different things: leave one of them out.")
     if not options.frontier and (options.keep, options.within) != (FLAGS["keep"].default, None):
         raise UserError("--keep and --within choose among the strengths of --frontier; give it, too.")
     if options.frontier and options.tuned_only:
@@ -138,7 +164,7 @@ def _rows(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from jaxtune.evaluate.forgetting import FORGETTING
 
     general = options.forgetting and [file for file in options.forgetting if file]
-    part = HELD_OUT if general is None else FORGETTING
+    part = _confidence(options) if options.confidence else HELD_OUT if general is None else FORGETTING
     asked = Options(
         data=options.data if general is None else general,
         format=options.format,
@@ -155,7 +181,14 @@ def _rows(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     )
     with Progress() as progress:
         report = evaluate(source, asked, out, part=part, progress=progress.begin)
-    _show(report, "held-out" if part is HELD_OUT else "general")
+    _show(report, "general" if part is FORGETTING else "held-out")
+
+
+def _confidence(options: SimpleNamespace) -> Any:
+    from jaxtune.evaluate.confidence import ABSTENTIONS, Asking, confidence_part
+
+    phrases = tuple(options.abstain or ABSTENTIONS)
+    return confidence_part(Asking(options.samples, unanswerable=options.unanswerable, phrases=phrases))
 
 
 def _frontier(options: SimpleNamespace, source: Any, out: Path | None) -> None:

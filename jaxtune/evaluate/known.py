@@ -1,6 +1,11 @@
 """The metrics that tasks log at evaluations, as pages and tables name them."""
 
 LOSS = "held-out loss"
+SURENESS = {  # confidence of an answer
+    "mean": "mean token probability",
+    "lowest": "lowest token probability",
+    "agreement": "agreement of samples",
+}
 KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it is a share
     "loss": (LOSS, -1, False),
     "perplexity": ("perplexity", -1, False),

@@ -50,6 +50,14 @@ def _check_rows(part: Any) -> None:
     int(part["rows"])
 
 
+def _check_confidence(part: Any) -> None:
+    _check_rows(part)
+    for curves in part["risk_coverage"].values():
+        for points in curves.values():
+            if not all(math.isfinite(x) for point in points for x in point):
+                raise ValueError("a risk is not finite")
+
+
 def _check_tasks(part: Any) -> None:
     for metrics in (m for task in part["results"].values() for m in task.values()):
         all(float(entry["value"]) for entry in metrics.values())
@@ -74,6 +82,7 @@ def _check_memory(part: Any) -> None:
 PARTS: dict[str, Callable[[Any], None]] = {  # of eval.json -> what raises if it is not as `jaxtune eval` makes it
     "held_out": _check_rows,
     "forgetting": _check_rows,
+    "confidence": _check_confidence,
     "frontier": _check_frontier,
     "memory": _check_memory,
     "tasks": _check_tasks,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ADAPTERS, BY_PATH
-from jaxtune.evaluate.known import LOSS
+from jaxtune.evaluate.known import LOSS, SURENESS
 from jaxtune.hf.card import loading
 from jaxtune.objectives.task import TASKS
 from jaxtune.report import evaluation
@@ -29,7 +29,7 @@ HEADLINE = (
 def run_page(run: RunRecord) -> str:
     """Return the HTML of a run's page."""
     held_out = run.evaluation.get("held_out")
-    forgetting = run.evaluation.get("forgetting")
+    forgetting, confidence = run.evaluation.get("forgetting"), run.evaluation.get("confidence")
     metrics = measured(run)
     return render(
         "run.html",
@@ -51,6 +51,12 @@ def run_page(run: RunRecord) -> str:
         forgetting=forgetting,
         forgotten=evaluation.by_label(forgetting["metrics"]) if forgetting else [],
         forgotten_groups=evaluation.groups(forgetting or {}),
+        confidence=confidence,
+        sureness=evaluation.by_label(run.evaluation["confidence"]["metrics"]) if "confidence" in run.evaluation else [],
+        confidence_who=evaluation.who(run.evaluation["confidence"]["metrics"])
+        if "confidence" in run.evaluation
+        else [],
+        risk_charts=risk_charts(run.evaluation.get("confidence")),
         memory=run.evaluation.get("memory"),
         memory_tables=evaluation.memory_tables(run.evaluation["memory"]) if "memory" in run.evaluation else [],
         frontier=run.evaluation.get("frontier"),
@@ -131,6 +137,22 @@ def frontier_charts(part: Mapping[str, Any] | None) -> list[Chart]:
     for name, values, colour in (("Loss on the task", task, 1), ("Loss on general text", general, 3)):
         points = [Measured(scale, value) for scale, value in zip(scales, values)]
         found.append(chart(name, [Series(name, points, colour, "dots", mark=chosen)], by="scale"))
+    return [c for c in found if c]
+
+
+def risk_charts(part: Mapping[str, Any] | None) -> list[Chart]:
+    """The share of wrong answers among the surest, for each confidence."""
+    if part is None:
+        return []
+    found = []
+    for kind, curves in part["risk_coverage"].items():
+        series = [
+            Series(name, [Measured(*point) for point in points], {"base": 0}.get(name, 1))
+            for name, points in curves.items()
+        ]
+        found.append(
+            chart(f"Wrong among the surest, by {SURENESS.get(kind, kind)}", series, by="share answered", zero=True)
+        )
     return [c for c in found if c]
 
 
