@@ -2,6 +2,8 @@
 
 import importlib
 
+from jaxtune import moved  # noqa: F401  (old names of modules)
+
 __version__ = "0.1.0"
 
 _API = {
