@@ -101,10 +101,10 @@ def main(argv: list[str]) -> None:
         if out is not None:
             stack.enter_context(exclusive(out / "eval"))
         _what(options)(options, source, out)
-    if out is not None:
-        print(f"written: {out / 'eval.json'}")
-    if out is not None and out == source.run:
-        _refresh(source)
+        if out is not None:
+            print(f"written: {out / 'eval.json'}")
+        if out is not None and out == source.run:
+            _refresh(source)
 
 
 def _check_flags(options: SimpleNamespace) -> None:

@@ -128,8 +128,8 @@ def model_card(
     blocks = ["\n".join(["---", *front, "---"]), f"# {name}", f"{what} `{shown}`, made with jaxtune."]
     blocks += notes
     if facts:
-        rows = [f"| {label} | {cell(value)} |" for label, value in facts.items()]
-        blocks.append("\n".join(["## The run", "", "| | |", "|---|---|", *rows]))
+        table = [f"| {label} | {cell(value)} |" for label, value in facts.items()]
+        blocks.append("\n".join(["## The run", "", "| | |", "|---|---|", *table]))
     kind = {"adapter": bool(adapter), "auto": auto, "config": config, "tokenizer": tokenizer, "rows": rows}
     code = loading(None if local else base, name, **kind)
     blocks.append("\n\n".join(["## How to load it", *(f"```python\n{lines}\n```" for lines in code.values())]))
