@@ -323,7 +323,9 @@ def disk(folder: Path, only: str | None) -> list[str]:
         raise SystemExit(said)
     wrong, count = [], 0
 
-    def case(name: str, argv: list[str], expected: set[int], *words: str, **options: object) -> None:
+    def case(
+        name: str, argv: list[str], expected: set[int], *words: str, whole: Path | None = None, **options: object
+    ) -> None:
         nonlocal count
         if only and not any(word in name for word in only.split(",")):
             return
@@ -332,6 +334,8 @@ def disk(folder: Path, only: str | None) -> list[str]:
         clear = "Traceback" not in said and "Exception ignored" not in said
         held = status in expected and clear and (status == 0 or len(last) == 1) and all(w in said for w in words)
         held = held and "not enough memory" not in said
+        if whole and (left := [str(p) for p in whole.rglob("*.tmp")]):
+            held, said = False, f"{said}\nleft: {left}"
         count += 1
         told = (last or said.splitlines()[-1:] or [""])[-1][:200]
         print(f"{'ok   ' if held else 'WRONG'} {name}: exit {status}: {told}", flush=True)
@@ -344,13 +348,44 @@ def disk(folder: Path, only: str | None) -> list[str]:
             (place / "ballast").write_bytes(bytes(int((20 - mib) * 2**20)))
             name = f"train with {mib} MiB left"
             case(name, command(folder, place / "run"), {2})
-    for at in ("run/config.json", "tensorboard/*", "checkpoints/3", "checkpoints/6*", "checkpoints/15", ".adapter*"):
+    for at in ("run/config.json", "tensorboard/*", "checkpoints/3", "checkpoints/6*", "checkpoints/15"):
         with mounted(folder / "full", 60) as place:
             argv = _filling(command(folder, place / "run"), place, at)
             case(f"train whose disk fills up at {at}", argv, {1}, "No room", "checkpoint")
-    with mounted(folder / "full", 60) as place:
-        argv = command(folder, place / "sweep", "--sweep.optim.lr=0.01,0.02", name="sweep")
-        case("sweep whose disk fills up", _filling(argv, place, "checkpoints/6*"), {1}, "No room")
+    full = ("--config.tune.method=full", "--config.tune.lora.r=8", "--config.tune.lora.lora_dropout=0.0")
+    swept = "--sweep.optim.lr=0.01,0.02"
+    for at, name, flags, words in (
+        (".adapter.*", "train", (), (f"of step {STEPS}", "resumes")),
+        (".model.*", "train", full, (f"of step {STEPS}", "resumes")),
+        (".adapter.*/README.md", "train", (), (f"of step {STEPS}", "resumes")),
+        ("run/.summary.json.*", "train", (), (f"of step {STEPS}", "resumes")),
+        ("run/.report.html.*", "train", (), (f"of step {STEPS}", "resumes")),
+        ("checkpoints/6*", "sweep", (swept,), ("finished is kept", "resumes")),
+        (".adapter.*", "sweep", (swept,), ("finished is kept", "resumes")),
+        ("run/.sweep.csv.*", "sweep", (swept,), ("finished is kept", "resumes")),
+        ("run/.report.html.*", "sweep", (swept,), ("finished is kept", "resumes")),
+    ):
+        with mounted(folder / "full", 60) as place:
+            argv = command(folder, place / "run", *flags, name=name)
+            case(f"{name} whose disk fills up at {at}", _filling(argv, place, at), {1}, "No room", *words, whole=place)
+            (place / "ballast").unlink(missing_ok=True)
+            case(f"{name} again, after {at}", argv, {0}, "result: " if name == "train" else "report: ", whole=place)
+    for at, name, argv in (
+        (".out.*", "export", lambda place: jaxtune("export", done, place / "out")),
+        (".out.*", "export --adapter", lambda place: jaxtune("export", done, place / "out", "--adapter")),
+        (".r.html.*", "report", lambda place: jaxtune("report", done, f"--out={place / 'r.html'}")),
+        (".eval.json.*", "eval", lambda place: jaxtune("eval", place / "run", "--rows=2")),
+        (".report.html.*", "eval", lambda place: jaxtune("eval", place / "run", "--rows=2")),
+        ("*a.jsonl*", "generate --out", lambda place: _generate(done, place)),
+        ("*c.py*", "init", lambda place: _init(folder, place)),
+    ):
+        with mounted(folder / "full", 60) as place:
+            shutil.copytree(done, place / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+            before = set(place.rglob("*"))
+            argv = _filling(argv(place), place, at)
+            case(f"{name} whose disk fills up at {at}", argv, {2}, "No room", whole=place)
+            if new := {p for p in place.rglob("*") if p.name not in ("ballast", ".lock")} - before:
+                wrong.append(f"{name}: left {sorted(new)}")
     with mounted(folder / "ro", 30) as place:
         shutil.copytree(done, place / "run")
         (place / "empty").mkdir()
@@ -432,15 +467,28 @@ def _features(folder: Path, workdir: Path) -> list[str]:
 
 
 def _filling(argv: list[str], place: Path, at: str) -> list[str]:
-    """The command, on a disk that is filled up by another as soon as a name appears in the run."""
+    """The command, on a disk that is full from the moment at which a path of this pattern is made or renamed to."""
     script = f"""
-{" ".join(map(str, argv))} & pid=$!
-while kill -0 $pid 2>/dev/null; do
-  if find {place} -path '*/{at}' | grep -q .; then dd if=/dev/zero of={place}/ballast bs=4k status=none 2>/dev/null; fi
-  sleep 0.02
-done
-wait $pid"""
-    return ["bash", "-c", script]
+import fnmatch, os, sys
+zeros, full = bytes(2**16), False
+def fill(event, args):
+    global full
+    names = args[:2] if event == "os.rename" else args[:1] if event in ("open", "os.mkdir") else ()
+    if full or not any(fnmatch.fnmatch(os.fsdecode(n), {f"*/{at}"!r}) for n in names if isinstance(n, (str, bytes))):
+        return
+    full = True
+    fd = os.open({str(place / "ballast")!r}, os.O_WRONLY | os.O_CREAT)
+    for block in (zeros, zeros[:4096], zeros[:1]):
+        try:
+            while True: os.write(fd, block)
+        except OSError:
+            pass
+    os.close(fd)
+sys.addaudithook(fill)
+from jaxtune.cli import run
+run()
+"""
+    return [sys.executable, "-c", script, *map(str, argv[3:])]
 
 
 def _forbidden(folder: Path, done: Path, case: Callable[..., None]) -> None:

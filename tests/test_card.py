@@ -4,13 +4,13 @@ import dataclasses
 import json
 import re
 import shutil
-import warnings
 
 import jax
 import numpy as np
 import pytest
 import test_encoders
 import zoo
+from cards import run
 from test_export import write_tokenizer
 from test_peft_io import shake
 
@@ -26,6 +26,7 @@ from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, with_la
 from jaxtune.tree import partition
 
 TOKENS = np.random.default_rng(0).integers(4, 90, (2, 9), dtype=np.int32)
+FACTS = {"steps": 3, "a | b": ["x", {"y": 0.5}]}
 NAMES = ("ham", "spam's", 'a "third"')
 NEW = [zoo.VOCAB, zoo.VOCAB + 1]  # tokens that "resized" results add to their bases
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -105,18 +106,10 @@ def made(kind, tmp_path):
         params, mask = tune("lora" if method == "merged" else method, params, jax.random.key(0), module, settings)
         params = shake(params, mask)
     if method in (None, "merged", "head"):
-        jaxtune.export_model(module, params, out, base=base)
+        jaxtune.export_model(module, params, out, base=base, facts=FACTS)
         return out, module, params
-    jaxtune.export_adapter(module, params, out, base=base, mask=mask)
+    jaxtune.export_adapter(module, params, out, base=base, mask=mask, facts=FACTS)
     return out, module, params
-
-
-def run(code):
-    names = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exec(code, names)
-    return names
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in RESULTS])

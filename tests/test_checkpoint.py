@@ -2,7 +2,10 @@
 
 import json
 import logging
+import resource
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxtune.errors import UserError, disk_trouble
+from jaxtune.train import checkpoint
 from jaxtune.train.checkpoint import Checkpoints, Damaged, check_disk, state_bytes
 from jaxtune.train.optim import optimizer
 from jaxtune.train.step import TrainState, init_state
@@ -331,6 +335,37 @@ def test_a_write_that_fails_is_raised_and_not_logged_by_orbax(checkpoints, monke
     assert "No room is left on the disk" in disk_trouble(failed.value)
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_disk_that_refuses_many_arrays_is_no_traceback(checkpoints, caplog, capfd):
+    """As a full disk does, but without one: no file may grow beyond 4 KiB."""
+    import gc
+
+    keys = jax.random.split(jax.random.key(0), 40)
+    arrays = {str(i): jax.random.normal(key, (64, 64)) for i, key in enumerate(keys)}
+    many = init_state(arrays, {}, optimizer("adamw", lr=0.1), jax.random.key(7))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(3, 8):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            checkpoints.save(step, many, counters())
+            with pytest.raises(Exception) as failed:
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "File too large" in disk_trouble(failed.value)
+        del failed
+        gc.collect()  # tells of tasks whose errors nobody asked for
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_what_is_not_of_a_closed_loop_is_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(checkpoint, "_unraisablehook", shown.append)
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(told.exc_value) for told in shown] == ["another", "Event loop is closed"]
 
 
 def test_bytes_of_a_state():

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import cards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,7 +211,8 @@ def lines(folder):
 @pytest.fixture(scope="module", params=[0, 16], ids=["in the step", "kept"])
 def trained(request, argv, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    assert main(argv(workdir, objective__top_k=request.param)) == 0
+    printed = cards.trained(argv(workdir, objective__top_k=request.param))
+    workdir.with_suffix(".json").write_text(json.dumps(printed))
     return workdir, request.param
 
 
@@ -221,9 +223,11 @@ def test_a_run_comes_nearer_to_its_teacher(trained):
     assert found[-1]["eval/perplexity"] == pytest.approx(np.exp(found[-1]["eval/ce"]), rel=1e-5)
 
 
-def test_it_writes_page_and_card_and_goes_on_as_text(trained, capsys):
+def test_it_writes_page_and_card_and_goes_on_as_text(trained, capsys, monkeypatch):
     workdir, _ = trained
-    assert "AutoModelForCausalLM" in (workdir / "adapter" / "README.md").read_text()
+    monkeypatch.chdir(workdir)
+    for code in (cards.card(workdir / "adapter"), json.loads(workdir.with_suffix(".json").read_text()).values()):
+        cards.theirs_as_ours(code, [[3, 20, 7, 2], [9, 8, 50, 1]])
     assert "jaxtune generate" in (workdir / "report.html").read_text()
     assert main(["generate", str(workdir), "--prompt=1 and 4 make ", "--max-new-tokens=2"]) == 0
 

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import cards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ def argv(home, folder):  # noqa: F811
 @pytest.fixture(scope="module")
 def trained(argv, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "dpo"
-    assert main(argv(workdir)) == 0
+    workdir.with_suffix(".json").write_text(json.dumps(cards.trained(argv(workdir))))
     return workdir
 
 
@@ -73,10 +74,17 @@ def test_dpo_learns_and_says_what(trained):
     assert {"train/margins", "train/accuracy", "train/rewards/chosen", "train/logps/rejected"} <= step.keys()
 
 
-def test_the_page_and_the_adapter(trained):
+def loads(workdir, printed, monkeypatch):
+    monkeypatch.chdir(workdir)
+    for code in (cards.card(workdir / "adapter"), printed.values()):
+        theirs, _ = cards.theirs_as_ours(code, [[3, 20, 7, 2], [9, 8, 50, 1]])
+        assert type(theirs["base"]).__name__ == "LlamaForCausalLM"
+
+
+def test_the_page_and_the_adapter(trained, monkeypatch):
     page = (trained / "report.html").read_text()
     assert "Margin of the rewards" in page and "jaxtune generate" in page
-    assert "AutoModelForCausalLM" in (trained / "adapter" / "README.md").read_text()
+    loads(trained, json.loads(trained.with_suffix(".json").read_text()), monkeypatch)
     saved = json.loads((trained / "summary.json").read_text())
     assert saved["best"]["step"] == 12 and saved["cost"]["flops"] > 0
 
@@ -124,8 +132,9 @@ def test_live_and_precomputed_references_agree(argv, tmp_path, objective):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
 
 
-def test_kto_learns(argv, tmp_path):
-    assert main(argv(tmp_path / "kto", objective="kto", train__best="eval/accuracy")) == 0
+def test_kto_learns(argv, tmp_path, monkeypatch):
+    printed = cards.trained(argv(tmp_path / "kto", objective="kto", train__best="eval/accuracy"))
+    loads(tmp_path / "kto", printed, monkeypatch)
     first, *_, last = evaluations(tmp_path / "kto")
     assert last["eval/loss"] < first["eval/loss"] and last["eval/accuracy"] > 0.5
     assert last["eval/rewards/chosen"] > last["eval/rewards/rejected"] and "eval/kl" in last

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import cards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,7 @@ def argv(home, tmp_path_factory):  # noqa: F811
 @pytest.fixture(scope="module")
 def trained(argv, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "reward"
-    assert main(argv(workdir)) == 0
+    workdir.with_suffix(".json").write_text(json.dumps(cards.trained(argv(workdir))))
     return workdir
 
 
@@ -76,8 +77,15 @@ def test_it_learns_which_answer_is_better(trained):
     assert last["eval/margins"] == pytest.approx(last["eval/rewards/chosen"] - last["eval/rewards/rejected"], abs=1e-5)
 
 
-def test_page_and_card(trained):
-    assert "AutoModelForSequenceClassification" in (trained / "adapter" / "README.md").read_text()
+def test_page_and_card(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    printed = json.loads(trained.with_suffix(".json").read_text())
+    for code in (cards.card(trained / "adapter"), printed.values()):
+        theirs, ours = cards.theirs_as_ours(code, [[3, 20, 7, 257], [9, 8, 50, 257]])
+        assert (
+            type(theirs["base"]).__name__ == "LlamaForSequenceClassification" and theirs["base"].config.num_labels == 1
+        )
+        assert len(ours["module"].labels.names) == 1
     page = (trained / "report.html").read_text()
     assert "accuracy" in page and "jaxtune generate" not in page
 

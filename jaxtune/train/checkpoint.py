@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,20 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
-logging.getLogger("absl").addFilter(_not_of_orbax)  # its tracebacks of what is raised as well
+def _not_of_its_tasks(record: logging.LogRecord) -> bool:
+    return "never retrieved" not in record.getMessage() or "orbax" not in record.getMessage()
+
+
+def _not_of_its_loop(told: Any) -> None:
+    if told.exc_type is not RuntimeError or str(told.exc_value) != "Event loop is closed":
+        _unraisablehook(told)
+
+
+# orbax raises the first error of a write, and closes its event loop then. All that shows the errors of the other arrays
+# as tracebacks is silenced: its log, asyncio's, and what callbacks of tensorstore raise on the closed loop.
+logging.getLogger("absl").addFilter(_not_of_orbax)
+logging.getLogger("asyncio").addFilter(_not_of_its_tasks)
+_unraisablehook, sys.unraisablehook = sys.unraisablehook, _not_of_its_loop
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
