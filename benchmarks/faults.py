@@ -104,6 +104,7 @@ def kills(folder: Path, n: int, draw: random.Random) -> list[str]:
     }
     os.environ |= environment(folder, JAX_COMPILATION_CACHE_DIR=str(folder / "xla"))
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # each program is compiled once, and run many times
     alone, seconds = {}, {}
     for kind, argv in kinds.items():
         for name in ("first", "alone"):  # the second with programs in the cache, as all that follow
@@ -370,12 +371,18 @@ def disk(folder: Path, only: str | None) -> list[str]:
             case(f"{name} whose disk fills up at {at}", _filling(argv, place, at), {1}, "No room", *words, whole=place)
             (place / "ballast").unlink(missing_ok=True)
             case(f"{name} again, after {at}", argv, {0}, "result: " if name == "train" else "report: ", whole=place)
+    for at in ("eval/kept.jsonl", "run/.eval.json.*", "run/.report.html.*"):
+        with mounted(folder / "full", 60) as place:
+            shutil.copytree(done, place / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+            argv = jaxtune("eval", place / "run", "--rows=2")
+            words = ("No room", "measured is kept", "resumes")
+            case(f"eval whose disk fills up at {at}", _filling(argv, place, at), {1}, *words, whole=place)
+            (place / "ballast").unlink(missing_ok=True)
+            case(f"eval again, after {at}", argv, {0}, "written: ", whole=place)
     for at, name, argv in (
         (".out.*", "export", lambda place: jaxtune("export", done, place / "out")),
         (".out.*", "export --adapter", lambda place: jaxtune("export", done, place / "out", "--adapter")),
         (".r.html.*", "report", lambda place: jaxtune("report", done, f"--out={place / 'r.html'}")),
-        (".eval.json.*", "eval", lambda place: jaxtune("eval", place / "run", "--rows=2")),
-        (".report.html.*", "eval", lambda place: jaxtune("eval", place / "run", "--rows=2")),
         ("*a.jsonl*", "generate --out", lambda place: _generate(done, place)),
         ("*c.py*", "init", lambda place: _init(folder, place)),
     ):
@@ -502,6 +509,18 @@ def _forbidden(folder: Path, done: Path, case: Callable[..., None]) -> None:
     case("export, forbidden", [*another, *jaxtune("export", done, shut / "out")], {2}, "Permission denied")
     case("eval, forbidden", [*another, *jaxtune("eval", shut / "run", "--rows=2")], {2}, "Permission denied")
     case("report, forbidden", [*another, *jaxtune("report", shut / "run")], {2}, "Permission denied")
+    case("generate to a file, forbidden", [*another, *_generate(done, shut)], {2}, "Permission denied")
+    prompt = ("--prompt=a", "--max-new-tokens=2")
+    case("generate among the forbidden", [*another, *jaxtune("generate", shut / "run", *prompt)], {0})
+    for path in (shut / "run" / "adapter", shut / "run"):
+        path.chmod(0o700)
+        closed = [*another, *jaxtune("generate", shut / "run", *prompt)]
+        case(f"generate, {path.name} of another user closed", closed, {2}, "Permission denied")
+    closed = [*another, *command(folder, shut / "run")]
+    case("train goes on, run of another user closed", closed, {2}, "Permission denied")
+    case("export, run of another user closed", [*another, *jaxtune("export", shut / "run", folder / "o")], {2})
+    for path in (shut / "run" / "adapter", shut / "run"):
+        path.chmod(0o755)
     run(_features(folder, folder / "fill"), environment(folder))
     _give_away(folder / "cache")
     case("cache of another user", [*another, *command(folder, folder / "a")], {0})
@@ -509,15 +528,32 @@ def _forbidden(folder: Path, done: Path, case: Callable[..., None]) -> None:
     for path in (folder / "cache").glob("*/*"):
         if path.is_dir():
             path.chmod(0o700)
-    case("closed sets of another user", [*another, *command(folder, folder / "c")], {0}, "not ours to use")
+    case("closed sets of another user", [*another, *command(folder, folder / "c")], {0}, "belongs to another user")
     case("closed features of another user", [*another, *_features(folder, folder / "d")], {0}, "cannot be read")
     for path in (folder / "cache").iterdir():
         path.chmod(0o700)
-    case("closed cache of another user", [*another, *command(folder, folder / "e")], {0}, "not ours to use")
-    rights = ",".join(f"+{name}" for name in RIGHTS)
-    nobody = ["setpriv", "--reuid=54321", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
-    unset = ["env", *(word for name in ("HOME", "JAXTUNE_CACHE", "JAX_COMPILATION_CACHE_DIR") for word in ("-u", name))]
-    case("no home, no such user", [*nobody, *unset, *command(folder, folder / "f")], {0}, cwd=folder)
+    case("closed cache of another user", [*another, *command(folder, folder / "e")], {0}, "belongs to another user")
+    home = folder / "nobody"  # a user with no entry in passwd and no home, who may read what the interpreter is made of
+    home.mkdir()
+    os.chown(home, 54321, 54321)
+    read = "+dac_read_search"
+    nobody = [
+        "setpriv",
+        "--reuid=54321",
+        "--regid=54321",
+        "--clear-groups",
+        f"--inh-caps={read}",
+        f"--ambient-caps={read}",
+    ]
+    unset = ("HOME", "JAXTUNE_CACHE", "JAX_COMPILATION_CACHE_DIR", "USER", "LOGNAME", "USERNAME")
+    nobody += ["env", *(word for name in unset for word in ("-u", name))]
+    case("no home, no such user: train", [*nobody, *command(folder, home / "run")], {0}, "result: ", cwd=home)
+    case("no home: features", [*nobody, *_features(folder, home / "head")], {0}, "features: ready", cwd=home)
+    case("no home: data", [*nobody, *command(folder, home / "d", name="data")], {0}, "written: ", cwd=home)
+    case("no home: generate", [*nobody, *jaxtune("generate", home / "run", *prompt)], {0}, cwd=home)
+    case("no home: export", [*nobody, *jaxtune("export", home / "run", home / "out")], {0}, "written: ", cwd=home)
+    case("generate from another user's run", [*nobody, *jaxtune("generate", shut / "run", *prompt)], {0}, cwd=home)
+    case("train into root's folder", [*nobody, *command(folder, folder / "g")], {2}, "Permission denied", cwd=home)
 
 
 def _give_away(folder: Path) -> None:

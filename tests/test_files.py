@@ -235,6 +235,8 @@ def test_what_the_disk_refused_is_one_sentence(error, words, tmp_path):
         raise error
     assert words in str(failed.value)
     assert "The last good checkpoint is of step 12." in str(failed.value)
+    with pytest.raises(RunFailed, match=r"It is kept\. The same command"), explained_disk(tmp_path, "It is kept."):
+        raise error
 
 
 @pytest.mark.parametrize("error", [UserError("wrong"), ValueError("a bug"), KeyError(28), FileNotFoundError("x")])

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.run.workdir import check_is_ours, explained_disk
 
     check_is_ours(out, "candidates.jsonl")
-    with exclusive(out), explained_disk(out):
+    with exclusive(out), explained_disk(out, "What is finished is kept."):
         report = decide(cfg, out, asked, _say)
     _show(report)
     print(f"\n{report['sentence']}\nwritten: {out / 'decision.json'}\nreport: {out / 'decision.html'}")

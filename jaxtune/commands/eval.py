@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.files import exclusive
     from jaxtune.hf import tensors
     from jaxtune.infer.source import find
+    from jaxtune.run.workdir import explained_disk
 
     source = find(options.target, options.base, any_base=options.allow_other_base)
     tensors.index_dir(source.model)  # missing weights are named before anything is read
@@ -100,6 +101,7 @@ def main(argv: list[str]) -> None:
     with ExitStack() as stack:
         if out is not None:
             stack.enter_context(exclusive(out / "eval"))
+            stack.enter_context(explained_disk(out, "What was measured is kept."))
         _what(options)(options, source, out)
         if out is not None:
             print(f"written: {out / 'eval.json'}")

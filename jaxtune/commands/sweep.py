@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         if options.dry_run:
             sweep.show(new)
             return
-        with explained_disk(sweep.folder):
+        with explained_disk(sweep.folder, "What is finished is kept."):
             sweep.add(new)
             sweep.run()
             sweep.tell()

@@ -45,7 +45,7 @@ def find_lr(sweep: Any, options: Any) -> None:
     if options.dry_run:
         sweep.show(sweep.check([{"optim.lr": rate} for rate in rates]))
         return
-    with explained_disk(sweep.folder):
+    with explained_disk(sweep.folder, "What is finished is kept."):
         for number in range(MOST_ROUNDS):
             print(f"round {number + 1}, {steps} steps: {', '.join(f'{rate:g}' for rate in rates)}")
             sweep.add(sweep.check([{"optim.lr": rate} for rate in rates]))

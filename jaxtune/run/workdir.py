@@ -34,8 +34,16 @@ def held(workdir: Path | None, record: str = "config.json") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_disk(workdir: Path) -> Iterator[None]:
-    """Turn disk errors during a run into one sentence that names the last good checkpoint."""
+def explained_disk(workdir: Path, kept: str | None = None) -> Iterator[None]:
+    """Turn disk errors during a run into one sentence that says what is kept.
+
+    Args:
+        workdir: its directory.
+        kept: a sentence; None: the last good checkpoint is named.
+
+    Raises:
+        RunFailed: in their place.
+    """
     try:
         yield
     except (RunFailed, Interrupted):
@@ -44,10 +52,9 @@ def explained_disk(workdir: Path) -> Iterator[None]:
         trouble = disk_trouble(error)
         if trouble is None or (isinstance(error, UserError) and not isinstance(error, DiskError)):
             raise
-        steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
-        kept = f"The last good checkpoint is of step {max(steps)}." if steps else "No checkpoint was saved."
-        if (workdir / "sweep.json").exists():
-            kept = "What is finished is kept."
+        if kept is None:
+            steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
+            kept = f"The last good checkpoint is of step {max(steps)}." if steps else "No checkpoint was saved."
         raise RunFailed(f"{trouble} {kept} The same command resumes.") from None
 
 
