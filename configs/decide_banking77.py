@@ -4,7 +4,11 @@ r"""Which way to learn labels? A head over a frozen encoder, LoRA on three numbe
 
 Columns are text and label; others: --config.data.columns=text=sentence,label=category
 
-Expected: MEASURE
+Measured: all-MiniLM-L6-v2 on banking77, 10,003 training rows, 1,000 of the test rows: head 92.3% [90.6, 94.0]; a vote
+of the 8 nearest rows by the same encoder, which trains nothing, 92.0% [90.2, 93.7]; LoRA, one epoch, on 10,003 rows
+90.6% [88.9, 92.4], on 2,500 84.1%, on 625 79.2%, by its power law 92% with about 24,000. 28 minutes on 2 busy cores.
+
+Expected: no evidence that tuning helps (the head has +0.3 points [-1.1, 1.6] over the vote): keep the nearest rows.
 """
 
 from common import recipe

@@ -315,7 +315,7 @@ def _show(report: dict[str, Any], rows: str = "held-out") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jaxtune.report.evaluation import difference, value, verdict, who
+    from jaxtune.report.evaluation import difference, gaps, value, verdict, who
 
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     entries = report["metrics"]
@@ -333,6 +333,8 @@ def _show(report: dict[str, Any], rows: str = "held-out") -> None:
                 more = [verdict(cell)] if len(names) == 2 else []
                 table.add_row(group, f"{cell['rows']:,}", *(value(cell, who) for who in names), *more)
             console.print(table)
+        for line in gaps(report):
+            console.print(line, markup=False)
     if flips := report.get("flips"):
         table = Table("answers that flipped", "rows", "right to wrong", "wrong to right", "")
         for entry in flips.values():

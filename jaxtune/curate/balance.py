@@ -16,6 +16,7 @@ ROWS_A_VALUE = 5  # at least, on average; with fewer, values are names, not grou
 IMBALANCE = 10.0  # the largest class over the smallest
 RARE = 0.02  # share of the rows under which a group is small
 ASSOCIATION = 0.3  # Cramér's V that counts as a medium effect for two classes (Cohen 1988)
+LEVEL = 0.01  # of the test that answers do not depend on a group
 ANSWER = "answer"
 
 
@@ -97,12 +98,13 @@ class Balance:
                 "the model learns little about them, and a score over all rows hides it: score by group",
                 tuple(f"{_named(value)}: {n:,} rows" for value, n in rare[:5]),
             )
-        strength = cramers_v(self._with_answer.get(column, Counter()))
-        if strength >= ASSOCIATION:
+        pairs = self._with_answer.get(column, Counter())
+        strength, p = cramers_v(pairs), independence(pairs)
+        if strength >= ASSOCIATION and p < LEVEL:
             yield Finding(
                 "group_bias",
                 WARNING,
-                f"the answer depends on column {column!r} (Cramér's V {strength:.2f}; 0: not at all, 1: wholly)",
+                f"the answer depends on column {column!r} (Cramér's V {strength:.2f} of 0 to 1, p = {p:.2g})",
                 "if the column should not decide the answer, balance the answers within its groups, and score by group",
                 tuple(f"{_named(value)}: {n:,} rows" for value, n in counts.most_common(5)),
             )
@@ -138,6 +140,28 @@ def _named(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def independence(pairs: Counter) -> float:
+    """The chi-squared test that a and b of counts {(a, b): n} are independent: p; 1 for a table of one row."""
+    from scipy.special import chdtrc  # takes a third of a second
+
+    table = _table(pairs)
+    r, k = table.shape
+    if min(r, k) < 2:
+        return 1.0
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    return float(chdtrc((r - 1) * (k - 1), ((table - expected) ** 2 / expected).sum()))
+
+
+def _table(pairs: Counter) -> np.ndarray:
+    """Counts {(a, b): n} as a table, f64[A, B]."""
+    first, second = (sorted({pair[side] for pair in pairs}, key=repr) for side in (0, 1))
+    table = np.zeros((len(first), len(second)))
+    rows, columns = ({value: i for i, value in enumerate(values)} for values in (first, second))
+    for (a, b), n in pairs.items():
+        table[rows[a], columns[b]] = n
+    return table
+
+
 def cramers_v(pairs: Counter) -> float:
     """Return Cramér's V of a table of counts {(a, b): n}, from 0 (independent) to 1; 0 for a table of one row.
 
@@ -145,11 +169,7 @@ def cramers_v(pairs: Counter) -> float:
     """
     if not pairs:
         return 0.0
-    first, second = (sorted({pair[side] for pair in pairs}, key=repr) for side in (0, 1))
-    table = np.zeros((len(first), len(second)))
-    rows, columns = ({value: i for i, value in enumerate(values)} for values in (first, second))
-    for (a, b), n in pairs.items():
-        table[rows[a], columns[b]] = n
+    table = _table(pairs)
     total, (r, k) = table.sum(), table.shape
     if min(r, k) < 2 or total < 2:
         return 0.0

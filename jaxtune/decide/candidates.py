@@ -38,6 +38,7 @@ class Outcome:
         latency: seconds of a request that is answered alone.
         stopped: why it was not measured on all rows.
         needs: rows of data: trained on, or to draw examples from.
+        took: seconds that training and measuring it took.
         training: seconds, tokens, trainable parameters and folder of its training; None: it had none.
     """
 
@@ -51,6 +52,7 @@ class Outcome:
     latency: float
     stopped: str | None = None
     needs: int = 0
+    took: float = 0.0
     training: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:

@@ -343,6 +343,7 @@ class Decision:
             began = time.monotonic()
             outcome = measure(leader and leader.scores)
             took = time.monotonic() - began
+            outcome.took = round(took, 2)
             how, self.spent, self.foreseen = _time(took), self.spent + took, self.foreseen + expected
             self.kept.add([(whole, outcome.as_json())])
         self.outcomes.append(outcome)
@@ -358,7 +359,8 @@ class Decision:
     @property
     def _identity(self) -> list[str]:
         if not hasattr(self, "_hashed"):
-            self._hashed = [identity(self.folder), str(compute_dtype(self.cfg.model.dtype))]
+            m = self.cfg.model
+            self._hashed = [identity(self.folder), str(compute_dtype(m.dtype)), m.quantization]
         return self._hashed
 
     def _prompts(self) -> None:
@@ -372,7 +374,7 @@ class Decision:
         def system() -> System:
             if not base:
                 module, params = hf.load(self.folder, dtype=dtype, quantization=None if kind == "none" else kind)
-                base.append(System("base", module, params, key_of(*self._identity, kind)))
+                base.append(System("base", module, params, key_of(*self._identity)))
             return base[0]
 
         def ask(
@@ -549,7 +551,7 @@ class Decision:
             "price": price._asdict(),
             "worth": self.options.worth,
             "device": jax.devices()[0].device_kind,
-            "seconds": round(time.monotonic() - self.began, 1),
+            "seconds": round(sum(o.took for o in self.outcomes), 1),
             **found,
             "notes": notes,
         }

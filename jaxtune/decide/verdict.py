@@ -13,6 +13,7 @@ from jaxtune.decide.race import compared, interval
 from jaxtune.evaluate import statistics
 
 THOUSAND = 1000
+NOISE = 0.05  # the share of a cost by which measured seconds may differ
 TUNE, KEEP = "tune", "keep the prompt"
 
 
@@ -31,9 +32,9 @@ def cost(outcome: Outcome, price: Price, training: Price) -> Cost:
 
 
 def break_even(tuned: Cost, prompt: Cost) -> float | None:
-    """After how many requests a training is paid by cheaper requests; None: they are not cheaper."""
+    """After how many requests a training is paid by cheaper requests; None: they are not cheaper by NOISE or more."""
     saved = (prompt.requests - tuned.requests) / THOUSAND
-    return tuned.training / saved if saved > 0 else None
+    return tuned.training / saved if saved > NOISE * prompt.requests / THOUSAND else None
 
 
 def break_even_by_answers(tuned: Cost, right: float, prompt: Cost, prompt_right: float) -> float | None:

@@ -319,7 +319,7 @@ class Confidence(Answers):
         if len(at):
             values = {who: np.array([own[n] for n in at], float) for who, own in shares.items()}
             found["ungrounded"] = Column(
-                "numbers and content words not in the prompt", -1, True, statistics.mean, values, every[at]
+                "numbers and content words not in the prompt", 0, True, statistics.mean, values, every[at]
             )
         if self.no_answer is None:
             return found

@@ -195,6 +195,8 @@ def evaluate(
     }
     if evaluator.groups is not None:
         report["groups"] = {"column": options.group_by or "file"} | compare_groups(found, evaluator.groups)
+        if absent := absent_groups(run_config(source), options.group_by, evaluator.groups):
+            report["groups"]["absent_from_training"] = absent
     if (labels := evaluator.confusion(measured)) is not None:
         report["labels"] = labels
     if part.more is not None:
@@ -206,6 +208,29 @@ def evaluate(
         atomic_write_text(out / "eval" / part.file, lines)
         write_part(source, out, part.name, report)
     return report
+
+
+def absent_groups(cfg: Any, column: str | None, groups: Sequence[str]) -> list[str]:
+    """The groups of which no training row is; none where the training data cannot be read, or lacks the column.
+
+    Args:
+        cfg: of the run; None: there is no run.
+        column: that rows are grouped by; None: they are not.
+        groups: of the held-out rows.
+    """
+    from jaxtune import data
+
+    if cfg is None or column is None:
+        return []
+    seen: set[str] = set()
+    try:
+        for name in data.source_names(cfg.data.train):
+            seen |= {
+                "(none)" if row[column] is None else str(row[column]) for _, row in data.read(name) if column in row
+            }
+    except UserError:
+        return []
+    return sorted({*groups} - seen) if seen else []
 
 
 def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:

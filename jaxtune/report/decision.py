@@ -62,7 +62,14 @@ def decision_page(report: Mapping[str, Any], title: str) -> str:
 def matrix(report: Mapping[str, Any]) -> tuple[list[str], list[Ranked]]:
     """(heads, a row for each candidate, the best score first)."""
     unit = report["price"]["unit"]
-    heads = ["candidate", "score", "against the best prompt", "tokens a request", "latency", f"1,000 requests ({unit})"]
+    heads = [
+        "candidate",
+        "score",
+        "against the best untrained",
+        "tokens a request",
+        "latency",
+        f"1,000 requests ({unit})",
+    ]
     heads += [f"training ({unit})", "pays after", "rows needed", "front", ""]
     ordered = sorted(report["matrix"], key=lambda row: -row["score"]["value"])
     cells = [[row["name"], *_cells(row)] for row in ordered]
@@ -134,7 +141,7 @@ def learning_curve(report: Mapping[str, Any]) -> Chart | None:
     prompt = next((r["score"]["value"] for r in report["matrix"] if r["name"] == report["prompt"]), None)
     if prompt is not None:
         last = curve["line"][-1][0]
-        series.append(Series("best prompt", [Measured(curve["line"][0][0], prompt), Measured(last, prompt)], 1))
+        series.append(Series("best untrained", [Measured(curve["line"][0][0], prompt), Measured(last, prompt)], 1))
     return chart("Score over training rows", series, by="rows", wide=True)
 
 
@@ -149,6 +156,6 @@ def curve_lines(curve: Mapping[str, Any] | None) -> list[str]:
     if needed and needed["value"] is not None:
         high = "no number of rows" if needed["high"] is None else f"{needed['high']:,.0f}"
         found.append(
-            f"As good as the best prompt with {number(needed['value'])} rows [{needed['low'] or 0:,.0f}, {high}]."
+            f"As good as the best untrained with {number(needed['value'])} rows [{needed['low'] or 0:,.0f}, {high}]."
         )
     return found

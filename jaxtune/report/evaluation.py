@@ -44,6 +44,7 @@ def read_evaluation(folder: Path, step: int | None = None) -> dict[str, Any]:
 def _check_rows(part: Any) -> None:
     for entries in (part["metrics"], *part.get("groups", {}).get("metrics", {}).values()):
         check_metrics(entries)
+    gaps(part)
     for flips in part.get("flips", {}).values():
         str(flips["label"]), int(flips["rows"]), int(flips["lost"]), int(flips["gained"]), float(flips["p"])
         int(flips["right"]["base"]), int(flips["right"]["tuned"]), BADGES[flips["verdict"]]
@@ -227,6 +228,26 @@ def groups(held_out: Mapping[str, Any]) -> list[tuple[str, list[Line]]]:
         return []
     metrics = found["metrics"].items()
     return [(held_out["metrics"][name]["label"], lines(cells, _span(cells.values()))) for name, cells in metrics]
+
+
+def gaps(part: Mapping[str, Any]) -> list[str]:
+    """A sentence on how far the groups of each metric are apart, and on groups that were not trained on."""
+    groups = part.get("groups") or {}
+    found = []
+    if absent := groups.get("absent_from_training"):
+        found.append(f"No training row is of {groups['column']} {', '.join(map(str, absent))}.")
+    for metric, entry in groups.get("gaps", {}).items():
+        cell = part["metrics"][metric]
+        show, unit = _show(cell), " points" if cell["share"] else ""
+        parts = [
+            f"{name} {_with_interval(entry[name], show, unit)} (highest {entry[name]['highest']}, lowest "
+            f"{entry[name]['lowest']}; by chance p = {entry[name]['p']:.3g})"
+            for name in MODELS
+            if name in entry
+        ]
+        change = f"; change {difference(entry | {'share': cell['share']})}" if "difference" in entry else ""
+        found.append(f"Gap of {cell['label']} between groups: {', '.join(parts)}{change}.")
+    return found
 
 
 def flips(part: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ def run_page(run: RunRecord) -> str:
         results=evaluation.by_label(metrics) if evaluation.who(metrics) != ["tuned"] or held_out else [],
         evaluate=shlex.join(["jaxtune", "eval", str(run.folder)]),
         groups=evaluation.groups(held_out or {}),
+        gaps=evaluation.gaps(held_out or {}),
         confusions=evaluation.confusions(held_out or {}),
         forgetting=forgetting,
         forgotten=evaluation.by_label(forgetting["metrics"]) if forgetting else [],

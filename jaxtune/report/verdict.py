@@ -84,6 +84,11 @@ def _lost(run: RunRecord) -> tuple[bool | None, str]:
     """(whether something got worse, None where it is not known; a sentence)."""
     held_out, told, missing = run.evaluation.get("held_out", {}).get("metrics", {}), [], []
     told += [f"{_change(e)} on held-out rows" for e in held_out.values() if e.get("verdict") == "worse"][:TOLD]
+    told += list(_wider(run.evaluation.get("held_out", {})))
+    sure = run.evaluation.get("confidence", {}).get("metrics", {})
+    told += [
+        _change(entry) for name, entry in sure.items() if name == "wrong_and_sure" and entry.get("verdict") == "worse"
+    ]
     forgetting, memory = run.evaluation.get("forgetting"), run.evaluation.get("memory")
     if forgetting:
         told += list(_forgotten(forgetting))
@@ -102,6 +107,17 @@ def _lost(run: RunRecord) -> tuple[bool | None, str]:
         parts = [f"Worse than the base: nothing{where}, as far as the tests can tell"]
     text = "; ".join([*parts, *missing])
     return (True if told else None if missing else False), f"{text[:1].upper()}{text[1:]}."
+
+
+def _wider(part: Mapping[str, Any]) -> Iterator[str]:
+    """The gap between groups that grew most certainly, if one did."""
+    groups = part.get("groups", {})
+    for name, entry in groups.get("gaps", {}).items():
+        better = part["metrics"][name]["better"] > 0
+        if better and entry.get("difference", {}).get("low", 0) > 0:
+            lowest = f"{groups['column']} {entry['tuned']['lowest']}"
+            yield f"the gap of {part['metrics'][name]['label']} between groups grew ({lowest} is the lowest)"
+            return
 
 
 def _forgotten(part: Mapping[str, Any]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def check_is_ours(workdir: Path, record: str = "config.json") -> bool:
     if (workdir / record).exists():
         return True
     if workdir.exists() and not all(_left_behind(p.name) for p in workdir.iterdir()):
-        what = "run" if record == "config.json" else "sweep"
+        what = {"config.json": "run", "sweep.json": "sweep"}.get(record, "decision")
         raise UserError(f"--workdir={workdir} is not empty and holds no {what} (no {record}); nothing was changed.")
     return False
 
