@@ -44,7 +44,7 @@ def tuned(method="lora", seed=1, **settings):
 
     def move(path, x):
         is_b = path[-1] == jax.tree_util.GetAttrKey("b")
-        return jnp.asarray(0.3 * np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32) if is_b else x
+        return jax.device_put(np.float32(0.3 * np.random.default_rng(x.size).standard_normal(x.shape))) if is_b else x
 
     return partition(jax.tree_util.tree_map_with_path(move, params), mask), mask
 

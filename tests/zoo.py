@@ -418,7 +418,7 @@ def apart(got: Any, want: Any) -> float:
 def random_like(abstract: Any, seed: int = 0, std: float = 0.2) -> Any:
     """Normal float32 arrays of an abstract tree's shapes."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(std * rng.standard_normal(s.shape), jnp.float32), abstract)
+    return jax.tree.map(lambda s: jax.device_put(np.float32(std * rng.standard_normal(s.shape))), abstract)
 
 
 def with_lora(params: Any, key: jax.Array, r: int = 2, dropout: float | None = None, scale: float = 0.5) -> Any:
@@ -429,7 +429,7 @@ def with_lora(params: Any, key: jax.Array, r: int = 2, dropout: float | None = N
         if path[-1].key != "kernel" or w.ndim != 3:
             return w
         n, k, m = w.shape
-        a, b = (jnp.asarray(0.3 * rng.standard_normal(s), jnp.float32) for s in ((n, k, r), (n, r, m)))
+        a, b = (jax.device_put(np.float32(0.3 * rng.standard_normal(s))) for s in ((n, k, r), (n, r, m)))
         rate = None if dropout is None else jnp.full((n,), dropout)
         return LoraWeight(w, a, b, jnp.full((n,), scale), rate)
 

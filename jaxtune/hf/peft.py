@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
@@ -451,7 +450,7 @@ def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
             raise UserError(f"{entries[key].file}: the tensor {key!r} has numbers that are not finite; it is damaged.")
 
     def put(path, leaf):
-        fields = {field: jnp.asarray(array) for field, array in arrays.get(path, {}).items()}
+        fields = {field: jax.device_put(array) for field, array in arrays.get(path, {}).items()}
         if "w" in fields:  # an embedding of the base, not an adapter
             fields["w"] = fields["w"].astype(leaf.w.dtype)
         return fields[""] if "" in fields else dataclasses.replace(leaf, **fields) if fields else leaf

@@ -248,11 +248,14 @@ def _lora_leaf(key: jax.Array, path: str, leaf: Any, factors: Mapping[Place, Fac
             parts[rank] = full_a[..., :rank], full_b[..., :rank, :]
         else:
             parts[rank] = _factors(key, is_table, tuple(axes), k, n, rank, init)
-    a, b = jnp.zeros((*axes, k, most)), jnp.zeros((*axes, most, n))
-    for rank, (own_a, own_b) in parts.items():
-        here, pad = (ranks == rank)[..., None, None], [(0, 0)] * len(axes)
-        a = jnp.where(here, jnp.pad(own_a, [*pad, (0, 0), (0, most - rank)]), a)
-        b = jnp.where(here, jnp.pad(own_b, [*pad, (0, most - rank), (0, 0)]), b)
+    if (ranks == most).all():  # nothing to pad; each operation below would be a program for each shape
+        a, b = parts[most]
+    else:
+        a, b = jnp.zeros((*axes, k, most)), jnp.zeros((*axes, most, n))
+        for rank, (own_a, own_b) in parts.items():
+            here, pad = (ranks == rank)[..., None, None], [(0, 0)] * len(axes)
+            a = jnp.where(here, jnp.pad(own_a, [*pad, (0, 0), (0, most - rank)]), a)
+            b = jnp.where(here, jnp.pad(own_b, [*pad, (0, most - rank), (0, 0)]), b)
     # Scales on the host, so that `tree.count` knows which rows are adapted while the rest is abstract.
     rate = np.float32(dropout) * (ranks > 0).astype(np.float32) if dropout else None
     start = (jnp.copy(a), jnp.copy(b)) if init == "pissa" else (None, None)
