@@ -70,6 +70,7 @@ def pytest_configure(config):
     gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: looking through them takes time
     if not config.getoption("--optimised") and QUICK not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()  # also of processes started here
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's models are tiny: threads take more time than they save
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for both workers and all processes
         folder = tempfile.mkdtemp(prefix="jaxtune-xla-")
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -64,7 +64,7 @@ def up_to(module, params, layer):
         def still(path, x, numbers=numbers):
             on = numbers + int(path[0].key.removeprefix("block_")) < layer
             adds = not {"o_proj", "down_proj", "down_experts"}.isdisjoint(part.key for part in path)
-            return jnp.where(on.reshape(-1, *[1] * (x.ndim - 1)), x, 0) if adds else x
+            return np.where(on.reshape(-1, *[1] * (x.ndim - 1)), x, 0) if adds else x  # no program a shape
 
         params[f"segment_{i}"] = jax.tree_util.tree_map_with_path(still, params[f"segment_{i}"])
         first += segment.layers

@@ -339,7 +339,7 @@ def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
     leaves, used, found = weights_by_path(params), {}, {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraWeight):
-            used[path] = np.asarray((leaf.a != 0).any(-2) | (leaf.b != 0).any(-1))
+            used[path] = np.any(np.asarray(leaf.a) != 0, -2) | np.any(np.asarray(leaf.b) != 0, -1)
     for place in places(params, module):
         if place.path in used and (scale := scale_of(leaves[place.path], place)):
             columns = np.flatnonzero(used[place.path][() if place.index is None else place.index])

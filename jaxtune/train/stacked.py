@@ -8,6 +8,7 @@ works entry by entry (`Optimizer.elementwise`).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +30,11 @@ def stack(states: Sequence[TrainState]) -> TrainState:
     Raises:
         ValueError: the states differ in more than shapes and missing leaves.
     """
+    return _stack(tuple(states))
+
+
+@jax.jit  # as `_cut` and `_take`: one program, where each leaf by itself would be several for each shape
+def _stack(states: tuple[TrainState, ...]) -> TrainState:
     flat = [_flatten(state) for state in states]
     if len({structure for _, structure in flat}) > 1:
         raise ValueError("the members of a sweep differ in the structure of their states")
@@ -57,17 +63,26 @@ def _stack_leaf(leaves: Sequence[Any]) -> Any:
 def unstack(state: TrainState, member: int, like: TrainState) -> TrainState:
     """Return the state of one member as a single run; `like` has its shapes and missing leaves, and may be abstract."""
     leaves, structure = _flatten(state)
-    wanted, _ = _flatten(like)
+    shapes = tuple(None if leaf is None else leaf.shape for leaf in _flatten(like)[0])
+    return jax.tree.unflatten(structure, _cut(leaves, member, shapes))
 
+
+@partial(jax.jit, static_argnums=2)
+def _cut(leaves: list[Any], member: Any, shapes: tuple[tuple[int, ...] | None, ...]) -> list[Any]:
     def cut(leaf, shape):
-        return None if shape is None else leaf[(member, *(slice(n) for n in shape.shape))]
+        return None if shape is None else leaf[member][tuple(slice(n) for n in shape)]
 
-    return jax.tree.unflatten(structure, [cut(*pair) for pair in zip(leaves, wanted, strict=True)])
+    return [cut(*pair) for pair in zip(leaves, shapes, strict=True)]
 
 
 def take(state: TrainState, members: Sequence[int]) -> TrainState:
     """Return the stacked state of some of the members, in this order."""
-    return jax.tree.map(lambda x: x[np.asarray(members)], state)
+    return _take(state, np.asarray(members))
+
+
+@jax.jit
+def _take(state: TrainState, members: jax.Array) -> TrainState:
+    return jax.tree.map(lambda x: x[members], state)
 
 
 def _flatten(state: TrainState) -> tuple[list[Any], Any]:
