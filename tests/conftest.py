@@ -39,7 +39,7 @@ def browser(tmp_path_factory):
 def memory():
     """Give back what compiled programs took, where it became much; what is needed again lies in the cache."""
     yield
-    if "jax" in sys.modules and _resident() > max(1280 * 2**20, _left[0] + 256 * 2**20):
+    if "jax" in sys.modules and _resident() > max(1536 * 2**20, _left[0] + 256 * 2**20):
         sys.modules["jax"].clear_caches()
         gc.collect()
         if platform.libc_ver()[0] == "glibc":
