@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
@@ -41,17 +40,21 @@ def shake(params, mask, seed=0):
     rng = np.random.default_rng(seed)
 
     def move(leaf, role):
-        return leaf + 0.2 * jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) if role is TRAIN else leaf
+        if role is not TRAIN:
+            return leaf
+        by = np.float32(0.2) * rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        return jax.device_put(np.asarray(leaf) + by)  # by NumPy: nothing to compile for each shape
 
     def still(leaf, original):
         if not isinstance(leaf, LoraWeight):
             return leaf
         # What is zero on both sides of the product has no gradient: layers not adapted, columns beyond a lower rank.
-        on = (original.a.any(-2) | original.b.any(-1)) & (original.scale != 0)[..., None]
-        still = {"a": leaf.a * on[..., None, :], "b": leaf.b * on[..., None]}
+        a, b, scale = (np.asarray(x) for x in (original.a, original.b, original.scale))
+        on = (a.any(-2) | b.any(-1)) & (scale != 0)[..., None]
+        still = {"a": np.asarray(leaf.a) * on[..., None, :], "b": np.asarray(leaf.b) * on[..., None]}
         if isinstance(leaf, DoraWeight):
-            still["magnitude"] = leaf.magnitude * (original.scale != 0)[..., None]
-        return dataclasses.replace(leaf, **still)
+            still["magnitude"] = np.asarray(leaf.magnitude) * (scale != 0)[..., None]
+        return dataclasses.replace(leaf, **jax.device_put(still))
 
     return jax.tree.map(still, jax.tree.map(move, params, mask), params, is_leaf=is_weight)
 
