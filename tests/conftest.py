@@ -47,6 +47,16 @@ def memory():
         _left[0] = _resident()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def keeping(request):
+    """Keep programs where commands run, which compile what another has; writing takes nearly as long as compiling."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") == os.environ.get("JAXTUNE_TESTS_XLA"):
+        import jax
+
+        runs = any(hasattr(request.module, name) for name in ("main", "cli"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if runs else 1e6)
+
+
 _left = [0]  # bytes after the last time: some of them stay, such as torch's models
 
 
@@ -74,6 +84,7 @@ def pytest_configure(config):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for both workers and all processes
         folder = tempfile.mkdtemp(prefix="jaxtune-xla-")
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        os.environ["JAXTUNE_TESTS_XLA"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     if config.getoption("--families-table") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--families-table goes with -n 0: one process has to see all tests")
