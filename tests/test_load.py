@@ -498,7 +498,8 @@ def test_the_second_copies_of_weights_are_not_downloaded():
     files = [
         *("config.json", "consolidated.safetensors", "model-00001-of-00003.safetensors", "consolidated.00.safetensors"),
         *("model.safetensors.index.json", "original/x.safetensors", "original/params.json", "onnx/model.onnx"),
-        *("tokenizer.json", "adapter_model.safetensors", "pytorch_model.bin"),
+        *("tokenizer.json", "adapter_model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"),
+        *("model.fp16-00001-of-00002.safetensors", "model-00001-of-00002.bf16.safetensors"),
     ]
     wanted = filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     assert set(wanted) == {

@@ -28,6 +28,7 @@ Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
 # Files to download from a repository, without second copies of the weights in other layouts than transformers'.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 UNWANTED = ["original/*", "consolidated*", "*/*.safetensors", "onnx/*", "openvino/*", "*.gguf"]
+UNWANTED += ["model.*.safetensors", "model-*-of-*.*.safetensors"]  # the same weights as a variant, such as fp16
 
 
 def resolve(path_or_id: str | Path) -> Path:
