@@ -443,6 +443,7 @@ def rewrite_config(folder, **changes):
         ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM', expected a list"),
         ({"hidden_act": 3}, "hidden_act=3, expected text"),
         ({"head_dim": 8}, "misshapen"),
+        ({"head_dim": 7}, "rotate 7 of the 7 channels of a head, expected an even number"),
     ],
     ids=str,
 )

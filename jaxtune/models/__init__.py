@@ -75,7 +75,7 @@ def build(config: dict, **settings: Any) -> Any:
 
 
 def _check_heads(config: Config, spec: Any) -> None:
-    """Raise UserError if the heads do not divide what they share."""
+    """Raise UserError if the heads do not divide what they share, or cannot be rotated."""
     for block in {block for segment in spec.segments for block in segment.pattern}:
         if config.values.get("head_dim") is None and spec.width % block.heads:
             raise UserError(
@@ -85,6 +85,11 @@ def _check_heads(config: Config, spec: Any) -> None:
             raise UserError(
                 f"config.json ({config.model_type}): {block.kv_heads} key and value heads do not divide "
                 f"{block.heads} heads."
+            )
+        if block.rope is not None and (block.rope.dim % 2 or block.rope.dim > block.head_dim):
+            raise UserError(
+                f"config.json ({config.model_type}): positions rotate {block.rope.dim} of the {block.head_dim} "
+                f"channels of a head, expected an even number up to {block.head_dim}."
             )
 
 
