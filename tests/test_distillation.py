@@ -17,6 +17,8 @@ from jaxtune import models
 from jaxtune.cli import main
 from jaxtune.models.decoder import head_logits
 from jaxtune.objectives import distillation as d
+from jaxtune.objectives.task import Draws
+from jaxtune.run import drawing
 from jaxtune.tree import Beside
 
 RNG = np.random.default_rng(0)
@@ -146,6 +148,60 @@ def test_no_logits_of_the_whole_batch(trained):
     assert largest(jax.value_and_grad(loss, argnums=argnum), *args) <= 512 * v
 
 
+# ----------------------------------------------------------------------------------------------- the student's own rows
+
+
+@pytest.fixture(scope="module")
+def own_rows():
+    """A batch, and the same with answers of the student."""
+    b = small.batch()
+    told = drawing.answers(Draws(0.6, max_new_tokens=9), small.decoder(), small.weights(), b, (3, 5), 24, [7])
+    return b, told, drawing.lay(b, told, 24)
+
+
+def test_drawn_rows_keep_their_prompts_and_are_trained_behind_them(own_rows):
+    before, told, after = own_rows
+    assert 2 <= len(told) <= 7 and 3 not in told  # which has no answer
+    width = after["tokens"].shape[-1]
+    for row in range(8):
+        tokens, weights = after["tokens"][0, row], after["weights"][0, row]
+        if row not in told:
+            assert np.array_equal(tokens[: small.T], before["tokens"][0, row]) and not tokens[small.T :].any()
+            assert np.array_equal(weights[: small.T], before["weights"][0, row])
+            continue
+        ids, prompt = told[row]
+        assert prompt == before["weights"][0, row].argmax() + 1
+        assert np.array_equal(ids[:prompt], before["tokens"][0, row, :prompt])
+        assert ids[-1] == 7 or len(ids) == min(prompt + 9, width)
+        assert np.array_equal(tokens[: len(ids)], ids) and not tokens[len(ids) :].any()
+        assert np.flatnonzero(weights).tolist() == list(range(prompt - 1, len(ids) - 1))
+        assert np.array_equal(after["targets"][0, row, prompt - 1 : len(ids) - 1], ids[prompt:])
+        assert after["positions"][0, row, : len(ids)].tolist() == list(range(len(ids)))
+
+
+def test_what_is_drawn_depends_on_seed_and_step(own_rows):
+    again = partial(drawing.answers, Draws(0.6, max_new_tokens=9), small.decoder(), small.weights(), own_rows[0])
+    assert again((3, 5), 24, [7]) == own_rows[1]
+    assert again((3, 6), 24, [7]) != own_rows[1] != again((4, 5), 24, [7])
+
+
+@pytest.mark.filterwarnings("ignore")  # trl's own
+def test_loss_on_drawn_rows_is_that_of_trl(own_rows):
+    import torch
+    from trl.experimental.gkd import GKDTrainer
+
+    b = {k: v[0] for k, v in own_rows[2].items()}
+    loss_fn = d.distillation(small.decoder(), teacher(), d.Strength("jsd", 0.3, 1.5))
+    (value, weight), _ = loss_fn(Beside(small.weights(), ITS), b, None)
+    student, its = (
+        torch.tensor(np.asarray(module.apply({"params": params}, b["tokens"], b["positions"], b["segments"])))
+        for module, params in ((small.decoder(), small.weights()), (TEACHER, ITS))
+    )
+    labels = torch.tensor(np.where(b["weights"] > 0, b["targets"], -100).astype(np.int64))
+    want = GKDTrainer.generalized_jsd_loss(student, its, labels=labels, beta=0.3, temperature=1.5)
+    assert float(value / weight) == pytest.approx(float(want), rel=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------- the likeliest k
 
 
@@ -240,14 +296,36 @@ def test_it_resumes_to_the_same_bytes(argv, tmp_path, trained):
     assert adapter(tmp_path / "run") == adapter(tmp_path / "alone")
 
 
+def test_a_run_on_rows_of_its_own_resumes_to_the_same_bytes(argv, tmp_path, monkeypatch):
+    """Every second step draws; the run is stopped before one that does and before one that does not."""
+    seen = []
+
+    def counted(*given_, **how):
+        seen.append(given_[4])
+        return own(*given_, **how)
+
+    own = drawing.answers
+    monkeypatch.setattr(drawing, "answers", counted)
+    given_ = {"objective__lmbda": 0.7, "objective__draw_every": 2, "objective__max_new_tokens": 6}
+    given_ |= {"optim__schedule": "constant", "train__eval_every": None}
+    assert main(argv(tmp_path / "alone", train__steps=6, **given_)) == 0
+    assert seen == [(0, 1), (0, 3), (0, 5)]
+    for steps in (2, 3, 6):
+        assert main(argv(tmp_path / "run", train__steps=steps, **given_)) == 0
+    assert seen[3:] == seen[:3]
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "alone")
+
+
 def test_the_size_of_what_is_kept_is_said_before(argv, capsys):
     assert main([*argv(None, objective__top_k=16), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "The teacher's top-16 log-probabilities of 48 rows (" in out and "GiB) are found in" in out
 
 
-def test_it_sweeps(argv, tmp_path):
-    flags = argv(tmp_path / "sweep", "--sweep.optim.lr=1e-3,3e-3")
+@pytest.mark.parametrize("share", [0, 1], ids=["the data's rows", "their own"])
+def test_it_sweeps(argv, tmp_path, share):
+    own = {"objective__lmbda": share, "objective__max_new_tokens": 6, "train__steps": 4} if share else {}
+    flags = argv(tmp_path / "sweep", "--sweep.optim.lr=1e-3,3e-3", **own)
     assert main(["sweep", *[flag for flag in flags[1:] if not flag.startswith("--config.optim.lr")]]) == 0
     for member in ("lr=0.001", "lr=0.003"):
         assert lines(tmp_path / "sweep" / member)[-1]["eval/kl"] > 0
@@ -275,7 +353,11 @@ def test_full_tuning_in_micro_batches_of_packed_rows(argv, tmp_path):
         ({"objective__temperature": 0}, "above 0"),
         ({"objective__z_loss": 0.1}, "objective.z_loss has no effect"),
         ({"objective__name": None}, "objective.teacher has no effect"),
-        ({"objective__on_policy": 4}, "there is no setting objective.on_policy"),
+        ({"objective__draw_every": 4}, "objective.draw_every has no effect: objective.lmbda is 0"),
+        ({"objective__lmbda": 0.5, "objective__top_k": 8}, "objective.top_k does not go with objective.lmbda"),
+        ({"objective__lmbda": 0.5, "data__packing": "true"}, "data.packing does not go with objective.lmbda"),
+        ({"objective__lmbda": 1, "objective__ce_weight": 0.1}, "objective.ce_weight does not go with objective.lmbda"),
+        ({"objective__lmbda": 1, "objective__max_new_tokens": 64}, "leaves no room for a prompt in rows of 64 tokens"),
     ],
     ids=str,
 )

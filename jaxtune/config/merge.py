@@ -299,6 +299,14 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             "tune.method=prompt_tuning puts virtual tokens before each row, which objective.teacher does not know; "
             "choose another method for objective.name=distillation"
         )
+    if values["objective.name"] == "distillation" and values["objective.lmbda"]:
+        for path, why in (
+            ("objective.top_k", "what is kept of the teacher is of the data's rows"),
+            ("data.packing", "they have other lengths than the data's"),
+            ("objective.ce_weight", "it would train the student on its own words"),
+        ):
+            if values[path]:
+                yield f"{path} does not go with objective.lmbda, which draws rows from the student: {why}; choose one"
     if "data.format" not in TASKS[values["objective.name"]].settings and values["data.overlength"] == "split":
         yield (
             f"data.overlength=split has no meaning for {values['objective.name']}, whose labels or answers belong to "

@@ -214,6 +214,9 @@ SETTINGS = (
     Setting("objective.jsd_beta", float, 0.5, "the teacher's weight in the mixture of jsd", range=INSIDE_1),
     Setting("objective.temperature", float, 1.0, "of both distributions", range=POSITIVE),
     Setting("objective.ce_weight", float, 0.0, "share of the cross-entropy with the rows' tokens", range=BELOW_1),
+    Setting("objective.lmbda", float, 0.0, "share of rows that the student answers itself (on-policy)", range=UP_TO_1),
+    Setting("objective.draw_every", int, 1, "with lmbda: in every so many-th step", range=AT_LEAST_1),
+    Setting("objective.max_new_tokens", int, 128, "of an answer that the student draws", range=AT_LEAST_1),
     #
     Setting("optim.name", str, "adamw", "the optimizer", tuple(optimizers.OPTIMIZERS)),
     Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
@@ -421,5 +424,10 @@ IDLE = (
         ("objective.jsd_beta",),
         lambda v: v["objective.divergence"] != "jsd",
         "objective.divergence is {objective.divergence}",
+    ),
+    Idle(
+        ("objective.draw_every", "objective.max_new_tokens"),
+        lambda v: not v["objective.lmbda"],
+        "objective.lmbda is 0, so that the student draws no rows",
     ),
 )

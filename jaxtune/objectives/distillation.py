@@ -12,6 +12,9 @@ The teacher is a frozen tree beside the student's, run in the step; or, with `to
 computed once and kept: the log-probabilities of its k likeliest tokens, and that of all others together. Divergences of
 such coarsened distributions are bounds from below, exact for what the k tokens cover. Logits exist for a chunk of
 tokens at a time, the teacher's as the student's.
+
+With `lmbda` that share of a step's rows is answered by the student as it is then (GKD, algorithm 1), at the temperature
+of the loss; no gradient goes through the drawing.
 """
 
 import functools
@@ -32,7 +35,7 @@ from jaxtune.hf import load as hf
 from jaxtune.infer.source import Tuned, find, open_source
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import causal_lm, inputs
-from jaxtune.objectives.task import BatchShape, Task, TaskInput
+from jaxtune.objectives.task import BatchShape, Draws, Task, TaskInput
 from jaxtune.objectives.token_nats import Given, chunk_size, token_loss, token_nats
 from jaxtune.tree import Beside
 from jaxtune.weights.leaf import Array, merge, row_keys
@@ -313,6 +316,11 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
             f"objective.top_k={top_k} of a vocabulary of {teacher.vocab:,}: nothing is left out. Choose fewer, or "
             "leave it out to run the teacher in the step."
         )
+    if objective["lmbda"] and objective["max_new_tokens"] >= length:
+        raise UserError(
+            f"objective.max_new_tokens={objective['max_new_tokens']} leaves no room for a prompt in rows of {length:,} "
+            "tokens; lower it, or raise data.max_length."
+        )
     strength = Strength(
         objective["divergence"], objective["jsd_beta"], objective["temperature"], objective["ce_weight"]
     )
@@ -335,8 +343,14 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
         continues=True,
         features=bool(top_k),
         companion=None if top_k else teacher,
+        draws=_draws(objective),
         once=functools.partial(_once, teacher, top_k, strength.temperature) if top_k else None,
     )
+
+
+def _draws(objective: Mapping[str, Any]) -> Draws | None:
+    share, every, most = (objective[name] for name in ("lmbda", "draw_every", "max_new_tokens"))
+    return Draws(share, every, most, objective["temperature"]) if share else None
 
 
 def _once(teacher: Teacher, top_k: int, temperature: float, base: Any, store: Any, mesh: Any) -> Any:

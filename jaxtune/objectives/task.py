@@ -66,6 +66,22 @@ class BatchShape(NamedTuple):
     packed: bool = False
 
 
+class Draws(NamedTuple):
+    """Answers that the model in training writes itself, in steps of its own (on-policy).
+
+    Attributes:
+        share: of a step's rows.
+        every: in every so many-th step.
+        max_new_tokens: of an answer.
+        temperature: at which its tokens are drawn.
+    """
+
+    share: float
+    every: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+
+
 @dataclass(frozen=True)
 class Task:
     """The interface of a task.
@@ -88,6 +104,7 @@ class Task:
         reference: the loss compares with the model as the run begins: "precomputed": batches hold the log-probabilities
             of their texts under it (`jaxtune.train.reference`); "live": the loss computes them from the base under the
             adapters; None: it does not.
+        draws: rows of the training batches are answered by the model itself (`jaxtune.run.drawing`); None: none are.
     """
 
     loss: Callable[[Any, int], Callable[..., Any]]
@@ -102,6 +119,7 @@ class Task:
     once: Callable[[Any, Any, Any], Any] | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     reference: str | None = None
+    draws: Draws | None = None
 
 
 class Companion(Protocol):
@@ -154,6 +172,7 @@ TASKS: dict[str, Entry] = {
         (
             *(*_TEXT, "objective.teacher", "objective.top_k", "objective.divergence", "objective.jsd_beta"),
             *("objective.temperature", "objective.ce_weight"),
+            *("objective.lmbda", "objective.draw_every", "objective.max_new_tokens"),
         ),
         evaluator="jaxtune.evaluate.answers:Answers",
     ),

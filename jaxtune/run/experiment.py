@@ -219,9 +219,9 @@ def make_batches(
 
 def one_order(experiments: Sequence[Experiment]) -> bool:
     """Whether all see the same batches."""
-    return len({e.train.seed for e in experiments}) == 1
+    return len({e.train.seed for e in experiments}) == 1 and experiments[0].task.draws is None
 
 
-def batch_at(streams: Sequence[data.Batches]) -> Callable[[int], Any]:
+def batch_at(streams: Sequence[data.Batches], shared: bool = True) -> Callable[[int], Any]:
     """Return the batch of a step: one for all, or for each member its own."""
-    return streams[0].batch if len({s.seed for s in streams}) == 1 else data.side_by_side(streams)
+    return streams[0].batch if shared else data.side_by_side(streams)

@@ -14,6 +14,7 @@ from jaxtune.files import atomic_write_text
 from jaxtune.reading import read_text
 from jaxtune.run import general, results, sampling
 from jaxtune.run.blame import cause_of
+from jaxtune.run.drawing import redraw
 from jaxtune.run.experiment import Experiment
 from jaxtune.run.training import Job, Member, with_kept, with_reference
 from jaxtune.run.workdir import versions_of
@@ -139,6 +140,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
             sample=samples,
             take=take if job.stacked else None,
             cause=cause_of(job),
+            redraw=redraw(job),
         )
         training.run()
     clock("train")

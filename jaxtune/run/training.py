@@ -80,6 +80,11 @@ class Job:
     def module(self) -> Any:
         return self.experiment.module
 
+    @property
+    def shared(self) -> bool:
+        """Whether a batch is one for all members, and not rows for each."""
+        return not self.stacked or one_order([m.experiment for m in self.members])
+
     def alone(self, state: TrainState, index: int, member: Member) -> TrainState:
         """The state of `member`, which has place `index` in a state of this job."""
         return unstack(state, index, member.like) if self.stacked else state
@@ -104,6 +109,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
     check_rows(first.recipe.batch.rows, mesh)
     grain = STACKED_GRAIN if stacked else GRAIN
     streams = {e.train.seed: make_batches(e, rows, grain=grain) for e in experiments}
+    shared = not stacked or one_order(experiments)
     batches, held_out, steps = streams[first.train.seed]
     experiments = [e.in_steps(steps) for e in experiments]
     first = experiments[0]
@@ -127,7 +133,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         _check_best(first)
 
     def put(batch, members):
-        if len(streams) == 1:
+        if shared:
             return shard_batch(batch, mesh)
         return shard_members({k: v[members] for k, v in batch.items()}, mesh)
 
@@ -140,7 +146,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         frozen=replicate(first.recipe.given(frozen), mesh),
         mesh=mesh,
         steps=steps,
-        batch_at=batch_at([m.batches for m in members]),
+        batch_at=batch_at([m.batches for m in members], shared),
         put=put,
         eval_batches=held_out,
         step_fn=step_fn,
@@ -225,7 +231,7 @@ def _laid(job: Job, found: Sequence[Features], lay: Callable[[Any, Features], An
     return replace(
         job,
         members=members,
-        batch_at=batch_at([m.batches for m in members]),
+        batch_at=batch_at([m.batches for m in members], job.shared),
         eval_batches=None if job.eval_batches is None else lay(job.eval_batches, *rest),
     )
 
@@ -255,7 +261,9 @@ def _compared(job: Job, train: Any, held_out: Any = None) -> Job:
     streams = {id(m.batches): data.with_reference(m.batches, train) for m in job.members}
     members = [replace(m, batches=streams[id(m.batches)]) for m in job.members]
     held_out = None if job.eval_batches is None else data.with_reference(job.eval_batches, held_out)
-    return replace(job, members=members, batch_at=batch_at([m.batches for m in members]), eval_batches=held_out)
+    return replace(
+        job, members=members, batch_at=batch_at([m.batches for m in members], job.shared), eval_batches=held_out
+    )
 
 
 def as_it_ran(job: Job) -> Job:

@@ -112,6 +112,8 @@ class Loop:
         evaluate: state -> metrics of each run; `plan.best` decides which is the best.
         sample: called with (step, state, its runs) after each evaluation.
         dropped: runs that were removed from the step, also before a resume.
+        redraw: (steps done, state, its runs, host batch) -> the host batch that the step takes in its place; None: the
+            same.
         cause: step whose loss is not finite -> the cause, if it is not the learning rate.
         take: returns the state of some of its runs. After an evaluation, ended runs leave the step, which never holds
             fewer than two, because results of a single member differ in the last bits. None: a single run.
@@ -131,6 +133,7 @@ class Loop:
     dropped: list[Run] = field(default_factory=list)
     take: Callable[[TrainState, list[int]], TrainState] | None = None
     cause: Callable[[int], str | None] | None = None
+    redraw: Callable[[int, TrainState, Sequence[Run], Any], Any] | None = None
     clock: float = field(default_factory=time.monotonic)  # of the last logged line
     unread: tuple[int, dict] | None = None  # a step whose metrics are still on the device
 
@@ -174,6 +177,8 @@ class Loop:
     def _step(self, number: int, batch: dict[str, np.ndarray]) -> None:
         """Start a step, and read the metrics of the previous one while it runs."""
         members = [run.index for run in self.runs]
+        if self.redraw is not None:
+            batch = self.redraw(number - 1, self.state, self.runs, batch)
         self.state, metrics = self.step_fn(self.state, self.frozen, self.put(batch, members))
         self._read()
         for run, tokens in zip(self.runs, _tokens(batch, members), strict=True):
