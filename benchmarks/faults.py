@@ -353,7 +353,7 @@ def disk(folder: Path, only: str | None) -> list[str]:
         with mounted(folder / "full", 60) as place:
             argv = _filling(command(folder, place / "run"), place, at)
             case(f"train whose disk fills up at {at}", argv, {1}, "No room", "checkpoint")
-    full = ("--config.tune.method=full", "--config.tune.lora.r=8", "--config.tune.lora.lora_dropout=0.0")
+    full = ("--config.tune.method=full",)
     swept = "--sweep.optim.lr=0.01,0.02"
     for at, name, flags, words in (
         (".adapter.*", "train", (), (f"of step {STEPS}", "resumes")),
@@ -366,8 +366,9 @@ def disk(folder: Path, only: str | None) -> list[str]:
         ("run/.sweep.csv.*", "sweep", (swept,), ("finished is kept", "resumes")),
         ("run/.report.html.*", "sweep", (swept,), ("finished is kept", "resumes")),
     ):
-        with mounted(folder / "full", 60) as place:
+        with mounted(folder / "full", 120) as place:
             argv = command(folder, place / "run", *flags, name=name)
+            argv = [word for word in argv if flags != full or "tune.lora" not in word]
             case(f"{name} whose disk fills up at {at}", _filling(argv, place, at), {1}, "No room", *words, whole=place)
             (place / "ballast").unlink(missing_ok=True)
             case(f"{name} again, after {at}", argv, {0}, "result: " if name == "train" else "report: ", whole=place)

@@ -390,8 +390,8 @@ class _Lock:
     def __init__(self, path: Path):
         self.fd = open_lock(path)
 
-    def __del__(self):
-        os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close):  # `os` may be gone when the process ends
+        close(self.fd)
 
     def take(self, how: int) -> bool:
         """Try at once."""
