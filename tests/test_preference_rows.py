@@ -7,7 +7,7 @@ import pytest
 from runs import home, write_jsonl  # noqa: F401
 
 from jaxtune import data
-from jaxtune.data.preferences import JudgedAssembler, JudgedForm, PairAssembler, PairForm, shared_prefix
+from jaxtune.data.preferences import SIDES, JudgedAssembler, JudgedForm, PairAssembler, PairForm, shared_prefix
 from jaxtune.errors import UserError
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2+2?"), ("assistant", "4"), ("assistant", "five")))
@@ -50,6 +50,32 @@ def test_conversations(tokenizer, tmp_path, row):
     (rows,), _, report = read(tokenizer, tmp_path / "a.jsonl", [row], PairForm())
     assert texts(tokenizer, rows) == [(f"{PROMPT}{answer}</s>\n\n", f"{answer}</s>") for answer in ("4", "five")]
     assert shared_prefix(rows, 0) == len(PROMPT) and report.train_rows == 1
+
+
+def asked(i):
+    return {"role": "user", "content": f"{i % 25} + 1?"}
+
+
+REPEATED = {
+    "prompts": (PairForm(), lambda i: {"prompt": f"{i % 25} + 1 =", "chosen": f"{i}", "rejected": f"no {i}"}),
+    "whole conversations": (PairForm(), lambda i: {s: [asked(i), GOOD | {"content": f"{s} {i}"}] for s in SIDES}),
+    "texts that begin alike": (PairForm(), lambda i: {s: f"Q: {i % 25} + 1\nA: {s}, {i}" for s in SIDES}),
+    "judged": (JudgedForm(), lambda i: {"prompt": f"{i % 25} + 1 =", "completion": f"{i}", "label": i % 2 > 0}),
+    "judged messages": (
+        JudgedForm(), lambda i: {"messages": [asked(i), GOOD | {"content": f"{i}"}], "label": i % 2 > 0}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "row"), REPEATED.values(), ids=REPEATED)
+def test_no_prompt_is_on_both_sides(tokenizer, tmp_path, form, row):
+    (train,), held, report = read(tokenizer, tmp_path / "a.jsonl", [row(i) for i in range(75)], form, eval_fraction=0.2)
+    prompts = [
+        {tokenizer.decode(ids[: int(mask.argmax())]) for ids, mask in (rows[i] for i in range(len(rows)))}
+        for rows in (train, held)
+    ]
+    assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 25
+    assert report.eval_rows == 15 and report.train_rows == 60
 
 
 TEXTS = {

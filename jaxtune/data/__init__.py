@@ -78,7 +78,8 @@ def prepare(
         train: training data: sources as `read` takes them, as a sequence or separated by commas.
         eval: held-out data, given in the same way.
         eval_fraction: instead of `eval`, the share of the training rows to hold out: those with the lowest hashes of
-            their content, at least one. It depends on no seed or order of rows, and equal rows are never divided.
+            their content, at least one. It depends on no seed or order of rows, and equal rows are never divided;
+            nor are those with one prompt, where answers are judged.
         labels: how to read labelled rows; `reading` then has no effect. None: rows of text.
         allow_left_out: what the chat template may leave out of a trained turn; see `ChatRenderer`.
         max_length: tokens of a row at most.
@@ -215,9 +216,12 @@ def _hash(value: object) -> str:
 
 
 def held_out(digests: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which rows are held out, bool[N]: those with the lowest digests u64[N], at least one."""
-    highest = np.sort(digests)[max(1, round(fraction * len(digests))) - 1]
-    return digests <= highest
+    """Return which rows are held out, bool[N]: those with the lowest digests u64[N], at least one.
+
+    Their upper halves decide, which rows with one prompt share where a task judges answers (`Reader.digest`).
+    """
+    upper = np.asarray(digests, np.uint64) >> np.uint64(32)
+    return upper <= np.sort(upper)[max(1, round(fraction * len(digests))) - 1]
 
 
 def _hold_out(train: list[Rows], fraction: float) -> tuple[list[Rows], Rows]:

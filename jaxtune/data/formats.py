@@ -81,22 +81,32 @@ class Reader:
 
     `format` is one of FORMATS or "template"; `columns` are the file's columns that are used, if a row has them;
     `convert(where, row)` gives the example and raises UserError for a row that does not fit. What it does not use is
-    counted in `notes`.
+    counted in `notes`. `together(row)` is what rows that are held out together have in common; None: nothing.
     """
 
     format: str
     columns: tuple[str, ...]
     convert: Callable[[str, dict], Example]
     notes: Notes = field(default_factory=Notes)
+    together: Callable[[dict], object] = lambda row: None
 
     def digest(self, row: dict) -> int:
-        """Return a 64-bit hash of the columns in use; a row's number, id and order do not matter."""
+        """Return a 64-bit hash of the columns in use; a row's number, id and order do not matter.
+
+        Its upper half is that of what the row has in common with others, where there is that: see `data.held_out`.
+        """
         values = [row.get(c) for c in self.columns]
         while len(values) > 1 and values[-1] is None:  # columns that this row lacks
             values.pop()
         plain = all(type(v) is str for v in values)  # most rows: a faster way to the same text
         used = f"[{', '.join(map(QUOTED, values))}]" if plain else CANONICAL(values)
-        return int.from_bytes(hashlib.blake2b(used.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+        shared = self.together(row)
+        own, common = _hash64(used), None if shared is None else _hash64(CANONICAL(shared))
+        return own if common is None else common >> 32 << 32 | own & 0xFFFFFFFF
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def make_reader(

@@ -109,6 +109,7 @@ class _Answers(RowForm):
             **{"columns": dict(self.columns), "roles": dict(self.roles), "system": self.system},
             **{"system_as_user": self.system_as_user, "ignore": sorted(self.ignore)},
             **{"allow_left_out": sorted(self.allow_left_out), "chat": bool(self.chat)},
+            "held_out": "by prompt",
         }
 
     def on(self, tokenizer: Any) -> "_Answers":
@@ -229,7 +230,12 @@ class PairForm(_Answers):
                     sides.append(inner.pair(where, {**own, asks: before, answered: answer}))
             return Pair(*sides, margin=_margin(where, row, margin))
 
-        return Reader("preference", kept, convert, notes)
+        def common(row: dict) -> Any:
+            if prompt:
+                return row.get(asks)
+            return _begin_alike(*(row.get(theirs[side]) for side in SIDES))
+
+        return Reader("preference", kept, convert, notes, common)
 
     def _margin_columns(self, source: Source, columns: Mapping[str, str]) -> tuple[str, ...]:
         """The file's column of the margin, or those of the two scores; none where there is neither."""
@@ -379,6 +385,21 @@ def _split(where: str, inner: Columns, prompt: Any, sides: list[Any]) -> tuple[A
         if not any(m["role"] == "assistant" for m in side):
             raise UserError(f"{where}: column {name!r} has no answer of the assistant after what both share.")
     return before, told, False
+
+
+def _begin_alike(chosen: Any, rejected: Any) -> Any:
+    """What two whole conversations, or texts, begin with; None: nothing."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        try:
+            return _split_text("", None, [chosen, rejected])[0]
+        except UserError:
+            return None
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        return None
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[: min(shared, len(chosen) - 1)] or None
 
 
 def _as_messages(where: str, inner: Columns, prompt: Any) -> list[dict]:
@@ -599,7 +620,12 @@ class JudgedForm(_Answers):
         def convert(where: str, row: dict) -> Judged:
             return Judged(_last_turn(inner.convert(where, row)), _verdict(where, label, row.get(label)))
 
-        return Reader("kto", (*inner.columns, label), convert, inner.notes)
+        def common(row: dict) -> Any:
+            asked = columns.get(FORMATS[inner.format][0][0], FORMATS[inner.format][0][0])
+            told = row.get(asked)
+            return told[:-1] or None if isinstance(told, list) and len(FORMATS[inner.format][0]) == 1 else told
+
+        return Reader("kto", (*inner.columns, label), convert, inner.notes, common)
 
     def encoder(self, tokenizer: Any) -> "JudgedEncoder":
         return JudgedEncoder(tokenizer, self.allow_left_out)

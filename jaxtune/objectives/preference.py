@@ -158,13 +158,19 @@ def simpo(p: Pairs, s: Strength) -> Array:
 
 
 def cpo(p: Pairs, s: Strength) -> Array:
-    """DPO's loss without a reference (Xu et al. 2024, arXiv:2401.08417, eq. 3), less their nats of chosen answers."""
+    """DPO's loss without a reference (Xu et al. 2024, arXiv:2401.08417, eq. 3), less their nats of chosen answers.
+
+    Those `preference` adds as `sft`, a mean over each answer's tokens and then over pairs. trl takes the mean over all
+    tokens of the batch, so that long answers count more.
+    """
     return _smoothed(s.beta * _margin(_alone(p)), s)
 
 
 def orpo(p: Pairs, s: Strength) -> Array:
     """-beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = p / (1 - p) of means a token (Hong et al. 2024,
-    arXiv:2403.07691, eq. 4 and 7), less their nats of chosen answers.
+    arXiv:2403.07691, eq. 4 and 7), less their nats of chosen answers (eq. 2), which `preference` adds as `sft`, a mean
+    over each answer's tokens, as the paper has it. trl takes the mean over all tokens of the batch, those of prompts
+    included.
     """
     chosen, rejected = (
         total / jnp.maximum(n, 1) for total, n in ((p.chosen, p.chosen_tokens), (p.rejected, p.rejected_tokens))
