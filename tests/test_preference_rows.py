@@ -7,7 +7,8 @@ import pytest
 from runs import home, write_jsonl  # noqa: F401
 
 from jaxtune import data
-from jaxtune.data.preferences import SIDES, JudgedAssembler, JudgedForm, PairAssembler, PairForm, shared_prefix
+from jaxtune.data.pairs import JudgedAssembler, PairAssembler, shared_prefix
+from jaxtune.data.preferences import SIDES, JudgedForm, PairForm
 from jaxtune.errors import UserError
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2+2?"), ("assistant", "4"), ("assistant", "five")))

@@ -203,7 +203,7 @@ def test_micro_batches_change_nothing(job, objective):
 @pytest.mark.parametrize("attention", ["mapped", "xla"])
 def test_packed_and_shared_rows_change_nothing(job, attention):
     """Loss and gradient of the same pairs, each text in a row of its own, packed, and with prompts laid once."""
-    from jaxtune.data.preferences import PairAssembler, SharedAssembler
+    from jaxtune.data.pairs import PairAssembler, SharedAssembler
 
     made = job("preference", 1)
     rows, state = made.rows.train, made.state

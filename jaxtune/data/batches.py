@@ -113,12 +113,16 @@ class Assembler:
         self.rows = rows
         self.source = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         self.index = np.concatenate([np.arange(len(r)) for r in rows])
-        self.length = np.concatenate([r.length for r in rows]).astype(np.int64)
         self.batch_size, self.grad_accum, self.max_length, self.packing = batch_size, grad_accum, max_length, packing
+        self.length = np.concatenate([self._lengths(r) for r in rows]).astype(np.int64)
         longest = int(self.length.max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
         self.widths = np.minimum(widths(self.length, batch_size, grain=grain, pool=pool), max_length)
+
+    def _lengths(self, rows: Rows) -> np.ndarray:
+        """Tokens that each row takes of a batch's row, i[R]."""
+        return rows.length
 
     def width(self, plan: Plan) -> int:
         """Return T for a batch of these rows."""

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.data.preferences import JudgedAssembler, JudgedForm, PairAssembler, PairForm, SharedAssembler
+from jaxtune.data.pairs import JudgedAssembler, PairAssembler, SharedAssembler
+from jaxtune.data.preferences import JudgedForm, PairForm
 from jaxtune.errors import UserError
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import OverBatch, inputs

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.data.preferences import PairAssembler, PairForm
+from jaxtune.data.pairs import PairAssembler
+from jaxtune.data.preferences import PairForm
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, Labels, read_labels
 from jaxtune.objectives import inputs
 from jaxtune.objectives.labels import put_head
