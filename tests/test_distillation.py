@@ -12,6 +12,7 @@ import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import adapter, command, compiled, home, write_model  # noqa: F401
+from safetensors.numpy import load_file, save_file
 
 from jaxtune import models
 from jaxtune.cli import main
@@ -384,6 +385,20 @@ def test_a_teacher_of_another_vocabulary_is_refused(argv, tmp_path, capsys):
     )
     assert main(argv(tmp_path / "no", objective__teacher=tmp_path / "other")) == 2
     assert "300 tokens, the student 258" in capsys.readouterr().err
+
+
+def test_another_teacher_is_refused_on_resume(argv, tmp_path, capsys):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    write_model(folder)
+    settings_ = {"objective__teacher": folder, "optim__schedule": "constant", "train__eval_every": None}
+    assert main(argv(tmp_path / "run", train__steps=2, **settings_)) == 0
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * array for name, array in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert main(argv(tmp_path / "run", train__steps=3, **settings_)) == 2
+    assert "objective.teacher: its files are not those" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_a_wider_table_of_the_same_tokens_is_no_hindrance(argv, tmp_path):

@@ -18,9 +18,12 @@ of the loss; no gradient goes through the drawing.
 """
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from jaxtune import models
 from jaxtune.data.batches import Assembler
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf
+from jaxtune.hf.digest import BaseFiles
 from jaxtune.infer.source import Tuned, find, open_source
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives import causal_lm, inputs
@@ -243,6 +247,14 @@ class Teacher:
     def logits(self, head: Any, hidden: Array) -> Array:
         return head_logits(head, hidden, self.module.spec)
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash of its files; of weights: of their sizes, headers and blocks spread over them."""
+        source = self.source
+        folders = [source.model, *([] if source.adapter is None else [source.adapter])]
+        found = [BaseFiles(folder, source.tokenizer if folder is source.model else None).quick for folder in folders]
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:40]
+
     def abstract(self) -> Any:
         """The parameters as abstract arrays, as a step has them."""
         return jax.tree.map(self._cast, self.module.abstract_params())
@@ -343,6 +355,7 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
         continues=True,
         features=bool(top_k),
         companion=None if top_k else teacher,
+        others={"objective.teacher": teacher.digest},
         draws=_draws(objective),
         once=functools.partial(_once, teacher, top_k, strength.temperature) if top_k else None,
     )

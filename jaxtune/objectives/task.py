@@ -104,6 +104,7 @@ class Task:
         reference: the loss compares with the model as the run begins: "precomputed": batches hold the log-probabilities
             of their texts under it (`jaxtune.train.reference`); "live": the loss computes them from the base under the
             adapters; None: it does not.
+        others: what else it depends on: a setting -> a hash of the files that it names, the same when a run is resumed.
         draws: rows of the training batches are answered by the model itself (`jaxtune.run.drawing`); None: none are.
     """
 
@@ -119,6 +120,7 @@ class Task:
     once: Callable[[Any, Any, Any], Any] | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     reference: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
     draws: Draws | None = None
 
 

@@ -142,5 +142,7 @@ def _before_and_after(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[tupl
 def _versions(recorded: Mapping[str, str] | None) -> list[str]:
     if not recorded:
         recorded = {name: metadata.version(name) for name in ("jax", "flax", "optax", "transformers")}
-    # A run also records the fingerprint of its data there, and where its features end.
-    return [f"{name} {version}" for name, version in recorded.items() if name not in ("rows", "data", "features")]
+    # A run also records the fingerprint of its data there, and where its features end, and other files.
+    return [
+        f"{name} {version}" for name, version in recorded.items() if name not in ("rows", "data", "features", "others")
+    ]

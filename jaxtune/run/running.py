@@ -1,5 +1,6 @@
 """Train a job in its directories: a single run, or the members of a sweep in one step. It can be resumed."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -77,6 +78,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
         place.folder.mkdir(parents=True, exist_ok=True)
         job.experiment.base.files.check(place.folder, whole=True)
         job.experiment.base.files.record(place.folder)
+        _check_others(job, place)
         if not (place.folder / "config.json").exists():  # first, so that the directory is recognised as a run
             _write_config(job, member, place)
     first = 0
@@ -269,8 +271,25 @@ def answer_scores(job: Job) -> list[Any]:
     return [AnswerScores(*given, most_rows=e.rows, **room) for _ in job.members]
 
 
+def _others(job: Job) -> str:
+    return hashlib.sha256(json.dumps(dict(job.experiment.task.others)).encode()).hexdigest()[:40]
+
+
+def _check_others(job: Job, place: RunFolder) -> None:
+    """Raise UserError where the run in a directory depended on other files than it would now."""
+    file = place.folder / "config.json"
+    before = versions_of(read_text(file)).get("others") if file.exists() else None
+    if before not in (None, _others(job)):
+        names = " or ".join(job.experiment.task.others)
+        raise UserError(
+            f"{names}: its files are not those that the run in {place.folder} began with; nothing was changed. Put "
+            "them back, or give another --workdir."
+        )
+
+
 def _write_config(job: Job, member: Member, place: RunFolder) -> None:
     facts = {"rows": job.rows.report.fingerprint, "features": str(job.features.cut) if job.features else "none"}
+    facts |= {"others": _others(job)} if job.experiment.task.others else {}
     text = json.loads(member.experiment.text) | {"versions": results.versions() | facts}
     atomic_write_text(place.folder / "config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
 
