@@ -44,7 +44,7 @@ def tuned(method="lora", seed=1, **settings):
 
     def move(path, x):
         is_b = path[-1] == jax.tree_util.GetAttrKey("b")
-        return jax.device_put(np.float32(0.3 * np.random.default_rng(x.size).standard_normal(x.shape))) if is_b else x
+        return jnp.asarray(0.3 * np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32) if is_b else x
 
     return partition(jax.tree_util.tree_map_with_path(move, params), mask), mask
 
@@ -67,6 +67,22 @@ def batch(step=0, rows=8, accum=1, length=T):
         "row": np.arange(rows, dtype=np.int32),
     }
     return {k: v.reshape(accum, rows // accum, *v.shape[1:]) for k, v in flat.items()}
+
+
+def pairs(rows=8, length=T):
+    """Random pairs, and judged answers, [1, B, ...]: both texts of each, with a margin, a verdict and a reference."""
+    both = {k: v.reshape(1, rows, 2, length) for k, v in batch(rows=2 * rows, length=length).items() if k != "row"}
+    rng = np.random.default_rng(11)
+    one = np.ones((1, rows), np.float32)
+    return {
+        **{k: both[k] for k in ("tokens", "targets", "positions", "segments")},
+        **{"answer": both["weights"], "weights": one * (np.arange(rows) != 5), "good": one * (np.arange(rows) % 3 > 0)},
+        **{
+            "margin": np.abs(rng.normal(size=(1, rows))).astype(np.float32),
+            "row": np.arange(rows, dtype=np.int32)[None],
+        },
+        "reference": rng.normal(-40, 9, (1, rows, 2)).astype(np.float32),
+    }
 
 
 def whole(state, frozen):

@@ -9,7 +9,8 @@ import pytest
 import small
 
 from jaxtune.models.decoder import head_leaf, head_logits
-from jaxtune.objectives.preference import FREE, LOSSES, Pairs, Strength, answer_logprobs, kto
+from jaxtune.objectives.preference import FREE, LOSSES, Pairs, Strength, answer_logprobs, kto, preference
+from jaxtune.objectives.task import OBJECTIVE
 from jaxtune.objectives.token_nats import token_nats
 
 R, T = 4, 6
@@ -102,6 +103,23 @@ def free(name, strength, logps, mask):
 
 
 # trl's DPO smooths labels in its robust loss alone; our smoothed sigmoid is that of its CPO.
+TOLD = {"beta": jnp.float32(0.1), "gamma": jnp.float32(0.5), "label_smoothing": jnp.float32(0.0)}
+
+
+def test_the_loss_on_chosen_answers_is_a_mean_of_means():
+    """Of ORPO and CPO; over a decoder's whole logits, in numpy."""
+    b = {k: v[0] for k, v in small.pairs().items()}
+    params = small.weights() | {OBJECTIVE: TOLD}
+    value = {
+        sft: float(preference(small.decoder(), {"orpo": 1.0}, sft=sft)(params, b, None)[0][0]) for sft in (0.0, 2.0)
+    }
+    logits = small.decoder().apply({"params": small.weights()}, b["tokens"][:, 0], b["positions"][:, 0])
+    logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), b["targets"][:, 0, :, None], -1)[..., 0]
+    where = b["answer"][:, 0]
+    each = -(logp * where).sum(-1) / np.maximum(where.sum(-1), 1)
+    assert value[2.0] - value[0.0] == pytest.approx(2 * float((b["weights"] * each).sum()), rel=1e-5)
+
+
 CASES = [(name, 0.0) for name in LOSSES] + [(name, 0.2) for name in ("robust", "simpo", "cpo")]
 
 
