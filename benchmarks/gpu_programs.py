@@ -46,6 +46,7 @@ class Case(NamedTuple):
 
     Attributes:
         kind: "train", "sweep" of 8, "classify", "prefill" or "decode".
+        small: moments in 8 bits and weights in bfloat16.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     packed: bool = False
     quantization: str = "none"
     kind: str = "train"
+    small: bool = False
 
 
 CASES = {
@@ -65,6 +67,7 @@ CASES = {
     "1b lora packed, full": Case("1b", "lora", 2, 4096, "full", packed=True),
     "1b dora packed, dots": Case("1b", "dora", 2, 4096, "dots", packed=True),
     "1b full packed, dots": Case("1b", "full", 1, 4096, "dots", packed=True),
+    "1b full packed, dots, 8-bit": Case("1b", "full", 1, 4096, "dots", packed=True, small=True),
     "1b qlora 32k, full": Case("1b", "lora", 1, 32768, "full", quantization="nf4"),
     "1b qlora 32k packed, full": Case("1b", "lora", 1, 32768, "full", packed=True, quantization="nf4"),
     "1b sweep of 8": Case("1b", "lora", 8, 512, "dots", kind="sweep"),
@@ -74,6 +77,7 @@ CASES = {
     "8b qlora, full": Case("8b", "lora", 1, 4096, "full", quantization="nf4"),
     "8b qlora packed, full": Case("8b", "lora", 1, 4096, "full", packed=True, quantization="nf4"),
     "8b full, full": Case("8b", "full", 1, 4096, "full"),
+    "8b full packed, full, 8-bit": Case("8b", "full", 1, 4096, "full", packed=True, small=True),
     "70b/10 qlora packed, full": Case("70b", "lora", 1, 4096, "full", packed=True, quantization="nf4"),
     "gemma2-2b lora": Case("gemma2-2b", "lora", 1, 4096),
     "gemma3-1b lora, dots": Case("gemma3-1b", "lora", 2, 4096, "dots"),
@@ -146,9 +150,10 @@ def recipe(case: Case) -> Any:
         module,
         task,
         functools.partial(tune, method, settings=settings),
-        functools.partial(optim.optimizer, "adamw", lr=1e-3, grad_clip=1.0),
+        functools.partial(optim.optimizer, "adamw", lr=1e-3, grad_clip=1.0, state="8bit" if case.small else "float32"),
         BatchShape(case.rows, case.length, packed=case.packed),
         quantization=case.quantization,
+        weights="bfloat16" if case.small else "float32",
     )
 
 

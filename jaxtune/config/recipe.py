@@ -67,12 +67,14 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
             weight_decay=o.weight_decay,
             grad_clip=o.grad_clip,
             loraplus_lr_ratio=o.loraplus_lr_ratio,
+            state=o.state,
             **{name: o[name] for name in SETTINGS},
         ),
         schedule=partial(optim.schedule, o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio),
         batch=BatchShape(t.batch_size // t.grad_accum, length, t.grad_accum, cfg.data.packing),
         seed=t.seed,
         quantization=cfg.model.quantization,
+        weights=o.weights,
         goes_on=cfg.model.adapter is not None,
     )
     return Experiment(

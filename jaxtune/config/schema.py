@@ -232,6 +232,11 @@ SETTINGS = (
     Setting("optim.b2", float, 0.999, _of("b2", "decay of the second moment"), range=BELOW_1),
     Setting("optim.eps", float, 1e-8, _of("eps", "added before a division"), range=POSITIVE),
     Setting("optim.momentum", float, None, _of("momentum", "decay of the velocity"), range=BELOW_1),
+    Setting("optim.state", str, "float32", "how moments are kept; 8bit: by blocks of 256", ("float32", "8bit")),
+    Setting(
+        *("optim.weights", str, "float32", "how trained weights are kept; bfloat16: rounded at random"),
+        choices=("float32", "bfloat16"),
+    ),
     #
     Setting("train.steps", int, None, "optimizer steps; give this or epochs", range=AT_LEAST_1),
     Setting("train.epochs", float, None, "passes over data.train; default: 1", range=POSITIVE),
@@ -381,6 +386,11 @@ IDLE = (
             (f"optim.{s}",), lambda v, s=s: v["optim.name"] not in optimizers.defaults(s), "optim.name is {optim.name}"
         )
         for s in optimizers.SETTINGS
+    ),
+    Idle(
+        ("optim.state",),
+        lambda v: v["optim.name"] == "adafactor" or (v["optim.name"] == "sgd" and v["optim.momentum"] == 0),
+        "optim.name={optim.name} keeps no moments of the weights' size",
     ),
     Idle(("optim.min_lr_ratio",), lambda v: v["optim.schedule"] == "constant", "optim.schedule is constant"),
     Idle(("data.max_segments",), lambda v: not v["data.packing"], "data.packing is off"),

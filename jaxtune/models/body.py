@@ -131,7 +131,6 @@ class Body(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=segment.repeats,
                 unroll=min(self.unroll, segment.repeats),
-                check_constancy_invariants=False,  # no output of a block is constant, and the check traces it once more
             )(block, segment, first, self.attention, spec.init_std, name=f"segment_{i}")
             held = (None,) * len(segment.pattern) if cache is None else cache[i]
             (x, held), _ = scanned((x, held), jnp.arange(segment.repeats), ctx)

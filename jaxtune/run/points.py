@@ -197,7 +197,7 @@ def signature(cfg: Any) -> str:
     apart = {*IN_STEP, *TASKS[cfg.objective.name].in_step}
     if cfg.model.init == "random" or (cfg.data.packing and cfg.data.weights and not cfg.train.steps):
         apart.discard("train.seed")  # another base, or another number of steps
-    if not OPTIMIZERS[cfg.optim.name].elementwise:
+    if not OPTIMIZERS[cfg.optim.name].elementwise or cfg.optim.state == "8bit":  # blocks lie across what pads a rank
         apart.discard("tune.lora.r")
     for path in apart:
         section, _, key = path.rpartition(".")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune.errors import UserError, nearest
+from jaxtune.train.moments import global_norm, in_8_bits, in_float32
 from jaxtune.train.optimizers import OPTIMIZERS, SETTINGS
 from jaxtune.tree import Field, map_fields
 
@@ -65,13 +66,31 @@ def _faster(params: Any) -> Any:
     return map_fields(faster, params)
 
 
+def clip(largest: float) -> optax.GradientTransformation:
+    """Scale gradients down to a global norm, which is summed in float32 whatever their dtype is."""
+
+    def scaled(updates, params=None):
+        norm = global_norm(updates)
+        share = jnp.where(norm < largest, 1.0, largest / norm)
+        return jax.tree.map(lambda g: (g * share).astype(g.dtype), updates)
+
+    return optax.stateless(scaled)
+
+
 def by_matrix(
-    matrix: optax.GradientTransformation, vector: optax.GradientTransformation
+    matrix: optax.GradientTransformation,
+    vector: optax.GradientTransformation,
+    over: Callable[..., Any] = jax.vmap,
 ) -> optax.GradientTransformation:
-    """Apply one transformation to every matrix of a tree and another to every vector, vmapped over their layer axes.
+    """Apply one transformation to every matrix of a tree and another to every vector, over their layer axes.
 
     A matrix is the last two axes of an array [*L, K, N], a vector the last of a stack of norms, biases or a leaf's
     vectors [*L, N].
+
+    Args:
+        matrix: of matrices.
+        vector: of vectors.
+        over: maps an update over a layer axis: all layers at once, or `one_by_one`.
     """
 
     def parts(tree):
@@ -87,9 +106,9 @@ def by_matrix(
         map_fields(see, tree)
         return found
 
-    def over_layers(fn, axes):
+    def over_layers(fn, axes, over=jax.vmap):
         for _ in range(axes):
-            fn = jax.vmap(fn)
+            fn = over(fn)
         return fn
 
     def init(params):
@@ -101,12 +120,46 @@ def by_matrix(
         leaves, structure = jax.tree.flatten(updates)
         held = leaves if params is None else structure.flatten_up_to(params)
         done = [
-            over_layers(tx.update, n)(leaf, own, weight)
+            over_layers(tx.update, n, over)(leaf, own, weight)
             for (tx, n), leaf, own, weight in zip(
                 parts(updates), leaves, structure.flatten_up_to(state), held, strict=True
             )
         ]
         return tuple(jax.tree.unflatten(structure, half) for half in zip(*done))
+
+    return optax.GradientTransformation(init, update)
+
+
+def one_by_one(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.vmap` of an update, one entry after the other, in place: its other arrays exist for one entry at a time."""
+
+    def mapped(grads, state, weights):
+        def body(i, done):
+            update_, state_ = update(*jax.tree.map(lambda x: x[i], (*done, weights)))
+            return jax.tree.map(lambda x, new: x.at[i].set(new.astype(x.dtype)), done, (update_, state_))
+
+        return jax.lax.fori_loop(0, len(grads), body, (grads, state))
+
+    return mapped
+
+
+def in_parts(tx: optax.GradientTransformation, most: int = 2**24) -> optax.GradientTransformation:
+    """Apply a transformation that works entry by entry to at most so many entries of a matrix at a time."""
+
+    def parts(x):
+        rows, columns = x.shape if x.ndim == 2 else (1, 0)
+        count = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * columns <= most or n == rows))
+        return x.reshape(count, -1, *x.shape[1:]) if count > 1 else None
+
+    def init(weights):
+        cut = parts(weights)
+        return tx.init(weights) if cut is None else jax.vmap(tx.init)(cut)
+
+    def update(grads, state, weights=None):
+        if (cut := parts(grads)) is None:
+            return tx.update(grads, state, weights)
+        updates, state = one_by_one(tx.update)(cut, state, weights if weights is None else parts(weights))
+        return updates.reshape(grads.shape), state
 
     return optax.GradientTransformation(init, update)
 
@@ -119,6 +172,7 @@ def optimizer(
     weight_decay: float = 0.0,
     grad_clip: float = 0.0,
     loraplus_lr_ratio: float = 1.0,
+    state: str = "float32",
     **settings: float | None,
 ) -> optax.GradientTransformation:
     """Return an optax transformation; `lr`, `weight_decay`, `loraplus_lr_ratio` live in `opt_state.hyperparams`.
@@ -132,6 +186,7 @@ def optimizer(
         loraplus_lr_ratio: multiplies `lr` for LoRA's `b` (LoRA+, Hayou et al. 2024, arXiv:2402.12354) and for vectors
             that are trained beside it (as in peft: magnitudes, biases, norms), but not on an embedding, whose `b` is
             the factor that is random at first.
+        state: how moments are kept between steps, "float32" or "8bit" (`jaxtune.train.moments`).
         settings: b1, b2, eps, momentum; None: the row's default. Those of other rows are ignored.
 
     Raises:
@@ -147,11 +202,17 @@ def optimizer(
 
     def direction():
         tx = row.build(**own)
-        return by_matrix(tx, tx if row.vector is None else row.vector()) if row.by_matrix else tx
+        vector = tx if row.vector is None else row.vector()
+        if state == "8bit":
+            tx = in_8_bits(tx)
+            tx = by_matrix(in_parts(tx) if row.elementwise else tx, vector, one_by_one)
+        elif row.by_matrix:
+            tx = by_matrix(tx, vector)
+        return in_float32(tx)
 
     def build(lr, weight_decay, loraplus_lr_ratio):
         return optax.chain(
-            optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
+            clip(grad_clip) if grad_clip else optax.identity(),
             direction(),
             optax.add_decayed_weights(weight_decay, mask=decay_mask),
             optax.scale_by_schedule(shape),

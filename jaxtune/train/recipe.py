@@ -56,6 +56,7 @@ class Recipe:
         steps: of the run.
         quantization: of the frozen weights, as model.quantization; "none": none.
         goes_on: the method goes on with an adapter, so that the run does not begin as the base.
+        weights: dtype in which trained arrays are kept, "float32" or "bfloat16".
     """
 
     module: Any
@@ -68,6 +69,7 @@ class Recipe:
     steps: int = 100
     quantization: str = "none"
     goes_on: bool = False
+    weights: str = "float32"
 
     @cached_property
     def shape(self) -> Callable[[Any], Any]:
@@ -122,7 +124,8 @@ class Recipe:
             roles = dict.fromkeys(told, tree.MEMBER)
             part = tree.partition(params | {OBJECTIVE: told}, mask | {OBJECTIVE: roles})
         key = jax.random.fold_in(jax.random.key(self.seed), 2)
-        state = init_state(part.trainable, part.member, self.tx, key, copy=False)
+        trainable = jax.tree.map(lambda w: w.astype(self.weights), part.trainable)
+        state = init_state(trainable, part.member, self.tx, key, copy=False)
         return Start(state, in_dtype(part.frozen, self.module.dtype), mask, counts)
 
     def loss(self, module: Any = None, members: int = 1) -> Callable[..., Any]:

@@ -10,10 +10,14 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.objectives import OverBatch
+from jaxtune.train.moments import apply_updates, global_norm
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import Field, PyTree, combine, map_fields
 
 LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]] | OverBatch
+
+
+ROUNDING = 2**32 - 1  # of a step's key: no row has this number
 
 
 class TrainState(NamedTuple):
@@ -58,11 +62,14 @@ def _gradients(loss_fn: LossFn, mesh: Mesh | None) -> Callable[..., Any]:
             (total, weight), aux = known(combine(trainable, member, frozen), micro, key)
             return total, (weight, aux.get("means", {}))
 
+        micros = jax.tree.leaves(batch)[0].shape[0]
+
         def one(micro):
             (total, (weight, means)), grads = jax.value_and_grad(loss, has_aux=True)(trainable, micro)
-            return total, weight, jax.tree.map(lambda g: g.astype(jnp.float32), grads), means
+            if micros > 1 or (mesh is not None and mesh.size > 1):  # else a sum of one, which needs no wider copy
+                grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            return total, weight, grads, means
 
-        micros = jax.tree.leaves(batch)[0].shape[0]
         sums = one(jax.tree.map(lambda x: x[0], batch))
         if micros > 1:
             rest = jax.tree.map(lambda x: x[1:], batch)
@@ -114,10 +121,10 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         total, weight, grads, means = gradients(state.trainable, state.member, frozen, batch, key)
         weight = jnp.where(weight > 0, weight, 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)  # bfloat16 of weights that are
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / weight, "weight": weight, "grad_norm": optax.tree.norm(grads)}
+        trainable = apply_updates(state.trainable, updates, jax.random.fold_in(key, ROUNDING))
+        metrics = {"loss": total / weight, "weight": weight, "grad_norm": global_norm(grads)}
         metrics |= {name: value / jnp.maximum(count, 1) for name, (value, count) in means.items()}
         if group is not None:
             metrics |= _by_group(group, grads, updates, trainable)
@@ -131,7 +138,7 @@ def _by_group(group: Callable[..., str], grads: PyTree, updates: PyTree, trainab
     for found, arrays in zip(squares, (grads, updates, trainable), strict=True):
 
         def add(path, array, field, found=found):
-            found[group(path, field)] += jnp.square(array).sum()
+            found[group(path, field)] += jnp.square(array.astype(jnp.float32)).sum()
 
         map_fields(add, arrays)
     metrics = {}
