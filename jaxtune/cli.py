@@ -40,6 +40,7 @@ COMMANDS = {
     "export": ("jaxtune.commands.export", "write a run as a Hugging Face model directory"),
     "report": ("jaxtune.commands.report", "write the report page of a run or a sweep again"),
     "compare": ("jaxtune.commands.compare", "several runs in one table and on one page"),
+    "embed": ("jaxtune.commands.embed", "write the vectors of texts"),
     "params": ("jaxtune.commands.params", "show which parameters a config would train"),
 }
 

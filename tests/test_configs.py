@@ -26,6 +26,11 @@ LABELLED = {
     **{f"classify_{method}": {"text": "Two mugs?", "label": "order"} for method in ("head", "lora", "full")},
     "decide_banking77": {"text": "Two mugs?", "label": "order"},
 }
+COMPARED = {
+    "embed_mnrl": [{"anchor": f"{n} mugs?", "positive": f"Here are {n}."} for n in range(8)],
+    "rerank": [{"query": f"{n} mugs?", "positive": f"Here are {n}.", "negative": "No mugs."} for n in range(8)],
+    "embed_scores": [{"sentence1": "Two mugs?", "sentence2": f"{n} mugs.", "score": n / 8} for n in range(8)],
+}
 
 
 def labelled(folder, name: str) -> list[str]:
@@ -48,6 +53,12 @@ def flags(tmp_path):
             return [f"--config.objective.teacher={tiny.BASE}"]
         if name in LABELLED:
             return labelled(tmp_path, name)
+        if name in COMPARED:
+            (tmp_path / "model").mkdir()
+            write_encoder(tmp_path / "model")
+            file = write_jsonl(tmp_path / "rows.jsonl", COMPARED[name])
+            given = f"--config.model.path={tmp_path}/model", f"--config.data.train={file}"
+            return [*given, "--config.data.eval_fraction=0.0"]
         rows = [ROWS.get(name, {"prompt": "Two mugs?", "completion": "Of course."})] * 8
         if name == "kto":
             rows = [rows[0] | {"label": i % 2 == 0} for i in range(8)]

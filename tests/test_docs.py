@@ -32,6 +32,7 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune eval": ("--rows=4", "--max-new-tokens=4"),
     "jaxtune eval runs/classifier": ("--rows=16",),
     "jaxtune eval runs/dpo": ("--rows=8",),
+    "jaxtune eval runs/vectors": ("--rows=16",),
     "jaxtune eval runs/quickstart --frontier": ("--rows=4",),
     "jaxtune eval runs/quickstart --memory": ("--rows=4",),
     "jaxtune eval runs/quickstart --confidence": ("--rows=4", "--samples=1", "--max-new-tokens=4"),

@@ -131,7 +131,7 @@ def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":
             eval_fraction=d.eval_fraction,
             **data.reading(d),
             labels=task.form,
-            max_length=row_length(cfg.data.max_length, module),
+            max_length=row_length(cfg.data.max_length, module, task.length),
             overlength=d.overlength,
             packing=d.packing,
             rows_a_batch=cfg.train.batch_size,

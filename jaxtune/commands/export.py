@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     from jaxtune.hf.peft import export_adapter
     from jaxtune.hf.stops import stop_ids
     from jaxtune.infer.source import find, open_source
+    from jaxtune.infer.vectors import pooled_of
+    from jaxtune.models.body import Body
 
     source = find(options.source, options.base, any_base=options.allow_other_base)
     if source.adapter is None and (options.merge or options.adapter):
@@ -89,6 +91,7 @@ def main(argv: list[str]) -> None:
     if options.scale != 1:
         shared["facts"] = (shared["facts"] or {}) | {"scale": f"{options.scale:g}; figures above are those of 1"}
     shared["ends"] = stop_ids(source.adapter) if source.adapter else ()
+    shared["vectors"] = pooled_of(source) if module.task_type == Body.task_type else None
     if options.adapter:
         where = {"base": source.base, "base_folder": source.model, "config": config, "bake": options.bake}
         where["record"] = None if source.any_base else source.run or recorded(source.adapter)

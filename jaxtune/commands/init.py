@@ -48,9 +48,10 @@ def main(argv: list[str]) -> None:
     spec = models.family(config).spec(Config(config))
     source = open_source(name)
     layout = recognise(source, options.columns, reading(given))
-    if layout.labels is None:
+    texts = layout.form is not None and layout.form.texts
+    if layout.labels is None and not texts:
         check_generates(options.model, config, spec)
-    else:
+    elif not texts:
         layout = fitted(layout, source, read_labels(config))
         layout.labels.joined = JOINED if isinstance(spec, DecoderSpec) else None
     tokenizer = load_tokenizer(
@@ -69,7 +70,11 @@ def main(argv: list[str]) -> None:
     text = layout.labels is None and layout.form is None
     settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if text else {}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
-    proposal = propose.propose(name, layout, whole.longest, model).changed(options.settings)
+    proposal = propose.propose(name, layout, layout.form.lengths(whole) if texts else whole.longest, model).changed(
+        options.settings
+    )
+    if texts:
+        layout.form.cut = proposal["data.max_length"]
     train, held_out, report = prepare(
         tokenizer,
         [name],
@@ -171,6 +176,8 @@ def steps(proposal, train) -> str:
     if count := proposal.get("train.steps"):
         return f"{count:,} steps of {size} {rows}"
     epochs = proposal.get("train.epochs", 1)
+    if not packing:  # then lengths do not change the count, and a row of several texts is longer than each of them
+        length = max(length, *(int(rows.length.max(initial=0)) for rows in train))
     count = Batches(train, batch_size=size, max_length=length, packing=packing).steps(epochs)
     return f"{count:,} steps of {size} {rows} in {epochs:g} epoch{'s' if epochs > 1 else ''}"
 

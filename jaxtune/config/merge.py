@@ -39,7 +39,7 @@ from jaxtune.config.schema import (
     no_eval_data,
 )
 from jaxtune.errors import UserError, nearest
-from jaxtune.objectives import answers
+from jaxtune.objectives import answers, contrasts
 from jaxtune.objectives.task import TASKS
 from jaxtune.reading import parse_json
 
@@ -313,6 +313,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             "whole rows; choose drop or truncate"
         )
     yield from answers.problems(values)
+    yield from contrasts.problems(values)
     if values["objective.name"] == "preference" and values["data.packing"] and values["data.overlength"] == "truncate":
         yield (
             "data.overlength=truncate has no meaning for packed pairs, of which both texts lie in one row; choose "

@@ -48,7 +48,7 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
     if cfg.model.adapter is not None and (record := recorded(Path(cfg.model.adapter).expanduser())):
         BaseFiles(folder).check(record)
     settings = method_settings(cfg)
-    length, prefix = row_length(cfg.data.max_length, module), virtual_ids(module, settings)
+    length, prefix = row_length(cfg.data.max_length, module, task.length), virtual_ids(module, settings)
     if length - len(prefix) < 2:
         raise UserError(
             f"data.max_length={length} leaves no room for text after {len(prefix)} virtual tokens; raise it."
@@ -117,7 +117,7 @@ def open_model(
     values = hf.read_config(folder)
     values |= {key: value for key, value in defaults.items() if values.get(key) is None}
     fields |= {"dtype": dtype or compute_dtype(cfg.model.dtype, backend)}
-    given = TaskInput(values, fields, _plain(cfg.objective), _plain(cfg.data), cfg.model.tokenizer)
+    given = TaskInput(values, fields, _plain(cfg.objective), _plain(cfg.data), cfg.model.tokenizer, folder)
     module, task = open_task(cfg.objective.name, given)
     return cut(cfg.tune.method, _with_new_tokens(cfg, module), method_settings(cfg)), task
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.methods import settings as methods
-from jaxtune.objectives import answers
+from jaxtune.objectives import answers, contrasts
 from jaxtune.objectives.task import TASKS, unread
 from jaxtune.train import optimizers
 
@@ -82,6 +82,7 @@ MicroBatch = int | str
 
 PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+RANKINGS = ("binary", "pairwise", "listwise")
 POOLINGS = ("auto", "cls", "mean", "last")
 Integers = tuple[int, ...]
 Ranks = tuple[tuple[str, int], ...]
@@ -212,7 +213,15 @@ SETTINGS = (
     Setting("objective.top_k", int, 0, "likeliest tokens of it, computed once; 0: it runs in the step", range=TOP_K),
     Setting("objective.divergence", str, "forward_kl", "of the student from its teacher", DIVERGENCES),
     Setting("objective.jsd_beta", float, 0.5, "the teacher's weight in the mixture of jsd", range=INSIDE_1),
-    Setting("objective.temperature", float, 1.0, "of both distributions", range=POSITIVE),
+    Setting("objective.temperature", float, None, "of distributions; default: the loss's, else 1", range=POSITIVE),
+    Setting("objective.contrast", str, "infonce", "how vectors of texts are compared (embedding)", contrasts.CONTRASTS),
+    Setting("objective.ranking", str, "binary", "how scores of documents are learnt (reranking)", RANKINGS),
+    Setting("objective.margin", float, None, "between unlike texts; default: the loss's", range=NOT_NEGATIVE),
+    Setting("objective.symmetric", bool, False, "infonce: also find the first text by the second"),
+    Setting("objective.normalize", str, "auto", "divide vectors by their lengths; auto: as the model does", AUTO),
+    Setting("objective.matryoshka", Integers, None, "widths of vectors that are trained together", range=ALL_POSITIVE),
+    Setting("objective.query_prefix", str, None, "stands before a row's first text; default: the model's prompt query"),
+    Setting("objective.document_prefix", str, None, "stands before the others; default: the model's prompt document"),
     Setting("objective.ce_weight", float, 0.0, "share of the cross-entropy with the rows' tokens", range=BELOW_1),
     Setting("objective.lmbda", float, 0.0, "share of rows that the student answers itself (on-policy)", range=UP_TO_1),
     Setting("objective.draw_every", int, 1, "with lmbda: in every so many-th step", range=AT_LEAST_1),
@@ -331,6 +340,8 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "optim.momentum": lambda values: optimizers.defaults("momentum").get(values["optim.name"], 0.9),
     "objective.beta": answers.default_beta,
     "objective.sft_weight": answers.default_sft,
+    "objective.temperature": contrasts.default_temperature,
+    "objective.margin": contrasts.default_margin,
     "train.epochs": lambda values: 1.0 if values["train.steps"] is None else None,
     "train.micro_batch": lambda values: values["train.batch_size"] // (values["train.grad_accum"] or 1),
     "train.grad_accum": lambda values: (
@@ -375,6 +386,7 @@ def no_eval_data(values: Mapping[str, Any]) -> bool:
 IDLE = (
     Idle(lambda v: unread(v["objective.name"]), lambda v: True, "objective.name is {objective.name}"),
     Idle(answers.unread, lambda v: v["objective.name"] == "preference", "objective.loss is {objective.loss}"),
+    Idle(contrasts.unread, lambda v: v["objective.name"] == "embedding", "objective.contrast is {objective.contrast}"),
     *(
         Idle((f"tune.{name}",), lambda v, name=name: v["tune.method"] != name, "tune.method is {tune.method}")
         for name, row in methods.ROWS.items()

@@ -20,6 +20,7 @@ class RowForm:
         several: a row may have several classes, or none.
         text: the marks are those of text: 1 at a token that is trained (`jaxtune.data.tokenize.Encoder`).
         pairs: a row is two texts, of which the first is better.
+        texts: a row is texts that are compared with one another (`jaxtune.data.embeddings`).
     """
 
     notes: Sequence[str] = ()
@@ -27,6 +28,7 @@ class RowForm:
     several: bool = False
     text: bool = False
     pairs: bool = False
+    texts: bool = False
 
     def on(self, tokenizer: Any) -> "RowForm":
         """Return the form for rows that this tokenizer will read."""

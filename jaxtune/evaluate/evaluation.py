@@ -20,6 +20,7 @@ from jaxtune.evaluate.systems import System
 from jaxtune.files import atomic_write_text
 from jaxtune.hf.load import read_config
 from jaxtune.hf.peft import read_adapter_config
+from jaxtune.hf.vectors import MODULES
 from jaxtune.infer.source import Tuned
 from jaxtune.objectives.task import TASKS, of_model
 
@@ -139,6 +140,8 @@ def open_evaluator(source: Tuned, cfg: Any, options: Options) -> Evaluator:
     """Make the evaluator of a source: that of its run's task, else that of the model's head."""
     if cfg is not None:
         name = cfg.objective.name
+    elif any((folder / MODULES).is_file() for folder in (source.adapter, source.model) if folder):
+        name = "embedding"
     else:
         name = of_model(read_config(source.model), source.adapter and read_adapter_config(source.adapter)["task_type"])
     module, _, opener = TASKS[name].evaluator.partition(":")

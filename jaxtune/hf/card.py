@@ -24,6 +24,7 @@ def loading(
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
     rows: int | None = None,
+    vectors: bool = False,
 ) -> dict[str, str]:
     """Code to paste that loads a result: library -> lines.
 
@@ -35,7 +36,10 @@ def loading(
         config: its config.json, for the labels of a label head; nothing else of it is read.
         tokenizer: whether there is one in `here`; of a model of images, what prepares them.
         rows: of the table of tokens, where an adapter was made after some were added to its base.
+        vectors: whether it is a directory of sentence-transformers.
     """
+    if vectors:
+        return {library: code.format(json.dumps(here)) for library, code in _VECTORS.items()}
     where, named = json.dumps(here), json.dumps(base)
     variable, of_inputs = ("processor", "AutoImageProcessor") if auto == _IMAGES else ("tokenizer", "AutoTokenizer")
     classes = f"{auto}, {of_inputs}" if tokenizer else auto
@@ -57,6 +61,22 @@ def loading(
         f"model = PeftModel.from_pretrained(base, {where}){last}",
     ]
     return {"peft": "\n".join(lines), "jaxtune": own}
+
+
+_VECTORS = {
+    "sentence-transformers": """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({0})
+queries = model.encode_query(["where is my card?"])
+documents = model.encode_document(["Cards arrive within a week.", "Our shop opens at nine."])
+print(model.similarity(queries, documents))""",
+    "jaxtune": """from jaxtune.infer.vectors import open_embedder
+
+model = open_embedder({0})
+queries = model(["where is my card?"], model.pooled.prompts.get("query", ""))
+documents = model(["Cards arrive within a week."], model.pooled.prompts.get("document", ""))
+print(queries @ documents.T)""",
+}
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -98,6 +118,7 @@ def model_card(
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
     rows: int | None = None,
+    vectors: bool = False,
 ) -> str:
     """Return the text of README.md. A base on this machine is named by its folder, without the path.
 
@@ -111,16 +132,17 @@ def model_card(
         config: as for `loading`.
         tokenizer: as for `loading`.
         rows: as for `loading`.
+        vectors: as for `loading`.
     """
     local = is_local(base)
     shown = Path(base).name if local else base
-    library = "peft" if adapter else "transformers"
+    library = "sentence-transformers" if vectors else "peft" if adapter else "transformers"
     tags = ["jaxtune", *([adapter] if adapter else [])]
     tags += [f"base_model:adapter:{base}"] if adapter and not local else []
     front = [
         *([] if local else [f"base_model: {json.dumps(base)}"]),
         f"library_name: {library}",
-        f"pipeline_tag: {_PIPELINES[auto]}",
+        f"pipeline_tag: {'sentence-similarity' if vectors else _PIPELINES[auto]}",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
     ]
@@ -131,6 +153,7 @@ def model_card(
         table = [f"| {label} | {cell(value)} |" for label, value in facts.items()]
         blocks.append("\n".join(["## The run", "", "| | |", "|---|---|", *table]))
     kind = {"adapter": bool(adapter), "auto": auto, "config": config, "tokenizer": tokenizer, "rows": rows}
+    kind["vectors"] = vectors
     code = loading(None if local else base, name, **kind)
     blocks.append("\n\n".join(["## How to load it", *(f"```python\n{lines}\n```" for lines in code.values())]))
     return "\n\n".join(blocks) + "\n"

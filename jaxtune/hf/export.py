@@ -43,6 +43,7 @@ def export_model(
     ends: Collection[int] = (),
     overwrite: bool = False,
     shard_bytes: int = 5 * 10**9,
+    vectors: Any = None,
 ) -> list[str]:
     """Merge adapters and write the model as an HF directory, atomically.
 
@@ -62,6 +63,8 @@ def export_model(
         ends: tokens that end a trained turn; they are added to the generation config.
         overwrite: replace a directory that is there.
         shard_bytes: size above which the weights are split over several files.
+        vectors: how vectors are made of the hidden states (`jaxtune.hf.vectors.Pooled`): the directory is then one of
+            sentence-transformers; None: it is not.
 
     Returns:
         Sentences that the user should read: a head that was untied, a tokenizer that was not found.
@@ -81,6 +84,8 @@ def export_model(
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         notes += write_generation_config(base, folder, ends)
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
+        if vectors is not None:
+            vectors.write(folder, module.spec.width)
         card = model_card(
             name=out.name,
             base=tuned_from or public_name(base),
@@ -88,6 +93,7 @@ def export_model(
             facts=facts,
             notes=notes,
             auto=module.auto_class,
+            vectors=vectors is not None,
             **inputs(module, folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -40,7 +40,9 @@ from jaxtune.hf.peft_config import (
 from jaxtune.hf.stops import stop_ids, write_generation_config
 from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places, renamed
 from jaxtune.methods.vocabulary import resize
+from jaxtune.models.body import Body
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
+from jaxtune.models.decoder import without_head
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
 from jaxtune.weights.leaf import (
     Adapter,
@@ -237,6 +239,8 @@ def open_adapter(
     named, where = find_base(folder, base)
     values = hf.read_config(where)
     module, drawn = models.build(values, **settings), None
+    if config["task_type"] == Body.task_type and module.continues:
+        module = without_head(module)
     labels = _labels(folder, config, entries, module)
     if labels is not None:
         stored = read_labels(values)
@@ -477,6 +481,7 @@ def export_adapter(
     overwrite: bool = False,
     bake: bool = False,
     record: Path | None = None,
+    vectors: Any = None,
 ) -> list[str]:
     """Write the adapters of a zoo model as a PEFT directory, atomically.
 
@@ -497,6 +502,7 @@ def export_adapter(
         bake: multiply the scales into B and pad all ranks to the largest, for engines that ignore rank and alpha
             patterns.
         record: directory of what was tuned (a run or an adapter), whose record of its base is carried along.
+        vectors: as for `export_model`.
 
     Returns:
         Sentences that the user should read, such as a tokenizer that was not found.
@@ -529,7 +535,9 @@ def export_adapter(
         stops_of = Path(base_folder or base).expanduser()
         if record is not None:
             carry_record(record, folder)
-        if not set(ends) <= stop_ids(stops_of):
+        if vectors is not None:
+            vectors.write(folder, module.spec.width)
+        elif not set(ends) <= stop_ids(stops_of):
             notes += write_generation_config(stops_of, folder, ends)
         card = model_card(
             name=out.name,
@@ -539,6 +547,7 @@ def export_adapter(
             notes=notes,
             auto=module.auto_class,
             config=labels,
+            vectors=vectors is not None,
             **inputs(module, folder),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

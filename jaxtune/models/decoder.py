@@ -9,6 +9,7 @@ The parameters are a plain nested dict:
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -169,3 +170,25 @@ def split(module: Decoder, params: Any, at: int) -> tuple[Decoder, Any]:
         first += segment.layers
     spec = dataclasses.replace(module.spec, segments=tuple(segments))
     return module.clone(spec=spec), out
+
+
+class HeadlessDecoder(Decoder):
+    """A decoder whose result is its hidden states: a checkpoint's output head is not read."""
+
+    continues = False
+    auto_class = "AutoModel"
+    task_type = "FEATURE_EXTRACTION"
+
+    def names(self, table: NameTable) -> NameTable:
+        top = {hf: path for hf, path in table.top.items() if not path.startswith("lm_head/")}
+        heads = "|".join(re.escape(hf) for hf in table.top.keys() - top.keys())
+        return dataclasses.replace(table, top=top, bare=True, ignored=f"{table.ignored}|{heads}")
+
+
+def without_head(module: Decoder) -> HeadlessDecoder:
+    """The same decoder as one that gives hidden states."""
+    fields = {name: getattr(module, name) for name in BODY_FIELDS}
+    return HeadlessDecoder(**fields | {"spec": dataclasses.replace(module.spec, tied=True)})
+
+
+BODY_FIELDS = ("spec", "dtype", "attention", "most_segments", "remat", "unroll", "start", "stop")

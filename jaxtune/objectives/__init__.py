@@ -20,3 +20,32 @@ class OverBatch(NamedTuple):
 
     sums: Callable[..., Any]
     loss: Callable[..., Any]
+
+
+class OverVectors(NamedTuple):
+    """A loss that compares the texts of a batch with one another, through a vector of each.
+
+    Micro-batches and devices see all vectors of the step's batch, and its gradients are exact: vectors are computed
+    without their activations first, the loss gives the gradient of each, and then every micro-batch is computed again
+    and takes the gradients of its own back to the parameters (GradCache: Gao et al. 2021, arXiv:2101.06983, section
+    3.2). With one micro-batch nothing is computed twice.
+
+    Attributes:
+        vectors: (params, batch, key) -> vectors f32[B, ...] of the rows of a micro-batch.
+        loss: (params, vectors [N, ...], batch [N, ...] without its tokens) -> ((sum, weight), aux), of all rows.
+    """
+
+    vectors: Callable[..., Any]
+    loss: Callable[..., Any]
+
+    def alone(self, params: Any, batch: Mapping[str, Any], key: Any) -> Any:
+        """The loss of one micro-batch [B, ...] that is the whole batch."""
+        return self.loss(params, self.vectors(params, batch, key), self.about(batch))
+
+    @staticmethod
+    def about(batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss reads of a batch: everything but the texts themselves."""
+        return {name: value for name, value in batch.items() if name not in TEXTS}
+
+
+TEXTS = ("tokens", "features", "positions", "segments", "types")

@@ -27,6 +27,7 @@ class TaskInput(NamedTuple):
         fields: of its module, such as dtype and remat.
         objective, data: the sections of the run's config.
         tokenizer: directory of the tokenizer.
+        folder: directory of the model; None: it has none.
     """
 
     config: Mapping[str, Any]
@@ -34,21 +35,23 @@ class TaskInput(NamedTuple):
     objective: Mapping[str, Any]
     data: Mapping[str, Any]
     tokenizer: str
+    folder: Any = None
 
-    def length(self, module: Any) -> int:
+    def length(self, module: Any, default: int | None = None) -> int:
         """The most tokens of a row; see `row_length`."""
-        return row_length(self.data["max_length"], module)
+        return row_length(self.data["max_length"], module, default)
 
 
-def row_length(asked: int | None, module: Any) -> int:
-    """Return the most tokens of a row: data.max_length, by default 1024 or the module's positions, whichever is less.
+def row_length(asked: int | None, module: Any, default: int | None = None) -> int:
+    """Return the most tokens of a row: data.max_length, by default `default` (1024) or the module's positions,
+    whichever is less.
 
     Raises:
         UserError: it exceeds them.
     """
     known = module.spec.positions
     if asked is None:
-        return min(known, DEFAULT_LENGTH)
+        return min(known, default or DEFAULT_LENGTH)
     if asked > known:
         raise UserError(f"data.max_length={asked} exceeds the {known} positions that the model knows; lower it.")
     return asked
@@ -101,6 +104,8 @@ class Task:
             in batches beside its tokens; None: nothing is.
         values: what the loss is told, by name: an array each in the state, params["objective"], so that a sweep of it
             is one compiled step.
+        length: the default of data.max_length; None: that of all tasks.
+        result: what is written beside the model or the adapter that a run ends with: `.write(folder, width)` of it.
         reference: the loss compares with the model as the run begins: "precomputed": batches hold the log-probabilities
             of their texts under it (`jaxtune.train.reference`); "live": the loss computes them from the base under the
             adapters; None: it does not.
@@ -122,6 +127,8 @@ class Task:
     reference: str | None = None
     others: Mapping[str, str] = field(default_factory=dict)
     draws: Draws | None = None
+    length: int | None = None
+    result: Any = None
 
 
 class Companion(Protocol):
@@ -161,6 +168,7 @@ _TEXT = (
 )
 _PAIR_VALUES = ("objective.beta", "objective.gamma", "objective.label_smoothing")
 _KTO_VALUES = ("objective.beta", "objective.desirable_weight", "objective.undesirable_weight")
+_CONTRAST_VALUES = ("objective.temperature", "objective.margin")
 _LABELS = ("objective.labels", "objective.first_label", "objective.class_weights")
 
 TASKS: dict[str, Entry] = {
@@ -209,6 +217,22 @@ TASKS: dict[str, Entry] = {
     "reward": Entry(
         "jaxtune.objectives.reward:open_task",
         ("objective.centering", *(name for name in _TURNS if name != "evaluate")),
+        "AutoModelForSequenceClassification",
+    ),
+    "embedding": Entry(
+        "jaxtune.objectives.embedding:open_task",
+        (
+            *("objective.contrast", "objective.pooling", "objective.normalize", "objective.matryoshka"),
+            *("objective.query_prefix", "objective.document_prefix", "objective.symmetric", "data.ignore"),
+            *_CONTRAST_VALUES,
+        ),
+        "AutoModel",
+        "jaxtune.evaluate.vectors:Vectors",
+        in_step=_CONTRAST_VALUES,
+    ),
+    "reranking": Entry(
+        "jaxtune.objectives.reranking:open_task",
+        ("objective.ranking", "data.ignore"),
         "AutoModelForSequenceClassification",
     ),
 }

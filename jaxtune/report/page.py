@@ -223,7 +223,8 @@ def _use(run: RunRecord) -> list[Snippet]:
     snippets = [Snippet("on the command line", f"jaxtune generate {folder} --prompt='...'")]
     kept = result / "config.json"  # of an adapter: names the labels of its head
     labels = read_object(kept, "a run") if result.name == "adapter" and kept.is_file() else None
-    code = loading(base, str(result), adapter=result.name == "adapter", auto=auto, config=labels)
+    vectors = (result / "modules.json").is_file()
+    code = loading(base, str(result), adapter=result.name == "adapter", auto=auto, config=labels, vectors=vectors)
     snippets += [Snippet(f"with {name}", lines) for name, lines in code.items()]
     continues = run.summary.get("continues", auto == "AutoModelForCausalLM")
     return snippets if continues else snippets[1:]

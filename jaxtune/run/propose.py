@@ -182,7 +182,7 @@ def learning_rate(method: str, width: int, layout: Recognised | None = None) -> 
 
     For losses over answers it is a tenth, as is usual: they reward every further step away from the base.
     """
-    share = JUDGED_SHARE if layout and layout.form else 1.0
+    share = JUDGED_SHARE if layout and layout.form and not layout.form.texts else 1.0
     return float(f"{share * LR[method] * max(1.0, LR_WIDTH / width):.1g}")
 
 
@@ -192,7 +192,8 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
     Raises:
         UserError: no row fits the model.
     """
-    corpus, labelled = layout.is_corpus, layout.labels is not None
+    texts = layout.form is not None and layout.form.texts
+    corpus, labelled = layout.is_corpus, layout.labels is not None or texts  # labelled: longer rows are cut
     length = min(CORPUS_LENGTH, model.positions) if corpus else max_length(lengths, model.positions)
     long = int((lengths > length).sum())
     if long == len(lengths) and not corpus and not labelled:
@@ -231,9 +232,16 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         *_objective(layout),
         Choice("optim.lr", learning_rate(method, model.width, layout), _lr_reason(method, model.width, layout)),
         Choice("train.epochs", 3 if rows < 10_000 and not corpus else 1),
-        Choice("train.batch_size", 8 if rows < 1000 else 16, "rows a step; train.grad_accum splits it to save memory"),
+        Choice("train.batch_size", _batch_size(rows, texts), "rows a step; train.grad_accum splits it to save memory"),
     ]
     return Proposal(tuple(choices), tuple(notes))
+
+
+def _batch_size(rows: int, texts: bool) -> int:
+    """Rows of a step; texts that are compared with one another learn from more of them."""
+    if texts:
+        return 64 if rows >= 640 else 16
+    return 8 if rows < 1000 else 16
 
 
 def _template_notes(layout: Recognised, model: ModelFacts) -> list[str]:
@@ -302,6 +310,12 @@ def _objective(layout: Recognised) -> list[Choice]:
     """The settings of pairs and judged answers, in the order of the schema."""
     if layout.form is None:
         return []
+    if layout.form.texts:
+        return [
+            Choice("data.overlength", "truncate", "a longer text keeps its beginning"),
+            Choice("objective.name", layout.format, "vectors of texts: retrieval, search, clustering"),
+            Choice("objective.temperature", 0.05, "lower: the nearest wrong texts count for more"),
+        ]
     what = "pairs of answers: DPO" if layout.form.pairs else "answers judged good or bad"
     return [Choice("objective.name", layout.format, what), Choice("objective.beta", 0.1, BETA)]
 
@@ -313,13 +327,14 @@ def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, 
     if layout.is_corpus:
         return f"tokens in a packed sequence; the model has {positions:,} positions"
     mean, longest = round(float(lengths.mean())), int(lengths.max())
-    then = "cut" if layout.labels is not None else "dropped"
+    texts = layout.form is not None and layout.form.texts
+    then = "cut" if layout.labels is not None or texts else "dropped"
     dropped = f"{long:,} of {len(lengths):,} rows are longer and {then}" if long else "no row is longer"
     return f"rows have {mean:,} tokens on average, at most {longest:,}; {dropped}"
 
 
 def _lr_reason(method: str, width: int, layout: Recognised) -> str:
-    share = JUDGED_SHARE if layout.form else 1.0
+    share = JUDGED_SHARE if layout.form and not layout.form.texts else 1.0
     return f"{share * LR[method]:g} from width {LR_WIDTH:,}, more for a narrower model (this: {width:,})"
 
 

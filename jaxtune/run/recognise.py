@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jaxtune.data.embeddings import TextsForm
 from jaxtune.data.files import header_hint, looks_tagged
 from jaxtune.data.formats import ANSWERED, ASKED, FORMATS, MESSAGES, Reader, make_reader
 from jaxtune.data.labels import LABELS, PAIR_COLUMNS, PAIRS, TAGS, WORDS, LabelForm, count_ids, count_labels
@@ -22,6 +23,7 @@ from jaxtune.data.preferences import SIDES, JudgedForm, PairForm
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source, kind, read
 from jaxtune.errors import UserError
+from jaxtune.objectives.contrasts import CONTRASTS
 
 # Common names of prompts and completions, the surest first.
 TEXTS = ("text", "sentence", "review", "content", "message", "utterance")
@@ -171,6 +173,8 @@ def recognise(
     chosen = given.get("template") or given.get("format")
     if not chosen and (judged := _judged(source, row, columns or {}, given)) is not None:
         return judged
+    if not chosen and not columns and (texts := _compared(source, row, given)) is not None:
+        return texts
     if not chosen and (labelled := _labelled(source, row, columns or {})) is not None:
         return labelled
     if chosen or columns:
@@ -222,6 +226,17 @@ def _judged(source: Source, row: dict, columns: Mapping[str, str], given: Mappin
     form = JudgedForm(**read_as)
     form.reader(source)
     return Recognised("kto", {}, form=form, notes=("answers judged good or bad: tuned with KTO",))
+
+
+def _compared(source: Source, row: dict, given: Mapping[str, Any]) -> Recognised | None:
+    """How rows of texts that belong together are read, named as sentence-transformers' data name them; else None."""
+    firsts, seconds = {"anchor", "query", "question"} & set(row), {"positive", "pos"} & set(row)
+    if not firsts or not seconds:
+        return None
+    form = TextsForm("infonce", CONTRASTS["infonce"], ignore=tuple(given.get("ignore") or ()))
+    form.reader(source)
+    note = "texts that belong together: vectors are in-batch negatives; objective.contrast names other losses"
+    return Recognised("embedding", {}, form=form, notes=(note,))
 
 
 def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognised | None:

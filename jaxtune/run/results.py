@@ -83,6 +83,7 @@ def finish(member, place, job, params, run, clock, scored) -> None:
         "facts": facts,
         "ends": job.rows.ends,
         "overwrite": True,
+        "vectors": experiment.task.result,
     }
     base = experiment.base
     new = base.new_tokens
@@ -172,7 +173,8 @@ def _show(member, rows, clock, out: Path, page: Path, adapter: bool, module: Any
     auto = module.auto_class
     labels = module.label_config
     base = member.experiment.base.path
-    code = loading(base, str(out), adapter=adapter, auto=auto, config=labels, **inputs(module, out))
+    vectors = member.experiment.task.result is not None
+    code = loading(base, str(out), adapter=adapter, auto=auto, config=labels, vectors=vectors, **inputs(module, out))
     for library, lines in code.items():
         console.print(f"load it with {library}:\n{textwrap.indent(lines, '  ')}\n", markup=False)
     if member.experiment.task.continues:

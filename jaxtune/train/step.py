@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxtune.objectives import OverBatch
+from jaxtune.objectives import OverBatch, OverVectors
 from jaxtune.train.moments import apply_updates, global_norm
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import Field, PyTree, combine, map_fields
 
-LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]] | OverBatch
+LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]] | OverBatch | OverVectors
 
 
 ROUNDING = 2**32 - 1  # of a step's key: no row has this number
@@ -76,6 +76,8 @@ def _gradients(loss_fn: LossFn, mesh: Mesh | None) -> Callable[..., Any]:
             sums, _ = jax.lax.scan(lambda s, m: (jax.tree.map(jnp.add, s, one(m)), None), sums, rest)
         return sums if mesh is None else jax.lax.psum(sums, DATA)
 
+    if isinstance(loss_fn, OverVectors):
+        local = _through_vectors(loss_fn, mesh)
     if mesh is None:
         return local
     whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
@@ -84,8 +86,62 @@ def _gradients(loss_fn: LossFn, mesh: Mesh | None) -> Callable[..., Any]:
     )
 
 
+def _through_vectors(loss_fn: OverVectors, mesh: Mesh | None) -> Callable[..., Any]:
+    """The gradients of a loss over the vectors of the whole batch; see `OverVectors`."""
+
+    def local(trainable, member, frozen, batch, key):
+        def vectors(trainable, micro):
+            return loss_fn.vectors(combine(trainable, member, frozen), micro, key)
+
+        micros = jax.tree.leaves(batch)[0].shape[0]
+        first = jax.tree.map(lambda x: x[0], batch)
+        if micros == 1:
+            own, back = jax.vjp(lambda trainable: vectors(trainable, first)[None], trainable)
+        else:
+            own = jax.lax.map(lambda micro: vectors(trainable, micro), batch)
+        params, about = combine(trainable, member, frozen), whole_batch(loss_fn.about(batch), mesh)
+
+        def loss(every):
+            (total, weight), aux = loss_fn.loss(params, every, about)
+            return total, (weight, aux.get("means", {}))
+
+        every = whole_batch(own, mesh)
+        (total, (weight, means)), wanted = jax.value_and_grad(loss, has_aux=True)(every)
+        wanted = _own_rows(wanted, own, mesh)
+        if micros == 1:
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), back(wanted)[0])
+        else:
+
+            def add(sums, given):
+                micro, wanted = given
+                grads = jax.vjp(lambda trainable: vectors(trainable, micro), trainable)[1](wanted)[0]
+                return jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums, grads), None
+
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+            grads, _ = jax.lax.scan(add, zeros, (batch, wanted))
+        return total, weight, grads if mesh is None else jax.lax.psum(grads, DATA), means
+
+    return local
+
+
+def whole_batch(part: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays [A, B, ...] of a device to those of all rows of the batch [D * A * B, ...], device by device."""
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), part)
+    return flat if mesh is None else jax.tree.map(lambda x: jax.lax.all_gather(x, DATA, tiled=True), flat)
+
+
+def _own_rows(whole: jax.Array, own: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The rows of a device out of those of all, in the shape of `own` [A, B, ...]."""
+    if mesh is None:
+        return whole.reshape(own.shape)
+    count = own.shape[0] * own.shape[1]
+    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(DATA) * count, count).reshape(own.shape)
+
+
 def over_batch(loss_fn: LossFn, params: PyTree, batch: Any, mesh: Mesh | None = None) -> Callable[..., Any]:
     """The loss of a micro-batch, told what it has to know of the whole batch [A, B, ...]."""
+    if isinstance(loss_fn, OverVectors):
+        return loss_fn.alone
     if not isinstance(loss_fn, OverBatch):
         return loss_fn
     found = jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda micro: loss_fn.sums(params, micro, None), batch))
@@ -156,6 +212,11 @@ def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = Tru
     """
 
     def local(trainable, member, frozen, batch):
+        if isinstance(loss_fn, OverVectors):
+            params = combine(trainable, member, frozen)
+            own = jax.lax.map(lambda micro: loss_fn.vectors(params, micro, None), batch)
+            (total, weight), aux = loss_fn.loss(params, whole_batch(own, mesh), whole_batch(loss_fn.about(batch), mesh))
+            return total, weight, aux
         known = over_batch(loss_fn, combine(trainable, member, frozen), batch, mesh)
 
         def one(micro):
