@@ -10,10 +10,14 @@ import small
 from jax.sharding import Mesh
 
 from jaxtune.objectives.causal_lm import causal_lm
+from jaxtune.objectives.distillation import Strength, Teacher, distillation
+from jaxtune.objectives.preference import judged, preference
+from jaxtune.objectives.reward import reward
+from jaxtune.objectives.task import OBJECTIVE
 from jaxtune.train.optim import optimizer
 from jaxtune.train.parallel import make_mesh, replicate, shard_batch
 from jaxtune.train.step import init_state, make_train_step, value_and_grad
-from jaxtune.tree import TRAIN, combine
+from jaxtune.tree import MEMBER, TRAIN, Beside, combine, partition
 
 STEPS, ORACLE_STEPS = 50, 8
 LORA = {"r": 2, "lora_dropout": 0.2}
@@ -25,6 +29,41 @@ def gradients(mesh: Mesh | None, accum: int):
     part, _ = small.tuned(**LORA)
     fn = jax.jit(value_and_grad(causal_lm(small.decoder()), mesh))
     batch = small.batch(accum=accum)
+    return fn(*part, batch if mesh is None else shard_batch(batch, mesh), jax.random.key(5))
+
+
+class Scored:
+    """A decoder whose score of a text is a number of its last hidden state."""
+
+    @staticmethod
+    def apply(variables, tokens, positions, segments, keys=None):
+        return small.decoder().apply(variables, tokens, positions, None, keys=keys, method="hidden")[:, -1, 0]
+
+
+NUMBERS = ("beta", "gamma", "label_smoothing")
+ANSWERS = {  # loss -> (loss_fn, the numbers it is told)
+    "preference": (preference(small.decoder(), {"sigmoid": 1.0, "simpo": 0.5}, sft=0.5, reference="live"), NUMBERS),
+    "kto": (judged(small.decoder()), ("beta", "desirable_weight", "undesirable_weight")),
+    "reward": (reward(Scored, 0.1), ()),
+    "distillation": (
+        distillation(small.decoder(), Teacher(None, small.decoder(), small.VOCAB), Strength("jsd", 0.3)),
+        (),
+    ),
+}
+
+
+def answers(mesh: Mesh | None, name: str):
+    """(sum, weight, grads) of eight rows, or pairs, under a loss over answers or a distillation."""
+    loss_fn, told = ANSWERS[name]
+    part, mask = small.tuned(r=2)
+    if told:
+        params, roles = combine(*part), dict.fromkeys(told, MEMBER)
+        numbers = {number: jnp.float32(0.3) for number in told}
+        part = partition(params | {OBJECTIVE: numbers}, mask | {OBJECTIVE: roles})
+    if name == "distillation":
+        part = part._replace(frozen=Beside(part.frozen, small.weights(3)))
+    batch = small.batch() if name == "distillation" else small.pairs()
+    fn = jax.jit(value_and_grad(loss_fn, mesh))
     return fn(*part, batch if mesh is None else shard_batch(batch, mesh), jax.random.key(5))
 
 
@@ -92,6 +131,8 @@ def main(out: str) -> None:
     for name, mesh, accum in (("8 devices", make_mesh(), 1), ("4 devices 2x4", make_mesh(4), 2)):
         total, weight, grads = gradients(mesh, accum)
         found |= {f"{name}/{i}": x for i, x in enumerate(jax.tree.leaves((total, weight, grads)))}
+    for name in ANSWERS:
+        found |= {f"{name}/{i}": x for i, x in enumerate(jax.tree.leaves(answers(make_mesh(), name)))}
     found["losses"] = losses(make_mesh())
     for method in METHODS:
         ours = found["losses"][:ORACLE_STEPS] if method == "lora" else losses(make_mesh(), method, ORACLE_STEPS)

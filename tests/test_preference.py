@@ -120,6 +120,20 @@ def test_the_loss_on_chosen_answers_is_a_mean_of_means():
     assert value[2.0] - value[0.0] == pytest.approx(2 * float((b["weights"] * each).sum()), rel=1e-5)
 
 
+def test_the_kl_to_the_base_is_that_of_whole_logits():
+    part, _ = small.tuned(r=2)
+    params, b = small.combine(*part), {k: v[0] for k, v in small.pairs().items()}
+    loss_fn = preference(small.decoder(), {"sigmoid": 1.0}, reference="live")
+    found, answers = loss_fn(params | {OBJECTIVE: TOLD}, b, None)[1]["means"]["kl"]
+    log_p, log_q = (
+        jax.nn.log_softmax(small.decoder().apply({"params": tree}, b["tokens"].reshape(-1, small.T)))
+        for tree in (params, small.weights())
+    )
+    each = (jnp.exp(log_p) * (log_p - log_q)).sum(-1).reshape(b["answer"].shape)
+    assert float(found) == pytest.approx(float((each * b["answer"]).sum()), rel=1e-5)
+    assert float(answers) == 2 * b["weights"].sum()
+
+
 CASES = [(name, 0.0) for name in LOSSES] + [(name, 0.2) for name in ("robust", "simpo", "cpo")]
 
 

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import trl_runs
 from runs import command, home, read, write_jsonl  # noqa: F401
 
 from jaxtune.cli import main
 
-ROWS, STEPS, RATE = 8, 30, 1e-3
+ROWS = 8
 
 
 def dpo_rows():
@@ -23,51 +24,15 @@ def kto_rows():
 
 def trl_losses(kind, model, rows, folder):
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-    if kind == "preference":
-        config, trainer = DPOConfig, DPOTrainer
-    else:
-        from trl import KTOConfig, KTOTrainer
-
-        config, trainer = KTOConfig, KTOTrainer
-    losses = []
-
-    class Kept(trainer):
-        def compute_loss(self, *args, **kwargs):
-            found = super().compute_loss(*args, **kwargs)
-            losses.append(float(found[0] if isinstance(found, tuple) else found))
-            return found
-
-    settings = config(
-        output_dir=str(folder),
-        per_device_train_batch_size=ROWS,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        max_length=64,
-        beta=0.1,
-        precompute_ref_log_probs=True,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        disable_dropout=True,
-        **({"train_sampling_strategy": "sequential"} if kind == "kto" else {}),
-    )
+    chosen = (DPOTrainer, DPOConfig) if kind == "preference" else (KTOTrainer, KTOConfig)
+    more = {"train_sampling_strategy": "sequential"} if kind == "kto" else {}
     torch.manual_seed(0)
-    Kept(
-        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(model),
-    ).train()
-    return losses
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    how = {"beta": 0.1, "precompute_ref_log_probs": True, "disable_dropout": True} | more
+    return trl_runs.losses(*chosen, policy, rows, folder, **how)
 
 
 @pytest.mark.slow
@@ -76,14 +41,10 @@ def trl_losses(kind, model, rows, folder):
 def test_thirty_steps_are_those_of_trl(home, tmp_path, kind, rows):  # noqa: F811
     """Every step takes all rows, so that their order does not matter."""
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    settings = {
-        **{"data__train": file, "data__eval": None, "train__eval_every": None, "objective__name": kind},
-        **{"tune__method": "full", "tune__lora__r": None, "tune__lora__lora_dropout": None, "optim__lr": RATE},
-        **{"optim__schedule": "constant", "optim__warmup": 0, "optim__grad_clip": 0, "train__batch_size": ROWS},
-    }
-    argv = command(home, tmp_path / "run", train__steps=STEPS, **settings)
+    settings = trl_runs.OURS | {"data__train": file, "objective__name": kind, "train__batch_size": ROWS}
+    argv = command(home, tmp_path / "run", **settings)
     assert main(argv) == 0
     ours = [line["train/loss"] for line in read(tmp_path / "run") if "train/loss" in line]
     theirs = trl_losses(kind, home / "model", [json.loads(json.dumps(row)) for row in rows], tmp_path / "trl")
-    assert len(ours) == len(theirs) == STEPS and ours[-1] < ours[0]
+    assert len(ours) == len(theirs) == trl_runs.STEPS and ours[-1] < ours[0]
     assert ours == pytest.approx(theirs, abs=1e-4)

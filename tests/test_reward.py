@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trl_runs
 from runs import adapter, command, home, read, write_jsonl  # noqa: F401
 
 from jaxtune.cli import main
@@ -162,58 +163,24 @@ def test_what_is_refused_before_the_run(argv, tmp_path, capsys, changes, words):
 def test_thirty_steps_are_those_of_trl(home, tmp_path):  # noqa: F811
     """Every step takes all rows, so that their order does not matter; both begin with one head."""
     import torch
-    from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    steps, rate, rows = 30, 1e-3, pairs(0, 8)
-    start = tmp_path / "start"
+    rows, start = pairs(0, 8), tmp_path / "start"
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(home / "model", num_labels=1, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(home / "model")
     model.config.pad_token_id, model.config.problem_type = tokenizer.pad_token_id, "regression"
     model.save_pretrained(start)
     tokenizer.save_pretrained(start)
-    losses = []
-
-    class Kept(RewardTrainer):
-        def compute_loss(self, *args, **kwargs):
-            found = super().compute_loss(*args, **kwargs)
-            losses.append(float(found[0] if isinstance(found, tuple) else found))
-            return found
-
-    settings = RewardConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=8,
-        max_steps=steps,
-        learning_rate=rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        max_length=64,
-        center_rewards_coefficient=0.01,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+    model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
+    theirs = trl_runs.losses(
+        RewardTrainer, RewardConfig, model, rows, tmp_path / "trl", center_rewards_coefficient=0.01
     )
-    Kept(
-        AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32),
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    ).train()
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    ours = command(
-        home,
-        tmp_path / "run",
-        **{"model__path": start, "data__train": file, "data__eval": None, "train__eval_every": None},
-        **{"objective__name": "reward", "objective__centering": 0.01, "tune__method": "full", "tune__lora__r": None},
-        **{"tune__lora__lora_dropout": None, "optim__lr": rate, "optim__schedule": "constant", "optim__warmup": 0},
-        **{"optim__grad_clip": 0, "train__batch_size": 8, "train__steps": steps},
-    )
-    assert main(ours) == 0
+    settings = trl_runs.OURS | {"model__path": start, "data__train": file, "train__batch_size": len(rows)}
+    settings |= {"objective__name": "reward", "objective__centering": 0.01}
+    assert main(command(home, tmp_path / "run", **settings)) == 0
     found = [line["train/loss"] for line in read(tmp_path / "run") if "train/loss" in line]
-    assert len(found) == len(losses) == steps and found[-1] < found[0]
-    assert found == pytest.approx(losses, abs=1e-4)
+    assert len(found) == len(theirs) == trl_runs.STEPS and found[-1] < found[0]
+    assert found == pytest.approx(theirs, abs=1e-4)

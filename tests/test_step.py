@@ -90,6 +90,12 @@ def test_gradients_do_not_depend_on_devices(eight, name):
     assert_same([eight[f"{name}/{i}"] for i in range(len(want))], want)
 
 
+@pytest.mark.parametrize("name", eight_devices.ANSWERS)
+def test_losses_over_answers_do_not_depend_on_devices(eight, name):
+    want = [np.asarray(x) for x in jax.tree.leaves(eight_devices.answers(None, name))]
+    assert_same([eight[f"{name}/{i}"] for i in range(len(want))], want)
+
+
 def test_fifty_losses_do_not_depend_on_devices(eight):
     np.testing.assert_allclose(eight["losses"], fifty_losses(), rtol=1e-5)
     assert fifty_losses()[0] != fifty_losses()[1]

@@ -18,7 +18,18 @@ from jaxtune.config.merge import (
     resolve,
     to_json,
 )
-from jaxtune.config.schema import ADAPTERS, BY_PATH, DEFAULT_LR, DERIVED, REQUIRED, SECTIONS, SETTINGS, Columns, Setting
+from jaxtune.config.schema import (
+    ADAPTERS,
+    BY_PATH,
+    DEFAULT_LR,
+    DERIVED,
+    REQUIRED,
+    SECTIONS,
+    SETTINGS,
+    Columns,
+    Setting,
+    default_lr,
+)
 
 __all__ = [
     "ADAPTERS",
@@ -34,6 +45,7 @@ __all__ = [
     "Setting",
     "changes",
     "check_resume",
+    "default_lr",
     "defaults",
     "find_setting",
     "from_json",

@@ -24,7 +24,6 @@ from jaxtune.config.adapter import is_adapter, settings_of
 from jaxtune.config.kinds import KINDS, Explained, is_mapping
 from jaxtune.config.schema import (
     BY_PATH,
-    DEFAULT_LR,
     DERIVED,
     IDLE,
     OFF,
@@ -36,6 +35,7 @@ from jaxtune.config.schema import (
     SETTINGS,
     Columns,
     Setting,
+    default_lr,
     no_eval_data,
 )
 from jaxtune.errors import UserError, nearest
@@ -159,7 +159,7 @@ def _overruled(given: Mapping[str, Given], file: Mapping[str, Given]) -> set[str
 def notes(config: "ConfigDict") -> list[str]:
     """Return lines for the log on values that the user did not choose."""
     lines = []
-    if config.optim.lr == DEFAULT_LR[config.tune.method]:
+    if config.optim.lr == default_lr(config.objective.name)[config.tune.method]:
         lines.append(f"optim.lr is {config.optim.lr:g}, the default for tune.method={config.tune.method}")
     if no_eval_data(dict(_flat(config))):
         lines.append("no held-out data: the last weights are taken as the best; data.eval_fraction=0.05 holds some out")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.config import ADAPTERS, DEFAULT_LR, to_json
+from jaxtune.config import ADAPTERS, default_lr, to_json
 from jaxtune.data.tokenizer import ids_of_new
 from jaxtune.errors import UserError
 from jaxtune.hf import load as hf
@@ -88,7 +88,7 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
         adapter=cfg.tune.method in ADAPTERS,
         optimizer=o.name,
         lr=o.lr,
-        default_lr=DEFAULT_LR,
+        default_lr=default_lr(cfg.objective.name),
         prefix=prefix,
         data=section(cfg, "data"),
         train=section(cfg, "train"),

@@ -228,7 +228,13 @@ SETTINGS = (
     Setting("objective.max_new_tokens", int, 128, "of an answer that the student draws", range=AT_LEAST_1),
     #
     Setting("optim.name", str, "adamw", "the optimizer", tuple(optimizers.OPTIMIZERS)),
-    Setting("optim.lr", float, None, "peak learning rate; default: full 1e-5, lora 2e-4, head 1e-3", range=POSITIVE),
+    Setting(
+        "optim.lr",
+        float,
+        None,
+        "peak rate; default: full 1e-5, lora 2e-4, head 1e-3; pairs, kto a tenth",
+        range=POSITIVE,
+    ),
     Setting(
         "optim.loraplus_lr_ratio", float, 1.0, "LoRA+: rate of B and of vectors, as a multiple of lr", range=POSITIVE
     ),
@@ -333,10 +339,17 @@ OTHER_NAMES = {
 
 DEFAULT_LR = {name: row.lr for name, row in methods.ROWS.items()}
 
+
+def default_lr(task: str) -> dict[str, float]:
+    """The default rate of each method for a task."""
+    share = TASKS[task].rate if task in TASKS else 1.0  # an unknown name is told elsewhere
+    return {method: float(f"{share * rate:g}") for method, rate in DEFAULT_LR.items()}
+
+
 # Defaults that follow from other settings: they replace None in the resolved config.
 DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "model.tokenizer": lambda values: values["model.path"],
-    "optim.lr": lambda values: DEFAULT_LR[values["tune.method"]],
+    "optim.lr": lambda values: default_lr(values["objective.name"])[values["tune.method"]],
     "optim.momentum": lambda values: optimizers.defaults("momentum").get(values["optim.name"], 0.9),
     "objective.beta": answers.default_beta,
     "objective.sft_weight": answers.default_sft,

@@ -20,7 +20,7 @@ KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it
     "rewards/rejected": ("reward of rejected answers", 0, False),
     "logps/chosen": ("log-probability of chosen answers", 0, False),
     "logps/rejected": ("log-probability of rejected answers", 0, False),
-    "kl": ("KL to the reference", 0, False),
+    "kl": ("KL to the reference or teacher", 0, False),
     "hit@1": ("nearest text is relevant", 1, True),
     "recall@10": ("recall among the nearest 10", 1, True),
     "mrr@10": ("MRR among the nearest 10", 1, True),

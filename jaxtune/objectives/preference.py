@@ -24,7 +24,7 @@ from jaxtune.objectives import OverBatch, inputs
 from jaxtune.objectives.answers import PAIR_LOSSES
 from jaxtune.objectives.causal_lm import open_decoder
 from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task, TaskInput
-from jaxtune.objectives.token_nats import chunk_size, token_nats
+from jaxtune.objectives.token_nats import Given, chunk_size, token_loss, token_nats
 from jaxtune.weights.leaf import Adapter, Array, map_weights, row_keys
 
 
@@ -252,36 +252,44 @@ def answers(module: Any, params: Any, batch: Mapping[str, Array], key: Any, memb
     Returns:
         (sums of log-probabilities, numbers of tokens), f32[B, S] each; of packed pairs f32[B * P, 2].
     """
-    if "owner" in batch:
-        return _packed(module, params, batch, key, members)
-    sides = batch["answer"].shape[:2]
+    x, targets, where = _hidden(module, params, batch, key)
+    nats = token_nats(
+        functools.partial(head_logits, spec=module.spec), head_leaf(params), x, targets, where, members=members
+    )
+    if "owner" not in batch:
+        return tuple(found.reshape(batch["answer"].shape[:2]) for found in answer_logprobs(nats, where))
+    pairs = batch["weights"].shape[1]
+    owner = batch["owner"] + 2 * pairs * jnp.arange(len(where))[:, None]
+    return tuple(array.reshape(-1, 2) for array in answer_logprobs(nats, where, owner, count=2 * pairs * len(where)))
+
+
+def _hidden(module: Any, params: Any, batch: Mapping[str, Array], key: Any) -> tuple[Array, Array, Array]:
+    """(hidden states [N, T, D], targets i32[N, T], where they are an answer's f32[N, T]) of rows: a text, or packed."""
+    packed = "owner" in batch
 
     def flat(x):
-        return x.reshape(-1, *x.shape[2:])
+        return x if packed else x.reshape(-1, *x.shape[2:])
 
-    rows = (sides[1] * batch["row"][:, None] + jnp.arange(sides[1])).reshape(-1)
+    sides = 1 if packed else batch["answer"].shape[1]
+    rows = batch["row"] if packed else (sides * batch["row"][:, None] + jnp.arange(sides)).reshape(-1)
     keys = None if key is None else row_keys(key, rows)
-    where, targets = flat(batch["answer"]), flat(batch["targets"])
-    x = module.apply(
-        {"params": params}, flat(inputs(batch)), flat(batch["positions"]), None, keys=keys, method="hidden"
-    )
-    project = functools.partial(head_logits, spec=module.spec)
-    nats = token_nats(project, head_leaf(params), x, jnp.where(where > 0, targets, 0), where, members=members)
-    return tuple(found.reshape(sides) for found in answer_logprobs(nats, where))
+    at = flat(batch["positions"]), batch["segments"] if packed else None
+    x = module.apply({"params": params}, flat(inputs(batch)), *at, keys=keys, method="hidden")
+    where = flat(batch["answer"])
+    return x, jnp.where(where > 0, flat(batch["targets"]), 0), where
 
 
-def _packed(module: Any, params: Any, batch: Mapping[str, Array], key: Any, members: int) -> tuple[Array, Array]:
-    """`answers` of rows that hold up to P pairs each."""
-    keys = None if key is None else row_keys(key, batch["row"])
-    where, targets, pairs = batch["answer"], batch["targets"], batch["weights"].shape[1]
-    x = module.apply(
-        {"params": params}, inputs(batch), batch["positions"], batch["segments"], keys=keys, method="hidden"
-    )
-    project = functools.partial(head_logits, spec=module.spec)
-    nats = token_nats(project, head_leaf(params), x, jnp.where(where > 0, targets, 0), where, members=members)
-    owner = batch["owner"] + 2 * pairs * jnp.arange(len(where))[:, None]
-    found = answer_logprobs(nats, where, owner, count=2 * pairs * len(where))
-    return tuple(array.reshape(-1, 2) for array in found)
+def kl_to_base(module: Any, params: Any, batch: Mapping[str, Array], members: int = 1) -> Array:
+    """KL(policy | base) in nats, exact at each token of the answers of a batch, and summed over them: f32[]."""
+    base, project = base_of(params), functools.partial(head_logits, spec=module.spec)
+    (x, targets, where), (its, _, _) = (_hidden(module, tree, batch, None) for tree in (params, base))
+
+    def score(logits, targets, given):
+        log_p, log_q = (jax.nn.log_softmax(z, -1) for z in (logits, project(given.shared, given.tokens)))
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1), ()
+
+    told = Given(its, head_leaf(base))
+    return token_loss(project, head_leaf(params), x, targets, where, score, told, members=2 * members)[0]
 
 
 def base_of(params: Any) -> Any:
@@ -306,6 +314,7 @@ def preference(
     """Return `loss_fn(params, batch, key) -> ((sum, weight), aux)` over pairs, as `data.PairAssembler` lays them.
 
     The sum is over pairs, the weight their number. params["objective"] holds the fields of `Strength`.
+    With a live reference, and without a key (at evaluations), the means have the exact KL to the base, nats an answer.
 
     Args:
         module: a decoder.
@@ -327,7 +336,10 @@ def preference(
         rewards = told.beta * (sums - ref) / (jnp.maximum(tokens, 1) if by_token else 1)
         margins = rewards[:, 0] - rewards[:, 1]
         logps = {"logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1]}
-        return weighted(each, weights, of_pairs(margins, rewards) | logps)
+        found, aux = weighted(each, weights, of_pairs(margins, rewards) | logps)
+        if reference == "live" and key is None:  # an evaluation, which may take two passes more
+            aux["means"]["kl"] = kl_to_base(module, params, batch, members), 2 * weights.sum()
+        return found, aux
 
     return loss_fn
 

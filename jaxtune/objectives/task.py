@@ -148,6 +148,8 @@ class Entry(NamedTuple):
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows, "module:name" (`jaxtune.evaluate.evaluation.Evaluator`).
         in_step: those of its settings that are `Task.values`, which members of one compiled step may differ in.
+        rate: the default learning rate, as a share of the method's. Losses over answers, which reward every further
+            step away from the base, take a tenth, as is usual.
     """
 
     opener: Opener | str
@@ -155,6 +157,7 @@ class Entry(NamedTuple):
     auto_class: str = "AutoModelForCausalLM"
     evaluator: str = "jaxtune.evaluate.own_loss:OwnLoss"
     in_step: tuple[str, ...] = ()
+    rate: float = 1.0
 
 
 _TURNS = (
@@ -207,12 +210,14 @@ TASKS: dict[str, Entry] = {
         ),
         evaluator="jaxtune.evaluate.preferences:Preferences",
         in_step=_PAIR_VALUES,
+        rate=0.1,
     ),
     "kto": Entry(
         "jaxtune.objectives.preference:open_kto",
         ("objective.reference", *_KTO_VALUES, *_TURNS),
         evaluator="jaxtune.evaluate.preferences:Preferences",
         in_step=_KTO_VALUES,
+        rate=0.1,
     ),
     "reward": Entry(
         "jaxtune.objectives.reward:open_task",

@@ -122,7 +122,7 @@ def _answers(run: RunRecord) -> list[Chart | None]:
         chart("Margin of the rewards", both("margins", "chosen - rejected", 1)),
         chart("Rewards", [*both("rewards/chosen", "chosen", 1), *both("rewards/rejected", "rejected", 2)]),
         chart("Accuracy", both("accuracy", "right way round", 1)),
-        chart("KL to the reference", both("kl", "nats an answer", 1), zero=True),
+        chart("KL to the reference or teacher", both("kl", "nats", 1), zero=True),
     ]
 
 

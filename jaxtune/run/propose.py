@@ -22,6 +22,7 @@ import numpy as np
 from jaxtune import config
 from jaxtune.data.sources import read, splits
 from jaxtune.errors import UserError
+from jaxtune.objectives.task import TASKS
 from jaxtune.reading import read_json
 from jaxtune.run.recognise import Recognised
 
@@ -33,7 +34,6 @@ FULL_LIMIT = 1e9  # parameters at most for full fine-tuning on plain text
 RANK = 16
 LR_WIDTH = 2048
 LR = {"lora": 2e-4, "full": 1e-5}  # for models at least LR_WIDTH wide
-JUDGED_SHARE = 0.1  # of that, for losses over answers
 
 
 # ------------------------------------------------------------------------------------------ what is held out
@@ -180,9 +180,9 @@ def max_length(lengths: np.ndarray, positions: int) -> int:
 def learning_rate(method: str, width: int, layout: Recognised | None = None) -> float:
     """Return the peak rate, to one digit: Adam's best rate goes with 1/width (Yang et al. 2022, arXiv:2203.03466).
 
-    For losses over answers it is a tenth, as is usual: they reward every further step away from the base.
+    For losses over answers it is a smaller share, as their task has it.
     """
-    share = JUDGED_SHARE if layout and layout.form and not layout.form.texts else 1.0
+    share = _share(layout) if layout else 1.0
     return float(f"{share * LR[method] * max(1.0, LR_WIDTH / width):.1g}")
 
 
@@ -333,9 +333,12 @@ def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, 
     return f"rows have {mean:,} tokens on average, at most {longest:,}; {dropped}"
 
 
+def _share(layout: Recognised) -> float:
+    return TASKS[layout.format].rate if layout.form else 1.0
+
+
 def _lr_reason(method: str, width: int, layout: Recognised) -> str:
-    share = JUDGED_SHARE if layout.form and not layout.form.texts else 1.0
-    return f"{share * LR[method]:g} from width {LR_WIDTH:,}, more for a narrower model (this: {width:,})"
+    return f"{_share(layout) * LR[method]:g} from width {LR_WIDTH:,}, more for a narrower model (this: {width:,})"
 
 
 # ------------------------------------------------------------------------------------------ the file
