@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small
+import test_embedding
 from jax.sharding import Mesh
 
 from jaxtune.objectives.causal_lm import causal_lm
@@ -49,11 +50,13 @@ ANSWERS = {  # loss -> (loss_fn, the numbers it is told)
         distillation(small.decoder(), Teacher(None, small.decoder(), small.VOCAB), Strength("jsd", 0.3)),
         (),
     ),
+    "embedding": (test_embedding.loss_fn(), ()),  # each text compared with those of all devices
 }
+BATCHES = {"distillation": small.batch, "embedding": lambda: test_embedding.batch(16, 2)}
 
 
 def answers(mesh: Mesh | None, name: str):
-    """(sum, weight, grads) of eight rows, or pairs, under a loss over answers or a distillation."""
+    """(sum, weight, grads) of rows, pairs or texts under a loss that is no language model's own."""
     loss_fn, told = ANSWERS[name]
     part, mask = small.tuned(r=2)
     if told:
@@ -62,7 +65,7 @@ def answers(mesh: Mesh | None, name: str):
         part = partition(params | {OBJECTIVE: numbers}, mask | {OBJECTIVE: roles})
     if name == "distillation":
         part = part._replace(frozen=Beside(part.frozen, small.weights(3)))
-    batch = small.batch() if name == "distillation" else small.pairs()
+    batch = BATCHES.get(name, small.pairs)()
     fn = jax.jit(value_and_grad(loss_fn, mesh))
     return fn(*part, batch if mesh is None else shard_batch(batch, mesh), jax.random.key(5))
 

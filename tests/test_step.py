@@ -91,7 +91,7 @@ def test_gradients_do_not_depend_on_devices(eight, name):
 
 
 @pytest.mark.parametrize("name", eight_devices.ANSWERS)
-def test_losses_over_answers_do_not_depend_on_devices(eight, name):
+def test_other_losses_do_not_depend_on_devices(eight, name):
     want = [np.asarray(x) for x in jax.tree.leaves(eight_devices.answers(None, name))]
     assert_same([eight[f"{name}/{i}"] for i in range(len(want))], want)
 
