@@ -112,7 +112,7 @@ def test_a_conversation_under_an_instruction_and_after_examples():
 def test_held_out_rows_are_in_no_pool():
     from jaxtune.decide.run import split
 
-    rows = [ask()._replace(digest=n % 40, answer="x") for n in range(80)]
+    rows = [ask()._replace(digest=n % 40 << 32, answer="x") for n in range(80)]  # the upper half is of the prompt
     material = split(rows, None, 0.25, 100)
     assert {a.digest for a in material.held}.isdisjoint(a.digest for a in material.pool)
     assert len(material.held) + len(material.pool) == 80

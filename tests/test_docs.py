@@ -22,6 +22,7 @@ SHORT = ("--config.train.steps=2", "--config.train.epochs=none", "--config.train
 SMALL = ("--config.train.batch_size=2", "--config.data.max_length=64")
 ANSWERS = ("--config.evaluate.rows=2", "--config.evaluate.max_new_tokens=2")
 QUICKSTART = "--config=configs/quickstart.py"
+TEACHER = "--config.objective.teacher=runs/quickstart"
 FEW = {  # what takes the place of a command's flags or is added to them, by what it begins with; the longest counts
     "jaxtune train": SHORT,
     "jaxtune sweep": SHORT,
@@ -29,6 +30,9 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     f"jaxtune sweep {QUICKSTART}": (*SHORT, *SMALL, *ANSWERS),
     f"jaxtune sweep {QUICKSTART} --find-lr": ("--find-steps=2", *SHORT[2:], *SMALL, *ANSWERS),
     "jaxtune train --config=configs/distill.py": (*SHORT, *SMALL),
+    f"jaxtune train --config=configs/distill.py {TEACHER} --workdir=runs/on-policy": (
+        *(*SHORT, *SMALL, "--config.objective.max_new_tokens=4"),
+    ),
     "jaxtune eval": ("--rows=4", "--max-new-tokens=4"),
     "jaxtune eval runs/classifier": ("--rows=16",),
     "jaxtune eval runs/dpo": ("--rows=8",),
