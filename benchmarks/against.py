@@ -19,12 +19,12 @@ import common
 RATES = "1e-4,3e-4,1e-3,3e-3"
 
 
-def measure(checkout: Path, caches: Path, command: list[str]) -> dict[str, float]:
+def measure(checkout: Path, caches: Path, command: list[str], threads: int) -> dict[str, float]:
     """Run a command of a checkout, in whose place "WORKDIR" stands for a new directory."""
     with tempfile.TemporaryDirectory(dir=caches) as work:
         end = common.run(
             [sys.executable, "-P", *(part.replace("WORKDIR", work) for part in command)],
-            2,
+            threads,
             PYTHONPATH=str(checkout),
             JAXTUNE_CACHE=str(caches),
             JAX_COMPILATION_CACHE_DIR=str(caches / "xla"),
@@ -92,7 +92,7 @@ def main() -> None:
             for side, checkout in checkouts.items():
                 caches = Path(temporary) / side
                 caches.mkdir(exist_ok=True)
-                sides[f"{name}, {side}"] = partial(measure, checkout, caches, commands(checkout, a)[name])
+                sides[f"{name}, {side}"] = partial(measure, checkout, caches, commands(checkout, a)[name], a.threads)
             for warm in sides.values():
                 warm()
             found = common.alternate(sides, a.repeats)
