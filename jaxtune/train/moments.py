@@ -98,7 +98,7 @@ def in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def state_in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same transformation, whose state is that of parameters in float32, whatever theirs is."""
 
     def init(params):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.train.moments import global_norm, in_8_bits, in_float32
+from jaxtune.train.moments import global_norm, in_8_bits, state_in_float32
 from jaxtune.train.optimizers import OPTIMIZERS, SETTINGS
 from jaxtune.tree import Field, map_fields
 
@@ -208,7 +208,7 @@ def optimizer(
             tx = by_matrix(in_parts(tx) if row.elementwise else tx, vector, one_by_one)
         elif row.by_matrix:
             tx = by_matrix(tx, vector)
-        return in_float32(tx)
+        return state_in_float32(tx)
 
     def build(lr, weight_decay, loraplus_lr_ratio):
         return optax.chain(
