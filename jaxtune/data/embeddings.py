@@ -17,12 +17,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.batches import GRAIN, Assembler, Plan
+from jaxtune.data.batches import Assembler, Plan
 from jaxtune.data.files import Decoder
 from jaxtune.data.formats import Reader, own_columns
 from jaxtune.data.messages import Notes
@@ -416,24 +416,16 @@ class TextsAssembler(Assembler):
 
     Attributes:
         NUMBER: marks -> the number of each token's text, from 1.
+        texts: S.
     """
 
     NUMBER = staticmethod(np.asarray)
+    texts = 1
 
-    def __init__(
-        self,
-        rows: list[Rows],
-        batch_size: int,
-        grad_accum: int,
-        max_length: int,
-        packing: bool,
-        grain: int = GRAIN,
-        pool: int = 1,
-    ):
-        each = [text_lengths(self.NUMBER(part[i][1])) for part in rows for i in range(len(part))]
-        super().__init__(_bounded(rows, each), batch_size, grad_accum, max_length, packing, grain, pool)
-        self.rows = rows
-        self.texts = max(map(len, each))
+    def _lengths(self, rows: Rows) -> np.ndarray:
+        each = [text_lengths(self.NUMBER(rows[i][1])) for i in range(len(rows))]
+        self.texts = max([self.texts, *map(len, each)])
+        return np.array([lengths.max() for lengths in each], np.int32)
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         n, s, t = self.batch_size, self.texts, width or self.width(plan)
@@ -459,16 +451,6 @@ class TextsAssembler(Assembler):
 def text_hash(ids: np.ndarray) -> int:
     """31 bits of a hash of a text's tokens."""
     return int.from_bytes(hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=4).digest(), "big") >> 1
-
-
-def _bounded(rows: list[Rows], each: Sequence[np.ndarray]) -> list[Any]:
-    """The rows, with the tokens of the longest text as the length of each: what they take of a batch's width."""
-    found, at = [], 0
-    for part in rows:
-        longest = np.array([lengths.max() for lengths in each[at : at + len(part)]], np.int32)
-        found.append(replace(part, length=longest))
-        at += len(part)
-    return found
 
 
 __all__ = ["Texts", "TextsAssembler", "TextsEncoder", "TextsForm", "Tokenize", "texts_of"]
