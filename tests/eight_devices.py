@@ -1,6 +1,8 @@
 """Run by test_step.py in a process of its own, with eight simulated devices: numbers to compare, as an npz file."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxtune.objectives.distillation import Strength, Teacher, distillation
 from jaxtune.objectives.preference import judged, preference
 from jaxtune.objectives.reward import reward
 from jaxtune.objectives.task import OBJECTIVE
+from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.optim import optimizer
 from jaxtune.train.parallel import make_mesh, replicate, shard_batch
 from jaxtune.train.step import init_state, make_train_step, value_and_grad
@@ -22,6 +25,7 @@ from jaxtune.tree import MEMBER, TRAIN, Beside, combine, partition
 
 STEPS, ORACLE_STEPS = 50, 8
 LORA = {"r": 2, "lora_dropout": 0.2}
+ELASTIC = ((4, 3), (1, 3), (8, 2))  # devices, and steps on them
 METHODS = {"full": {}, "head": {}, "lora": LORA}
 
 
@@ -88,6 +92,32 @@ def losses(mesh: Mesh | None, method: str = "lora", steps: int = STEPS, accum: i
     return np.array(found)
 
 
+def elastic_losses(method: str) -> np.ndarray:
+    """Losses of `losses` for a run that is interrupted and goes on from its checkpoint on other devices, twice."""
+    part, _ = small.tuned(method, **METHODS[method])
+    tx = optimizer("adamw", lr=1e-3, weight_decay=0.1, grad_clip=1.0)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for devices, steps in ELASTIC:
+            mesh = make_mesh(devices)
+            start = init_state(part.trainable, part.member, tx, jax.random.key(6))  # a key that is not the run's
+            state, frozen = replicate(start, mesh), replicate(part.frozen, mesh)
+            checkpoints = Checkpoints(Path(folder), keep=1)
+            if found:
+                state, _ = checkpoints.restore(lambda _, like=state: like)
+                assert int(state.step) == len(found)
+                assert all(x.sharding.mesh.size == devices for x in jax.tree.leaves(state))
+            else:
+                state = state._replace(key=replicate(jax.random.key(5), mesh))
+            step = make_train_step(causal_lm(small.decoder()), tx, mesh)
+            for i in range(len(found), len(found) + steps):
+                state, metrics = step(state, frozen, shard_batch(small.batch(i), mesh))
+                found.append(float(metrics["loss"]))
+            checkpoints.save(len(found), state, {"runs": []})
+            checkpoints.close()
+    return np.array(found)
+
+
 def pmap_losses(method: str) -> np.ndarray:
     """The step as one wrote it before jit met meshes: pmap, every gradient, and optax that discards the frozen ones."""
     part, mask = small.tuned(method, **METHODS[method])
@@ -141,6 +171,8 @@ def main(out: str) -> None:
         ours = found["losses"][:ORACLE_STEPS] if method == "lora" else losses(make_mesh(), method, ORACLE_STEPS)
         found[f"ours/{method}"] = ours
         found[f"pmap/{method}"] = pmap_losses(method)
+    for method in ("full", "lora"):
+        found[f"elastic/{method}"] = elastic_losses(method)
     np.savez(out, **found)
 
 

@@ -113,6 +113,13 @@ def test_losses_are_those_of_pmap_with_optax_that_freezes(eight, method):
     assert len(set(np.round(oracle, 4))) > 4
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_goes_on_from_its_checkpoint_on_other_devices(eight, method):
+    """4 devices, then 1, then 8: the losses of a run that was not interrupted."""
+    whole = fifty_losses()[: eight_devices.ORACLE_STEPS] if method == "lora" else eight[f"pmap/{method}"]
+    np.testing.assert_allclose(eight[f"elastic/{method}"], whole, rtol=1e-5)
+
+
 def test_dropout_is_on_and_another_step_draws_another_mask():
     part, _ = small.tuned(r=2, lora_dropout=0.5)
     loss = jax.jit(lambda key: loss_fn()(small.combine(*part), flat(small.batch()), key)[0][0])
