@@ -318,3 +318,41 @@ def test_a_prompt_that_is_too_long_is_named(orders, tmp_path, capsys):
     assert run(f"--data={orders}", f"--workdir={tmp_path / 'out'}", f"--prompt={file}") == 2
     assert "with the prompt 'long' it has" in capsys.readouterr().err
     assert not (tmp_path / "out/candidates.jsonl").exists()
+
+
+def test_answers_that_are_labels(tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [json.loads(line) for line in tiny.TRAIN.read_text(encoding="utf-8").splitlines()[:400]]
+    rows = [(row["prompt"].removesuffix("\nJSON:\n"), json.loads(row["completion"])["intent"]) for row in rows]
+    rows = [row for row in rows if row[1] in ("return", "order")][:60]
+    file = tmp_path / "intents.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{p}\nKind:", "completion": f" {c}"}) + "\n" for p, c in rows))
+    asked = "--candidates=labels,balanced,neighbours,head"
+    assert run(f"--data={file}", f"--workdir={tmp_path / 'out'}", asked, "--rows=12", "--shots=2") == 0
+    report = json.loads((tmp_path / "out/decision.json").read_text())
+    found = {row["name"]: row for row in report["matrix"]}
+    assert report["metric"] == "accuracy" and len(found) == 4
+    head = found["head on 48 rows"]
+    assert head["training"]["trainable"] == 2 * 128 and head["measured_on"] == 12 and head["score"]["value"] > 0.75
+    assert found["vote of 8 nearest rows by BM25"]["cost_of_training"] == 0
+
+    # The likeliest label, by transformers, after an example of each.
+    read = lambda name: [json.loads(line) for line in (tmp_path / "out/data" / name).read_text().splitlines()]  # noqa: E731
+    held, pool = read("held-out-labels.jsonl"), read("labels-48.jsonl")
+    labels = list(dict.fromkeys(row["label"] for row in pool))
+    shots = [next(row for row in pool if row["label"] == label) for label in labels]
+    shown = "".join(f"{row['text']} {row['label']}\n\n" for row in shots)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.BASE)
+    model = AutoModelForCausalLM.from_pretrained(tiny.BASE, dtype=torch.float32).eval()
+
+    def nats(prompt, label):
+        first, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {label}"))
+        with torch.no_grad():
+            logprobs = model(torch.tensor([first + rest])).logits[0].log_softmax(-1)
+        return -sum(logprobs[len(first) - 1 + i, token].item() for i, token in enumerate(rest))
+
+    likeliest = [min(labels, key=lambda label: nats(shown + row["text"], label)) for row in held]
+    right = sum(label == row["label"] for label, row in zip(likeliest, held, strict=True))
+    assert found["likeliest label"]["score"]["value"] == right / 12 and found["likeliest label"]["written"] == 0

@@ -367,13 +367,15 @@ class Decision:
         """Prompts and examples, with the base in memory."""
         from jaxtune.hf.stops import named_ids
 
-        dtype, kind = compute_dtype(self.cfg.model.dtype), self.cfg.model.quantization
+        dtype, quantization = compute_dtype(self.cfg.model.dtype), self.cfg.model.quantization
         base: list[System] = []  # loaded when it is needed first
         stops = named_ids(self.tokenizer, self.folder, None)
 
         def system() -> System:
             if not base:
-                module, params = hf.load(self.folder, dtype=dtype, quantization=None if kind == "none" else kind)
+                module, params = hf.load(
+                    self.folder, dtype=dtype, quantization=None if quantization == "none" else quantization
+                )
                 base.append(System("base", module, params, key_of(*self._identity)))
             return base[0]
 
