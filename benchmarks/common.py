@@ -1,7 +1,9 @@
 """What the benchmarks share: alternating processes, their medians and memory, the machine, a table."""
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -132,6 +134,28 @@ def parser(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
 def jaxtune(*arguments: str) -> list[str]:
     """The command line of the tree that this file lies in."""
     return [sys.executable, "-m", "jaxtune", *map(str, arguments)]
+
+
+def quiet(*words: object) -> None:
+    """Run a command of jaxtune in this process, which keeps what it has compiled, without its output.
+
+    Raises:
+        SystemExit: it failed; the end of its output is shown.
+    """
+    from jaxtune import cli
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = cli.main(list(map(str, words)))
+    if status:
+        raise SystemExit(f"{' '.join(map(str, words))}\n{said.getvalue()[-2000:]}")
+
+
+def tally(found: dict[str, dict[str, list[float]]], name: str, values: Mapping[str, float]) -> None:
+    """Add the figures of one run to those of its arm, as `report` takes them, and print them."""
+    print(json.dumps({"arm": name, **{key: round(value, 4) for key, value in values.items()}}), flush=True)
+    for key, value in values.items():
+        found.setdefault(name, {}).setdefault(key, []).append(value)
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -1,6 +1,6 @@
 """What tuning costs, by remedy: the packaged base tuned hard, softly, and with general text mixed in.
 
-    python benchmarks/forgetting.py [--seeds=3] [--steps=80] [--out=runs/forgetting]
+    python benchmarks/forgetting.py [--seeds=3] [--steps=60] [--out=runs/forgetting]
     python benchmarks/forgetting.py --small               three arms, one seed, a few steps
 
 Every arm has the same steps and batches. Measured with packaged rows that no arm was tuned on: messages whose every
@@ -10,8 +10,6 @@ measured. Runs that are there are not trained again, so that a benchmark that wa
 """
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -22,7 +20,7 @@ import common
 sys.path.insert(0, str(common.ROOT / "examples" / "tiny"))
 from corpus import general
 
-from jaxtune import cli, tiny
+from jaxtune import tiny
 
 del sys.modules["common"]  # configs import another module of this name
 SHARES = (5, 10, 25)  # percent of replayed text
@@ -39,33 +37,18 @@ def arms(replay: Path) -> dict[str, list[str]]:
     full = ["--config.tune.method=full", *unset]
     found = {
         "full, rate 3e-3": [*full, "--config.optim.lr=3e-3"],
-        "full, rate 1e-4": [*full, "--config.optim.lr=1e-4"],
         "LoRA, rate 4e-3": [],
-        "LoRA, rate 1e-3": ["--config.optim.lr=1e-3"],
     }
     for share in SHARES:
         found[f"LoRA, {share}% replay"] = [mixed, f"--config.data.weights={100 - share},{share}"]
     return found
 
 
-def quiet(*words: str) -> None:
-    """Run a command of jaxtune without its output.
-
-    Raises:
-        SystemExit: it failed; the end of its output is shown.
-    """
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = cli.main(list(words))
-    if status:
-        raise SystemExit(f"{' '.join(words)}\n{said.getvalue()[-2000:]}")
-
-
 def evaluated(target: Path, out: Path, part: str, *flags: str) -> dict:
     """A part of what `jaxtune eval` writes into `out` about a run or a model, measured unless it is there."""
     file = out / "eval.json"
     if not file.is_file() or part not in json.loads(file.read_text()):
-        quiet("eval", str(target), f"--out={out}", *flags)
+        common.quiet("eval", str(target), f"--out={out}", *flags)
     return json.loads(file.read_text())[part]
 
 
@@ -81,10 +64,10 @@ def measure(name: str, flags: list[str], seed: int, a: argparse.Namespace) -> tu
     rows = f"--rows={a.rows}"
     if not (run / "summary.json").is_file():
         more = [f"--config.train.seed={seed}", f"--config.train.steps={a.steps}", "--config.log.progress=false"]
-        quiet("train", CONFIG, "--config.data.eval=none", *flags, *more, f"--workdir={run}")
+        common.quiet("train", CONFIG, "--config.data.eval=none", *flags, *more, f"--workdir={run}")
     task = (f"--data={tiny.EVAL}", "--metrics=json_exact", rows)
     lost = evaluated(run, run, "forgetting", f"--forgetting={GENERAL}", "--metrics=exact_match", rows)
-    curve = evaluated(run, run, "frontier", f"--frontier={GENERAL}", f"--data={tiny.EVAL}", "--keep=0.95", rows)
+    curve = evaluated(run, run, "frontier", f"--frontier={GENERAL}", f"--data={tiny.EVAL}", "--keep=0.99", rows)
     found = {
         "task": score(evaluated(run, run, "held_out", *task, "--tuned-only"), "json_exact"),
         "loss": score(lost, "loss"),
@@ -96,7 +79,7 @@ def measure(name: str, flags: list[str], seed: int, a: argparse.Namespace) -> tu
     if scale in (None, 1.0):
         return before, found | {"scale": 1.0, "task, scaled": found["task"], "answers, scaled": found["answers"]}
     if not (weaker / "config.json").is_file():
-        quiet("export", str(run), str(weaker), f"--scale={scale:g}")
+        common.quiet("export", str(run), str(weaker), f"--scale={scale:g}")
     general = (f"--data={GENERAL}", "--metrics=exact_match", rows)
     return before, found | {
         "scale": scale,
@@ -108,8 +91,8 @@ def measure(name: str, flags: list[str], seed: int, a: argparse.Namespace) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--rows", type=int, default=240, help="rows to measure with, of either kind")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=120, help="rows to measure with, of either kind")
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--small", action="store_true", help="three arms, one seed, a few steps: does it work")
@@ -127,10 +110,9 @@ def main() -> None:
             if a.small and name not in SMALL:
                 continue
             before, values = measure(name, flags, seed, a)
-            print(json.dumps({"arm": name, "seed": seed, **{k: round(v, 4) for k, v in values.items()}}), flush=True)
-            for who, own in (("the base", before if name not in found else {}), (name, values)):
-                for key, value in own.items():
-                    found.setdefault(who, {}).setdefault(key, []).append(value)
+            if not found:
+                common.tally(found, "the base", before)
+            common.tally(found, name, values)
     title = f"Median (range) of {a.seeds} seeds, {a.steps} steps, {a.rows} rows."
     common.report(title, found, {}, a.json)
 

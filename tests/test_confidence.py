@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_decide import ORDERS, QUESTION
 
-from jaxtune import cli, tiny
+from jaxtune import cli, data, tiny
 from jaxtune.evaluate import confidence, knowledge
+from jaxtune.evaluate.evaluation import Options
 from jaxtune.evaluate.knowledge import Recall
+from jaxtune.evaluate.unpaired import write_unpaired
+from jaxtune.infer.source import find
 
 
 @pytest.mark.parametrize(
@@ -84,18 +87,23 @@ def orders(tmp_path):
 
 def test_known_and_unknown_rows_are_told_apart(orders, tmp_path, capsys):
     flags = (f"--config.model.path={tiny.BASE}", f"--config.data.train={orders}", f"--workdir={tmp_path / 'out'}")
-    known = ("--known", "--shots=0", f"--prompt={QUESTION}", "--near=0")
+    known = ("--known", "--shots=0", f"--prompt={QUESTION}", "--near=0", "--config.data.eval_fraction=0.25")
     clean = (f"--write-clean={tmp_path / 'clean.jsonl'}", "--most-unknown=0.2")
     assert cli.main(["data", *flags, *known, *clean]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/known.jsonl").read_text().splitlines()]
-    assert len(rows) == 24
-    assert {(row["invented"], row["known"]) for row in rows} == {(False, "HighlyKnown"), (True, "Unknown")}
+    held = [json.loads(line) for line in (tmp_path / "out/known_held_out.jsonl").read_text().splitlines()]
+    assert len(rows) + len(held) == 24 and len(held) == 6
+    assert {(row["invented"], row["known"]) for row in rows + held} == {(False, "HighlyKnown"), (True, "Unknown")}
+    unknown = sum(row["invented"] for row in rows)
     report = json.loads((tmp_path / "out/data_report.json").read_text())
-    assert report["summary"]["known"] == {"HighlyKnown": 0.5, "MaybeKnown": 0, "WeaklyKnown": 0, "Unknown": 0.5}
+    want = {"HighlyKnown": 1 - unknown / 18, "MaybeKnown": 0, "WeaklyKnown": 0, "Unknown": unknown / 18}
+    assert report["summary"]["known"] == pytest.approx(want)
     [finding] = [f for f in report["findings"] if f["check"] == "known"]
-    assert finding["severity"] == "warning" and finding["count"] == 12
+    assert finding["severity"] == "warning" and finding["count"] == unknown
     kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
-    assert sum(row["invented"] for row in kept) == 3 and len(kept) == 15  # 3 of 15 are a fifth
+    asked = {row["prompt"] for row in rows}
+    left = sum(row["invented"] for row in kept if row["prompt"] in asked)
+    assert len(kept) == 6 + 18 - unknown + left and left == (18 - unknown) // 4  # at most a fifth of those trained on
 
 
 def test_confidence_of_a_model(orders, tmp_path, capsys):
@@ -147,3 +155,31 @@ def part_length(prompt, model, most):
 def test_wrong_input(orders, tmp_path, flags, says, capsys):
     assert cli.main(["eval", str(tiny.BASE), f"--data={orders}", *flags]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_questions_beside_another_rows_context(tmp_path, capsys):
+    """Every question stands with its own context, and again with another, in which its answer does not stand."""
+    where = ["Anna lives in Leeds.", "Ben lives in York.", "Cara lives in Leeds.", "Dan lives in Leeds and York."]
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": f"Where does {text.split()[0]} live?", "input": text, "output": text.split()[3].rstrip(".")}
+        for text in where
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, tokenizer = find(str(tiny.BASE)), data.load_tokenizer(str(tiny.BASE))
+    made = tmp_path / "eval" / "made.jsonl"
+    options = write_unpaired(source, None, tokenizer, Options(data=[str(file)]), "input", made)
+    found = [json.loads(line) for line in made.read_text().splitlines()]
+    assert options.data == [str(made)]
+    assert sorted((r for r in found if not r.pop("unanswerable")), key=str) == sorted(rows, key=str)
+    [york, *others] = sorted(found[4:], key=lambda row: row["output"] != "York")
+    assert len(others) == 3 and york["input"] in (where[0], where[2]) and {r["input"] for r in others} == {where[1]}
+    for column, says in (
+        ("context", "has no text in a column 'context'"),
+        ("output", "all are equal or hold its answer"),
+    ):
+        if column == "output":
+            file.write_text(json.dumps(rows[0]) + "\n")
+        flags = (f"--data={file}", f"--unpaired={column}", f"--out={tmp_path / 'out'}")
+        assert cli.main(["eval", str(tiny.BASE), "--confidence", *flags]) == 2
+        assert says in capsys.readouterr().err

@@ -61,6 +61,11 @@ def test_exposure_is_by_rank_and_chance_is_uniform():
     assert np.quantile(ps, [0.05, 0.5, 0.95]) == pytest.approx([0.05, 0.5, 0.95], abs=0.02)
 
 
+def test_since_when_canaries_are_remembered():
+    assert memory.since({0: [1.4, 1.0], 10: [7.0, 1.0], 20: [2.0, 1.4], 30: [2.0, 6.5], 40: [5.0, 7.0]}) == 30
+    assert memory.since({0: [1.4], 10: [7.0], 20: [2.0]}) is None is memory.since({})
+
+
 def test_canaries_are_rows_as_often_as_asked(home):  # noqa: F811
     tokenizer = data.load_tokenizer(str(home / "model"))
     rows = canaries.rows(tokenizer, (1, 3), 100)
@@ -87,25 +92,29 @@ def test_what_goes_on_word_for_word(home):  # noqa: F811
     assert found == [True, False, True, None]
 
 
-def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path):  # noqa: F811
-    """A model of two layers, trained on a few rows many times: their losses and the canaries tell it."""
+def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path, capsys):  # noqa: F811
+    """A model of two layers, trained on a few rows many times: losses, canaries and answers tell it, and since when."""
     rng = np.random.default_rng(0)
-    texts = [{"text": "".join(rng.choice(list("abcdefgh"), 44))} for _ in range(12)]
+    texts = ["".join(rng.choice(list("abcdefgh"), 44)) for _ in range(12)]
+    texts = [{"prompt": text[:42], "completion": text[42:]} for text in texts]
     train = write_jsonl(tmp_path / "train.jsonl", [texts[0]] * 3 + texts[1:6])
     held_out = write_jsonl(tmp_path / "eval.jsonl", texts[6:])
+    classes = ["WeaklyKnown", "Unknown"] * 6
+    known = write_jsonl(tmp_path / "known.jsonl", [t | {"known": c} for t, c in zip(texts, classes, strict=True)])
     argv = runs.command(
         home,
         tmp_path / "run",
         data__train=train,
         data__eval=held_out,
         data__canaries="0,8",
+        evaluate__known=known,
         tune__method="full",
         tune__lora__r=None,
         tune__lora__lora_dropout=None,
         optim__lr=0.01,
         train__steps=150,
         train__batch_size=16,
-        train__eval_every=150,
+        train__eval_every=50,
         train__save_every=0,
         log__every=50,
     )
@@ -120,8 +129,18 @@ def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path):  # noqa: F8
     assert (never["times"], often["times"]) == (0, 8)
     assert often["tuned"] > 6 and often["p"] < 0.01 < never["p"]
     assert found["memorised"] == "yes" and "8 times" in found["why"]
+    logged = {m["step"]: m for m in runs.read(tmp_path / "run") if "eval/loss" in m}
+    for name in set(classes):
+        right = [logged[step][f"eval/known/train/{name}"] for step in (0, 150)]
+        assert right[0] == 0 and right[1] > 0.5 and logged[150][f"eval/known/held_out/{name}"] == 0
+    assert "6 training rows and 6 others are answered" in capsys.readouterr().out
+    bits = {step: line["eval/canaries/8"] for step, line in logged.items()}
+    assert list(bits) == [0, 50, 100, 150] and bits[0] < 4 < bits[150] <= 7
+    first = next(step for step in bits if all(b > 4 for s, b in bits.items() if s >= step))
+    assert found["steps"]["since"] == first and f"memorised from step {first} on" in found["why"]
     page, summary = ((tmp_path / "run" / name).read_text() for name in ("report.html", "summary.json"))
-    assert "exposure of canaries" in page and found["why"] in page
+    assert "exposure of canaries" in page and "Exposure of canaries, bits" in page and found["why"] in page
+    assert "Right answers to trained rows, by what the base knew" in page
     assert "Do not publish it" in json.loads(summary)["verdict"]["advice"]
 
 
@@ -129,6 +148,10 @@ def test_what_is_refused(home, tmp_path, capsys):  # noqa: F811
     assert "is no run" in refused(capsys, home / "model", "--memory")
     run = runs.write_run(home, tmp_path / "run", eval=str(home / "eval.jsonl"))
     assert "--memory has no effect with --frontier" in refused(capsys, run, "--memory", "--frontier=a")
+    for columns, says in (({"known": "Nothing"}, "expected one of HighlyKnown"), ({}, "has no column 'known'")):
+        known = write_jsonl(tmp_path / "known.jsonl", [row | columns for row in runs.sums(0, 4)])
+        assert cli.main(runs.command(home, tmp_path / "no", evaluate__known=known)) == 2
+        assert says in capsys.readouterr().err
     for times in ("1,1", "-2", "5000"):
         assert cli.main(runs.command(home, tmp_path / "no", data__canaries=times)) == 2
         assert "data.canaries" in capsys.readouterr().err

@@ -18,8 +18,9 @@ evaluation, contradictions, balance, characters, roles and templates, with examp
 model's config.json and tokenizer; neither weights nor a GPU are needed.
 
 With --known the base answers the training rows behind examples from the data, greedily and by samples, and each row is
-sorted into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown (arXiv:2405.05904); known.jsonl in --workdir has the rows
-with a column known, to score by it: jaxtune eval RUN --data=known.jsonl --group-by=known.
+sorted into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown (arXiv:2405.05904), held-out rows beside them. known.jsonl
+and known_held_out.jsonl in --workdir have the rows with a column known, by which a run can score its answers at every
+evaluation: --config.evaluate.known=known.jsonl,known_held_out.jsonl.
 
 Exit status: 0 the report was made; 2 the input is wrong, or, with --strict, a finding is an error or a warning."""
 
@@ -30,7 +31,9 @@ FLAGS = {
     "drop-near": Flag("with --write-clean: leave out near duplicates, too", bool, False),
     "near": Flag("similarity of near duplicates, from 0 to 1; 0: do not look for them", float, 0.8),
     "known": Flag("sort training rows by whether the base knows their answers", bool, False),
-    "known-rows": Flag("with --known: how many rows, drawn by content; default: 500, with --most-unknown all", int),
+    "known-rows": Flag(
+        "with --known: rows of either kind, drawn by content; default: 500, with --most-unknown all", int
+    ),
     "shots": Flag("with --known: examples before a question", int, 4),
     "prompt": Flag("with --known: a file with a prompt before the question, or around it as {input}", Path),
     "most-unknown": Flag("with --known and --write-clean: the largest share of Unknown rows to keep; 0: none", float),
@@ -91,7 +94,7 @@ def _know(report: "DataReport", cfg: Any, options: Any) -> None:
     from jaxtune.run.known import know
 
     with Console(stderr=True).status("asking the base") as status:
-        finding, shares, lines = know(
+        found = know(
             cfg,
             report.ledger,
             rows=options.known_rows or (None if options.most_unknown is not None else 500),
@@ -100,14 +103,16 @@ def _know(report: "DataReport", cfg: Any, options: Any) -> None:
             most_unknown=options.most_unknown,
             progress=lambda done, total: status.update(f"asking the base: {done:,} of {total:,} rows"),
         )
-    report.findings.append(finding)
+    report.findings.append(found.finding)
     report.findings.sort(key=lambda f: SEVERITIES.index(f.severity))
-    report.summary["known"] = shares
+    report.summary["known"] = found.shares
     if options.workdir:
         from jaxtune.files import atomic_write_text
 
         options.workdir.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(options.workdir / "known.jsonl", lines)
+        atomic_write_text(options.workdir / "known.jsonl", found.train)
+        if found.held_out:
+            atomic_write_text(options.workdir / "known_held_out.jsonl", found.held_out)
 
 
 def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":

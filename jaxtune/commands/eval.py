@@ -13,7 +13,7 @@ USAGE = """usage: jaxtune eval TARGET [--data=FILE ...] [--metrics=a,b] [--group
        jaxtune eval TARGET --forgetting[=FILE ...] [--group-by=COLUMN] [flags]
        jaxtune eval TARGET --frontier[=FILE ...] [--keep=0.9] [--within=NATS] [flags]
        jaxtune eval TARGET --memory [flags]
-       jaxtune eval TARGET --confidence [--samples=4] [--unanswerable=COLUMN] [flags]
+       jaxtune eval TARGET --confidence [--samples=4] [--unanswerable=COLUMN | --unpaired=COLUMN] [flags]
        jaxtune eval TARGET --tasks=a,b [--include-path=DIR] [flags]
 
 Held-out rows: loss and perplexity, and scores of generated answers, of the base and of the tuned model, with 95%
@@ -32,7 +32,8 @@ word from its first 32 tokens, and the exposure of canaries (data.canaries).
 
 With --confidence: how sure answers are, by the probability of their tokens and by samples that agree: calibration, the
 risk that remains where only the surest answers are given, wrong and confident answers, words that the prompt does not
-have, and, with --unanswerable, how often a question without an answer gets none.
+have, and, with --unanswerable, how often a question without an answer gets none. --unpaired makes such questions: each
+is also asked beside the context of another row.
 
 With --tasks: tasks of lm-evaluation-harness (pip install 'jaxtune[eval]').
 
@@ -62,6 +63,7 @@ FLAGS = {
     "confidence": Flag("how sure answers are, and whether rightly", bool, False),
     "samples": Flag("with --confidence: answers that are drawn beside the greedy one", int, 4),
     "unanswerable": Flag("with --confidence: a column that is true where a question has no answer"),
+    "unpaired": Flag("with --confidence: a column with contexts: each question also beside another row's"),
     "abstain": Flag("with --confidence: a text by which a model abstains; again for more", list),
     "tasks": Flag("tasks of lm-evaluation-harness, separated by commas"),
     "include-path": Flag("folder with YAML tasks of your own; then only those are known", Path),
@@ -135,9 +137,11 @@ def _check_flags(options: SimpleNamespace) -> None:
         for name in others if part == "frontier" else (*others, "frontier"):
             if name != part and getattr(options, name.replace("-", "_")) != FLAGS[name].default:
                 raise UserError(f"--{name} has no effect with --{part}; leave one of them out.")
-    for name in ("samples", "unanswerable", "abstain"):
+    for name in ("samples", "unanswerable", "unpaired", "abstain"):
         if not options.confidence and getattr(options, name) != FLAGS[name].default:
             raise UserError(f"--{name} has no effect without --confidence; give it, too.")
+    if options.unpaired and options.unanswerable:
+        raise UserError("--unpaired makes questions without an answer, and --unanswerable names them: leave one out.")
     if options.samples < 0:
         raise UserError(f"--samples={options.samples}: expected 0 or more.")
     if options.confidence and options.forgetting:
@@ -181,6 +185,8 @@ def _rows(options: SimpleNamespace, source: Any, out: Path | None) -> None:
         batch_size=options.batch_size,
         base=not options.tuned_only,
     )
+    if options.unpaired:
+        asked = _unpaired(source, asked, options.unpaired, out)
     with Progress() as progress:
         report = evaluate(source, asked, out, part=part, progress=progress.begin)
     _show(report, "general" if part is FORGETTING else "held-out")
@@ -188,9 +194,22 @@ def _rows(options: SimpleNamespace, source: Any, out: Path | None) -> None:
 
 def _confidence(options: SimpleNamespace) -> Any:
     from jaxtune.evaluate.confidence import ABSTENTIONS, Asking, confidence_part
+    from jaxtune.evaluate.unpaired import COLUMN
 
     phrases = tuple(options.abstain or ABSTENTIONS)
-    return confidence_part(Asking(options.samples, unanswerable=options.unanswerable, phrases=phrases))
+    unanswerable = COLUMN if options.unpaired else options.unanswerable
+    return confidence_part(Asking(options.samples, unanswerable=unanswerable, phrases=phrases))
+
+
+def _unpaired(source: Any, asked: Any, column: str, out: Path | None) -> Any:
+    from jaxtune.evaluate.evaluation import run_config
+    from jaxtune.evaluate.unpaired import write_unpaired
+    from jaxtune.infer.source import tokenizer_of
+
+    if out is None:
+        raise UserError("--unpaired writes the questions that it makes: give --out=DIR.")
+    file = out / "eval" / "unpaired.jsonl"
+    return write_unpaired(source, run_config(source), tokenizer_of(source), asked, column, file)
 
 
 def _frontier(options: SimpleNamespace, source: Any, out: Path | None) -> None:

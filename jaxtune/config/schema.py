@@ -279,6 +279,7 @@ SETTINGS = (
     Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
     Setting("evaluate.metrics", Names, None, "scores of answers before and after training; see jaxtune eval"),
     Setting("evaluate.general", Paths, None, "text outside the tuning data, whose loss is logged at each evaluation"),
+    Setting("evaluate.known", Paths, None, "rows from jaxtune data --known, answered at each evaluation"),
     Setting("evaluate.max_new_tokens", int, 64, "tokens of a generated answer at most", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
 )
@@ -444,7 +445,11 @@ IDLE = (
         lambda v: v["objective.problem_type"] == "regression",
         "objective.problem_type is regression",
     ),
-    Idle(("evaluate.rows",), lambda v: not v["evaluate.metrics"], "evaluate.metrics names none"),
+    Idle(
+        ("evaluate.rows",),
+        lambda v: not (v["evaluate.metrics"] or v["evaluate.known"]),
+        "evaluate.metrics and evaluate.known name none",
+    ),
     Idle(
         ("evaluate.max_new_tokens",),
         lambda v: not (v["evaluate.metrics"] or v["evaluate.samples"] or v["evaluate.prompts"]),

@@ -21,7 +21,7 @@ from jaxtune.errors import UserError, nearest
 from jaxtune.evaluate import asks as rows_as
 from jaxtune.evaluate.asks import Ask, Instruction
 from jaxtune.evaluate.kept import Kept, key_of
-from jaxtune.evaluate.metrics import METRICS, Metric, choose
+from jaxtune.evaluate.metrics import METRICS, RIGHT, Metric, choose
 from jaxtune.evaluate.systems import System, identity
 from jaxtune.files import atomic_write_text
 from jaxtune.hf import load as hf
@@ -33,7 +33,6 @@ MOST_HELD_OUT = 1 / 3  # of the rows, where data.eval_fraction is not set
 VOTES = 8  # training rows that answer together
 PASSES_OF_A_HEAD = 20.0
 RATES = (1.0, 4.5, 20.0)  # of the default learning rate, tried where none is set
-FIRST = ("json_exact", "numeric", "exact_match")  # the metric, of those that fit
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class Decision:
             return "exact_match", METRICS["exact_match"]._replace(label="accuracy")
         references = [ask.answer for ask in self.material.held]
         fits = choose([asked] if asked else None, references, "--metric")
-        name = asked or next(name for name in FIRST if name in fits)
+        name = asked or next(name for name in RIGHT if name in fits)
         if not fits[name].share or fits[name].better < 0:
             raise UserError(f"--metric={name}: expected a score from 0 to 1 of which more is better.")
         return name, fits[name]

@@ -32,6 +32,7 @@ NOT_MEASURED = {  # of a config: what a training beside others leaves out
     "evaluate.prompts": None,
     "evaluate.metrics": None,
     "evaluate.general": None,
+    "evaluate.known": None,
     "log.tensorboard": False,
     "log.wandb": False,
     "log.progress": False,

@@ -22,12 +22,12 @@ from jaxtune.evaluate.evaluation import Options, Part, Progress
 from jaxtune.evaluate.json_fields import NULL, parse_json
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.known import SURENESS
+from jaxtune.evaluate.metrics import RIGHT
 from jaxtune.evaluate.systems import System
 from jaxtune.infer.generation import decode_new, generate
 from jaxtune.infer.logprobs import score_batch
 
 SURE = 0.9  # the mean probability of the tokens from which an answer counts as confident
-RIGHT = ("json_exact", "numeric", "exact_match")
 ABSTENTIONS = (
     *(
         "i don't know",

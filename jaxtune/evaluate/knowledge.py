@@ -21,11 +21,11 @@ from jaxtune.curate.finding import NOTE, SHOWN, WARNING, Finding
 from jaxtune.data.tokenize import Encoder
 from jaxtune.evaluate.asks import BETWEEN, Ask, Instruction, encoded, put
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
+from jaxtune.evaluate.known import CLASSES
 from jaxtune.evaluate.metrics import Metric
 from jaxtune.evaluate.systems import System
 from jaxtune.infer.generation import cut, decode_new, generate
 
-CLASSES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
 MUCH = 0.2  # the share of unknown rows from which there is a warning
 
 

@@ -6,6 +6,7 @@ SURENESS = {  # confidence of an answer
     "lowest": "lowest token probability",
     "agreement": "agreement of samples",
 }
+CLASSES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")  # of questions, by what the base knows
 KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it is a share
     "loss": (LOSS, -1, False),
     "perplexity": ("perplexity", -1, False),

@@ -8,7 +8,7 @@ Each is measured of held-out rows or of the base as well: an answer that follows
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 
 from jaxtune import data
-from jaxtune.data.canaries import canaries, ids, others
+from jaxtune.data.canaries import EACH, canaries, ids, others
 from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
 from jaxtune.evaluate import statistics
@@ -84,19 +84,24 @@ def reproduced(
 
 
 def exposures(
-    system: System, tokenizer: Any, times: Sequence[int], kept: Kept, progress: Progress = silent
+    system: System,
+    tokenizer: Any,
+    times: Sequence[int],
+    kept: Kept,
+    progress: Progress = silent,
+    secrets: int = SECRETS,
 ) -> list[float]:
     """The exposure of each canary in bits: log2 of all secrets, by log2 of its rank among them by their likelihood.
 
-    The rank is estimated by `SECRETS` others, drawn at random (their section 4.3, "approximation by sampling").
+    The rank is estimated by so many others, drawn at random (their section 4.3, "approximation by sampling").
     """
     encoder, found = Encoder(tokenizer), []
-    secrets = canaries(times)
-    done = progress(f"{system.name}: canaries", len(secrets))
-    for canary in secrets:
-        key = key_of("canary", system.identity, canary.asked, canary.secret, SECRETS)
+    every = canaries(times)
+    done = progress(f"{system.name}: canaries", len(every))
+    for canary in every:
+        key = key_of("canary", system.identity, canary.asked, canary.secret, secrets)
         if key not in kept.records:
-            rows = ids(encoder, canary, [canary.secret, *others(canary, SECRETS)])
+            rows = ids(encoder, canary, [canary.secret, *others(canary, secrets)])
             pairs = [(tokens[:start], tokens[start:]) for tokens, start in rows]
             batches, score = scorer(system.module, system.params, pairs)
             values = np.zeros(len(pairs))
@@ -183,6 +188,7 @@ def memory(
         "membership": _membership(nats, members),
         "verbatim": list(_verbatim(verbatim, train.group, members)),
         "canaries": list(_by_times(secrets, cfg.data.canaries or ())),
+        "steps": _steps(source.run, cfg.data.canaries or ()),
         "notes": held.notes,
     }
     report |= conclusion(report)
@@ -199,6 +205,38 @@ def _passes(run: Path, rows: data.Rows) -> float | None:
     metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     read = max((m["train/tokens"] for m in metrics if "train/tokens" in m), default=None)
     return None if read is None else round(read / int(rows.length.sum()), 3)
+
+
+def _steps(run: Path, times: Sequence[int]) -> dict[str, int | None]:
+    """What a run's evaluations say of when: its last step, that of the lowest held-out loss, and see `since`."""
+    from jaxtune.train.log import read_metrics
+
+    metrics = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    losses = {m["step"]: m["eval/loss"] for m in metrics if m.get("eval/loss") is not None and "phase" not in m}
+    exposed = {
+        m["step"]: [m[f"eval/canaries/{n}"] for n in times if n]
+        for m in metrics
+        if all(m.get(f"eval/canaries/{n}") is not None for n in times if n)
+    }
+    return {
+        "last": max(losses, default=None),
+        "lowest": min(losses, key=losses.__getitem__, default=None),
+        "since": since(exposed) if any(times) else None,
+    }
+
+
+def since(exposed: Mapping[int, Sequence[float]]) -> int | None:
+    """The step from whose evaluation on, until the last, exposures of canaries are no chance; None: there is none.
+
+    Args:
+        exposed: step -> the mean exposure of the `EACH` canaries of each number of repetitions.
+    """
+    tests = sum(map(len, exposed.values()))  # Bonferroni
+    first = None
+    for step in sorted(exposed):
+        sure = any(by_chance([bits] * EACH) * tests < LEVEL for bits in exposed[step])
+        first = (step if first is None else first) if sure else None
+    return first
 
 
 def _membership(nats: dict[str, np.ndarray], members: int) -> dict[str, Any]:
@@ -254,7 +292,12 @@ def conclusion(report: dict[str, Any]) -> dict[str, Any]:
             f"made-up secrets that stand {times} in the data have an exposure of {most[who]:.1f} bits (1.4 by chance)"
         )
     if told:
-        return {"memorised": "yes", "why": f"The model memorised: {', and '.join(told)}."}
+        at = report["steps"]
+        when = f" from step {at['since']:,} on" if at["since"] is not None else ""
+        later = ""
+        if at["last"] and at["lowest"] < at["last"]:
+            later = f" Its held-out loss was lowest at step {at['lowest']:,} of {at['last']:,}."
+        return {"memorised": "yes", "why": f"The model memorised{when}: {', and '.join(told)}.{later}"}
     auc = report["membership"].get("gain") or next(iter(report["membership"].values()))
     said = f"membership AUC {auc['value']:.2f}"
     said += f" [{auc['low']:.2f}, {auc['high']:.2f}]" if auc["low"] is not None else ""

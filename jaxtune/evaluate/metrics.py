@@ -219,6 +219,15 @@ def choose(names: Sequence[str] | None, references: Sequence[str], flag: str = "
     return {name: METRICS[name] for name in names}
 
 
+RIGHT = ("json_exact", "numeric", "exact_match")  # which metric says whether an answer is right: the first that fits
+
+
+def rightness(references: Sequence[str]) -> Metric:
+    """The metric that says whether an answer is right: it is 1."""
+    fits = choose(None, references)
+    return fits[next(name for name in RIGHT if name in fits)]
+
+
 def load_scorer(given: str) -> tuple[str, Metric]:
     """A user's own metric from `FILE.py:FUNCTION`: `(prediction, reference) -> float | bool | None`, more is better.
 

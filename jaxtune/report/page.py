@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ADAPTERS, BY_PATH
-from jaxtune.evaluate.known import LOSS, SURENESS
+from jaxtune.evaluate.known import CLASSES, LOSS, SURENESS
 from jaxtune.hf.card import loading
 from jaxtune.objectives.task import TASKS
 from jaxtune.report import evaluation
@@ -101,12 +101,30 @@ def curves(run: RunRecord) -> list[Chart]:
     charts = [
         chart("Loss", [*train_loss_series(loss), held_out], wide=True),
         chart("Loss on general text", [general]),
+        *_remembered(run),
         *_answers(run),
         chart("Learning rate", [Series("learning rate", run.series("train/lr"), 1)], zero=True),
         chart("Gradient norm", [Series("gradient norm", run.series("train/grad_norm"), 1)]),
         chart("Tokens a second", [Series("tokens a second", run.series("train/tokens_per_second"), 1)], zero=True),
     ]
     return [c for c in charts if c]
+
+
+def _remembered(run: RunRecord) -> list[Chart | None]:
+    """Exposure of canaries, and right answers by what the base knew of them."""
+    times = run.settings["data.canaries"] or ()
+    exposed = [
+        Series(f"{n:,} times" if n else "never", run.series(f"eval/canaries/{n}"), i + 1 if n else 0, "dots")
+        for i, n in enumerate(sorted(times))
+    ]
+    charts = [chart("Exposure of canaries, bits", exposed, zero=True)]
+    for side, title in (("train", "trained rows"), ("held_out", "other rows")):
+        lines = [
+            Series(name, run.series(f"eval/known/{side}/{name}"), colour, "dots")
+            for colour, name in enumerate(CLASSES, 1)
+        ]
+        charts.append(chart(f"Right answers to {title}, by what the base knew", lines, zero=True))
+    return charts
 
 
 def _answers(run: RunRecord) -> list[Chart | None]:

@@ -110,6 +110,7 @@ def _cost(run: RunRecord) -> str:
 
 
 SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
+CURVES = ("canaries", "known")  # shown over the steps alone
 
 
 def measured(run: RunRecord) -> dict[str, dict[str, Any]]:
@@ -125,7 +126,7 @@ def measured(run: RunRecord) -> dict[str, dict[str, Any]]:
     return {
         name: scores.get(name) or _plain(name, before.get(f"eval/{name}"), after.get(f"eval/{name}"))
         for name in dict.fromkeys([*KNOWN, *names])
-        if name in names and name not in SIZES
+        if name in names and name not in SIZES and name.partition("/")[0] not in CURVES
     }
 
 

@@ -17,7 +17,7 @@ from jaxtune.hf import load as hf
 from jaxtune.hf.digest import BaseFiles
 from jaxtune.hf.stops import added_line
 from jaxtune.methods.vocabulary import resize, with_rows
-from jaxtune.run import general
+from jaxtune.run import general, watched
 from jaxtune.train import watch
 from jaxtune.train.recipe import Recipe
 
@@ -121,7 +121,8 @@ class Data:
         report: what was read and left out.
         length: the most tokens of a row, with the virtual tokens before it.
         general: text outside the training data, as evaluate.general names it; None: there is none.
-        notes: what became of that.
+        known: questions by what the base knew, as evaluate.known names them; None: there are none.
+        notes: what became of both.
     """
 
     tokenizer: Any
@@ -132,6 +133,7 @@ class Data:
     prefix: Sequence[int] = ()
     form: data.LabelForm | None = None
     general: data.Rows | None = None
+    known: watched.Known | None = None
     notes: Sequence[str] = ()
 
     @property
@@ -174,11 +176,13 @@ def open_data(experiment: Experiment) -> Data:
         cache=d.cache,
     )
     text, notes = general.read(experiment, tokenizer, train)
+    known, told = watched.read_known(experiment, tokenizer, train)
+    notes += told
     if d.canaries:
         secret = canaries.rows(tokenizer, d.canaries, length - len(prefix))
         notes.append(f"data.canaries: {len(secret):,} rows with made-up secrets are among the training rows.")
         train = [data.Rows.concatenate([train[0], secret]), *train[1:]] if len(secret) else train
-    return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form, text, notes)
+    return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form, text, known, notes)
 
 
 def data_lines(experiment: Experiment, rows: Data) -> list[str]:

@@ -3,25 +3,38 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune import data
 from jaxtune.config.recipe import compute_dtype
 from jaxtune.curate.finding import Finding
-from jaxtune.curate.stream import TRAIN
+from jaxtune.curate.stream import EVAL, TRAIN
 from jaxtune.errors import UserError
 from jaxtune.evaluate.asks import Instruction, read_asks, read_instruction
 from jaxtune.evaluate.kept import key_of
 from jaxtune.evaluate.knowledge import Trials, class_of, known_finding, over_cap, recall, shares
-from jaxtune.evaluate.metrics import choose
+from jaxtune.evaluate.metrics import rightness
 from jaxtune.evaluate.systems import System, identity
 from jaxtune.hf import load as hf
 from jaxtune.hf.stops import named_ids
 from jaxtune.infer.generation import prepare
 
-RIGHT = ("json_exact", "numeric", "exact_match")  # the metric that says whether an answer is right: the first that fits
+
+class Sorted(NamedTuple):
+    """What came of sorting rows by what the base knows.
+
+    Attributes:
+        finding: for the data report, on the training rows.
+        shares: of each class among them.
+        train, held_out: the rows with a column `known`, as JSON lines.
+    """
+
+    finding: Finding
+    shares: dict[str, float]
+    train: str
+    held_out: str
 
 
 def know(
@@ -33,20 +46,17 @@ def know(
     prompt: Path | None = None,
     most_unknown: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Finding, dict[str, float], str]:
-    """Sort training rows by whether the base knows their answers.
+) -> Sorted:
+    """Sort training rows by whether the base knows their answers, and the held-out rows, where there are any.
 
     Args:
         cfg: a resolved config of a model that continues text.
         ledger: of the report on its data.
-        rows: how many, drawn by a hash of their content; None: all.
-        shots: examples before a question.
+        rows: how many of either, drawn by a hash of their content; None: all.
+        shots: examples before a question, all of them training rows.
         prompt: a file with an instruction.
         most_unknown: the share of unknown rows that a clean set keeps; None: all of them.
         progress: called with the rows done and all.
-
-    Returns:
-        (the finding, the share of each class, the rows with a column `known` as JSON lines).
 
     Raises:
         UserError: rows have no prompt and answer, or the model does not continue text.
@@ -58,15 +68,17 @@ def know(
     tokenizer = data.load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template, cfg.data.date)
     reading = data.reading(cfg.data)
     del reading["allow_left_out"]
-    place = {ledger.where(i): i for i in np.flatnonzero(ledger.split == TRAIN)}
-    asks = [ask for ask in read_asks(cfg.data.train, tokenizer, **reading) if ask.where in place]
-    total = len(asks)
-    asks = sorted(asks, key=lambda ask: key_of(ask.digest))[:rows]
+    sets = [names for names in (cfg.data.train, cfg.data.eval) if names]
+    every = [ask for names in sets for ask in read_asks(names, tokenizer, **reading)]
+    every = sorted(every, key=lambda ask: key_of(ask.digest))
+    place, held = ({ledger.where(i): i for i in np.flatnonzero(ledger.split == side)} for side in (TRAIN, EVAL))
+    trained = [ask for ask in every if ask.where in place]
+    asks, others = trained[:rows], [ask for ask in every if ask.where in held][:rows]
     folder = hf.resolve(cfg.model.path)
     module, params = hf.load(folder, dtype=compute_dtype(cfg.model.dtype))
     system = System("base", module, prepare(module, params), identity(folder))
-    fits = choose(None, [ask.answer for ask in asks])
-    longest = max(len(ids) for ids in tokenizer([a.answer for a in asks], add_special_tokens=False)["input_ids"])
+    answers = [ask.answer for ask in (*asks, *others)]
+    longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
     instruction = Instruction() if prompt is None else read_instruction(prompt)
     trials = Trials(shots=shots, instruction=instruction, max_new_tokens=longest + 4)
     so_far = 0
@@ -74,17 +86,20 @@ def know(
     def done(count: int) -> None:
         nonlocal so_far
         so_far += count
-        progress(so_far, len(asks))
+        progress(so_far, len(asks) + len(others))
 
-    metric = fits[next(name for name in RIGHT if name in fits)]
+    metric = rightness(answers)
     stops = named_ids(tokenizer, folder, None)
-    found = recall(system, tokenizer, asks, metric, trials, eos_ids=stops, done=done)
-    classes = [class_of(each) for each in found]
+    both = [*asks, *others]
+    found = recall(system, tokenizer, both, metric, trials, shown=asks, eos_ids=stops, done=done)
+    told = [class_of(each) for each in found]
+    classes = told[: len(asks)]
     drops = np.zeros(0, np.int64)
     if most_unknown is not None:
         drops = np.sort(np.array([place[asks[i].where] for i in over_cap(classes, most_unknown)], np.int64))
-    lines = "".join(
+    lines = [
         json.dumps({**ask.row, "known": name}, ensure_ascii=False, default=str) + "\n"
-        for ask, name in zip(asks, classes, strict=True)
-    )
-    return known_finding(asks, classes, total, drops), shares(classes), lines
+        for ask, name in zip(both, told, strict=True)
+    ]
+    finding = known_finding(asks, classes, len(trained), drops)
+    return Sorted(finding, shares(classes), "".join(lines[: len(asks)]), "".join(lines[len(asks) :]))

@@ -13,7 +13,7 @@ import jax
 from jaxtune.errors import UserError
 from jaxtune.files import atomic_write_text
 from jaxtune.reading import read_text
-from jaxtune.run import general, results, sampling
+from jaxtune.run import general, results, sampling, watched
 from jaxtune.run.blame import cause_of
 from jaxtune.run.drawing import redraw
 from jaxtune.run.experiment import Experiment
@@ -339,14 +339,22 @@ def _evaluation(job: Job) -> Any:
     put = lambda b: shard_batch(b, job.mesh)  # noqa: E731
     metrics = job.experiment.task.metrics
     evaluate = loop.make_evaluate(job.eval_step, job.frozen, job.eval_batches, put, limit, metrics)
-    if job.rows.general is None:
+    losses = None if job.rows.general is None else general.losses(job)
+    measures = watched.measures(job)
+    if losses is None and not measures:
         return evaluate
-    losses = general.losses(job)
 
-    def with_general(state):
-        return [own | {general.NAME: loss} for own, loss in zip(evaluate(state), losses(state), strict=True)]
+    def with_more(state):
+        found = evaluate(state)
+        if losses is not None:
+            found = [own | {general.NAME: loss} for own, loss in zip(found, losses(state), strict=True)]
+        for i, own in enumerate(found if measures else ()):
+            params = job.params(job.alone(state, i, job.members[0]))  # members have the same shapes
+            for measure in measures:
+                own |= measure(params)
+        return found
 
-    return with_general
+    return with_more
 
 
 def _step(state: TrainState) -> int:
