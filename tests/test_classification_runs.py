@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from jaxtune import cli, data
 from jaxtune.config import from_json, resolve
 from jaxtune.config.recipe import experiment, open_model
-from jaxtune.data.labels import LabelAssembler, LabelForm
+from jaxtune.data.label_rows import LabelAssembler
+from jaxtune.data.labels import LabelForm
 from jaxtune.errors import UserError
 
 AUTO = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -343,7 +344,7 @@ def test_balanced_weights_are_scikit_learns(home):
     flags = {"model.path": home / "model", "data.train": home / "train.jsonl", "objective.class_weights": "balanced"}
     flags |= {"objective.name": "sequence_classification", "tune.method": "head"}
     cfg = resolve(flags={path: str(value) for path, value in flags.items()})
-    from jaxtune.data.labels import count_labels
+    from jaxtune.data.label_counts import count_labels
     from jaxtune.objectives import labels
 
     form = open_model(cfg)[1].form

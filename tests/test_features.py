@@ -18,7 +18,7 @@ from runs import command, compiled, home, read  # noqa: F401
 from jaxtune import data, models
 from jaxtune.cli import main
 from jaxtune.data import Rows
-from jaxtune.data.labels import LabelAssembler
+from jaxtune.data.label_rows import LabelAssembler
 from jaxtune.errors import Interrupted, RunFailed, UserError
 from jaxtune.methods.table import cut, tune
 from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, with_labels

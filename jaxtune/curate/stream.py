@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtune.data.batches import Prefetch
 from jaxtune.data.formats import ColumnTypes, Reader, make_reader, text_sides
-from jaxtune.data.labels import LabelEncoder
+from jaxtune.data.label_rows import LabelEncoder
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source
 from jaxtune.data.tokenize import Encoder

@@ -12,19 +12,18 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxtune.data.batches import Assembler, Plan
 from jaxtune.data.files import Decoder, header_hint
 from jaxtune.data.formats import Reader, own_columns
+from jaxtune.data.label_rows import LabelEncoder, label_counts
 from jaxtune.data.row_form import RowForm
-from jaxtune.data.rows import ROW, Rows
+from jaxtune.data.rows import Rows
 from jaxtune.data.sources import Source, kind
-from jaxtune.data.tokenize import check_unicode
 from jaxtune.errors import UserError, nearest
 
 SEQUENCE_COLUMNS, PAIR_COLUMNS = ("text", "label"), ("text", "text_pair", "label")
@@ -114,8 +113,8 @@ class LabelForm(RowForm):
                     )
                 texts = tuple(_text(where, row, column) for column in first)
                 text = texts[0] if len(texts) == 1 else texts if self.joined is None else self.joined.join(texts)
-                return text, self._labels(where, second, _value(where, row, second), ids, vectors)
-            words, tags = (_list(where, row, column) for column in columns.values())
+                return text, self._labels(where, second, value_of(where, row, second), ids, vectors)
+            words, tags = (list_of(where, row, column) for column in columns.values())
             if len(words) != len(tags):
                 raise UserError(
                     f"{where}: {len(words)} {first[0]}, but {len(tags)} {second}; there must be one for each."
@@ -127,7 +126,7 @@ class LabelForm(RowForm):
         what = "words and tags" if self.per_token else "text and label" if len(first) == 1 else "two texts and label"
         return Reader(what, tuple(columns.values()), convert)
 
-    def encoder(self, tokenizer: Any) -> "LabelEncoder":
+    def encoder(self, tokenizer: Any) -> LabelEncoder:
         return LabelEncoder(tokenizer, self)
 
     def _ids_of(self, source: Source, column: str) -> Mapping[str, int]:
@@ -174,7 +173,7 @@ class LabelForm(RowForm):
         if width != len(self.names):
             raise UserError(
                 f"{source.name}: column {column!r} has {width} numbers 0 and 1 in each row, and there are "
-                f"{len(self.names)} labels ({_shown(self.names)}): give as many, or the names of those that are there."
+                f"{len(self.names)} labels ({shown(self.names)}): give as many, or the names of those that are there."
             )
         return True
 
@@ -215,7 +214,7 @@ class LabelForm(RowForm):
             )
         raise UserError(
             f"{where}: {column} {name!r} is not one of the {len(self.names)} labels of {self.origin} "
-            f"({_shown(self.names)}).{nearest(name, self.names)} Correct it, or list all labels in objective.labels."
+            f"({shown(self.names)}).{nearest(name, self.names)} Correct it, or list all labels in objective.labels."
         )
 
     def check(self, rows: Sequence[Rows]) -> None:
@@ -286,7 +285,8 @@ class LabelForm(RowForm):
         return "\n".join(lines)
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first names, for a message."""
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
@@ -342,14 +342,15 @@ def _each(value: Any, per_token: bool, several: bool) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None or per_token else [value]
 
 
-def _value(where: str, row: Mapping[str, Any], column: str) -> Any:
+def value_of(where: str, row: Mapping[str, Any], column: str) -> Any:
+    """A row's value in a column; raises UserError where the row has no such column."""
     if column not in row:
         raise UserError(f"{where}: no column {column!r}. Columns found: {', '.join(row)}.{nearest(column, row)}")
     return row[column]
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:
-    if not isinstance(text := _value(where, row, column), str):
+    if not isinstance(text := value_of(where, row, column), str):
         raise UserError(f"{where}: column {column!r} is {kind(text)}, expected text.")
     return text
 
@@ -417,277 +418,9 @@ def several_labels(where: str, column: str, label: Any) -> list[Any]:
     return label
 
 
-def _list(where: str, row: Mapping[str, Any], column: str) -> list[Any]:
-    found = _value(where, row, column)
+def list_of(where: str, row: Mapping[str, Any], column: str) -> list[Any]:
+    """A row's list in a column; raises UserError where it is none, or empty."""
+    found = value_of(where, row, column)
     if not isinstance(found, list) or not found:
         raise UserError(f"{where}: column {column!r} is {kind(found)}, expected a list that is not empty.")
     return found
-
-
-@dataclass(frozen=True)
-class Counted:
-    """The labels of the data.
-
-    Attributes:
-        labels: how often each occurs, by name.
-        rows: how many there are.
-        names: in the order of their ids: that of the data set where it has one, else sorted.
-        notes: sentences on names that are written in several ways.
-    """
-
-    labels: Counter
-    rows: int
-    names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def count_labels(sources: Iterable[Source], form: LabelForm) -> Counted:
-    """Count the labels of the data; `form` says where they are."""
-    found: Counter = Counter()
-    spaced: Counter = Counter()
-    rows, order, widths = 0, [], set()
-    for source in sources:
-        column = list(form.theirs(source).values())[-1]
-        width = None
-        if form.several:
-            width = vector_width(several_labels(source.where(n), column, row.get(column)) for n, row in source)
-            widths.add(width if width and width > 1 else None)
-        order += [name for name in source.classes.get(column, ()) if name not in order]
-        for number, row in source:
-            rows += 1
-            where = source.where(number)
-            label = _value(where, row, column)
-            if form.per_token:
-                labels = [one for one in _list(where, row, column) if not is_ignored(one)]
-            elif form.several:
-                labels = several_labels(where, column, label)
-                if width and width > 1:
-                    labels = [f"LABEL_{i}" for i, yes in enumerate(labels) if yes]
-            else:
-                labels = [label]
-            found.update(label_name(where, column, one) for one in labels)
-            spaced.update(one.strip() for one in labels if isinstance(one, str) and one != one.strip())
-    if widths - {None}:
-        if len(widths) > 1:
-            raise UserError(
-                "data.train: one source gives a 0 or 1 for each label, and another gives labels in another way."
-            )
-        names = tuple(f"LABEL_{i}" for i in range(widths.pop()))
-    else:
-        names = tuple(order) if order and set(found) <= set(order) else in_order(found)
-    notes = [f"labels with white space around them are read without it: {_shown(list(spaced))}"] if spaced else []
-    notes += [alike(group) for group in written_alike(names)]
-    return Counted(found, rows, names, tuple(notes))
-
-
-def count_ids(sources: Iterable[Source], form: LabelForm) -> Counted:
-    """Count the labels of the data by the names in `form`, into which the data's are translated."""
-    found: Counter = Counter()
-    rows = 0
-    for source in sources:
-        convert = form.reader(source).convert
-        for number, row in source:
-            rows += 1
-            labels = convert(source.where(number), row)[1]
-            ids = np.flatnonzero(labels).tolist() if form.several else [int(i) for i in labels if i is not None]
-            found.update(form.names[i] for i in ids)
-    return Counted(found, rows, form.names)
-
-
-def written_alike(names: Iterable[str]) -> list[list[str]]:
-    """Groups of names that differ in case or white space only."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def alike(group: Sequence[str]) -> str:
-    """The note on labels that differ only in case or white space."""
-    shown = " and ".join(map(repr, group))
-    return (
-        f"the labels {shown} differ in case or white space only and count as different classes; correct the rows if not"
-    )
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Labels sorted: numbers by size, names alphabetically, O first among tags."""
-    names = list(names)
-    if all(map(NUMBER.fullmatch, names)):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names, key=lambda name: (name != "O", name)))
-
-
-class LabelEncoder:
-    """Labelled rows to token ids, as the tokenizer prepares a text by itself, with the tokens that begin and end it.
-
-    A mark is 1 at each token of a text. Of a pair it also holds which text the token is of and its type:
-    1 + type + 2 * (0 for a special token, 1 or 2 for those of a text). Of tagged words it is 1 + the label's id at the
-    first token of each word, else 0: later tokens of a word are not trained, as in BERT.
-    """
-
-    FIRST = 0  # the first token can be trained, too
-
-    def __init__(self, tokenizer: Any, form: LabelForm):
-        self.form = form
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()  # a tokenizer.json may set both, silently
-        self.backend.no_padding()
-        self.typed = "token_type_ids" in tokenizer.model_input_names
-        self.MARK = np.dtype("<i4" if form.per_token else "u1")
-        size = 0 if form.per_token else len(form.names) if form.several else 1
-        lost = [("lost", "<i4")] if form.per_token else []
-        self.ROW = np.dtype([*ROW.descr, ("label", "<f4", (size,)), *lost])
-        self.spaced = form.per_token and self._glues()
-        x = self.backend.encode("x")
-        self.wraps = any(x.special_tokens_mask)
-        behind = len(x.ids) - max((i for i, special in enumerate(x.special_tokens_mask) if not special), default=0) - 1
-        self.suffix = x.ids[len(x.ids) - behind :]
-
-    def _glues(self) -> bool:
-        """Whether words given separately need a leading space to get the tokens that they have in a text."""
-
-        def second(*words):
-            found = self.backend.encode(words, is_pretokenized=True, add_special_tokens=False)
-            return [i for i, word in zip(found.ids, found.word_ids) if word == 1]
-
-        text = self.backend.encode("river river", add_special_tokens=False)
-        in_text = [i for i, (_, end) in zip(text.ids, text.offsets) if end > len("river")]
-        return second("river", "river") != in_text and second(" river", " river") == in_text
-
-    def encode(self, places: list[str], examples: list) -> Iterator[tuple[list[int], Any, Any]]:
-        """Yield (ids, marks, labels) for each example, in order; of tagged words also how many gave no token."""
-        for place, (text, _) in zip(places, examples):
-            check_unicode(place, text if isinstance(text, str) else " ".join(text))
-        texts = [text for text, _ in examples]
-        if self.spaced:
-            texts = [[f" {word}" for word in words] for words in texts]
-        encodings = self.backend.encode_batch(texts, is_pretokenized=self.form.per_token)
-        for encoding, (text, labels) in zip(encodings, examples):
-            if self.form.per_token:
-                yield self._tagged(encoding, labels)
-            elif isinstance(text, str):
-                yield encoding.ids, [1] * len(encoding.ids), labels
-            else:
-                of = encoding.sequence_ids
-                if self.wraps and not any(encoding.special_tokens_mask):
-                    raise UserError(
-                        "the tokenizer begins and ends a text but not a pair (no pair in the post_processor of its "
-                        "tokenizer.json), so nothing would divide two texts. Add it, or take a tokenizer that has it."
-                    )
-                types = encoding.type_ids if self.typed else [0] * len(of)
-                yield encoding.ids, [1 + t + 2 * (0 if s is None else s + 1) for s, t in zip(of, types)], labels
-
-    def _tagged(self, encoding: Any, labels: list[int | None]) -> tuple[list[int], list[int], list, int]:
-        words, offsets = encoding.word_ids, encoding.offsets
-        marks, at = [0] * len(words), {}
-        for i, word in enumerate(words):
-            if word is None:
-                continue
-            first = at.setdefault(word, i)
-            # A separate space token before a word is not its first token.
-            if self.spaced and i == first + 1 and offsets[first][1] <= 1:
-                at[word] = i
-        for word, i in at.items():
-            if labels[word] is not None:
-                marks[i] = 1 + labels[word]
-        lost = sum(label is not None and word not in at for word, label in enumerate(labels))
-        return encoding.ids, marks, [], lost
-
-    def closed(self, rows: Rows, max_length: int, whole: Rows) -> Rows:
-        """`rows` of `whole`, cut to `max_length`; rows that were cut get the tokenizer's end tokens again.
-
-        Of two texts the longer is cut first, as in transformers.
-        """
-        n = len(self.suffix)
-        full = np.flatnonzero(rows.length == max_length)
-        origin = np.minimum(np.searchsorted(whole.start, rows.start[full]), len(whole) - 1)
-        longer = (whole.start[origin] == rows.start[full]) & (whole.length[origin] > max_length)
-        pairs = {int(i): int(o) for i, o in zip(full[longer], origin[longer]) if (whole[o][1] > 2).any()}
-        if self.form.per_token:
-            pairs = {}
-        cut = [i for i in full if i not in pairs and n and rows[i][0][-n:].tolist() != self.suffix]
-        if not cut and not pairs:
-            return rows
-        tokens, mask = np.array(rows.tokens), np.array(rows.mask)
-        for i in cut:
-            end = int(rows.start[i]) + max_length
-            tokens[end - n : end] = self.suffix
-            mask[end - n : end] = 0 if self.form.per_token else 1
-        for i, o in pairs.items():
-            ids, marks = whole[o]
-            kept = longest_first(marks, max_length)
-            span = slice(int(rows.start[i]), int(rows.start[i]) + max_length)
-            tokens[span], mask[span] = ids[kept], marks[kept]
-        return replace(rows, tokens=tokens, mask=mask)
-
-
-def has_types(rows: Rows) -> bool:
-    """Whether the marks of the rows hold token types: they are texts with labels."""
-    return rows.target is not None and rows.target.shape[1] > 0
-
-
-def token_types(marks: np.ndarray) -> np.ndarray:
-    """The token types in a text's marks, i32[n]."""
-    return (np.asarray(marks, np.int32) - 1) & 1
-
-
-def longest_first(marks: np.ndarray, max_length: int) -> np.ndarray:
-    """Which tokens of a pair are kept, bool[n], as with transformers' `truncation="longest_first"`."""
-    text = (np.asarray(marks, np.int32) - 1) >> 1
-    a, b = int((text == 1).sum()), int((text == 2).sum())
-    room = max(0, max_length - (len(marks) - a - b))
-    short, long = sorted((a, b))
-    long = short if short > room else max(short, room - short)
-    if short + long > room:
-        short = room // 2
-        long = short + room % 2
-    keep_a, keep_b = (short, long) if a <= b else (long, short)
-    nth = np.where(text == 1, np.cumsum(text == 1), np.cumsum(text == 2))
-    return (text == 0) | ((text == 1) & (nth <= keep_a)) | ((text == 2) & (nth <= keep_b))
-
-
-def label_counts(rows: Sequence[Rows], form: LabelForm) -> np.ndarray:
-    """How often each label occurs in the training rows, i64[C]."""
-    counts = np.zeros(len(form.names), np.int64)
-    for part in rows:
-        if form.per_token:
-            for i in range(len(part)):
-                counts += np.bincount(part[i][1], minlength=len(counts) + 1)[1:]
-        elif form.several:
-            counts += part.target.sum(0).astype(np.int64)
-        else:
-            counts += np.bincount(part.target[:, 0].astype(int), minlength=len(counts))
-    return counts
-
-
-class LabelAssembler(Assembler):
-    """Lays labelled rows into arrays: label f32[A,B,n] and weights f32[A,B], or targets and weights [A,B,T].
-
-    Where pairs of texts have token types, these are `types` i32[A,B,T].
-    """
-
-    @functools.cached_property
-    def typed(self) -> bool:
-        return any(has_types(r) and token_types(r.mask).any() for r in self.rows)
-
-    def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
-        n, t = self.batch_size, width or self.width(plan)
-        size = self.rows[0].target.shape[1]
-        tokens, positions, segments, targets, types = (np.zeros((n, t), np.int32) for _ in range(5))
-        weights = np.zeros((n,) if size else (n, t), np.float32)
-        label = np.zeros((n, size), np.float32)
-        for b, (member,) in enumerate(plan):
-            rows, i = self.rows[self.source[member]], self.index[member]
-            ids, marks = rows[i]
-            end = len(ids)
-            tokens[b, :end], positions[b, :end], segments[b, :end] = ids, np.arange(end), 1
-            if size:
-                label[b], weights[b] = rows.target[i], 1
-                types[b, :end] = token_types(marks)
-            else:
-                targets[b, :end], weights[b, :end] = np.maximum(marks, 1) - 1, marks > 0
-        batch = {"tokens": tokens, "positions": positions, "segments": segments, "weights": weights}
-        batch |= {"label": label} if size else {"targets": targets}
-        batch |= {"types": types} if self.typed else {}
-        return self._finished(batch, plan, t)

@@ -48,7 +48,7 @@ class RowForm:
         raise NotImplementedError
 
     def encoder(self, tokenizer: Any) -> Any:
-        """Return what makes (ids, marks, target) of an example, as `jaxtune.data.labels.LabelEncoder` does.
+        """Return what makes (ids, marks, target) of an example, as `jaxtune.data.label_rows.LabelEncoder` does.
 
         It has `encode(places, examples)`, `closed(rows, max_length, whole)`, the dtypes `ROW` and `MARK`, and `FIRST`:
         the first token of a row that can be trained.

@@ -22,7 +22,7 @@ class Rows:
 
     tokens i32[N] and mask u8[N] (1: this token is to be predicted) are flat; per row: start i64[R], length i32[R],
     origin i64[R] (its line, or its row counted from 1, in the source), source i32[R] (an index into `labels`) and
-    digest u64[R] (of its content); of labelled rows also target f32[R, n], and their mask holds `data.labels`' marks.
+    digest u64[R] (of its content); of labelled rows also target f32[R, n], and their mask has `label_rows`' marks.
     `labels[s].replace("{}", str(origin))` is the row's place in words. `other` holds a second text of each row, in the
     same order: of a pair the rejected answer after its prompt, where the rows themselves are the chosen ones.
     """

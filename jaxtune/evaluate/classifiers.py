@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.data import LabelForm, Rows
-from jaxtune.data.labels import JOINED, has_types, token_types
+from jaxtune.data.label_rows import has_types, token_types
+from jaxtune.data.labels import JOINED
 from jaxtune.evaluate import evaluation, statistics
 from jaxtune.evaluate.comparison import Column
 from jaxtune.evaluate.evaluation import Options, Progress, silent

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from jaxtune import models
 from jaxtune.data import load_tokenizer, read
-from jaxtune.data.labels import JOINED, LabelAssembler, LabelForm, count_ids, count_labels
+from jaxtune.data.label_counts import count_ids, count_labels
+from jaxtune.data.label_rows import LabelAssembler
+from jaxtune.data.labels import JOINED, LabelForm
 from jaxtune.errors import UserError
 from jaxtune.models.classifier import PROBLEMS, SEQUENCE, TOKEN, Labels, read_labels, with_labels
 from jaxtune.objectives.classification import classification, metrics

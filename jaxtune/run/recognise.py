@@ -16,7 +16,8 @@ from typing import Any
 from jaxtune.data.embeddings import TextsForm
 from jaxtune.data.files import header_hint, looks_tagged
 from jaxtune.data.formats import ANSWERED, ASKED, FORMATS, MESSAGES, Reader, make_reader
-from jaxtune.data.labels import LABELS, PAIR_COLUMNS, PAIRS, TAGS, WORDS, LabelForm, count_ids, count_labels
+from jaxtune.data.label_counts import count_ids, count_labels
+from jaxtune.data.labels import LABELS, PAIR_COLUMNS, PAIRS, TAGS, WORDS, LabelForm
 from jaxtune.data.preferences import LABELS as JUDGED
 from jaxtune.data.preferences import PROMPTS as PREFERENCE_PROMPTS
 from jaxtune.data.preferences import SIDES, JudgedForm, PairForm

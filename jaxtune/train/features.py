@@ -32,7 +32,7 @@ import xxhash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.data import Rows
-from jaxtune.data.labels import has_types, token_types
+from jaxtune.data.label_rows import has_types, token_types
 from jaxtune.errors import Interrupted, RunFailed, UserError
 from jaxtune.files import atomic_write_text, cache_root, may, open_lock, sweep
 from jaxtune.train.parallel import DATA

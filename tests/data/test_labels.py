@@ -5,7 +5,8 @@ import pytest
 from data_zoo import write_jsonl
 
 from jaxtune.data import LabelForm, prepare, read
-from jaxtune.data.labels import LabelAssembler, count_ids, count_labels
+from jaxtune.data.label_counts import count_ids, count_labels
+from jaxtune.data.label_rows import LabelAssembler
 from jaxtune.errors import UserError
 
 STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
