@@ -47,6 +47,8 @@ class Case(NamedTuple):
     Attributes:
         kind: "train", "sweep" of 8, "classify", "prefill" or "decode".
         small: moments in 8 bits and weights in bfloat16.
+        segments: of a packed row at most, so that cuDNN can take it; 0: any number.
+        r: rank of LoRA.
     """
 
     model: str
@@ -58,24 +60,32 @@ class Case(NamedTuple):
     quantization: str = "none"
     kind: str = "train"
     small: bool = False
+    segments: int = 0
+    r: int = 16
 
 
 CASES = {
-    "1b lora packed": Case("1b", "lora", 2, 4096, packed=True),
     "1b lora": Case("1b", "lora", 2, 4096),
+    "1b lora packed": Case("1b", "lora", 2, 4096, packed=True),
     "1b lora packed, dots": Case("1b", "lora", 2, 4096, "dots", packed=True),
+    "1b lora packed, attention": Case("1b", "lora", 2, 4096, "attention", packed=True),
     "1b lora packed, full": Case("1b", "lora", 2, 4096, "full", packed=True),
+    "1b lora packed, offload": Case("1b", "lora", 2, 4096, "offload", packed=True),
+    "1b lora packed by cuDNN, dots": Case("1b", "lora", 2, 4096, "dots", packed=True, segments=16),
     "1b dora packed, dots": Case("1b", "dora", 2, 4096, "dots", packed=True),
+    "1b head packed": Case("1b", "head", 2, 4096, packed=True),
     "1b full packed, dots": Case("1b", "full", 1, 4096, "dots", packed=True),
     "1b full packed, dots, 8-bit": Case("1b", "full", 1, 4096, "dots", packed=True, small=True),
     "1b qlora 32k, full": Case("1b", "lora", 1, 32768, "full", quantization="nf4"),
     "1b qlora 32k packed, full": Case("1b", "lora", 1, 32768, "full", packed=True, quantization="nf4"),
+    "1b fp8 lora, full": Case("1b", "lora", 2, 4096, "full", quantization="fp8_matmul"),
     "1b sweep of 8": Case("1b", "lora", 8, 512, "dots", kind="sweep"),
     "8b lora, dots": Case("8b", "lora", 2, 4096, "dots"),
     "8b lora packed, dots": Case("8b", "lora", 2, 4096, "dots", packed=True),
     "8b lora packed, full": Case("8b", "lora", 2, 4096, "full", packed=True),
     "8b qlora, full": Case("8b", "lora", 1, 4096, "full", quantization="nf4"),
     "8b qlora packed, full": Case("8b", "lora", 1, 4096, "full", packed=True, quantization="nf4"),
+    "8b qlora r32 80k, offload": Case("8b", "lora", 1, 81920, "offload", quantization="nf4", r=32),
     "8b full, full": Case("8b", "full", 1, 4096, "full"),
     "8b full packed, full, 8-bit": Case("8b", "full", 1, 4096, "full", packed=True, small=True),
     "70b/10 qlora packed, full": Case("70b", "lora", 1, 4096, "full", packed=True, quantization="nf4"),
@@ -137,7 +147,7 @@ def recipe(case: Case) -> Any:
     from jaxtune.train import optim
     from jaxtune.train.recipe import Recipe
 
-    module = models.build(MODELS[case.model], remat=case.remat, dtype=jnp.bfloat16)
+    module = models.build(MODELS[case.model], remat=case.remat, dtype=jnp.bfloat16, most_segments=case.segments)
     if case.kind == "classify":
         module = with_labels(module, Labels(SEQUENCE, ("a", "b"), drawn=True))
         task = label_task(module)
@@ -145,7 +155,7 @@ def recipe(case: Case) -> Any:
         task = causal_lm_task(module, packed=case.packed)
     method, settings = case.method, {}
     if method in ("lora", "dora"):
-        method, settings = "lora", {"r": 16, "use_dora": method == "dora"}
+        method, settings = "lora", {"r": case.r, "use_dora": method == "dora"}
     return Recipe(
         module,
         task,
@@ -191,7 +201,7 @@ def program(case: Case) -> tuple[Any, tuple, Any]:
 def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
     """What XLA made of a case."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     import jax
     from jax._src.cudnn import fused_attention_stablehlo as fused
     from jax.experimental import topologies
@@ -218,15 +228,20 @@ def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
     found = {
         "arguments": plan.argument_size_in_bytes / gib,
         "temporary": plan.temp_size_in_bytes / gib,
+        "host": plan.host_temp_size_in_bytes / gib,
         "total": (total - plan.alias_size_in_bytes) / gib,
         "attention": sum(n for c, n in calls.items() if "fmha" in c and "Backward" not in c),
         "backward": sum(n for c, n in calls.items() if "fmha" in c and "Backward" in c),
         "wrong": wrong(case, r, text, plan, arguments),
     }
-    if case.kind in ("train", "classify"):
+    if case.kind in ("train", "classify", "sweep"):
+        members = 8 if case.kind == "sweep" else 1
         measured = cost.measure(r, "gpu")
-        found["plan"] = measured.bytes(case.rows).total / gib
-        found["TFLOP"] = case.rows * measured.flops / 1e12
+        parts = measured.bytes(case.rows, members)
+        found["plan"] = parts.total / gib
+        found["plan / total"] = found["plan"] / found["total"]
+        found["parts"] = {name: round(x / gib, 2) for name, x in parts._asdict().items()}
+        found["TFLOP"] = members * case.rows * measured.flops / 1e12
         found["ms at peak"] = 1e15 * found["TFLOP"] / card.flops
     return found
 
@@ -262,8 +277,9 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(donated) if hasattr(x.dtype, "itemsize"))
     if plan.alias_size_in_bytes < 0.9 * size:
         said.append(f"{plan.alias_size_in_bytes:,} of {size:,} bytes of state are donated")
-    if re.search(r"\b(infeed|outfeed|send|recv)\(|MoveToHost|S\(5\)", text):
-        said.append("something is sent to the host")
+    to_host = re.search(r"\b(infeed|outfeed|send|recv)\(|MoveToHost|S\(5\)", text) is not None
+    if to_host != (case.remat == "offload"):
+        said.append("something is sent to the host" if to_host else "nothing is kept in the host's memory")
     return said
 
 
@@ -278,7 +294,7 @@ def main() -> int:
         print(json.dumps(compiled(CASES[a.case], CARDS[a.card], a.card)))
         return 0
     found = {}
-    columns = ("arguments", "temporary", "total", "plan", "attention", "backward", "ms at peak")
+    columns = ("arguments", "temporary", "total", "plan", "plan / total", "attention", "backward", "ms at peak")
     print(f"| {a.card}: program | " + " | ".join(columns) + " | wrong |\n|" + "---|" * (len(columns) + 2))
     for name in CASES:
         if a.only and a.only not in name:
@@ -288,7 +304,7 @@ def main() -> int:
             found[name] = row = common.last_json(common.run(command, 2).stdout)
         except SystemExit as error:
             found[name] = row = {"wrong": [str(error).strip().splitlines()[-1][:200]]}
-        cells = ("" if (x := row.get(c)) is None else f"{x:.1f}" if isinstance(x, float) else str(x) for c in columns)
+        cells = ("" if (x := row.get(c)) is None else f"{x:.4g}" if isinstance(x, float) else str(x) for c in columns)
         print(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(row['wrong'])} |", flush=True)
     if a.json:
         common.Path(a.json).write_text(json.dumps(found, indent=1) + "\n")

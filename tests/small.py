@@ -27,7 +27,7 @@ CONFIG = {
 
 def decoder(**changes):
     """The Flax module; `changes` are Decoder's fields, or of the HF config."""
-    fields = {k: changes.pop(k) for k in ("dtype", "attention", "remat", "unroll") if k in changes}
+    fields = {k: changes.pop(k) for k in ("dtype", "attention", "most_segments", "remat", "unroll") if k in changes}
     return models.build(CONFIG | changes, **fields)
 
 

@@ -1,5 +1,6 @@
 """Every form of attention against a naive float64 oracle in numpy, forward and backward."""
 
+import dataclasses
 import functools
 import re
 
@@ -258,6 +259,38 @@ def test_segments_are_never_silently_ignored(monkeypatch):
     assert choose("mapped", half, 64, **packed) == "mapped"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert choose("auto", half, 64, **long) == "blocks"
+
+
+@pytest.mark.parametrize(
+    "fields, packed, backend, card, said",
+    [
+        ({}, False, "cpu", None, "this run is on cpu"),
+        ({"dtype": jnp.float32}, False, "gpu", None, "has no float32"),
+        ({}, True, "gpu", None, "set data.max_segments=32"),
+        ({"most_segments": 33}, True, "gpu", None, "at most 32 texts"),
+        ({"most_segments": 8}, True, "gpu", (8, 9), "set data.packing=False"),
+        ({}, False, "gpu", (7, 5), "this card has 7.5"),
+        ({"softcap": 3.0}, False, "gpu", None, "no softcap"),
+        ({"head_dim": 12}, False, "gpu", None, "not this model's 12"),
+        ({"head_dim": 256}, False, "gpu", (8, 0), "up to 128"),
+        ({"most_segments": 8}, True, "gpu", (9, 0), None),
+        ({"attention": "auto"}, True, "cpu", None, None),
+    ],
+)
+def test_cudnn_is_refused_where_it_cannot_be(monkeypatch, fields, packed, backend, card, said):
+    fields = {"attention": "cudnn", "dtype": jnp.bfloat16} | fields
+    block = {"head_dim": 64} | {name: fields.pop(name) for name in ("softcap", "head_dim") if name in fields}
+    module = small.decoder(**fields)
+    [segment] = module.spec.segments
+    pattern = tuple(dataclasses.replace(b, **block) for b in segment.pattern)
+    spec = dataclasses.replace(module.spec, segments=(dataclasses.replace(segment, pattern=pattern),))
+    if card is not None:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(cudnn, "capability", lambda: card)
+    if said is None:
+        return attention.check_cudnn(module.clone(spec=spec), packed, backend)
+    with pytest.raises(UserError, match=said):
+        attention.check_cudnn(module.clone(spec=spec), packed, backend)
 
 
 # ------------------------------------------------------------------------------------------ cuDNN, but for its kernel

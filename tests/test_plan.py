@@ -104,11 +104,14 @@ def test_depth_and_policies_change_what_they_should():
     thin, deep = cost(), cost(layers=8)
     assert 1.9 < deep.kept[1] / thin.kept[1] < 2.1
     assert deep.layer[1] == pytest.approx(thin.layer[1], rel=0.1)
-    known = thin.recipe.abstract
-    kept = [plan.saved_by(thin.recipe, "gpu", known, remat)[1] for remat in plan.POLICIES[1:]]
-    assert [thin.kept[1], *kept] == sorted([thin.kept[1], *kept], reverse=True)
+    policies = plan.by_policy(thin.recipe, "gpu")
+    kept = [cost.kept[1] for cost in policies.values()]
+    assert kept == sorted(kept, reverse=True) and kept[0] == thin.kept[1]
     inputs = 4 * 64 * 64 * 2  # what "full" keeps: the input of each of four layers, 64 tokens of width 64 in bfloat16
-    assert inputs < kept[-1] < 3 * inputs
+    assert inputs < policies["full"].kept[1] < 3 * inputs
+    # Offloaded are these and attention's outputs, as wide as they are, with two numbers for each of four heads.
+    assert 2 * inputs <= policies["offload"].host[1] <= 2 * inputs + 4 * 64 * 4 * 2 * 4
+    assert all(cost.host == (0, 0) for name, cost in policies.items() if name != "offload")
 
 
 @given(st.integers(0, 5000), st.integers(1, 10000))

@@ -47,7 +47,9 @@ def plain(name):
     return loss_and_gradient(module, params, zoo.tokens(2, 12))
 
 
-@pytest.mark.parametrize("settings", [*({"remat": r} for r in REMAT), {"unroll": 2}, slow({"unroll": 99})], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*({"remat": r} for r in (*REMAT, "offload")), {"unroll": 2}, slow({"unroll": 99})], ids=str
+)
 @pytest.mark.parametrize("name", ["llama", slow("qwen2-upper-windows")])
 def test_remat_and_unroll_change_no_number(name, settings):
     module, params = zoo.ours(name)

@@ -22,6 +22,8 @@ from jaxtune.hf.peft import load_adapter, rows_in
 from jaxtune.methods.table import cut, tune, virtual_ids
 from jaxtune.methods.vocabulary import with_rows
 from jaxtune.models import names
+from jaxtune.models.attention import check_cudnn
+from jaxtune.models.cudnn import capability
 from jaxtune.objectives.task import BatchShape, Task, TaskInput, open_task, row_length
 from jaxtune.run.experiment import Base, Experiment
 from jaxtune.train import optim
@@ -47,6 +49,8 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
         tensors.index_dir(folder)
     if cfg.model.adapter is not None and (record := recorded(Path(cfg.model.adapter).expanduser())):
         BaseFiles(folder).check(record)
+    check_cudnn(module, cfg.data.packing, backend or jax.default_backend())
+    _check_card(cfg.model.quantization)
     settings = method_settings(cfg)
     length, prefix = row_length(cfg.data.max_length, module, task.length), virtual_ids(module, settings)
     if length - len(prefix) < 2:
@@ -96,6 +100,15 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
         evaluate=section(cfg, "evaluate"),
         text=to_json(cfg),
     )
+
+
+def _check_card(quantization: str) -> None:
+    """Raise UserError if this machine's GPU has no such products; a CPU computes them as any others."""
+    if quantization == "fp8_matmul" and jax.default_backend() == "gpu" and (card := capability()) < (8, 9):
+        raise UserError(
+            "model.quantization=fp8_matmul needs a card of compute capability 8.9 (Ada, Hopper) or later; this one has "
+            f"{card[0]}.{card[1]}. With fp8 the weights are stored so and multiplied in bfloat16."
+        )
 
 
 def open_model(

@@ -118,9 +118,19 @@ SETTINGS = (
     Setting(
         "model.attention", str, "auto", "auto: the best for the device", ("auto", "mapped", "blocks", "xla", "cudnn")
     ),
-    Setting("model.remat", str, "none", "what to recompute to save memory", ("none", "full", "dots", "attention")),
     Setting(
-        "model.quantization", str, "none", "quantise frozen weights as they are loaded", ("none", "nf4", "int8", "fp8")
+        "model.remat",
+        str,
+        "none",
+        "what to recompute to save memory; offload: as full, with what is kept in the host's memory",
+        ("none", "full", "dots", "attention", "offload"),
+    ),
+    Setting(
+        "model.quantization",
+        str,
+        "none",
+        "frozen weights are stored so; fp8_matmul: products are in fp8 too (Ada, Hopper and later)",
+        ("none", "nf4", "int8", "fp8", "fp8_matmul"),
     ),
     #
     Setting("tune.method", str, "lora", "which weights are trained (head: with the final norm)", METHODS),

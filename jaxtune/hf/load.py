@@ -101,7 +101,7 @@ def load(
         path_or_id: a directory with config.json and safetensors, a PEFT directory, or a hub id of either.
         dtype: of activations; default float32.
         param_dtype: of parameters; default: as stored in the checkpoint.
-        quantization: "nf4", "int8" or "fp8": the body's matrices are quantised one by one as they are read.
+        quantization: as the kind of `quantize`: the body's matrices are quantised one by one as they are read.
         base: for an adapter, directory or hub id of its base, under any name; None: the one that it names.
         settings: `Decoder`'s other fields (attention, remat, unroll).
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.errors import UserError
 from jaxtune.models import cudnn
 
 Array = jax.Array
@@ -66,6 +67,46 @@ def choose(
     if backend == "gpu" and softcap is None and form is not None and cudnn.takes(dtype, head_dim, form):
         return "cudnn"
     return "xla" if tokens <= SMALL else "blocks"
+
+
+def check_cudnn(module: Any, packed: bool, backend: str) -> None:
+    """Raise UserError if `module` asks for cuDNN's attention where that cannot be; nothing is compiled.
+
+    Args:
+        module: the model.
+        packed: whether its rows hold several texts.
+        backend: to run on, or to plan for; the card itself is asked only where there is one.
+    """
+    if module.attention != "cudnn":
+        return
+    card = cudnn.capability() if jax.default_backend() == "gpu" else (9, 0)
+    for block in {b for s in module.spec.segments for b in s.pattern}:
+        if why := _no_cudnn(block, module.dtype, packed and block.causal, module.most_segments, backend, card):
+            raise UserError(
+                f"model.attention=cudnn: cuDNN's attention {why}. model.attention=auto takes the best that can be."
+            )
+
+
+def _no_cudnn(block: Any, dtype: Any, several: bool, segments: int, backend: str, card: tuple[int, int]) -> str | None:
+    """Why the kernel cannot compute a block's attention, and what to do; None: it can."""
+    heads, most = 256 if card >= (9, 0) else 128, cudnn.MOST_SEGMENTS
+    if backend != "gpu":
+        return f"runs on a GPU, and this run is on {backend}"
+    if card < (8, 0):
+        return f"needs compute capability 8.0, and this card has {card[0]}.{card[1]}"
+    if dtype == jnp.float32:
+        return "has no float32; set model.dtype=bfloat16"
+    if block.softcap is not None:
+        return "has no softcap on scores, as this model has"
+    if block.head_dim % 8 or block.head_dim > heads:
+        return f"takes heads of a multiple of 8 up to {heads} channels, not this model's {block.head_dim}"
+    if block.window is not None and not block.causal:
+        return "has no window in both directions, as this encoder has"
+    if several and card < (9, 0):
+        return "separates packed rows from compute capability 9.0 on; set data.packing=False"
+    if several and not 1 <= segments <= most:
+        return f"separates packed rows of at most {most} texts; set data.max_segments={most}"
+    return None
 
 
 def cudnn_form(

@@ -24,9 +24,26 @@ REMAT = {
     "dots": ("qkv", "attention", "mlp", "low"),
     "everything": None,  # on any backend what "none" is on a GPU
 }
+# Kept in the host's memory by "offload", copied there and back beside the layers' own work: each block's input, and the
+# output of attention, whose recomputation grows with the square of a row.
+OFFLOADED = ("input", "attention")
 # On a CPU "none" keeps only results of large matrix products and random bits: the rest is cheaper to recompute than
 # to write and read, and each use of it would be kept as a separate array.
 PRODUCTS = ("qkv", "heads", "scores", "attention", "residual", "mlp", "low", "dropout")
+
+
+def keeping(remat: str) -> Any:
+    """The policy of `jax.checkpoint` for a value of `Body.remat`; None: all is kept, and nothing is recomputed."""
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(OFFLOADED),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    kept = REMAT.get(remat, PRODUCTS if jax.default_backend() == "cpu" else None)
+    return None if kept is None else policies.save_only_these_names(*kept)
 
 
 @functools.lru_cache(maxsize=64)
@@ -51,7 +68,9 @@ class Pattern(nn.Module):
         for i, spec in enumerate(self.segment.pattern):
             layer = self.first + repeat * len(self.segment.pattern) + i
             here = ctx._replace(keys=fold(ctx.keys, layer))
-            x = checkpoint_name(x, "residual") if i else x  # the scan keeps the first block's itself
+            x = checkpoint_name(
+                x, "residual" if i else "input"
+            )  # unless it is offloaded, the scan keeps the first itself
             x, caches[i] = self.block(spec, self.implementation, self.std, name=f"block_{i}")(
                 x, here, caches[i], repeat
             )
@@ -66,7 +85,7 @@ class Body(nn.Module):
         dtype: of activations; parameters are cast to it when they are used.
         attention: "auto", "mapped", "blocks", "xla" or "cudnn".
         most_segments: of a packed row; 0: any number.
-        remat: "none" keeps every activation for the backward pass; see `REMAT`.
+        remat: "none" keeps every activation for the backward pass, "offload" what `OFFLOADED` names; see `REMAT`.
         unroll: blocks in one iteration of the scan.
         start, stop: the segments that `hidden` runs, as a slice. Above 0, `start` makes it take the residual stream
             [B, T, D] that the segments below left in place of tokens; a `stop` makes it return that stream.
@@ -118,9 +137,8 @@ class Body(nn.Module):
         tables = {str(r): (rope.tables(r, positions, length), rope.heat(r, positions)) for r in ropes}
         ctx = ctx._replace(ropes=tables, segments=self._laid(ctx.segments))
         pattern = Pattern
-        kept = REMAT.get(self.remat, PRODUCTS if jax.default_backend() == "cpu" else None)
-        if kept is not None and cache is None:
-            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        policy = keeping(self.remat)
+        if policy is not None and cache is None:
             pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
         first, caches = sum(segment.layers for segment in spec.segments[: self.start]), []
         for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:

@@ -165,6 +165,10 @@ class Classifier:
         return self.body.attention
 
     @property
+    def most_segments(self) -> int:
+        return self.body.most_segments
+
+    @property
     def pooling(self) -> str | None:
         """How a sequence becomes one vector; None for a label each token."""
         return None if self.labels.kind == TOKEN else self.labels.pooling or self.layout.pooling

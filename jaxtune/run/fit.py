@@ -130,7 +130,7 @@ def remedies(experiment: Experiment, policies: dict[str, Cost], memory: int) -> 
 
     if part := _divisor(batch, now.largest(memory)):
         yield f"--config.train.grad_accum={batch // part} ({part} rows at a time, the same result)"
-    order = cost.POLICIES[cost.POLICIES.index(remat) + 1 :]
+    order = list(policies)[list(policies).index(remat) + 1 :]
     for policy in order:
         if fits(policies[policy].bytes(rows).total, memory):
             slower = policies[policy].flops / now.flops - 1

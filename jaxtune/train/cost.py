@@ -2,6 +2,7 @@
 
     recipe -- method, optimizer --> state, frozen        their bytes are exact
            -- autodiff, traced ---> what it saves        activations, by remat policy
+                                    what it holds        one layer's backward pass, by `liveness`
                                     matrix products      operations a token
 
 `measure` counts from JAX's own trace of the loss and its gradient, for any family, method and policy: nothing
@@ -23,13 +24,14 @@ import numpy as np
 from jaxtune import tree
 from jaxtune.models.attention import choose
 from jaxtune.objectives.task import Task
+from jaxtune.train import liveness
 from jaxtune.train.recipe import Recipe, Start
 from jaxtune.train.step import over_batch
 
 GIB = 2**30
-POLICIES = ("none", "dots", "attention", "full")  # from most memory to least
-LAYER = 1.25  # a layer's backward pass holds all values of its forward pass, and some of their gradients
-LOGITS = 2  # a chunk's logits and their gradient, float32
+POLICIES = ("none", "dots", "attention", "full", "offload")  # from most memory to least
+LOGITS = {4: 2, 2: 3}  # arrays of a chunk's logits, by the bytes of an activation: in float32 one less, made in place
+HOST = 20e9  # bytes/s to the host's memory and back, of a card on 16 lanes of PCIe 4
 COMPUTE, BANDWIDTH = 0.40, 0.80  # fractions of a card's peaks that training reaches: 8B LoRA on an H100 runs at 0.41
 SLACK, WORKSPACE = 1.05, GIB  # allocator overhead and library workspaces, beyond the sum of buffers
 
@@ -74,6 +76,7 @@ class Bytes(NamedTuple):
     layer: int  # held by one layer while it is differentiated
     logits: int  # of one chunk of tokens, with their gradient
     batch: int
+    host: int  # kept in the host's memory, no part of the total
 
     @property
     def total(self) -> int:
@@ -90,7 +93,9 @@ class Cost:
         backend: "cpu" or "gpu".
         counts: parameters.
         fixed: bytes that do not depend on rows; the other parts are 0.
-        kept, layer: (bytes without rows, bytes a row) of what is saved, and of a layer's backward pass.
+        gradients: bytes if there is one micro-batch, and if there are several, whose gradients are summed in float32.
+        kept, host, layer: (bytes without rows, bytes a row) of what is saved, on the device and in the host's memory,
+            and of a layer's backward pass.
         flops: of the matrix products, a row of a micro-batch.
     """
 
@@ -98,7 +103,9 @@ class Cost:
     backend: str
     counts: tree.Counts
     fixed: Bytes
+    gradients: tuple[int, int]
     kept: tuple[float, float]
+    host: tuple[float, float]
     layer: tuple[float, float]
     flops: float
 
@@ -106,23 +113,21 @@ class Cost:
         """Return the memory of a step with `rows` in a micro-batch, for as many members of a sweep."""
         f, batch, chunk = self.fixed, self.recipe.batch, self.recipe.task.chunk
         logits = 0 if chunk is None else chunk(rows * batch.length, members, self.backend)
-        return Bytes(
-            frozen=f.frozen,
+        itemsize = np.dtype(self.recipe.module.dtype).itemsize
+        return f._replace(
             trainable=members * f.trainable,
             optimizer=members * f.optimizer,
-            gradients=members * f.gradients,
-            activations=members * int(self.kept[0] + rows * self.kept[1]),
-            layer=members * int(self.layer[0] + rows * self.layer[1]),
-            logits=members * LOGITS * 4 * logits * self.recipe.module.spec.vocab,
+            gradients=members * self.gradients[batch.micros > 1],
+            activations=members * _line(self.kept, rows),
+            layer=members * _line(self.layer, rows),
+            logits=members * LOGITS[itemsize] * itemsize * logits * self.recipe.module.spec.vocab,
             batch=batch.micros * rows * (batch.length * 20 + 4),
+            host=members * _line(self.host, rows),
         )
 
     def split(self, micros: int) -> "Cost":
-        """The cost with another number of micro-batches, whose gradients are summed."""
-        batch = self.recipe.batch
-        once = self.fixed.gradients // (2 if batch.micros > 1 else 1)
-        fixed = self.fixed._replace(gradients=once * (2 if micros > 1 else 1))
-        return replace(self, recipe=replace(self.recipe, batch=batch._replace(micros=micros)), fixed=fixed)
+        """The cost with another number of micro-batches."""
+        return replace(self, recipe=replace(self.recipe, batch=self.recipe.batch._replace(micros=micros)))
 
     def largest(self, memory: int) -> int:
         """Return the most rows of a micro-batch that fit into `memory` bytes; 0: not even one."""
@@ -136,11 +141,13 @@ class Cost:
         """Return the time of a step: that of its products or that of its memory traffic, whichever is longer.
 
         Weights are read three times, saved activations are written and read, and the update reads and writes its state.
+        What is kept in the host's memory goes there and back meanwhile.
         """
         b, micros = self.bytes(rows), self.recipe.batch.micros
         moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
         moved += 2 * (b.trainable + b.optimizer) + b.gradients
-        return max(micros * rows * self.flops / (COMPUTE * card.flops), moved / (BANDWIDTH * card.bandwidth))
+        seconds = micros * rows * self.flops / (COMPUTE * card.flops)
+        return max(seconds, moved / (BANDWIDTH * card.bandwidth), micros * 2 * b.host / HOST)
 
 
 class MicroBatch(NamedTuple):
@@ -193,19 +200,16 @@ def _most(holds: Callable[[int], bool], limit: int = 2**20) -> int:
     return min(low, limit)
 
 
+def _line(line: tuple[float, float], rows: int) -> int:
+    return max(0, int(line[0] + rows * line[1]))
+
+
 def nbytes(shapes: Any) -> int:
     """Bytes of a tree of abstract arrays."""
-    return sum(_size(x) for x in jax.tree.leaves(shapes))
+    return sum(map(liveness.size, jax.tree.leaves(shapes)))
 
 
-def _size(x: Any) -> int:
-    itemsize = 8 if jnp.issubdtype(x.dtype, jax.dtypes.extended) else np.dtype(x.dtype).itemsize
-    return math.prod(x.shape) * itemsize
-
-
-def measure(
-    recipe: Recipe, backend: str, known: Start | None = None, everything: tuple[float, float] | None = None
-) -> Cost:
+def measure(recipe: Recipe, backend: str, known: Start | None = None) -> Cost:
     """Return what a step costs.
 
     The memory is a formula: arguments, gradients, what autodiff saves, and the larger of one layer's backward pass and
@@ -215,43 +219,51 @@ def measure(
         recipe: the step.
         backend: "cpu" or "gpu".
         known: `recipe.abstract`, or that of a recipe with the same parameters.
-        everything: `saved_by(recipe, backend, known, "everything")`, likewise; no policy changes it.
     """
     known = known or recipe.abstract
-    everything = everything or saved_by(recipe, backend, known, "everything")
-    gradients = 4 * sum(x.size for x in jax.tree.leaves(known.state.trainable))
+    trained = known.state.trainable
     fixed = Bytes(
         frozen=nbytes(known.frozen),
-        trainable=nbytes((known.state.trainable, known.state.member)),
+        trainable=nbytes((trained, known.state.member)),
         optimizer=nbytes(known.state.opt_state),
-        gradients=gradients * (2 if recipe.batch.micros > 1 else 1),
-        activations=0,
-        layer=0,
-        logits=0,
-        batch=0,
+        **dict.fromkeys(("gradients", "activations", "layer", "logits", "batch", "host"), 0),
     )
-    all_kept = recipe.module.remat == "none" and backend != "cpu"
-    kept = everything if all_kept else saved_by(recipe, backend, known, recipe.module.remat)
-    base, slope = everything
-    # The gradient of a head over chunks is made in the forward pass; it is one of the gradients already.
-    head = 0 if recipe.task.chunk is None else nbytes(_head(known.state.trainable))
-    layers = recipe.module.spec.layers
+    one, two = (_passes(recipe, backend, known, rows) for rows in (1, 2))
+    kept, host, layer = ((2 * a - b, b - a) for a, b in zip(one, two, strict=True))
     return Cost(
         recipe=recipe,
         backend=backend,
         counts=known.counts,
         fixed=fixed,
-        kept=(max(0.0, kept[0] - head), kept[1]),
-        layer=(max(0.0, LAYER * (base - head) / layers), LAYER * slope / layers),
+        gradients=(nbytes(trained), 8 * sum(x.size for x in jax.tree.leaves(trained))),
+        kept=kept,
+        host=host,
+        layer=layer,
         flops=_flops(recipe, backend, known),
     )
 
 
 def by_policy(recipe: Recipe, backend: str) -> dict[str, Cost]:
-    """Return the cost under each remat policy."""
+    """Return the cost under each remat policy; on a CPU, whose memory is the host's, nothing is offloaded."""
     known = recipe.abstract
-    everything = saved_by(recipe, backend, known, "everything")
-    return {policy: measure(recipe.with_module(remat=policy), backend, known, everything) for policy in POLICIES}
+    policies = [p for p in POLICIES if p != "offload" or backend != "cpu" or recipe.module.remat == "offload"]
+    return {policy: measure(recipe.with_module(remat=policy), backend, known) for policy in policies}
+
+
+def _passes(recipe: Recipe, backend: str, known: Start, rows: int) -> tuple[int, int, int]:
+    """Bytes of a micro-batch that the forward pass saves, on the device and in the host's memory, and that the backward
+    pass holds beside them and the gradients."""
+    forward, arguments = _loss(recipe, backend, known, recipe.module.remat, rows)
+    jaxpr, (total, pull, _) = jax.make_jaxpr(forward, return_shape=True)(*arguments)
+    saved = liveness.results(jaxpr.jaxpr)
+    host = sum(liveness.size(v.aval) for v in saved if liveness.on_host(v.aval))
+    kept = sum(liveness.size(v.aval) for v in saved) - host
+    if recipe.task.chunk is not None:
+        # The gradient of a head over chunks is made in the forward pass; it is one of the gradients already.
+        kept -= nbytes(_head(known.state.trainable))
+    backward = jax.make_jaxpr(lambda pull, slope: pull(slope))(pull, total).jaxpr
+    gradients = sum(liveness.size(v.aval) for v in backward.outvars)
+    return kept, host, max(0, liveness.peak(backward) - gradients)
 
 
 def _head(trainable: Any) -> list[Any]:
@@ -260,30 +272,33 @@ def _head(trainable: Any) -> list[Any]:
     return jax.tree.leaves(trainable.get(own))
 
 
-def saved_by(recipe: Recipe, backend: str, known: Start, policy: str) -> tuple[float, float]:
-    """Bytes that the forward pass of a policy saves: (without rows, a row of a micro-batch)."""
-    one, two = (_saved(_forward(recipe, backend, known, policy, rows)) for rows in (1, 2))
-    return 2 * one - two, two - one
-
-
-def _traceable(recipe: Recipe, backend: str, policy: str) -> Any:
+def _chosen(recipe: Recipe, backend: str, policy: str, counted: bool) -> Any:
     """The module as on the planned backend, in a form that any backend can trace.
 
-    cuDNN's attention and blocks keep what the mapped form keeps: their inputs, their output, and two numbers a row.
+    Args:
+        recipe: of the module.
+        backend: "cpu" or "gpu".
+        policy: of remat.
+        counted: in place of a kernel, whose products a trace does not show, arithmetic that has the same.
     """
     module = recipe.module
     block = module.spec.segments[0].pattern[0]
     segmented = recipe.batch.packed or not block.causal  # an encoder tells padding by segments
     rows = {"tokens": recipe.batch.length, "causal": block.causal, "softcap": block.softcap, "segmented": segmented}
-    chosen = choose(module.attention, module.dtype, block.head_dim, backend, **rows)
+    rows |= {"window": block.window, "most_segments": module.most_segments}
+    attention = choose(module.attention, module.dtype, block.head_dim, backend, **rows)
+    if counted and attention in ("cudnn", "blocks"):
+        attention = "mapped"
     if policy == "none" and backend != "cpu":
         policy = "everything"
-    return module.clone(attention="mapped" if chosen in ("cudnn", "blocks") else chosen, remat=policy)
+    return module.clone(attention=attention, remat=policy)
 
 
-def _loss(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) -> tuple[Callable[..., Any], tuple]:
-    """The differentiated loss of one micro-batch and its abstract arguments."""
-    loss_fn = recipe.loss(_traceable(recipe, backend, policy))
+def _loss(
+    recipe: Recipe, backend: str, known: Start, policy: str, rows: int, *, counted: bool = False
+) -> tuple[Callable[..., Any], tuple]:
+    """The differentiated loss of one micro-batch and its abstract arguments; `counted` as in `_chosen`."""
+    loss_fn = recipe.loss(_chosen(recipe, backend, policy, counted))
     batch = recipe.task.batch_like(recipe.batch._replace(rows=rows, micros=1))
     micro = {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in batch.items()}
 
@@ -299,20 +314,9 @@ def _loss(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) ->
     return forward, (known.state.trainable, known.state.member, known.frozen, micro, known.state.key)
 
 
-def _forward(recipe: Recipe, backend: str, known: Start, policy: str, rows: int) -> Any:
-    forward, arguments = _loss(recipe, backend, known, policy, rows)
-    return jax.make_jaxpr(forward)(*arguments).jaxpr
-
-
-def _saved(jaxpr: Any) -> int:
-    """Bytes of a forward pass's outputs that are not among its inputs."""
-    kept = {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)} - set(jaxpr.invars)
-    return sum(_size(v.aval) for v in kept)
-
-
 def _flops(recipe: Recipe, backend: str, known: Start) -> float:
     """FLOPs of one row, forward and backward."""
-    forward, arguments = _loss(recipe, backend, known, recipe.module.remat, 1)
+    forward, arguments = _loss(recipe, backend, known, recipe.module.remat, 1, counted=True)
 
     def both(*arguments):
         total, pull, _ = forward(*arguments)

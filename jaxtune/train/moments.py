@@ -11,6 +11,7 @@ that decays by a thousandth a step would stay where it is: a step of the grid is
 of one of a thousandth of it (signed: 2.4%, 24%). The choice is a hash of the value's own bits, so that it needs no key.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,6 +114,20 @@ def state_in_float32(tx: optax.GradientTransformation) -> optax.GradientTransfor
 def global_norm(tree: Any) -> jax.Array:
     """The norm of all arrays together, f32[], summed in float32."""
     return jnp.sqrt(sum(jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree)))
+
+
+def in_place(fn: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+    """Apply a function that works entry by entry; to stacks of matrices in bfloat16 one layer after the other.
+
+    XLA then writes over them. They are large: it would hold two of each.
+    """
+
+    def one(x):
+        if x.dtype != jnp.bfloat16 or x.ndim < 3:
+            return fn(x).astype(x.dtype)
+        return jax.lax.fori_loop(0, len(x), lambda i, y: y.at[i].set(fn(y[i]).astype(x.dtype)), x)
+
+    return jax.tree.map(one, tree)
 
 
 def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.train.moments import global_norm, in_8_bits, state_in_float32
+from jaxtune.train.moments import global_norm, in_8_bits, in_place, state_in_float32
 from jaxtune.train.optimizers import OPTIMIZERS, SETTINGS
 from jaxtune.tree import Field, map_fields
 
@@ -72,7 +72,7 @@ def clip(largest: float) -> optax.GradientTransformation:
     def scaled(updates, params=None):
         norm = global_norm(updates)
         share = jnp.where(norm < largest, 1.0, largest / norm)
-        return jax.tree.map(lambda g: (g * share).astype(g.dtype), updates)
+        return in_place(lambda g: g * share, updates)
 
     return optax.stateless(scaled)
 

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.objectives import OverBatch, OverVectors
-from jaxtune.train.moments import apply_updates, global_norm
+from jaxtune.train.moments import apply_updates, global_norm, in_place
 from jaxtune.train.parallel import DATA
 from jaxtune.tree import Field, PyTree, combine, map_fields
 
@@ -177,32 +177,33 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         total, weight, grads, means = gradients(state.trainable, state.member, frozen, batch, key)
         weight = jnp.where(weight > 0, weight, 1.0)
-        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)  # bfloat16 of weights that are
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = apply_updates(state.trainable, updates, jax.random.fold_in(key, ROUNDING))
+        grads = in_place(lambda g: g / weight, grads)
         metrics = {"loss": total / weight, "weight": weight, "grad_norm": global_norm(grads)}
         metrics |= {name: value / jnp.maximum(count, 1) for name, (value, count) in means.items()}
+        norms = {} if group is None else _norms(group, grads)
+        # Read before the update: it may then write over the gradients, where XLA would keep a copy of them.
+        grads, metrics, norms = jax.lax.optimization_barrier((grads, metrics, norms))
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = apply_updates(state.trainable, updates, jax.random.fold_in(key, ROUNDING))
         if group is not None:
-            metrics |= _by_group(group, grads, updates, trainable)
+            moved, weights = _norms(group, updates), _norms(group, trainable)
+            for name, norm in norms.items():
+                metrics[f"grad_norm/{name}"] = norm
+                metrics[f"update_ratio/{name}"] = moved[name] / jnp.where(weights[name] > 0, weights[name], 1.0)
         return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
 
 
-def _by_group(group: Callable[..., str], grads: PyTree, updates: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
-    squares = [Counter(), Counter(), Counter()]
-    for found, arrays in zip(squares, (grads, updates, trainable), strict=True):
+def _norms(group: Callable[..., str], arrays: PyTree) -> dict[str, jax.Array]:
+    """The norm of each group of arrays."""
+    squares = Counter()
 
-        def add(path, array, field, found=found):
-            found[group(path, field)] += jnp.square(array.astype(jnp.float32)).sum()
+    def add(path, array, field):
+        squares[group(path, field)] += jnp.square(array.astype(jnp.float32)).sum()
 
-        map_fields(add, arrays)
-    metrics = {}
-    for name in squares[0]:
-        grad, update, weight = (jnp.sqrt(found[name]) for found in squares)
-        metrics[f"grad_norm/{name}"] = grad
-        metrics[f"update_ratio/{name}"] = update / jnp.where(weight > 0, weight, 1.0)
-    return metrics
+    map_fields(add, arrays)
+    return {name: jnp.sqrt(square) for name, square in squares.items()}
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = True) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Quantised leaves for a frozen base: NF4 with double quantisation, int8, fp8.
+"""Quantised leaves for a frozen base: NF4 with double quantisation, int8, fp8, stored or multiplied.
 
 They sit under a `LoraWeight` (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A product builds the plain matrix of one
 layer in x's dtype, multiplies, and drops it; the backward pass builds it again.
@@ -122,10 +122,53 @@ class Nf4Weight(Packed):
         return self.dense(jnp.float32)
 
 
+@leaf_type
+class Fp8Weight(QuantWeight):
+    """fp8 (e4m3) whose products are in fp8 too: x is rounded as well, with one scale a row (a token).
+
+    y = (q(x) q(w)) s_x s_w, and the gradient by x is that product with the transposed matrix. Sums are in float32. In a
+    foreign model's own products the matrix is only stored in fp8.
+    """
+
+    def dot(self, x, keys, product):
+        if product is not matmul:
+            return super().dot(x, keys, product)
+        return _fp8_dot(x, *jax.lax.stop_gradient((self.q, self.scale)))
+
+
+@jax.custom_vjp
+def _fp8_dot(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., K] times q [K, N] with scale f32[1, N] -> [..., N]."""
+    return (_by_rows(x, q, 0) * scale[0]).astype(x.dtype)
+
+
+def _by_rows(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
+    """x [..., K], each row rounded to e4m3, summed over `axis` of q: f32[..., N]."""
+    x = x.astype(jnp.float32)
+    largest = float(jnp.finfo(q.dtype).max)
+    unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny * largest) / largest
+    codes = (x / unit).astype(q.dtype).reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(codes, q, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], -1) * unit
+
+
+def _fp8_dot_forward(x, q, scale):
+    return _fp8_dot(x, q, scale), (q, scale)
+
+
+def _fp8_dot_backward(kept, grad):
+    q, scale = kept
+    return _by_rows(grad.astype(jnp.float32) * scale[0], q, 1).astype(grad.dtype), None, None
+
+
+_fp8_dot.defvjp(_fp8_dot_forward, _fp8_dot_backward)
+
+
 KINDS: dict[str, Callable[[jax.Array], Weight]] = {
     "nf4": Nf4Weight.quantize,
     "int8": QuantWeight.quantize,
     "fp8": lambda w: QuantWeight.quantize(w, jnp.float8_e4m3fn),
+    "fp8_matmul": lambda w: Fp8Weight.quantize(w, jnp.float8_e4m3fn),
 }
 
 BODY = r"segment_\d+/.*kernel"  # linear modules of jaxtune's decoders and encoders; tables and heads stay as they are
@@ -158,7 +201,7 @@ def quantize(
 
     Args:
         params: plain arrays.
-        kind: "nf4", "int8" or "fp8" (e4m3).
+        kind: "nf4", "int8", "fp8" (e4m3, for storage) or "fp8_matmul" (products in fp8 too).
         pattern: regex over whole paths "a/b/kernel"; by default the body of jaxtune's own models.
         layouts: how the arrays of a foreign model are matrices, from `adapt(apply_fn).layouts`.
 
