@@ -246,6 +246,23 @@ def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
     return found
 
 
+def kernels(case: Case, r: Any) -> int:
+    """How many of a scan's blocks have their attention by cuDNN."""
+    from jaxtune.models.attention import choose
+
+    rows = {"tokens": case.length, "most_segments": case.segments}
+    blocks = [] if case.kind == "decode" else [b for s in r.module.spec.segments for b in s.pattern]
+    names = [
+        choose(
+            *("auto", r.module.dtype, b.head_dim, "gpu"),
+            **rows | {"causal": b.causal, "window": b.window, "softcap": b.softcap},
+            segmented=case.packed or case.kind == "classify",
+        )
+        for b in blocks
+    ]
+    return names.count("cudnn")
+
+
 def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[str]:
     """What is in a program that must not be."""
     import jax
@@ -277,6 +294,13 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(donated) if hasattr(x.dtype, "itemsize"))
     if plan.alias_size_in_bytes < 0.9 * size:
         said.append(f"{plan.alias_size_in_bytes:,} of {size:,} bytes of state are donated")
+    found = Counter("Backward" in call for call in re.findall(r'custom_call_target="([^"]*fmha[^"]*)"', text))
+    wanted = kernels(case, r)
+    back = 0 if case.kind == "prefill" else wanted
+    if found[True] != back or found[False] not in (wanted, 2 * back):
+        said.append(
+            f"cuDNN's attention {found[False]} times forward, {found[True]} backward; expected {wanted}, {back}"
+        )
     to_host = re.search(r"\b(infeed|outfeed|send|recv)\(|MoveToHost|S\(5\)", text) is not None
     if to_host != (case.remat == "offload"):
         said.append("something is sent to the host" if to_host else "nothing is kept in the host's memory")
