@@ -19,7 +19,7 @@ from jaxtune.objectives.causal_lm import causal_lm_task
 from jaxtune.objectives.task import BatchShape
 from jaxtune.run import fit
 from jaxtune.train import cost as plan
-from jaxtune.train import optim
+from jaxtune.train import liveness, optim
 from jaxtune.train.recipe import Recipe, compiled_bytes
 
 TOLERANCE = 0.15  # of the formula against XLA's plan on a CPU
@@ -349,3 +349,42 @@ def test_an_8b_on_4_bits_fits_a_consumer_card(assets, tmp_path, capsys, monkeypa
     # 6.98e9 weights of the body: 16 bits become 4.127.
     assert plain[0] - small[0] == pytest.approx(6.979e9 * (16 - 4.127) / 8 / 2**30, rel=1e-3)
     assert small[1] < 22
+
+
+# ------------------------------------------------------------------------------------------- what a trace holds at once
+
+
+def held(fn, *shapes):
+    return liveness.peak(jax.make_jaxpr(fn)(*(jnp.zeros(shape) for shape in shapes)).jaxpr)
+
+
+def test_what_a_trace_holds_at_once():
+    """By hand, in arrays of n x n: fused operations are free, products are whole, a product may add to another."""
+    n = 16
+    whole, square = 4 * n * n, (n, n)
+    assert held(lambda x: jnp.sin(x) * 2 + x, square) == whole  # the result
+    assert held(lambda x: (jnp.sin(x) * 2).sum(), square) == 4
+    assert held(lambda x, w: x @ w, square, square) == whole
+    assert held(lambda x, w: jnp.sin(x) @ w, square, square) == 2 * whole  # a product reads whole arrays
+    assert held(lambda x, w: x @ w @ w @ w, square, square) == 2 * whole
+    assert held(lambda x, w: jnp.sin(x @ w) + jnp.cos(x @ w + 1), square, square) == 2 * whole
+    assert held(lambda x, w: x @ w + w @ x, square, square) == whole
+    assert held(lambda x, w: (jnp.zeros(3), x @ w)[0], square, square) <= 12  # the product is read by nobody
+
+    def layers(x, ws):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)
+
+    # The carry, what is stacked, and in a turn the new carry; a slice of the weights is read where it lies.
+    assert held(layers, square, (5, n, n)) == (1 + 5 + 1) * whole
+
+
+def test_what_a_scan_stacks_twice_counts_once():
+    def stacked(x, ws):
+        def body(x, w):
+            y = jnp.tanh(x @ w)
+            return y, (y.reshape(-1), y.reshape(-1), y.T)
+
+        return jax.lax.scan(body, x, ws)[1]
+
+    found = liveness.returned(jax.make_jaxpr(stacked)(jnp.zeros((4, 4)), jnp.zeros((3, 4, 4))).jaxpr)
+    assert len(found) == 2

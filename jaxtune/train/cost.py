@@ -255,7 +255,7 @@ def _passes(recipe: Recipe, backend: str, known: Start, rows: int) -> tuple[int,
     pass holds beside them and the gradients."""
     forward, arguments = _loss(recipe, backend, known, recipe.module.remat, rows)
     jaxpr, (total, pull, _) = jax.make_jaxpr(forward, return_shape=True)(*arguments)
-    saved = liveness.results(jaxpr.jaxpr)
+    saved = liveness.returned(jaxpr.jaxpr)
     host = sum(liveness.size(v.aval) for v in saved if liveness.on_host(v.aval))
     kept = sum(liveness.size(v.aval) for v in saved) - host
     if recipe.task.chunk is not None:

@@ -85,7 +85,7 @@ def peak(jaxpr: Any) -> int:
     return _peak(jaxpr, inputs)
 
 
-def results(jaxpr: Any) -> set[Any]:
+def returned(jaxpr: Any) -> set[Any]:
     """The variables that a function returns and was not given; of equal ones that a scan stacks, one."""
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     found = {}
@@ -207,7 +207,9 @@ def _inner(eqn: Any) -> int:
         return peak(body)
     body = eqn.params["jaxpr"].jaxpr
     own = eqn.params["num_consts"] + eqn.params["num_carry"]
-    inputs = [_Array(size(v.aval), outside=i < own) for i, v in enumerate(body.invars)]  # slices are fused, or copied
+    inputs = [
+        _Array(size(v.aval), outside=i < own) for i, v in enumerate(body.invars)
+    ]  # slices are read where they lie
     return _peak(body, [_Array(0, outside=True) for _ in body.constvars] + inputs)
 
 
