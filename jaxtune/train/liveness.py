@@ -203,14 +203,8 @@ def _inner(eqn: Any) -> int:
     if eqn.primitive.name == "cond":
         return max(peak(branch.jaxpr) for branch in eqn.params["branches"])
     if eqn.primitive.name == "while":
-        body = eqn.params["body_jaxpr"].jaxpr
-        return peak(body)
-    body = eqn.params["jaxpr"].jaxpr
-    own = eqn.params["num_consts"] + eqn.params["num_carry"]
-    inputs = [
-        _Array(size(v.aval), outside=i < own) for i, v in enumerate(body.invars)
-    ]  # slices are read where they lie
-    return _peak(body, [_Array(0, outside=True) for _ in body.constvars] + inputs)
+        return peak(eqn.params["body_jaxpr"].jaxpr)
+    return peak(eqn.params["jaxpr"].jaxpr)  # the slices of a turn are read where they lie
 
 
 def _called(eqn: Any) -> Any:
