@@ -669,6 +669,32 @@ def test_unsupported_configs_are_refused_by_name(case):
         models.build(zoo.config("llama").to_dict() | changes)
 
 
+# Of transformers' own default configs: the nearest architecture that is named, and what is missing.
+UNSUPPORTED = {
+    "t5": ("", "a decoder that attends to an encoder, relative positions"),
+    "bart": ("", "a decoder that attends to an encoder"),
+    "deepseek_v3": ("mixtral", "latent attention, a router by groups"),
+    "qwen3_next": ("qwen3", "linear attention"),
+    "qwen3_5_text": ("qwen3", "linear attention"),
+    "mamba": ("", "state-space or convolution layers"),
+    "lfm2": ("", "state-space or convolution layers"),
+    "deberta": ("bert", ""),
+    "llava": ("", "images or sound beside text"),
+    "falcon": ("", ""),
+}
+
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_an_unsupported_family_is_told_the_nearest_and_what_is_missing(family):
+    from transformers import AutoConfig
+
+    near, missing = UNSUPPORTED[family]
+    with pytest.raises(UserError) as error:
+        models.family(AutoConfig.for_model(family).to_dict())
+    assert (f"nearest supported architecture is '{near}" in str(error.value)) == bool(near)
+    assert str(error.value).endswith(f"not implemented: {missing}.") == bool(missing)
+
+
 BAD_IN_FAMILY = {
     "gemma": ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
     "gemma2": ({"hidden_activation": "quick_gelu"}, "hidden_activation='quick_gelu' is not supported"),

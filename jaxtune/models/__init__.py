@@ -28,19 +28,51 @@ def family(config: dict) -> Any:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"config.json: model_type={name!r} is not supported; supported: {', '.join(FAMILIES)}."
-            f"{_nearest_architecture(str(name))}"
+            f"{_nearest_architecture(str(name), config)}{_missing(config)}"
         )
     return importlib.import_module(FAMILIES[name])
 
 
-def _nearest_architecture(name: str) -> str:
-    """A hint on the supported architecture of the same line of models (Llama 2, Llama 3, ...), or on a misspelling."""
+def _nearest_architecture(name: str, config: dict) -> str:
+    """A hint on the supported architecture of the same line (Llama 2, 3, ...) or with the same parts, or on a slip."""
     parts, stem = set(re.split(r"[-_]", name)), re.match(r"[a-z]*", name)[0]
     line = [f for f in FAMILIES if f in parts] or [f for f in FAMILIES if stem and re.match(r"[a-z]*", f)[0] == stem]
     if line:
         return f" The nearest supported architecture is {difflib.get_close_matches(name, line, n=1, cutoff=0)[0]!r}."
-    slip = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.85)
-    return f" Did you mean {slip[0]!r}?" if slip else ""
+    if slip := difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.85):
+        return f" Did you mean {slip[0]!r}?"
+    like = next((family for family, keys in _LIKE.items() if any(map(re.compile(keys).fullmatch, config))), None)
+    return f" The nearest supported architecture is {like!r}." if like else ""
+
+
+# A family -> keys of a config.json that its like have. The first that applies.
+_LIKE = {
+    "mixtral": r"(num_(local_)?|n_routed_)experts",
+    "llama": r"rms_norm_eps",
+    "bert": r"type_vocab_size",
+    "gpt2": r"n_embd|n_layer",
+}
+# Keys of a config.json -> what a model with one of them has and no family here. A key counts unless null, 0 or false.
+_PARTS = {
+    r"is_encoder_decoder": "a decoder that attends to an encoder",
+    r"(q|kv)_lora_rank": "latent attention",
+    r"linear_(key|value)_head_dim|linear_conv_kernel_dim|linear_attn_config": "linear attention",
+    r"(mamba|ssm)_\w+|conv_L_cache|time_step_rank": "state-space or convolution layers",
+    r"alibi": "ALiBi positions",
+    r"relative_attention(_num_buckets)?": "relative positions",
+    r"vision_config|audio_config": "images or sound beside text",
+    r"topk_method|n_group|routed_scaling_factor": "a router by groups",
+    r"attention_chunk_size": "attention within chunks",
+    r"num_kv_shared_layers": "layers that share keys and values",
+}
+
+
+def _missing(config: dict) -> str:
+    """What the config asks for that no supported architecture has."""
+    text = config.get("text_config")
+    keys = [k for part in (config, text if isinstance(text, dict) else {}) for k, v in part.items() if v]
+    found = [what for pattern, what in _PARTS.items() if any(map(re.compile(pattern).fullmatch, keys))]
+    return f" The model also has what is not implemented: {', '.join(found)}." if found else ""
 
 
 def build(config: dict, **settings: Any) -> Any:
