@@ -286,8 +286,13 @@ def test_a_whole_checkpoint_of_another_run_is_not_taken_for_a_damaged_one(checkp
     checkpoints.save(3, state(3), counters())
     checkpoints.wait()
     other = state()._replace(trainable={"other": jnp.zeros(3)})
-    with pytest.raises(UserError, match=r"is whole, and of another model.*trainable/proj"):
-        checkpoints.restore(lambda _: other)
+    wider = state()._replace(step=jnp.zeros(2, jnp.int32))
+    for unlike, said in (
+        (other, r"only one of them has .*trainable/proj"),
+        (wider, r"step is int32\(\) there and int32\(2,\)"),
+    ):
+        with pytest.raises(UserError, match=rf"is whole, and of another model.*{said}"):
+            checkpoints.restore(lambda _, unlike=unlike: unlike)
     assert on_disk(checkpoints) == [3]
 
 

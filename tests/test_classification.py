@@ -19,7 +19,7 @@ from jaxtune.config.recipe import open_model
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load, read_params
 from jaxtune.hf.peft import export_adapter, load_adapter
-from jaxtune.methods.table import head, lora
+from jaxtune.methods.table import METHODS, head
 from jaxtune.models import names
 from jaxtune.models.classifier import SEQUENCE, TOKEN, Labels, pool, with_labels
 from jaxtune.objectives.classification import classification, entity_counts, entity_tables, metrics
@@ -350,23 +350,26 @@ def test_head_trains_the_label_head_alone():
 
 
 ADAPTED = [
-    ("bert", SEQUENCE),
-    ("modernbert", TOKEN),
-    ("roberta", SEQUENCE),
-    ("distilbert", SEQUENCE),
-    ("llama", SEQUENCE),
+    ("bert", SEQUENCE, "lora"),
+    ("modernbert", TOKEN, "lora"),
+    ("roberta", SEQUENCE, "lora"),
+    ("distilbert", SEQUENCE, "lora"),
+    ("llama", SEQUENCE, "lora"),
+    ("bert", SEQUENCE, "ia3"),
+    ("roberta", TOKEN, "ia3"),
+    ("llama", SEQUENCE, "ia3"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [pytest.param(*m, marks=pytest.mark.slow if i else ()) for i, m in enumerate(ADAPTED)]
+    ("name", "kind", "method"), [pytest.param(*m, marks=pytest.mark.slow if i else ()) for i, m in enumerate(ADAPTED)]
 )
-def test_an_adapter_with_its_label_head_gives_our_logits_in_peft(name, kind, tmp_path):
+def test_an_adapter_with_its_label_head_gives_our_logits_in_peft(name, kind, method, tmp_path):
     import transformers
     from peft import PeftModel
 
     folder, module, params = with_head(name, kind)
-    params, mask = lora(params, jax.random.key(1), r=2, module=module)
+    params, mask = METHODS[method](params, jax.random.key(1), module, {"r": 2} if method == "lora" else {})
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x, role: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32) if role is TRAIN else x, params, mask

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxtune
 from jaxtune.errors import UserError
 from jaxtune.hf.export import weights_by_path
-from jaxtune.hf.peft import DEFAULTS, IA3_DEFAULTS, PROMPT_DEFAULTS, load_adapter
+from jaxtune.hf.peft import DEFAULTS, IA3_DEFAULTS, PROMPT_DEFAULTS, load_adapter, open_adapter
 from jaxtune.methods.table import METHODS, full, lora, places
 from jaxtune.tree import TRAIN, count, flatten, partition
 from jaxtune.weights.leaf import DoraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
@@ -236,7 +236,19 @@ IN = {
     "tokens": ("qwen3", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2, 40]}),
     "tokens as an object": (
         "llama",
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2]}},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [7, 2, 1]}},
+    ),
+    "tokens of a tied head": (
+        "qwen3",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [7]}},
+    ),
+    "tokens of one tied to them": (
+        "qwen3",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 2]}},
+    ),
+    "tokens of the head alone": (
+        "qwen3",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7]}},
     ),
     "in both lists": (
         "llama",
@@ -246,11 +258,22 @@ IN = {
     "head of a tied model": ("qwen3", {"target_modules": ["q_proj", "lm_head"]}),
     "head of gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
     "lora on gpt_neox's head": ("gpt_neox", {"target_modules": ["query_key_value", "lm_head"]}),
+    "ia3 and the head saved": ("qwen3", {"kind": "IA3Config", "modules_to_save": ["lm_head"]}),
     "gate of a shared expert": ("qwen2_moe", {"target_modules": ["shared_expert_gate", "q_proj"]}),
 }
 
 
-SLOW = {"saved", "tokens", "dora", "lora on gpt_neox's head", "gate of a shared expert", "head of a tied model"}
+SLOW = {
+    "saved",
+    "tokens",
+    "ia3 and the head saved",
+    "tokens of the head alone",
+    "tokens of one tied to them",
+    "dora",
+    "lora on gpt_neox's head",
+    "gate of a shared expert",
+    "head of a tied model",
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in IN])
@@ -413,6 +436,38 @@ def test_prompt_tuning_both_ways(name, tmp_path):
         jaxtune.export_model(module, params, tmp_path / "whole", base=zoo.directory(name))
     expected = peft_adapter(name, tmp_path / "theirs", kind="PromptTuningConfig", num_virtual_tokens=2)
     again_and_back(name, tmp_path, expected)
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_an_adapter_of_a_bare_body(name, task, tmp_path):
+    """Of a decoder saved without its head, which gives hidden states; "qwen3" has a tied head."""
+    import peft
+    import torch
+    import transformers
+
+    base = tmp_path / "body"
+    zoo.model(name).base_model.save_pretrained(base)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type=task, target_modules=["q_proj", "down_proj"], trainable_token_indices=[3, 1])
+    model = peft.get_peft_model(transformers.AutoModel.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * p.requires_grad * torch.randn_like(p)
+    model.save_pretrained(tmp_path / "theirs")
+
+    def states(model):
+        with torch.no_grad():
+            return model(torch.tensor(TOKENS, dtype=torch.long)).last_hidden_state.numpy()
+
+    expected = states(model)
+    module, params, mask, config = open_adapter(tmp_path / "theirs")
+    assert zoo.apart(our_logits(module, params), expected) < 1e-5
+    jaxtune.export_adapter(module, params, tmp_path / "again", base=base, config=config, mask=mask)
+    again = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), tmp_path / "again").eval()
+    assert np.array_equal(states(again), expected)
+    if not module.spec.hf_config["tie_word_embeddings"]:
+        assert type(jaxtune.load(base)[0]) is type(module)
 
 
 def resized_adapter(name, folder, **settings):
@@ -607,7 +662,7 @@ def test_base_of_another_name(adapter):
         {"layers_to_transform": ["0"]},
         {"target_modules": [1]},
         {"rank_pattern": {"q_proj": 10**6}},
-        {"peft_type": "IA3", "modules_to_save": ["lm_head"]},
+        {"peft_type": "PROMPT_TUNING", "modules_to_save": ["lm_head"]},
         {"something_newer": 3},
         {"r": "8"},
         {"lora_alpha": None, "target_modules": []},

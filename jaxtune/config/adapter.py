@@ -43,6 +43,10 @@ def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
         name = setting.rpartition(".")[2]
         value = config.get(name)
         if name == "trainable_token_indices" and isinstance(value, dict):
+            if any("head" in key for key in value):
+                raise UserError(
+                    f"{where}: {name}={value!r} has rows of the output head, which are not trained further."
+                )
             value = next(iter(value.values()), None)
         if name not in ("init", "init_lora_weights") and value not in (None, [], {}):
             found[setting] = value

@@ -155,6 +155,7 @@ SETTINGS = (
     Setting(
         "tune.ia3.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
     ),
+    Setting("tune.ia3.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
     Setting("tune.prompt_tuning.num_virtual_tokens", int, 20, "vectors before each row", range=ROWS),
     Setting("tune.prompt_tuning.init", str, "vocab", "rows of the embedding, or N(0, 1)", ("vocab", "random")),
     Setting("tune.last_n.layers", int, 2, "blocks from the top, trained with the final norm", range=AT_LEAST_1),

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import re
 import sys
 import warnings
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
+from jaxtune.models.decoder import without_head
 from jaxtune.models.names import NameTable, Tensor
 from jaxtune.tree import flatten
 from jaxtune.weights.packed import packs
@@ -122,8 +124,17 @@ def load(
         return open_adapter(folder, base=base, any_base=base is not None, **kinds, **settings)[:2]
     if base is not None:
         raise UserError(f"{folder} is a whole model; a base belongs to an adapter only.")
-    module = models.build(read_config(folder), **settings)
+    module = open_module(read_config(folder), folder, **settings)
     return module, read_params(module, folder, param_dtype, quantization=quantization)
+
+
+def open_module(config: dict, folder: Path, **settings: Any) -> Any:
+    """The module of a model directory; a decoder saved as its bare body ("LlamaModel") has no output head."""
+    module, classes = models.build(config, **settings), " ".join(map(str, config.get("architectures") or ["For"]))
+    if not module.continues or module.spec.tied or re.search("For|Head", classes):
+        return module
+    heads = {hf for hf, path in models.names(module).top.items() if path == "lm_head/kernel"}
+    return module if heads & tensors.index_dir(folder).keys() else without_head(module)
 
 
 def read_params(module: Any, folder: Path, dtype: Any = None, key: Any = None, quantization: str | None = None) -> Any:

@@ -33,16 +33,17 @@ from jaxtune.hf.peft_config import (
     complete,
     is_adapted,
     read_adapter_config,
-    token_ids,
     tree_factors,
     unsupported,
 )
 from jaxtune.hf.stops import stop_ids, write_generation_config
+from jaxtune.methods.adapters import HEAD, TABLE, tokens_of
 from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places, renamed
 from jaxtune.methods.vocabulary import resize
 from jaxtune.models.body import Body
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
 from jaxtune.models.decoder import without_head
+from jaxtune.models.names import NameTable
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
 from jaxtune.weights.leaf import (
     Adapter,
@@ -82,7 +83,7 @@ class Spot(NamedTuple):
     turn: bool = True  # whether a matrix in the file is the transpose of the one in the tree
 
 
-TABLES = ("embed_tokens/embedding", "lm_head/kernel")
+TABLES = (TABLE, HEAD)
 _TABLES = ("", ".base_layer", ".token_adapter.base_layer")  # where peft puts an embedding table next to its adapter
 
 
@@ -93,7 +94,6 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
 
     `whole_head`: include parts of a label head that modules_to_save does not name.
     """
-    whole_head = whole_head or config["peft_type"] != "LORA"
     leaves = weights_by_path(params)
     chosen = chosen_by(config, places(params, module))
     spots = {}
@@ -238,8 +238,8 @@ def open_adapter(
     config, entries = read_adapter_config(folder), _index(folder)
     named, where = find_base(folder, base)
     values = hf.read_config(where)
-    module, drawn = models.build(values, **settings), None
-    if config["task_type"] == Body.task_type and module.continues:
+    module, drawn = hf.open_module(values, where, **settings), None
+    if module.continues and _is_of_body(config, entries, models.names(module)):
         module = without_head(module)
     labels = _labels(folder, config, entries, module)
     if labels is not None:
@@ -256,6 +256,13 @@ def open_adapter(
     compared = None if any_base else named
     params, mask, config = load_adapter(module, params, folder, base=compared, drawn=drawn)
     return module, params, mask, config
+
+
+def _is_of_body(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry], table: NameTable) -> bool:
+    """Whether an adapter was made over a decoder's bare body: its names then lack what the family puts before them."""
+    layers = table.layer.partition("{")[0]
+    whole, bare = (any(e.startswith(_PREFIX + n) for e in entries) for n in (layers, layers.removeprefix(table.prefix)))
+    return bare if whole != bare else config["task_type"] == Body.task_type
 
 
 def find_base(folder: Path, base: str | Path | None = None) -> tuple[str, Path]:
@@ -306,7 +313,7 @@ def grown_for(folder: Path, module: Any, params: Any) -> tuple[Any, Any]:
 def rows_in(folder: Path, module: Any) -> int:
     """The rows of the table of tokens in an adapter's file; 0 where there is none."""
     entries = _index(folder)
-    named = [t.module for t in models.names(module).tensors(module.spec) if t.path == TABLES[0]]
+    named = [t.module for t in models.names(module).tensors(module.spec) if t.path == TABLE]
     keys = [f"{_PREFIX}{name}{middle}.weight" for name in named for middle in _TABLES]
     return max((entries[key].shape[0] for key in keys if key in entries and entries[key].shape), default=0)
 
@@ -333,7 +340,7 @@ def _beyond(config: Mapping[str, Any], entries: Mapping[str, tensors.Entry]) -> 
 
 def _frozen_head(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) -> Any:
     """The mask of a loaded adapter: parts of a label head that it does not store stay as in the base."""
-    if not module.label_head or config["peft_type"] != "LORA":
+    if not module.label_head:
         return mask
     tensors_ = models.names(module).tensors(module.spec, set(weights_by_path(params)))
     kept = {t.path for t in tensors_ if in_label_head(t.path) and not is_saved(t.module, config["modules_to_save"])}
@@ -398,7 +405,7 @@ def _without_tables(
     for t in models.names(module).tensors(module.spec):
         if t.path not in TABLES:
             continue
-        path = t.path if t.path in leaves else TABLES[0]  # a tied head is the embedding
+        path = t.path if t.path in leaves else TABLE  # a tied head is the embedding
         stem, leaf = f"{_PREFIX}{t.module}", leaves.get(path)
         if leaf is None:
             continue
@@ -412,7 +419,7 @@ def _without_tables(
             rest.pop(f"{stem}.modules_to_save.weight", None)
             rest.pop(f"{stem}.original_module.weight", None)
         base = getattr(leaf, "w", leaf)
-        shape = plain(base).shape if path == TABLES[0] else plain(base).shape[::-1]
+        shape = plain(base).shape if path == TABLE else plain(base).shape[::-1]
         for key in (f"{stem}{middle}.weight" for middle in _TABLES):
             if key not in rest or key in spots or rest[key].shape != shape:
                 continue
@@ -423,7 +430,7 @@ def _without_tables(
             found = np.empty(shape, np.float32)
             tensors.read_all([(rest.pop(key), found)])
             found = found.astype(plain(base).dtype).astype(np.float32)
-            if not np.array_equal(found, array if path == TABLES[0] else array.T):
+            if not np.array_equal(found, array if path == TABLE else array.T):
                 problems.append(f"other base   {key} is not this model's own")
     return rest, problems
 
@@ -594,8 +601,8 @@ def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) 
             raise ValueError(f"{place.name}: the config's rank is {rank}, the parameters' {tree[place].rank}.")
         if config["use_dora"] != isinstance(held, DoraWeight):
             raise ValueError(f"{place.name}: the config's use_dora is {config['use_dora']}, the parameters differ.")
-    ids = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
-    if ids != [list(given) for given in [token_ids(config)] if given]:
+    ids = {path: leaf.ids for path, leaf in leaves.items() if isinstance(leaf, TokensWeight)}
+    if ids != tokens_of(config.get("trainable_token_indices") or None, params, module):
         raise ValueError(f"config and parameters differ in trainable_token_indices; the parameters' are {ids}.")
     carried = {spot.path for spot in _spots(module, params, config).values()}
     stray = [

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.methods.adapters import attach, ia3, prompt_tuning, untied_for
+from jaxtune.methods.adapters import TABLE, attach, ia3, prompt_tuning, untied_for
 from jaxtune.methods.places import (
     Factors,
     Place,
@@ -152,7 +152,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(named, str | None):
         raise UserError(f"{file}: base_model_name_or_path={named!r}, expected a directory or a hub id.")
     defaults = KINDS[kind].defaults if kind in KINDS else DEFAULTS
-    return defaults | {k: v for k, v in config.items() if not (v is None and defaults.get(k) is not None)}
+    said = {k: v for k, v in config.items() if k == "task_type" or not (v is None and defaults.get(k) is not None)}
+    return defaults | said  # a null task_type is a model of no class that peft knows
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -171,7 +172,7 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
             f"unsupported  init_lora_weights={init!r} changes the base; save the adapter with peft's "
             "path_initial_model_for_weight_conversion"
         )
-    if config["peft_type"] != "LORA" and config.get("modules_to_save"):
+    if config["peft_type"] == "PROMPT_TUNING" and config.get("modules_to_save"):
         lines.append(
             f"unsupported  modules_to_save={config['modules_to_save']!r} with peft_type={config['peft_type']!r}"
         )
@@ -212,7 +213,7 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
         "alpha_pattern": ("an object with numbers", pattern(alpha)),
         "modules_to_save": names,
         "trainable_token_indices": (
-            "a list of token ids, of the input embedding, or an object with such a list for it, or null",
+            "a list of token ids, or an object with such a list for the input embedding or the output head, or null",
             lambda v: (
                 v is None
                 or all(isinstance(i, list) and all(map(whole, i)) for i in (v.values() if isinstance(v, dict) else [v]))
@@ -244,12 +245,6 @@ def lora_settings(config: Mapping[str, Any], candidates: list[Place]) -> Lora:
     return dataclasses.replace(settings, target_modules=matching(config["target_modules"], candidates))
 
 
-def token_ids(config: Mapping[str, Any]) -> list[int] | None:
-    """trainable_token_indices, which may be an object with one entry."""
-    ids = config.get("trainable_token_indices")
-    return next(iter(ids.values())) if isinstance(ids, Mapping) else ids
-
-
 def matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
     """The targets that this model has; if it has none, all of them, for the error message."""
     if isinstance(targets, str):
@@ -268,8 +263,9 @@ def complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> d
     leaves = weights_by_path(params).values()
     for name, kind in KINDS.items():
         if any(isinstance(leaf, kind.leaf) for leaf in leaves):
+            given = _with_head(module, params, mask, given)
             own = {"peft_type": name, "inference_mode": True}
-            return kind.defaults | kind.describe(module, params, mask, given) | own
+            return kind.defaults | {"task_type": module.task_type} | kind.describe(module, params, mask, given) | own
     raise ValueError("The parameters hold no adapters; write them with export_model.")
 
 
@@ -281,7 +277,12 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
     r, rank_pattern = _majority({place: f.rank for place, f in tree.items()})
     alpha, alpha_pattern = _majority(alphas)
     saved = _trained_modules(module, params, mask)
-    tokens = [list(leaf.ids) for leaf in leaves.values() if isinstance(leaf, TokensWeight)]
+    tokens = {path: list(leaf.ids) for path, leaf in leaves.items() if isinstance(leaf, TokensWeight)}
+    if tokens.keys() - {TABLE}:
+        ends = {p.path: p.name.rpartition(".")[2] for p in places(params, module) if p.path in tokens}
+        ids = {ends[path]: rows for path, rows in tokens.items()}
+    else:
+        ids = tokens.get(TABLE)
     config = {
         "r": r,
         "rank_pattern": rank_pattern,
@@ -289,21 +290,17 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
         "alpha_pattern": alpha_pattern,
         "lora_dropout": max(_dropout(leaf) for leaf in leaves.values()),
         "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
-        "task_type": module.task_type,
         "bias": _trained_biases(mask, tree, saved),
         "fan_in_fan_out": models.names(module).conv1d,
         "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
-        "trainable_token_indices": tokens[0] if tokens else None,
-        "modules_to_save": [*trained_head(module, params, mask), *_shortest_saved(module, params, saved)] or None,
+        "trainable_token_indices": ids,
+        "modules_to_save": _saved(module, params, mask),
     }
     if "r" in given or "lora_alpha" in given:
         config |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name in ("rank_pattern", "alpha_pattern"):
         if name in given:
             given[name] = dict(given[name] or ())
-    saved = given.get("modules_to_save") or []
-    if head := [name for name in trained_head(module, params, mask) if not is_saved(name, saved)]:
-        given["modules_to_save"] = [*head, *saved]
     if given.get("init_lora_weights") == "default":
         given["init_lora_weights"] = True
     return config | given
@@ -317,8 +314,22 @@ def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> d
         "target_modules": _shortest([p.name for p in found], [p.name for p in every]),
         "feedforward_modules": _shortest([p.name for p in inputs], [p.name for p in every]),
         "fan_in_fan_out": models.names(module).conv1d,
+        "modules_to_save": _saved(module, params, mask),
     }
     return config | given
+
+
+def _saved(module: Any, params: Any, mask: Any) -> list[str] | None:
+    """modules_to_save of a tree."""
+    trained = _shortest_saved(module, params, _trained_modules(module, params, mask))
+    return [*trained_head(module, params, mask), *trained] or None
+
+
+def _with_head(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings given, with a trained label head in modules_to_save, if they have that."""
+    saved = given.get("modules_to_save") or []
+    head = [name for name in trained_head(module, params, mask) if not is_saved(name, saved)]
+    return given | {"modules_to_save": [*head, *saved]} if head else given
 
 
 def _prompt_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -439,12 +450,16 @@ def _round(x: float) -> float | int:
 
 def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
     params = untied_for(config["target_modules"], params, module)
-    whole = untie(params) if module.continues else params
-    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
-    saved = [m for m in config["modules_to_save"] or () if any(is_saved(name, [m]) for name in known)]
-    candidates = places(params, module)
+    candidates, saved = places(params, module), _known(config["modules_to_save"], params, module)
     settings = dataclasses.replace(lora_settings(config, candidates), modules_to_save=saved, init_lora_weights=True)
     return attach(params, jax.random.key(0), chosen_by(config, candidates), settings, module)
+
+
+def _known(modules: list[str] | None, params: Any, module: Any) -> list[str]:
+    """Those of modules_to_save that the model has: peft names the label heads of all families."""
+    whole = untie(params) if module.continues else params
+    known = [p.name.rpartition(".")[0] for p in parameters(whole, module)]
+    return [m for m in modules or () if any(is_saved(name, [m]) for name in known)]
 
 
 def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -453,7 +468,8 @@ def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[An
     if not isinstance(inputs, str):  # as peft, which ignores those that are not targets: "w2" of a Mixtral
         chosen = resolve_targets(targets, places(params, module))
         inputs = [name for name in inputs if any(is_or_ends(p.name, name) for p in chosen)]
-    return ia3(params, targets, inputs, config["exclude_modules"], module=module)
+    saved = _known(config["modules_to_save"], params, module)
+    return ia3(params, targets, inputs, config["exclude_modules"], saved, module=module)
 
 
 def _attach_prompt(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 from jaxtune.hf.digest import BaseFiles, recorded
-from jaxtune.hf.load import load, read_config, resolve
+from jaxtune.hf.load import load, open_module, read_config, resolve
 from jaxtune.hf.peft import find_base, open_adapter, read_adapter_config
 from jaxtune.hf.stops import named_ids
 
@@ -172,6 +172,8 @@ def load_target(source: Tuned | str | Path, dtype: Any = None, **settings: Any) 
     if dtype is None:
         dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     module, params, _ = open_source(source, dtype=dtype, **settings)
+    if not module.continues:
+        raise UserError(f"{source.adapter} was made over a model without an output head and does not continue text.")
     return Target(module, params, tokenizer, source.model, eos_ids(tokenizer, source))
 
 
@@ -196,12 +198,10 @@ def tokenizer_of(source: Tuned) -> Any:
 
 def check_continues(source: Tuned) -> None:
     """Raise UserError for a classifier or an encoder, which predict no next token."""
-    from jaxtune.models import build
-
     config = read_config(source.model)
     task = None if source.adapter is None else read_adapter_config(source.adapter)["task_type"]
     if task not in (None, "CAUSAL_LM"):
         raise UserError(f"{source.adapter} is for {task} and does not continue text.")
-    if not build(config).continues:
+    if not open_module(config, source.model).continues:
         what = ", ".join(config.get("architectures") or [config["model_type"]])
         raise UserError(f"{source.model} ({what}) does not continue text; a model with a language model's head does.")

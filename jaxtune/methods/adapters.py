@@ -4,7 +4,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from jaxtune.weights.foreign import MatrixLayout, matrices
 from jaxtune.weights.leaf import (
     Adapter,
     DoraWeight,
+    HeadTokensWeight,
     Ia3Weight,
     LoraWeight,
     PromptWeight,
@@ -44,7 +45,6 @@ from jaxtune.weights.leaf import (
     column_norm,
     in_float32,
     map_paths,
-    map_weights,
     merge_leaf,
     plain,
     table_rows,
@@ -52,6 +52,7 @@ from jaxtune.weights.leaf import (
 )
 
 _INITS = (True, "default", "gaussian", "pissa")
+TABLE, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 
 # ------------------------------------------------------------------------------------------------- low-rank adapters
 
@@ -96,15 +97,20 @@ def untied_for(targets: str | Sequence[str], params: PyTree, module: Any) -> PyT
     """The tree, with a tied head untied if a target names the head."""
     if targets == "all-linear" or not getattr(module, "continues", False) or "lm_head" in params:
         return params
-    from jaxtune import models
-
-    (head,) = models.names(module).tensors(module.spec, {"lm_head/kernel"})
+    head = _head(module)
     names = [name.rpartition(".")[0] for name in (head.name, head.hf)]
     if isinstance(targets, str):
         named = any(re.fullmatch(compiled("target_modules", targets), name) for name in names)
     else:
         named = any(is_or_ends(name, t) for name in names for t in targets)
     return untie(params) if named else params
+
+
+def _head(module: Any) -> Any:
+    """The name of a decoder's output head, also of a tied one."""
+    from jaxtune import models
+
+    return next(models.names(module).tensors(module.spec, {HEAD}))
 
 
 def attach(
@@ -125,20 +131,22 @@ def attach(
     beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
     labelled = getattr(module, "label_head", False)  # a label head is trained whole beside the adapters
     params, saved = _to_save(params, settings.modules_to_save, module)
-    ids = _token_ids(settings.trainable_token_indices, params, module)
-    table = _token_table(params, ids, saved.keys() | rows.keys())
+    params, tokens = _to_train_tokens(params, settings.trainable_token_indices, saved.keys() | rows.keys(), module)
     params, restore = matrices(params, {path: layouts[path] for path in rows} if layouts else {})
 
     def adapt(path, leaf):
-        if path == table:
-            return TokensWeight(leaf, leaf_rows(leaf, ids), tuple(ids))
+        if path in tokens:
+            ids = tokens[path]
+            if path == HEAD:
+                return HeadTokensWeight(leaf, merge_leaf(leaf).T[jnp.asarray(ids)].astype(jnp.float32), ids)
+            return TokensWeight(leaf, leaf_rows(leaf, ids), ids)
         if path not in rows:
             return leaf
         factors = {place: f for place, f in chosen.items() if place.path == path}
         return _lora_leaf(key, path, leaf, factors, settings)
 
     def role(path, leaf):
-        if path == table or path in rows:
+        if path in tokens or path in rows:
             return leaf.mask()
         if path in saved:
             return filled(leaf, TRAIN)
@@ -185,33 +193,54 @@ def _to_save(params: PyTree, modules: Sequence[str] | None, module: Any) -> tupl
     return params, dict.fromkeys(hits)
 
 
-def _token_ids(ids: Sequence[int] | Mapping[str, Sequence[int]] | None, params: PyTree, module: Any) -> Any:
-    """Token ids, from a list or from {name of the embedding: ids}, as in peft."""
-    if not isinstance(ids, Mapping):
-        return ids
-    named = {p.name for p in places(params, module) if p.path == "embed_tokens/embedding"}
-    if len(ids) != 1 or not any(is_or_ends(name, key) for key in ids for name in named):
-        known = ", ".join(named) or "a token embedding"
-        raise UserError(f"trainable_token_indices={dict(ids)}: expected one entry, for {known}.")
-    return next(iter(ids.values()))
+def tokens_of(
+    given: Sequence[int] | Mapping[str, Sequence[int]] | None, params: PyTree, module: Any
+) -> dict[str, tuple[int, ...]]:
+    """{path: ids} of the embedding and the output head, from trainable_token_indices: ids or {module's name: ids}.
+
+    As in peft: a tied head follows the embedding, unless it is given other ids.
+
+    Raises:
+        UserError: a name is of another module.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return {TABLE: tuple(given)}
+    named = {p.name: p.path for p in places(params, module) if p.path in (TABLE, HEAD)}
+    if getattr(module, "continues", False) and "lm_head" not in params:
+        named[_head(module).module] = HEAD
+    found = {path: tuple(ids) for key, ids in given.items() for name, path in named.items() if is_or_ends(name, key)}
+    if not given or len(found) < len(given):
+        known = " and ".join(named) or "a token embedding"
+        raise UserError(f"trainable_token_indices={dict(given)}: expected lists of ids for {known}.")
+    if "lm_head" not in params and found.get(HEAD) == found.get(TABLE):
+        del found[HEAD]
+    return found
 
 
-def _token_table(params: PyTree, ids: Sequence[int] | None, claimed: set[str]) -> str | None:
-    """The path of the token embedding, where rows of it are to be trained."""
-    if ids is None:
-        return None
-    path = "embed_tokens/embedding"
-    if path not in weights_by_path(params):
+def _to_train_tokens(
+    params: PyTree, given: Sequence[int] | Mapping[str, Sequence[int]] | None, claimed: set[str], module: Any
+) -> tuple[PyTree, dict[str, tuple[int, ...]]]:
+    """The tree, with the head untied if it trains tokens of its own, and `tokens_of` it."""
+    tokens = tokens_of(given, params, module)
+    if tokens and TABLE not in weights_by_path(params):
         raise UserError("trainable_token_indices knows jaxtune's own models, which have embed_tokens/embedding.")
-    if path in claimed:
-        raise UserError(
-            f"{path} is claimed twice: by trainable_token_indices and by target_modules or modules_to_save."
-        )
-    size = table_rows(weights_by_path(params)[path])
-    ids = list(ids)
-    if not ids or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= size:
-        raise UserError(f"trainable_token_indices={ids}: expected different ids from 0 to {size - 1}, at least one.")
-    return path
+    for path, ids in tokens.items():
+        if path in claimed:
+            raise UserError(
+                f"{path} is claimed twice: by trainable_token_indices and by target_modules or modules_to_save."
+            )
+        size = table_rows(params["embed_tokens"]["embedding"])
+        if not ids or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= size:
+            raise UserError(
+                f"trainable_token_indices={list(ids)}: expected different ids from 0 to {size - 1}, at least one."
+            )
+    if HEAD not in tokens:
+        return params, tokens
+    if "bias" in params.get("lm_head", {}):
+        raise UserError("trainable_token_indices: the output head has a bias, which peft drops where it trains rows.")
+    return untie(params), tokens
 
 
 def leaf_rows(table: Any, ids: Sequence[int]) -> jax.Array:
@@ -283,6 +312,7 @@ def ia3(
     target_modules: str | Sequence[str] | None = None,
     feedforward_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
     module: Any = None,
 ) -> tuple[PyTree, PyTree]:
     """(IA)^3 (arXiv:2205.05638), with the names of peft's IA3Config: a vector scales a module's output or input.
@@ -293,13 +323,14 @@ def ia3(
         feedforward_modules: the targets whose input is scaled; of the others it is the output. None: peft's default
             with the default targets, else those of Llama's that are among the targets.
         exclude_modules: as in `lora`.
-        module: as in `lora`.
+        modules_to_save: as in `lora`.
+        module: as in `lora`; a label head is trained whole.
 
     Raises:
         UserError: a target, an exclusion or a feed-forward module matches nothing, or a target is an embedding.
     """
-    _no_label_head("ia3", params)
-    candidates = places(params, module)
+    params, saved = _to_save(params, modules_to_save, module)
+    candidates = [p for p in places(params, module) if p.path not in saved]
     named = {
         "target_modules": target_modules,
         "exclude_modules": exclude_modules,
@@ -326,14 +357,17 @@ def ia3(
             return Ia3Weight(leaf, scale, inp=jnp.ones((*axes, k)))
         return Ia3Weight(leaf, scale, out=jnp.ones((*axes, n)), bias=leaves.get(re.sub(r"[^/]+$", "bias", path)))
 
-    return with_new_tokens(adapters_only(map_paths(adapt, params)), module)
+    head = filter(in_label_head, leaves) if getattr(module, "label_head", False) else ()
+    return with_new_tokens(adapters_only(map_paths(adapt, params), {*saved, *head}), module)
 
 
-def adapters_only(params: PyTree) -> tuple[PyTree, PyTree]:
-    """`(params, mask)` of a tree in which only adapters are trained."""
-    return in_float32(
-        params, map_weights(lambda leaf: leaf.mask() if isinstance(leaf, Adapter) else filled(leaf, FROZEN), params)
-    )
+def adapters_only(params: PyTree, whole: Set[str] = frozenset()) -> tuple[PyTree, PyTree]:
+    """`(params, mask)` of a tree in which only adapters are trained, and the parameters with the paths `whole`."""
+
+    def role(path, leaf):
+        return leaf.mask() if isinstance(leaf, Adapter) else filled(leaf, TRAIN if path in whole else FROZEN)
+
+    return in_float32(params, map_paths(role, params))
 
 
 def ia3_settings(
@@ -392,7 +426,8 @@ def prompt_tuning(
     Raises:
         UserError: the tree is not a zoo model's, or there is no virtual token.
     """
-    _no_label_head("prompt_tuning", params)
+    if "classifier" in params:
+        raise UserError("Prompt tuning is for language models; for a label head use lora, ia3, head, bitfit, ...")
     if "embed_tokens" not in params:
         raise UserError("Prompt tuning knows jaxtune's own models, which have embed_tokens/embedding.")
     if num_virtual_tokens < 1:
@@ -414,8 +449,3 @@ def prompt_tuning(
 def virtual_ids(module: Any, settings: Mapping[str, Any]) -> list[int]:
     """The ids that a method with these settings puts before each row; see `weights.PromptWeight`."""
     return [module.spec.vocab + i for i in range(settings.get("num_virtual_tokens", 0))]
-
-
-def _no_label_head(method: str, params: PyTree) -> None:
-    if "classifier" in params:
-        raise UserError(f"The method {method!r} is for language models; for a label head use lora, head, bitfit, ...")

@@ -35,7 +35,8 @@ class Lora:
         layers_to_transform: indices of the layers to adapt; `layers_pattern` names their list where it is ambiguous.
         exclude_modules: names or a regex; these win over the targets.
         modules_to_save: ends of names of modules to train in full. A tied head or embedding named here is untied.
-        trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows.
+        trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows. Or
+            {module's name: ids}, for rows of the output head as well.
     """
 
     r: int = 8
@@ -62,12 +63,13 @@ class Ia3:
     Attributes:
         target_modules: as in `Lora`; None: peft's for the model's family, or Llama's for a family without one.
         feedforward_modules: targets whose input is scaled instead of the output; None: as above.
-        exclude_modules: as in `Lora`.
+        exclude_modules, modules_to_save: as in `Lora`.
     """
 
     target_modules: str | Sequence[str] | None = None
     feedforward_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

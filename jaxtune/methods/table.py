@@ -187,11 +187,12 @@ def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], 
 
 
 def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
-    candidates = places(module.abstract_params(), module)
+    candidates, settings = places(module.abstract_params(), module), dict(settings)
+    saved = settings.pop("modules_to_save", None)
     chosen = {
         (p.path, p.index) for p in ia3_places(candidates, **renamed(ia3_settings(module, **settings), candidates))
     }
-    return lambda p: (p.path, p.index) in chosen
+    return lambda p: (p.path, p.index) in chosen or is_saved(p.name.rpartition(".")[0], saved)
 
 
 # An adapter of a stack has scale 0 on layers that it leaves alone, so it needs no cut; but below the lowest layer that

@@ -179,6 +179,10 @@ class HeadlessDecoder(Decoder):
     auto_class = "AutoModel"
     task_type = "FEATURE_EXTRACTION"
 
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
+        """tokens i32[B, T] -> hidden states [B, T, D]. Arguments as in `hidden`."""
+        return self.hidden(*inputs, **more)
+
     def names(self, table: NameTable) -> NameTable:
         top = {hf: path for hf, path in table.top.items() if not path.startswith("lm_head/")}
         heads = "|".join(re.escape(hf) for hf in table.top.keys() - top.keys())

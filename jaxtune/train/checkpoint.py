@@ -164,10 +164,7 @@ class Checkpoints:
         abstract = _abstract(wanted)
         if checksums and checksums.keys() != abstract.keys():
             unlike = sorted(checksums.keys() ^ abstract.keys())[:5]
-            raise UserError(
-                f"The checkpoint in {folder} is whole, and of another model or method: it differs from this run in "
-                f"{', '.join(unlike)}. Nothing was changed; give another --workdir."
-            )
+            raise _of_another_run(folder, f"only one of them has {', '.join(unlike)}")
         return _unflat(_read_arrays(folder / "state", abstract, checksums), wanted), counters
 
     def close(self) -> None:
@@ -212,13 +209,24 @@ def _read_checksums(folder: Path, counters: dict[str, Any]) -> dict[str, str] | 
     return found["arrays"]
 
 
+def _of_another_run(folder: Path, differ: str) -> UserError:
+    return UserError(
+        f"The checkpoint in {folder} is whole, and of another model, method or precision than this run: {differ}. "
+        "Nothing was changed; give another --workdir."
+    )
+
+
 def _read_arrays(
     folder: Path, wanted: dict[str, jax.ShapeDtypeStruct], checksums: Mapping[str, str] | None
 ) -> dict[str, jax.Array]:
-    """Read the arrays that orbax wrote to `folder`; raise ValueError if they are damaged, or not those expected.
+    """Read the arrays that orbax wrote to `folder`.
 
     orbax is not used: it reads on an event loop and closes it at the first error, and the other pending reads then
     end in tracebacks about a closed loop, which cannot be caught.
+
+    Raises:
+        ValueError: they are damaged, or not those expected and without checksums.
+        UserError: they are intact, and not those expected.
     """
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
     keys = (key.decode().rpartition("/") for key in ts.KvStore.open(store).result().list().result())
@@ -228,10 +236,13 @@ def _read_arrays(
     def read(name: str) -> jax.Array:
         spec = {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
         array, like = ts.open(spec, open=True, read=True).result().read().result(), wanted[name]
-        if (array.shape, array.dtype) != (like.shape, like.dtype):
-            raise ValueError(f"{name}: expected {like.dtype}{like.shape}, found {array.dtype}{array.shape}")
         if checksums is not None and checksum(array) != checksums[name]:
             raise ValueError(f"{name} is not what was written")
+        if (array.shape, array.dtype) != (like.shape, like.dtype):
+            differ = f"{name} is {array.dtype}{array.shape} there and {like.dtype}{like.shape} here"
+            if checksums is None:
+                raise ValueError(differ)
+            raise _of_another_run(folder.parent, differ)
         if checksums is None and jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
             raise ValueError(f"{name} holds numbers that are not finite")  # no run saves these
         return jax.device_put(array, like.sharding)

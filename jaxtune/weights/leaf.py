@@ -323,6 +323,29 @@ class TokensWeight(Adapter):
         return base.at[jnp.asarray(self.ids)].set(self.rows.astype(base.dtype))
 
 
+@leaf_type
+class HeadTokensWeight(TokensWeight):
+    """An output head with some trained columns, which peft calls trained rows of its matrix.
+
+    Attributes:
+        w: the head, [D, V].
+        rows: [n, D], which replace the head's own columns.
+        ids: which columns these are.
+    """
+
+    w: Any = base()
+    rows: Array = trained("n K", stored=Stored("{}.token_adapter.trainable_tokens_delta", "n K"))
+    ids: tuple[int, ...] = fixed()
+
+    def dot(self, x, keys, product):
+        own = product(x, self.rows.T.astype(x.dtype))
+        return dot(x, self.w, product=product).at[..., jnp.asarray(self.ids)].set(own)
+
+    def merge(self):
+        base = merge_leaf(self.w)
+        return base.at[:, jnp.asarray(self.ids)].set(self.rows.T.astype(base.dtype))
+
+
 class Packed(Weight):
     """A frozen leaf in fewer bits than its numbers need."""
 
