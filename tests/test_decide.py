@@ -284,6 +284,7 @@ def test_a_task_that_the_base_knows_keeps_the_prompt(orders, tmp_path, capsys, m
 def test_tuned_candidates_are_runs_of_their_own(orders, tmp_path, capsys):
     flags = (f"--data={orders}", f"--workdir={tmp_path / 'out'}", "--candidates=prompts,lora", "--sizes=32", "--rows=8")
     few = ("--config.train.steps=2", "--config.train.batch_size=2", "--config.optim.lr=1e-3", "--max-new-tokens=8")
+    few += (f"--forgetting={tiny.ASSETS / 'general.jsonl'}",)
     assert run(*flags, *few) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out/decision.json").read_text())
     assert [row["name"] for row in report["matrix"]] == ["rows as they are", "LoRA on 32 rows"]
@@ -291,6 +292,9 @@ def test_tuned_candidates_are_runs_of_their_own(orders, tmp_path, capsys):
     assert (tmp_path / "out/runs/lora-32/adapter").is_dir() and tuned["training"]["seconds"] > 0
     assert len((tmp_path / "out/data/rows-32.jsonl").read_text().splitlines()) == 32
     assert tuned["cost_of_training"] == tuned["training"]["seconds"]  # no price: seconds
+    part = json.loads((tmp_path / "out/runs/lora-32/eval.json").read_text())["forgetting"]
+    assert tuned["forgetting"]["loss"] == part["metrics"]["loss"]["difference"] and part["rows"] == 8
+    assert f"{part['metrics']['loss']['difference']['value']:+.3f} nats" in (tmp_path / "out/decision.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,7 @@ def test_tuned_candidates_are_runs_of_their_own(orders, tmp_path, capsys):
         (["--metric=rouge"], "unknown metric 'rouge'"),
         (["--training-price=1 EUR per hour"], "give both in one unit"),
         (["--config.objective.name=kto"], "decide compares answers"),
+        (["--forgetting=nowhere.jsonl"], "nowhere.jsonl"),
         (["--max-new-tokens=490"], "positions leave 22 beside an answer of 490"),
     ],
 )

@@ -12,7 +12,8 @@ USAGE = """usage: jaxtune decide --model=DIR_OR_ID --data=FILE [--workdir=DIR] [
 
 Would a better prompt have done? Prompts, prompts with examples, nearest training rows, and models tuned on three
 numbers of rows answer the same held-out rows. Each has its score with a 95% interval, tokens and cost of requests, cost
-of training, latency, and after how many requests its training is paid. The answer is one sentence, decision.json, and a
+of training, latency, and after how many requests its training is paid; with --forgetting, what tuning cost outside the
+task. The answer is one sentence, decision.json, and a
 page.
 
 A config says how LoRA is tuned; without optim.lr three rates are tried. Rows are held out by --eval, or a part
@@ -44,10 +45,11 @@ FLAGS = {
     "max-new-tokens": Flag("longest answer in tokens; default: 1.25 times the longest expected one", int),
     "batch-size": Flag("rows answered together", int, 32),
     "budget": Flag("minutes; candidates that would not fit are left out", float),
+    "forgetting": Flag("general text, on which tuned models are measured, too; again for more files", list),
     "plan": Flag("check everything, show the plan, and stop", bool, False),
 }
 WIDE = 150  # columns of a terminal
-ON_A_WIDE_TERMINAL = ("tokens a request", "latency", "rows needed", "front", "")
+ON_A_WIDE_TERMINAL = ("tokens a request", "latency", "rows needed", "general text", "front", "")
 SHORT = {"model": "model.path", "data": "data.train", "eval": "data.eval"}
 
 
@@ -111,6 +113,7 @@ def _options(options: SimpleNamespace) -> Any:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         budget=None if options.budget is None else 60 * options.budget,
+        forgetting=tuple(options.forgetting or ()),
     )
 
 

@@ -40,6 +40,7 @@ class Outcome:
         needs: rows of data: trained on, or to draw examples from.
         took: seconds that training and measuring it took.
         training: seconds, tokens, trainable parameters and folder of its training; None: it had none.
+        forgetting: what it lost on general text, see `tuning.forgotten`; None: it was not measured.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Outcome:
     needs: int = 0
     took: float = 0.0
     training: dict[str, Any] | None = None
+    forgetting: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The fields."""

@@ -52,6 +52,7 @@ class Options:
         max_new_tokens: longest answer; None: 1.25 times the longest expected one.
         batch_size: rows that are answered together.
         budget: seconds; candidates that would not fit are left out.
+        forgetting: files with general text, on which tuned models that continue text are measured, too.
     """
 
     prompts: Sequence[Path] = ()
@@ -67,6 +68,7 @@ class Options:
     max_new_tokens: int | None = None
     batch_size: int = 32
     budget: float | None = None
+    forgetting: Sequence[str] = ()
 
 
 class Planned(NamedTuple):
@@ -162,6 +164,7 @@ class Decision:
         self.instructions = [Instruction(), *map(rows_as.read_instruction, options.prompts)]
         if options.prompts and not self.continues:
             raise UserError(f"--prompt has no effect: {cfg.model.path} is an encoder, which continues no text.")
+        self._check_general()
         self.material = self._material(task)
         for line in self.material.lines:
             say(line)
@@ -180,6 +183,15 @@ class Decision:
         self.began = time.monotonic()
         self.planned = list(self._plan())
         self._check_lengths()
+
+    def _check_general(self) -> None:
+        """Refuse general text that cannot be read, or that no candidate is measured on."""
+        if self.options.forgetting and (self.labelled or not self.continues):
+            raise UserError(
+                "--forgetting has no effect: models tuned on this task predict labels and continue no text."
+            )
+        for name in data.source_names(list(self.options.forgetting)) if self.options.forgetting else ():
+            next(iter(data.read(name)), None)
 
     def _material(self, task: Any) -> Material:
         d = self.cfg.data
@@ -487,17 +499,17 @@ class Decision:
                 held = tuning.subset(self.out / "data", f"held-out-{part}.jsonl", write(self.material.held))
                 columns = dict(self.cfg.data.columns) if self.labelled else None
                 return tuning.measure_labels(name, name, workdir, rows, self.questions, held, columns)
-            return tuning.measure_text(
+            outcome = tuning.measure_text(
                 *(name, name, workdir, rows, self.questions, self.answers, self.stop, leader),
                 batch_size=self.options.batch_size,
             )
+            if general:
+                outcome.forgetting = tuning.forgotten(workdir, general, self.options.rows)
+            return outcome
 
-        self._take(
-            name,
-            kind,
-            measure,
-            [config.to_json(config.replaced(cfg, {"data.train": None})), key_of([a.digest for a in asks])],
-        )
+        general = self.options.forgetting
+        key = [config.to_json(config.replaced(cfg, {"data.train": None})), key_of([a.digest for a in asks])]
+        self._take(name, kind, measure, [*key, *([self.options.rows, *map(str, general)] if general else [])])
 
     def _rate(self, rows: int) -> dict[str, Any]:
         """The learning rate of LoRA: the config's, or the best of three on the fewest rows, by a fifth of them."""
@@ -537,6 +549,8 @@ class Decision:
             "A candidate was compared with the leader after a quarter, half and all rows, at a third of the 5% level "
             "each, and stopped where it was behind.",
         ]
+        if any(o.side == TUNED and o.forgetting is None for o in self.outcomes) and self.continues:
+            notes.append("What tuning cost outside the task was not measured; --forgetting=FILE measures it.")
         if price == SECONDS:
             notes.append("No price was given: costs are seconds on this machine.")
         elif price.second == 0 and self.options.training_price is None:

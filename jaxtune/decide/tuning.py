@@ -219,6 +219,33 @@ def _one(evaluator: Any, system: Any) -> float:
     return min(seconds)
 
 
+def forgotten(workdir: Path, files: Sequence[str], rows: int) -> dict[str, Any]:
+    """What a finished run lost on general text, as `jaxtune eval --forgetting` measures it and keeps it in the run.
+
+    Args:
+        workdir: of the run.
+        files: with general text.
+        rows: of it at most.
+
+    Returns:
+        loss (the change a token, with its interval), lost and gained (answers that turned wrong and right; None where
+        the text has no answers), rows.
+    """
+    from jaxtune.evaluate.evaluation import Options, evaluate
+    from jaxtune.evaluate.forgetting import FORGETTING
+    from jaxtune.infer.source import find
+
+    options = Options(data=list(files), rows=rows)
+    report = evaluate(find(workdir), options, workdir, part=FORGETTING, say=lambda line: None)
+    flips = next(iter(report.get("flips", {}).values()), {})
+    return {
+        "loss": report["metrics"]["loss"]["difference"],
+        "lost": flips.get("lost"),
+        "gained": flips.get("gained"),
+        "rows": report["rows"],
+    }
+
+
 def eval_loss(workdir: Path) -> float:
     """The last held-out loss of a finished run; infinite where it is none."""
     losses = [

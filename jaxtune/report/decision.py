@@ -70,7 +70,7 @@ def matrix(report: Mapping[str, Any]) -> tuple[list[str], list[Ranked]]:
         "latency",
         f"1,000 requests ({unit})",
     ]
-    heads += [f"training ({unit})", "pays after", "rows needed", "front", ""]
+    heads += [f"training ({unit})", "pays after", "rows needed", "general text", "front", ""]
     ordered = sorted(report["matrix"], key=lambda row: -row["score"]["value"])
     cells = [[row["name"], *_cells(row)] for row in ordered]
     heads, cells = used(heads, cells)
@@ -93,9 +93,23 @@ def _cells(row: Mapping[str, Any]) -> list[Cell]:
         cell(row["cost_of_training"] or None),
         cell(even, lambda n: f"{n:,.0f}") if row["side"] == "tuned" and even is not None else "",
         cell(row["needs"] or None, "{:,}".format),
+        forgotten(row.get("forgetting")),
         "yes" if row["pareto"] else "",
         row["stopped"] or "",
     ]
+
+
+def forgotten(part: Mapping[str, Any] | None) -> Cell:
+    """What a tuned model lost on general text: its loss, and answers that turned wrong and right."""
+    if part is None:
+        return ""
+    loss = part["loss"]
+    shown = f"{loss['value']:+.3f} nats"
+    if loss["low"] is not None:
+        shown += f" [{loss['low']:.3f}, {loss['high']:.3f}]"
+    if part["lost"] is not None:
+        shown += f"; {part['lost']:,} answers lost, {part['gained']:,} gained"
+    return loss["value"], shown
 
 
 def interval(value: Mapping[str, Any], sign: bool = False) -> str:
