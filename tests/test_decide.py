@@ -309,10 +309,12 @@ def test_tuned_candidates_are_runs_of_their_own(orders, tmp_path, capsys):
         (["--training-price=1 EUR per hour"], "give both in one unit"),
         (["--config.objective.name=kto"], "decide compares answers"),
         (["--forgetting=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--forgetting={data}"], "nearly repeat a row of the tuning data"),
         (["--max-new-tokens=490"], "positions leave 22 beside an answer of 490"),
     ],
 )
 def test_wrong_input(orders, tmp_path, flags, says, capsys):
+    flags = [flag.format(data=orders) for flag in flags]
     assert run(f"--data={orders}", f"--workdir={tmp_path / 'out'}", *flags) == 2
     assert says in capsys.readouterr().err
 

@@ -11,8 +11,7 @@ import numpy as np
 from jaxtune.data.formats import Document
 from jaxtune.data.tokenize import Encoder
 from jaxtune.decide.race import race
-from jaxtune.errors import UserError
-from jaxtune.evaluate.asks import Ask, Instruction, encoded, put
+from jaxtune.evaluate.asks import Ask, Instruction, encoded, fitted, put
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.metrics import Metric
 from jaxtune.evaluate.rows import Row
@@ -167,26 +166,9 @@ class Questions:
         Raises:
             UserError: a row is too long without any example.
         """
-        chosen = [list(shots(ask)) if shots else [] for ask in self.asks]
-        examples = [
-            ask.example if instruction is None else put(ask, instruction, own) for ask, own in zip(self.asks, chosen)
-        ]
-        rows = encoded(self.tokenizer, self.encoder, self.asks, examples)
-        room = self.positions - self.max_new_tokens
-        while over := [i for i, row in enumerate(rows) if len(row.prompt or ()) > room]:
-            for i in over:
-                if not chosen[i]:
-                    name = f"the prompt {instruction.name!r}" if instruction and instruction.text else "its prompt"
-                    raise UserError(
-                        f"{self.asks[i].where}: with {name} it has {len(rows[i].prompt):,} tokens, and the model's "
-                        f"{self.positions:,} positions leave {room:,} beside an answer of {self.max_new_tokens}; "
-                        "shorten the prompt, or give --max-new-tokens."
-                    )
-                chosen[i] = chosen[i][1:]
-            again = [put(self.asks[i], instruction, chosen[i]) for i in over]
-            for i, row in zip(over, encoded(self.tokenizer, self.encoder, [self.asks[i] for i in over], again)):
-                rows[i] = row
-        return rows
+        chosen = [shots(ask) if shots else [] for ask in self.asks]
+        settings = self.positions, self.max_new_tokens, "shorten the prompt, or give --max-new-tokens"
+        return fitted(self.tokenizer, self.encoder, self.asks, instruction, chosen, *settings)
 
     def label_tokens(self, names: Sequence[str], instruction: Instruction | None) -> dict[str, list[int]]:
         """The tokens of each label after a prompt; of plain text without the token that ends a text."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtune import config, data
 from jaxtune.config.recipe import compute_dtype, open_model
+from jaxtune.curate.overlap import unshared
 from jaxtune.data.tokenize import Encoder
 from jaxtune.decide import examples, tuning, verdict
 from jaxtune.decide.candidates import PROMPT, TUNED, Answerer, Outcome, Questions, answered, nearest_answers
@@ -20,12 +21,14 @@ from jaxtune.decide.price import SECONDS, Price
 from jaxtune.errors import UserError, nearest
 from jaxtune.evaluate import asks as rows_as
 from jaxtune.evaluate.asks import Ask, Instruction
+from jaxtune.evaluate.evaluation import tuning_rows
 from jaxtune.evaluate.kept import Kept, key_of
 from jaxtune.evaluate.metrics import METRICS, RIGHT, Metric, choose
 from jaxtune.evaluate.systems import System, identity
 from jaxtune.files import atomic_write_text
 from jaxtune.hf import load as hf
 from jaxtune.infer.logprobs import worth_a_compile
+from jaxtune.objectives.task import DEFAULT_LENGTH
 
 VERSION = 1  # raise it when a candidate is measured otherwise
 KINDS = ("prompts", "random", "similar", "balanced", "labels", "neighbours", "lora", "head", "soft-prompt")
@@ -185,13 +188,22 @@ class Decision:
         self._check_lengths()
 
     def _check_general(self) -> None:
-        """Refuse general text that cannot be read, or that no candidate is measured on."""
-        if self.options.forgetting and (self.labelled or not self.continues):
+        """Refuse general text that cannot be read, is tuning data, or that no candidate is measured on."""
+        if not self.options.forgetting:
+            return
+        if self.labelled or not self.continues:
             raise UserError(
                 "--forgetting has no effect: models tuned on this task predict labels and continue no text."
             )
-        for name in data.source_names(list(self.options.forgetting)) if self.options.forgetting else ():
-            next(iter(data.read(name)), None)
+        rows, _, _ = data.prepare(
+            self.tokenizer,
+            list(self.options.forgetting),
+            max_length=min(self.module.spec.positions, DEFAULT_LENGTH),
+            overlength="split",
+            vocab_size=self.module.spec.vocab,
+        )
+        for line in unshared(data.Rows.concatenate(rows), tuning_rows(self.cfg, self.tokenizer), self.tokenizer)[1]:
+            self.say(line)
 
     def _material(self, task: Any) -> Material:
         d = self.cfg.data

@@ -201,6 +201,50 @@ def encoded(tokenizer: Any, encoder: Encoder, asks: Sequence[Ask], examples: Seq
     ]
 
 
+def fitted(
+    tokenizer: Any,
+    encoder: Encoder,
+    asks: Sequence[Ask],
+    instruction: Instruction | None,
+    shots: Sequence[Sequence[Ask]],
+    positions: int,
+    new: int,
+    fix: str = "shorten the prompt",
+) -> list[Row]:
+    """Rows as they are put to a model; examples that do not fit are left out, the first ones first.
+
+    Args:
+        tokenizer: of the model.
+        encoder: of it.
+        asks: the rows.
+        instruction: None: rows as training reads them, without examples.
+        shots: the examples of each row.
+        positions: that the model knows.
+        new: tokens that an answer may have.
+        fix: what to do where a row is too long.
+
+    Raises:
+        UserError: a row is too long without any example.
+    """
+    chosen = [list(own) for own in shots]
+    examples = [ask.example if instruction is None else put(ask, instruction, own) for ask, own in zip(asks, chosen)]
+    rows = encoded(tokenizer, encoder, asks, examples)
+    room = positions - new
+    while over := [i for i, row in enumerate(rows) if len(row.prompt or ()) > room]:
+        for i in over:
+            if not chosen[i]:
+                name = f"the prompt {instruction.name!r}" if instruction and instruction.text else "its prompt"
+                raise UserError(
+                    f"{asks[i].where}: with {name} it has {len(rows[i].prompt):,} tokens, and the model's "
+                    f"{positions:,} positions leave {room:,} beside an answer of {new}; {fix}."
+                )
+            chosen[i] = chosen[i][1:]
+        again = [put(asks[i], instruction, chosen[i]) for i in over]
+        for i, row in zip(over, encoded(tokenizer, encoder, [asks[i] for i in over], again)):
+            rows[i] = row
+    return rows
+
+
 def lines(asks: Sequence[Ask]) -> str:
     """Rows as JSON lines, as their files had them."""
     return "".join(json.dumps(ask.row, ensure_ascii=False, default=str) + "\n" for ask in asks)

@@ -35,15 +35,15 @@ class Tuned(Measured):
 class General(Answers):
     """The evaluator of text outside the tuning data; see `jaxtune.evaluate.evaluation.Evaluator`."""
 
-    def __init__(self, source: Any, cfg: Any, options: Options):
+    def __init__(self, source: Any, cfg: Any, options: Options, flag: str = "--forgetting"):
+        self.flag = flag
         if source.run is None and source.adapter is None:
             raise UserError(
-                f"--forgetting: {source.model} is a whole model and names no base to compare with; give a run, or an "
-                "adapter."
+                f"{flag}: {source.model} is a whole model and names no base to compare with; give a run, or an adapter."
             )
         super().__init__(source, cfg, options)
         if not self.base:
-            raise UserError("--forgetting compares with the base, and there is none: the run began on random weights.")
+            raise UserError(f"{flag} compares with the base, and there is none: the run began on random weights.")
         self.notes += self.overlap
         if options.group_by is None and len(set(self.files)) > 1:
             self.groups = self.files
@@ -63,7 +63,7 @@ class General(Answers):
         def chosen(rows: data.Rows) -> np.ndarray:
             kept = keep(rows)
             if not kept.any():
-                raise UserError("--forgetting: no held-out row is of a mixed-in source; give --forgetting=FILE.")
+                raise UserError(f"{self.flag}: no held-out row is of a mixed-in source; give {self.flag}=FILE.")
             rest, said = self._unshared(rows.select(kept))
             self.overlap += said
             kept[kept] = rest
@@ -90,13 +90,13 @@ class General(Answers):
             return data.reading(settings_of(None).data), options.data, lambda rows: np.ones(len(rows), bool), 0.0
         cfg = self.cfg
         if cfg is None:
-            raise UserError(f"--forgetting: {self.source.adapter} is no run; name general text: --forgetting=FILE.")
+            raise UserError(f"{self.flag}: {self.source.adapter} is no run; name general text: {self.flag}=FILE.")
         names = data_names(cfg.data.train)
         if len(names) < 2 or not cfg.data.eval_fraction:
             why = "has one source" if len(names) < 2 else "is held out by no data.eval_fraction"
             raise UserError(
-                f"--forgetting: general text is the held-out part of mixed-in sources, and data.train of "
-                f"{self.source.run} {why}; name files outside the tuning data: --forgetting=FILE."
+                f"{self.flag}: general text is the held-out part of mixed-in sources, and data.train of "
+                f"{self.source.run} {why}; name files outside the tuning data: {self.flag}=FILE."
             )
         task = data.read(names[0]).label
         return (
@@ -114,7 +114,7 @@ class General(Answers):
             tuning = self._tuning
         except UserError as error:
             return every, [f"Whether the tuning data holds the general text could not be seen: {error}"]
-        return unshared(rows, tuning, self.tokenizer)
+        return unshared(rows, tuning, self.tokenizer, self.flag)
 
     @functools.cached_property
     def _tuning(self) -> data.Rows:

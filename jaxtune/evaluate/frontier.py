@@ -165,7 +165,7 @@ def frontier(
     prepare_jax()
     cfg = run_config(source)
     task = Answers(source, cfg, replace(options, metrics=["loss"]))
-    other = General(source, cfg, Options(data=general, metrics=["loss"], rows=options.rows))
+    other = General(source, cfg, Options(data=general, metrics=["loss"], rows=options.rows), "--frontier")
     for line in (*task.lines, *other.lines):
         say(line)
     models = pair(source, "--frontier", dtype_of(cfg))

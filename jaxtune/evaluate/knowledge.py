@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtune.curate.finding import NOTE, SHOWN, WARNING, Finding
 from jaxtune.data.tokenize import Encoder
-from jaxtune.evaluate.asks import BETWEEN, Ask, Instruction, encoded, put
+from jaxtune.evaluate.asks import BETWEEN, Ask, Instruction, fitted
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.known import CLASSES
 from jaxtune.evaluate.metrics import Metric
@@ -110,9 +110,9 @@ def recall(
         right = np.zeros((2, len(batch)))
         for number in range(trials.sets):
             own = [asks[i] for i in batch]
-            rows = encoded(
-                tokenizer, encoder, own, [put(ask, trials.instruction, examples(ask, number)) for ask in own]
-            )
+            shots = [examples(ask, number) for ask in own]
+            positions, new = system.module.spec.positions, trials.max_new_tokens
+            rows = fitted(tokenizer, encoder, own, trials.instruction, shots, positions, new)
             for sample in range(1 + trials.samples):
                 texts = generate(
                     system.module,

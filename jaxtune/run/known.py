@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import data
+from jaxtune import data, models
 from jaxtune.config.recipe import compute_dtype
 from jaxtune.curate.finding import Finding
 from jaxtune.curate.stream import EVAL, TRAIN
+from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
-from jaxtune.evaluate.asks import Instruction, read_asks, read_instruction
+from jaxtune.evaluate.asks import Instruction, fitted, read_asks, read_instruction
 from jaxtune.evaluate.kept import key_of
 from jaxtune.evaluate.knowledge import Trials, class_of, known_finding, over_cap, recall, shares
 from jaxtune.evaluate.metrics import rightness
@@ -74,13 +75,16 @@ def know(
     place, held = ({ledger.where(i): i for i in np.flatnonzero(ledger.split == side)} for side in (TRAIN, EVAL))
     trained = [ask for ask in every if ask.where in place]
     asks, others = trained[:rows], [ask for ask in every if ask.where in held][:rows]
-    folder = hf.resolve(cfg.model.path)
-    module, params = hf.load(folder, dtype=compute_dtype(cfg.model.dtype))
-    system = System("base", module, prepare(module, params), identity(folder))
-    answers = [ask.answer for ask in (*asks, *others)]
+    both = [*asks, *others]
+    answers = [ask.answer for ask in both]
     longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
+    folder = hf.resolve(cfg.model.path)
     instruction = Instruction() if prompt is None else read_instruction(prompt)
     trials = Trials(shots=shots, instruction=instruction, max_new_tokens=longest + 4)
+    positions = models.build(hf.read_config(folder)).spec.positions
+    fitted(tokenizer, Encoder(tokenizer), both, instruction, [[]] * len(both), positions, trials.max_new_tokens)
+    module, params = hf.load(folder, dtype=compute_dtype(cfg.model.dtype))
+    system = System("base", module, prepare(module, params), identity(folder))
     so_far = 0
 
     def done(count: int) -> None:
@@ -90,7 +94,6 @@ def know(
 
     metric = rightness(answers)
     stops = named_ids(tokenizer, folder, None)
-    both = [*asks, *others]
     found = recall(system, tokenizer, both, metric, trials, shown=asks, eos_ids=stops, done=done)
     told = [class_of(each) for each in found]
     classes = told[: len(asks)]
