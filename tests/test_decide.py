@@ -42,6 +42,9 @@ def test_prices(text, cost):
     [
         ("0.2", "a price needs a unit"),
         ("0.2 USD", "expected '0.2 USD per 1M tokens'"),
+        ("1 USD per tokens", "expected '0.2 USD per 1M tokens'"),
+        ("1 USD per 0 tokens", "expected '0.2 USD per 1M tokens'"),
+        ("1 USD per . tokens", "expected '0.2 USD per 1M tokens'"),
         ("1 USD per 1M input tokens", "expected '0.2 USD per 1M tokens'"),
         ("1 USD per 1M input tokens, 2 EUR per 1M output tokens", "one unit of money"),
     ],

@@ -18,6 +18,7 @@ import jaxtune
 from jaxtune.errors import UserError
 from jaxtune.hf.export import weights_by_path
 from jaxtune.hf.peft import DEFAULTS, IA3_DEFAULTS, PROMPT_DEFAULTS, load_adapter, open_adapter
+from jaxtune.hf.peft_config import complete
 from jaxtune.methods.table import METHODS, full, lora, places
 from jaxtune.tree import TRAIN, count, flatten, partition
 from jaxtune.weights.leaf import DoraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
@@ -375,6 +376,9 @@ def test_ia3_both_ways(case, tmp_path):
     assert zoo.apart(our_logits(module, base), expected) > 0.01
     assert zoo.apart(our_logits(module, params), expected) < 1e-4
     assert zoo.apart(our_logits(module, merge(params)), expected) < 1e-4
+
+    unset = {"target_modules": None, "feedforward_modules": None}  # as a run has them that names none
+    assert complete(module, params, mask, unset) == complete(module, params, mask, {})
 
     theirs = {k: list(v) for k, v in settings.items()} or {
         "target_modules": ["k_proj", "v_proj", "down_proj"],

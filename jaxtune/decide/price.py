@@ -8,7 +8,10 @@ from jaxtune.errors import UserError
 EXAMPLES = "'0.2 USD per 1M tokens', '0.2 USD per 1M input tokens, 0.6 USD per 1M output tokens' or '2.5 USD per hour'"
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 AMOUNT = r"(?P<amount>\d+(?:\.\d+)?) *(?P<unit>[A-Za-z]{3}|[€$£])"
-TOKENS = re.compile(rf"{AMOUNT} *(?:per|/) *(?P<size>[\d.]*) *(?P<times>[kKmMbB]?) *(?P<side>input|output)? *tokens?")
+TOKENS = re.compile(
+    rf"{AMOUNT} *(?:per|/) *(?P<size>[1-9]\d*(?:\.\d+)?)? *(?P<times>[kKmMbB]?) *"
+    r"(?P<side>input|output)? *(?P<token>tokens?)"
+)
 HOURS = re.compile(rf"{AMOUNT} *(?:per|/) *(?:hour|h)")
 
 
@@ -52,7 +55,8 @@ def parse_price(text: str, flag: str = "--price") -> Price:
     sides = [match["side"] for match in found if match]
     if re.fullmatch(r"[\d.]+", text.strip()):
         raise UserError(f"{flag}={text}: a price needs a unit: {EXAMPLES}.")
-    if None in found or sorted(map(str, sides)) not in (["None"], ["input", "output"]):
+    unsized = any(m and m["token"] == "tokens" and not (m["size"] or m["times"]) for m in found)  # of how many?
+    if None in found or unsized or sorted(map(str, sides)) not in (["None"], ["input", "output"]):
         raise UserError(f"{flag}={text}: expected {EXAMPLES}.")
     units = {match["unit"].upper() for match in found}
     if len(units) > 1:

@@ -98,7 +98,7 @@ def decide_between(
         return found | _without_tuned(prompt, worth)
     if prompt is None:
         score = _percent(interval(tuned.scores))
-        return found | {"verdict": TUNE, "sentence": f"{tuned.what}: {score}; no prompt can be put to this model."}
+        return found | {"verdict": TUNE, "sentence": f"{tuned.what}: {score}; no prompt was measured beside it."}
     result = compared(prompt.scores, tuned.scores)
     spent = cost(tuned, price, training), cost(prompt, price, training)
     even, by_answers = break_even(*spent), break_even_by_answers(spent[0], tuned.score, spent[1], prompt.score)

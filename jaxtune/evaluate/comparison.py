@@ -125,8 +125,7 @@ def _compared(column: Column, at: np.ndarray) -> dict[str, Any]:
     entry = {"label": column.label, "better": column.better, "share": column.share, "rows": len(at)}
 
     def as_json(interval):
-        share = column.share and column.better > 0
-        return (statistics.exact_at_the_edge(interval, len(at)) if share else interval)._asdict()
+        return (statistics.exact_at_the_edge(interval, len(at)) if column.share else interval)._asdict()
 
     if set(values) != {"base", "tuned"}:
         [(name, alone)] = values.items()

@@ -258,8 +258,8 @@ def matching(targets: str | list[str], candidates: list[Place]) -> str | list[st
 def complete(module: Any, params: Any, mask: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """adapter_config.json: the given settings, else those read off the tree, else peft's defaults."""
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in renamed(given, places(params, module)).items()}
-    if given.get("target_modules") == "all-linear":
-        given.pop("target_modules")  # names of modules are what peft writes and every engine reads
+    if given.get("target_modules", "all-linear") in ("all-linear", None):
+        given.pop("target_modules", None)  # names of modules are what peft writes and every engine reads
     leaves = weights_by_path(params).values()
     for name, kind in KINDS.items():
         if any(isinstance(leaf, kind.leaf) for leaf in leaves):
@@ -316,7 +316,7 @@ def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> d
         "fan_in_fan_out": models.names(module).conv1d,
         "modules_to_save": _saved(module, params, mask),
     }
-    return config | given
+    return config | {name: value for name, value in given.items() if value is not None}  # None: the family's own
 
 
 def _saved(module: Any, params: Any, mask: Any) -> list[str] | None:
