@@ -42,7 +42,7 @@ DECODERS = {
     "gpt_neox": ("gpt_neox", zoo.ZOO["gpt_neox"][1] | {"pad_token_id": 0}),
     "qwen3-tied": ("qwen3", zoo.LLAMA | {"pad_token_id": 0, "tie_word_embeddings": True, "head_dim": 8}),
 }
-ALIKE = ("arcee", "glm", "glm4", "gptj", "ministral3", "olmo3", "opt", "phi", "seed_oss")
+ALIKE = ("arcee", "exaone4", "helium", "glm", "glm4", "gptj", "ministral3", "olmo3", "opt", "phi", "seed_oss")
 DECODERS |= {name: (zoo.ZOO[name][0], zoo.ZOO[name][1] | {"pad_token_id": 0}) for name in ALIKE}
 MODELS = ENCODERS | DECODERS
 WITHOUT_TOKENS = ("gptj", "olmo3", "opt")  # transformers has no class of theirs for a label each token

@@ -73,7 +73,24 @@ def up_to(module, params, layer):
 
 @pytest.mark.parity("load", "logits")
 @one_of_each(
-    *(set(FIRST) - {"mixtral", "qwen3_moe", "qwen2", "arcee", "cohere", "glm", "olmo3", "opt", "phi", "seed_oss"}),
+    *(
+        set(FIRST)
+        - {
+            "mixtral",
+            "qwen3_moe",
+            "qwen2",
+            "arcee",
+            "cohere",
+            "glm",
+            "olmo3",
+            "opt",
+            "phi",
+            "seed_oss",
+            "helium",
+            "ernie4_5",
+            "vaultgemma",
+        }
+    ),
     *("llama-mha-biases", "llama-mqa-rope3", "qwen2-upper-windows", "qwen2-yarn"),
 )
 def test_logits_and_every_hidden_state_equal_transformers(name):
@@ -167,6 +184,13 @@ MUTATIONS = {
     "no head bias": ("gptj", lambda m, p: (m, without(p, "lm_head"))),
     "no q_norm bias": ("phi-qk-norm", lambda m, p: (m, without(p, "q_norm"))),
     "no norm behind attention": ("glm4", lambda m, p: (m, unit(p, "attention_out_norm"))),
+    "halves in place of neighbours in helium": ("helium", lambda m, p: (rope(m, interleaved=False), p)),
+    "halves in place of neighbours in ernie4_5": ("ernie4_5", lambda m, p: (rope(m, interleaved=False), p)),
+    "a rope beside windows": (
+        "exaone4",
+        lambda m, p: (change(m, rope=next(b.rope for b in m.spec.segments[0].pattern if b.rope)), p),
+    ),
+    "no q_norm in olmoe": ("olmoe", lambda m, p: (m, unit(p, "q_norm"))),
     "no scale of each head's q": ("cohere-qk-norm", lambda m, p: (m, unit(p, "q_norm"))),
 }
 
@@ -224,6 +248,13 @@ MISREADINGS = {
         "olmo3-mha-biases",
         whole(**zoo.GEMMA3_ROPES | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e5}}),
     ),
+    "experts' weights in olmoe": ("olmoe", {"norm_topk_prob": True}),
+    "window of exaone4": ("exaone4", {"sliding_window": 7}),
+    "pattern of exaone4": (
+        "exaone4",
+        {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"]},
+    ),
+    "query scale of vaultgemma": ("vaultgemma", {"query_pre_attn_scalar": 16}),
     "eps of seed_oss": ("seed_oss", {"rms_norm_eps": 2e-5}),
     "gelu in arcee": ("arcee", {"hidden_act": "relu"}),
     "heat": ("ministral3", whole(**zoo.MINISTRAL3["rope_parameters"] | {"llama_4_scaling_beta": 0.0})),
@@ -720,6 +751,9 @@ BAD_IN_FAMILY = {
     "phi": ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
     "gptj": ({"rotary_dim": None}, "lacks 'rotary_dim'"),
     "arcee": ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
+    "helium": ({"head_dim": 16}, "head_dim=16 is not supported; supported: 8"),
+    "olmoe": ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
+    "exaone4": ({"sliding_window_pattern": "LLLG"}, "sliding_window_pattern='LLLG', expected a whole number"),
     "seed_oss": ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
 }
 

@@ -118,6 +118,8 @@ OPT = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_word_emb
     "ffn_dim": 48,
     "pad_token_id": 0,
 }
+EXAONE4 = LLAMA | {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 2}
+OLMOE = LLAMA | {"num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 0}
 GPTJ = GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}
 
 # name -> (model_type, config). Between them: every switch that a family's file reads.
@@ -338,6 +340,53 @@ ZOO: dict[str, tuple[str, dict]] = {
     "gptj": ("gptj", GPTJ),
     "gptj-whole": ("gptj", GPTJ | {"rotary_dim": 8, "n_inner": 40}),
     "gptj-relu": ("gptj", GPTJ | {"n_head": 2, "activation_function": "relu", "rotary_dim": 10}),
+    "ernie4_5": ("ernie4_5", LLAMA | {"head_dim": 16}),
+    "ernie4_5-mha-biases": (
+        "ernie4_5",
+        LLAMA | {"head_dim": None, "num_key_value_heads": 4, "use_bias": True, "tie_word_embeddings": True},
+    ),
+    "ernie4_5-mqa": ("ernie4_5", LLAMA | {"head_dim": 12, "num_key_value_heads": 1} | rope("linear", factor=2.0)),
+    "helium": ("helium", LLAMA | {"head_dim": 8, "pad_token_id": 0}),
+    "helium-mha-biases": (
+        "helium",
+        LLAMA
+        | {"head_dim": 8, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "pad_token_id": 0}
+        | {"tie_word_embeddings": True},
+    ),
+    "helium-mqa": (
+        "helium",
+        LLAMA | {"num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1, "pad_token_id": 0},
+    ),
+    "vaultgemma": ("vaultgemma", GEMMA2),
+    "vaultgemma-global-untied": (
+        "vaultgemma",
+        GEMMA2
+        | {"tie_word_embeddings": False, "attn_logit_softcapping": None, "num_key_value_heads": 4, "head_dim": 8}
+        | {"layer_types": ["full_attention"] * 3, "attention_bias": True, "num_hidden_layers": 3},
+    ),
+    "vaultgemma-mqa": (
+        "vaultgemma",
+        GEMMA2 | {"num_key_value_heads": 1, "final_logit_softcapping": None, "sliding_window": 3},
+    ),
+    "exaone4": ("exaone4", EXAONE4),
+    "exaone4-global": (
+        "exaone4",
+        LLAMA
+        | {"sliding_window": None, "layer_types": ["full_attention"] * 3, "num_key_value_heads": 4}
+        | {"tie_word_embeddings": True},
+    ),
+    "exaone4-mqa": (
+        "exaone4",
+        EXAONE4
+        | {"num_key_value_heads": 1, "head_dim": 12, "num_hidden_layers": 3, "sliding_window": 3}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "olmoe": ("olmoe", OLMOE),
+    "olmoe-mha-biases": (
+        "olmoe",
+        OLMOE | {"num_key_value_heads": 4, "attention_bias": True, "norm_topk_prob": True, "num_experts_per_tok": 3},
+    ),
+    "olmoe-mqa": ("olmoe", OLMOE | {"num_key_value_heads": 1, "tie_word_embeddings": True, "num_experts_per_tok": 1}),
 }
 
 

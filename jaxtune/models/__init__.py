@@ -10,9 +10,10 @@ from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Config
 
 _NAMES = (
-    *("arcee", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "gptj"),
-    *("granite", "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2"),
-    *("qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2"),
+    *("gpt_neox", "gptj", "granite", "helium", "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "olmoe"),
+    *("opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
+    *("starcoder2", "vaultgemma"),
     *("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert", "modernbert", "vit"),
 )
 FAMILIES = {name: f"jaxtune.models.families.{name.replace('-', '_')}" for name in _NAMES}
