@@ -145,6 +145,7 @@ REFUSED = {
     "an image": (PAIR | {"images": ["a.png"]}, {}, "would change what is trained"),
     "two prompts": (PAIR | {"instruction": "a"}, {}, "data.ignore"),
     "margin": (PAIR | {"margin": "much"}, {"margins": True}, "expected a number"),
+    "endless margin": (PAIR | {"margin": "inf"}, {"margins": True}, "expected a finite number"),
     "unknown column": (PAIR, {"columns": {"choosen": "chosen"}}, "Did you mean"),
 }  # fmt: skip
 

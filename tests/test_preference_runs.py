@@ -235,6 +235,35 @@ def test_packed_and_shared_rows_change_nothing(job, attention):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
 
 
+def test_packed_judged_answers_change_nothing(job):
+    """KTO's loss and gradient, its KL among them, with each answer in a row of its own, and packed."""
+    from jaxtune.data.pairs import JudgedAssembler
+
+    made = job("kto", 1)
+    rows, state = made.rows.train, made.state
+    trainable = jax.tree.map(lambda x: x + 0.01, state.trainable)
+    reference = np.random.default_rng(0).normal(-20, 3, (2, len(rows[0]))).astype(np.float32)
+    loss, found = made.experiment.task.loss(made.module, 1), []
+    for size, width, packing in ((len(rows[0]), 32, False), (8, 100, True)):
+        laid = JudgedAssembler(rows, size, 1, width, packing)
+        laid.reference = reference
+        plan = pack(laid.length, width) if packing else np.arange(size)[:, None]
+        batch = jax.tree.map(lambda x: x[0], laid.assemble(plan))
+        assert batch["weights"].sum() == len(rows[0])
+        assert batch["tokens"].shape[:2] == (size, 2) and (batch["segments"].max() > 1) == packing
+
+        def value(trainable, batch=batch):
+            params = tree.combine(trainable, state.member, made.frozen)
+            sums = jax.lax.stop_gradient(loss.sums(params, batch, None))
+            (total, weight), aux = loss.loss(params, batch, None, sums)
+            return total, (weight, sums, aux)
+
+        found.append(jax.jit(jax.value_and_grad(value, has_aux=True))(trainable))
+    assert found[0][0][1][1][0] != 0  # the KL is seen
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
+
+
 def test_the_reference_is_that_of_the_base(job):
     made = job("preference", 1)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), made.batch_at(0))

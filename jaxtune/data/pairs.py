@@ -153,7 +153,9 @@ class PairAssembler(Assembler):
     """
 
     reference: np.ndarray | None = None
-    TARGET, SHARED = "margin", False
+    TARGET = "margin"
+    TOGETHER = True  # both texts of a pair lie in one packed row
+    SHARED = False
 
     def __init__(self, rows: list[Rows], *args: Any, **settings: Any):
         super().__init__(rows, *args, **settings)
@@ -162,17 +164,18 @@ class PairAssembler(Assembler):
             self.pairs = max(1, self.max_length // int(self.length.min()))
 
     def _lengths(self, rows: Rows) -> np.ndarray:
-        return pair_lengths(rows, self.SHARED) if self.packing else rows.longest
+        return pair_lengths(rows, self.SHARED) if self.packing and self.TOGETHER else rows.longest
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         n, t = self.batch_size, width or self.width(plan)
-        laid, per = ((n, t), (n, self.pairs)) if self.packing else ((n, 2, t), (n,))
+        laid = (n, t) if self.packing and self.TOGETHER else (n, 2, t)
+        per = (n, self.pairs) if self.packing else (n,)
         names = ("tokens", "targets", "positions", "segments", *(("owner",) if self.packing else ()))
         batch = {name: np.zeros(laid, np.int32) for name in names} | {"answer": np.zeros(laid, np.float32)}
         batch |= {"weights": np.zeros(per, np.float32), self.TARGET: np.zeros(per, np.float32)}
         batch |= {} if self.reference is None else {"reference": np.zeros((*per, 2), np.float32)}
         for b, members in enumerate(plan):
-            at = 0
+            at: Any = 0
             for p, member in enumerate(members):
                 rows, i = self.rows[self.source[member]], self.index[member]
                 if self.packing:
@@ -205,7 +208,7 @@ class PairAssembler(Assembler):
     def _features(self, plan: Plan, n: int, t: int) -> np.ndarray:
         """[n, 2, T, D] or, packed, [n, T, D]; those of second texts stand behind those of all first ones."""
         texts = (0, len(self.length))
-        if self.packing:
+        if self.packing and self.TOGETHER:
             return self.features.lay([[m + more for m in row for more in texts] for row in plan], n, t)
         return np.stack([self.features.lay([[m + more for m in row] for row in plan], n, t) for more in texts], axis=1)
 
@@ -236,6 +239,20 @@ def _lay(
 
 
 class JudgedAssembler(PairAssembler):
-    """Lays judged answers as pairs: each, and its prompt with another's answer; `good` f32[A, B] is 1 or 0."""
+    """Lays judged answers as pairs: each, and its prompt with another's answer; `good` f32[A, B] is 1 or 0.
 
-    TARGET = "good"
+    Packed, the two lie in rows of their own, since the loss computes them apart: [A, B, 2, T] still, of P answers each,
+    and owner i32[A, B, 2, T].
+    """
+
+    TARGET, TOGETHER = "good", False
+
+    def _lay(self, batch: dict[str, np.ndarray], rows: Rows, i: int, trunk: int, b: int, p: int, at: Any) -> Any:
+        """Lay the two texts of answer p from tokens `at` on, one for each row (0: both); return where they end."""
+        ends = []
+        for s, (side, first) in enumerate(zip(rows.sides, at or (0, 0), strict=True)):
+            ids, mask = side[i]
+            _lay(batch, (b, s), ids, mask, at=first, segment=p + 1)
+            ends.append(first + len(ids))
+            batch["owner"][b, s, first : ends[-1]] = 2 * p + s
+        return ends

@@ -17,6 +17,7 @@ An objective asks for pairs by `Task.form=PairForm(...)`, which `PairForm.of(dat
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -403,6 +404,8 @@ def _margin(where: str, row: dict, columns: Sequence[str]) -> float:
             values.append(float(value))
         except (TypeError, ValueError):
             raise UserError(f"{where}: column {name!r} is {kind(value)}, expected a number.") from None
+        if not math.isfinite(values[-1]):
+            raise UserError(f"{where}: column {name!r} is {values[-1]}, expected a finite number.")
     return values[0] if len(values) == 1 else values[0] - values[1]
 
 

@@ -20,7 +20,7 @@ from jaxtune.data.pairs import JudgedAssembler, PairAssembler, SharedAssembler
 from jaxtune.data.preferences import JudgedForm, PairForm
 from jaxtune.errors import UserError
 from jaxtune.models.decoder import head_leaf, head_logits
-from jaxtune.objectives import OverBatch, inputs
+from jaxtune.objectives import TEXTS, OverBatch, inputs
 from jaxtune.objectives.answers import PAIR_LOSSES
 from jaxtune.objectives.causal_lm import open_decoder
 from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task, TaskInput
@@ -364,24 +364,28 @@ def weighted(each: Array, weights: Array, counted: Mapping[str, Array]) -> tuple
 def judged(module: Any, *, reference: str = "precomputed", members: int = 1) -> OverBatch:
     """Return KTO's loss over judged answers, as `data.JudgedAssembler` lays them; see `kto`.
 
-    Its KL is the mean over all rows of the batch, whatever the micro-batches and devices they lie on.
+    Its KL is the mean over all answers of the batch, whatever the micro-batches and devices they lie on.
     params["objective"] holds beta, desirable_weight and undesirable_weight.
     """
 
     def one(batch, side):
+        """The batch of one text an answer: [B, 1, T], or packed [B, T], where the other's sums are 0."""
+        if "owner" in batch:
+            return {k: v[:, side] if k in (*TEXTS, "targets", "answer", "owner") else v for k, v in batch.items()}
         return {k: v[:, side : side + 1] if v.ndim > 1 else v for k, v in batch.items()}
 
     def log_ratios(params, batch, key, side):
-        batch = one(batch, side)
+        batch, column = one(batch, side), side if "owner" in batch else 0
         sums, _ = answers(module, params, batch, key, members)
-        return sums[:, 0], _reference(reference, module, params, batch, members, sums)[:, 0]
+        return sums[:, column], _reference(reference, module, params, batch, members, sums)[:, column]
 
     def sums(params, batch, key):
         policy, ref = log_ratios(params, batch, None, 1)
-        return (batch["weights"] * (policy - ref)).sum(), batch["weights"].sum()
+        weights = batch["weights"].reshape(-1)
+        return (weights * (policy - ref)).sum(), weights.sum()
 
     def loss(params, batch, key, found):
-        told, weights, good = params[OBJECTIVE], batch["weights"], batch["good"] > 0
+        told, weights, good = params[OBJECTIVE], batch["weights"].reshape(-1), batch["good"].reshape(-1) > 0
         policy, ref = log_ratios(params, batch, key, 0)
         kl = found[0] / jnp.maximum(found[1], 1)
         sides = told["desirable_weight"], told["undesirable_weight"]
@@ -447,7 +451,7 @@ def _task(
     vocab = module.spec.vocab
     return Task(
         loss=lambda module, members: loss(module, members=members),
-        batch_like=functools.partial(pairs_like, assembler.TARGET, reference == "precomputed"),
+        batch_like=functools.partial(pairs_like, assembler, reference == "precomputed"),
         metrics=means,
         assembler=assembler,
         form=form,
@@ -461,14 +465,15 @@ def _task(
 PACKED_PAIRS = 8  # of a packed row whose pairs are not known yet
 
 
-def pairs_like(target: str, reference: bool, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
-    """The abstract batch of pairs or judged answers; `target` is the assembler's number of each."""
+def pairs_like(assembler: type[PairAssembler], reference: bool, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract batch of pairs or judged answers, as `assembler` lays them."""
     rows = (shape.micros, shape.rows)
-    laid, per = ((*rows, shape.length), (*rows, PACKED_PAIRS)) if shape.packed else ((*rows, 2, shape.length), rows)
+    laid = (*rows, shape.length) if shape.packed and assembler.TOGETHER else (*rows, 2, shape.length)
+    per = (*rows, PACKED_PAIRS) if shape.packed else rows
     tokens, number = jax.ShapeDtypeStruct(laid, jnp.int32), jax.ShapeDtypeStruct(per, jnp.float32)
     batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), tokens)
     batch |= {"owner": tokens} if shape.packed else {}
-    batch |= {"answer": jax.ShapeDtypeStruct(laid, jnp.float32), "weights": number, target: number}
+    batch |= {"answer": jax.ShapeDtypeStruct(laid, jnp.float32), "weights": number, assembler.TARGET: number}
     batch |= {"reference": jax.ShapeDtypeStruct((*per, 2), jnp.float32)} if reference else {}
     return batch | {"row": jax.ShapeDtypeStruct(rows, jnp.int32)}
 

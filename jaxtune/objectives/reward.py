@@ -65,7 +65,7 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
     module = put_head(given, labels, ends=True)
     return module, Task(
         loss=lambda module, members: reward(module, given.objective["centering"]),
-        batch_like=functools.partial(pairs_like, PairAssembler.TARGET, False),
+        batch_like=functools.partial(pairs_like, PairAssembler, False),
         metrics=means,
         assembler=PairAssembler,
         form=PairForm.of(given.data, margins=True),

@@ -214,7 +214,7 @@ TASKS: dict[str, Entry] = {
     ),
     "kto": Entry(
         "jaxtune.objectives.preference:open_kto",
-        ("objective.reference", *_KTO_VALUES, *_TURNS),
+        ("objective.reference", "data.packing", *_KTO_VALUES, *_TURNS),
         evaluator="jaxtune.evaluate.preferences:Preferences",
         in_step=_KTO_VALUES,
         rate=0.1,
