@@ -101,6 +101,12 @@ def test_texts(tokenizer, tmp_path, row, prompt, chosen, rejected):
     assert texts(tokenizer, rows) == [(f"{prompt}{a}</s>", f"{a}</s>") for a in (chosen, rejected)]
 
 
+def test_an_answer_that_repeats_the_prompt_is_told(tokenizer, tmp_path):
+    row = {"prompt": "2+2", "chosen": "2+2 is 4", "rejected": "five"}
+    _, _, report = read(tokenizer, tmp_path / "a.jsonl", [row, row | {"chosen": "4"}], PairForm())
+    assert any("one answer alone begins with the prompt, and keeps it: 1, first at" in line for line in report.lines())
+
+
 def test_earlier_turns_are_not_trained(tokenizer, tmp_path):
     before = [USER, GOOD, {"role": "user", "content": "sure?"}]
     row = {"chosen": [*before, GOOD], "rejected": [*before, BAD]}
@@ -137,6 +143,10 @@ REFUSED = {
     "no prompt of messages": ({"chosen": [GOOD], "rejected": [BAD]}, {}, "no prompt"),
     "another conversation": (
         {"prompt": "2+3?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, "does not begin with the prompt"
+    ),
+    "another conversation as text": (
+        {"prompt": "Human: hi", "chosen": "Human: 2+2?\n\nAssistant: 4", "rejected": "Human: 2+2?\n\nAssistant: 5"},
+        {}, "do not begin with the prompt 'Human: hi'",
     ),
     "no answer": ({"prompt": [USER], "chosen": [USER], "rejected": [USER, BAD]}, {}, "no answer of the assistant"),
     "null": (PAIR | {"chosen": None}, {}, "'chosen' is null"),

@@ -54,7 +54,8 @@ SCORES = tuple((f"{side}_score", f"score_{side}", f"{side}-rating", f"{side}_rat
 LABELS = ("label", "kto_tag")
 MAY = ("input", "context", "system", "history", "tools", "functions")
 # What an answer begins after, in texts that hold a whole conversation.
-TURNS = ("\n\nAssistant:", "### Response:", "### Assistant:", "\nAssistant:", "\nA:", "Answer:")
+SPEAKERS = ("\n\nAssistant:", "### Response:", "### Assistant:", "\nAssistant:")
+TURNS = (*SPEAKERS, "\nA:", "Answer:")
 YES, NO = ("true", "1", "good", "yes", "desirable"), ("false", "0", "bad", "no", "undesirable")
 
 
@@ -318,6 +319,8 @@ def _split(where: str, inner: Columns, prompt: Any, sides: list[Any]) -> tuple[A
         UserError: they do not begin with the prompt, where they are whole conversations; there is no prompt.
     """
     if all(isinstance(side, str) for side in sides) and (prompt is None or isinstance(prompt, str)):
+        if prompt and len({side.startswith(prompt) for side in sides}) == 2:
+            inner.notes.add("pairs of which one answer alone begins with the prompt, and keeps it", "", where)
         return _split_text(where, prompt, sides)
     sides = [[side] if isinstance(side, dict) else side for side in sides]
     whole = [isinstance(side, list) for side in sides]
@@ -374,12 +377,17 @@ def _as_messages(where: str, inner: Columns, prompt: Any) -> list[dict]:
 
 
 def _split_text(where: str, prompt: str | None, sides: list[str]) -> tuple[str, list[str], bool]:
-    if prompt:
-        if not all(side.startswith(prompt) for side in sides):
-            return prompt, sides, False
-        return prompt, [side[len(prompt) :] for side in sides], True
     least = min(map(len, sides))
     shared = sides[0][: next((i for i in range(least) if sides[0][i] != sides[1][i]), least)]
+    if prompt:
+        if all(side.startswith(prompt) for side in sides):
+            return prompt, [side[len(prompt) :] for side in sides], True
+        if turn := next((mark for mark in SPEAKERS if mark in shared), None):
+            raise UserError(
+                f"{where}: both answers are whole conversations (they share {turn.strip()!r}) that do not begin with "
+                f"the prompt {prompt[:30]!r}: the answers alone, or texts that begin with the prompt, are expected."
+            )
+        return prompt, sides, False
     turn = max((shared.rfind(mark) + len(mark) for mark in TURNS if mark in shared), default=0)
     cut = turn or len(shared)
     if not turn and sides[0] != sides[1] and shared and shared[-1] == " ":
