@@ -104,6 +104,21 @@ def test_texts_that_are_the_same_are_no_negatives_of_each_other():
     assert float(infonce(v._replace(same=same), Told(0.05))) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_belongs_to_one_query_is_no_negative_of_it(symmetric):
+    """Two rows of one query: neither's document is a negative for the other's query, nor the reverse."""
+    v = vectors(2)
+    same = v.same.copy()
+    same[1, 0] = same[0, 0]
+    logits = np.asarray(cosines(v.texts[:, None, 0], v.texts[None, :, 1])) / 0.05
+    logits[0, 1] = logits[1, 0] = -np.inf
+    want = np.log(np.exp(logits).sum(1)) - np.diag(logits)
+    if symmetric:
+        want = 0.5 * (want + np.log(np.exp(logits).sum(0)) - np.diag(logits))
+    found = infonce(v._replace(same=same), Told(0.05), symmetric=symmetric)
+    assert float(found) == pytest.approx(want.mean(), rel=1e-5)
+
+
 def test_rows_may_have_fewer_negatives():
     v = vectors(4)
     there = v.there.copy()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: jaxtune data --config=FILE.py [--config.section.key=value ...] [--strict] [--write-clean=FILE.jsonl]
        jaxtune data --config=FILE.py --known [--prompt=FILE] [--write-clean=FILE.jsonl --most-unknown=0.05]
+       jaxtune data --config=FILE.py --mine-negatives=FILE.jsonl [--negatives=4] [--margin=0.05]
 
 Read the data of a config as training does, and report on it: lengths, tokens, duplicates, overlap of training and
 evaluation, contradictions, balance, characters, roles and templates, with example rows and what to do. Reads the
@@ -21,6 +22,9 @@ With --known the base answers the training rows behind examples from the data, g
 sorted into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown (arXiv:2405.05904), held-out rows beside them. known.jsonl
 and known_held_out.jsonl in --workdir have the rows with a column known, by which a run can score its answers at every
 evaluation: --config.evaluate.known=known.jsonl,known_held_out.jsonl.
+
+With --mine-negatives the model of a config for pairs of texts (objective.name=embedding) finds hard negatives for each,
+and writes the training rows with them to a file that trains.
 
 Exit status: 0 the report was made; 2 the input is wrong, or, with --strict, a finding is an error or a warning."""
 
@@ -37,6 +41,11 @@ FLAGS = {
     "shots": Flag("with --known: examples before a question", int, 4),
     "prompt": Flag("with --known: a file with a prompt before the question, or around it as {input}", Path),
     "most-unknown": Flag("with --known and --write-clean: the largest share of Unknown rows to keep; 0: none", float),
+    "mine-negatives": Flag("a .jsonl file to write the training pairs to, with hard negatives", Path),
+    "negatives": Flag("with --mine-negatives: how many a row, at most", int, 4),
+    "margin": Flag(
+        "with --mine-negatives: they are less alike than the positive by this share of its cosine", float, 0.05
+    ),
     "rows": Flag("rows to show with their trained tokens coloured", int, 3),
 }
 REPORT = "data_report.json"
@@ -51,6 +60,7 @@ def main(argv: list[str]) -> None:
     if options.drop_near and not (options.write_clean and options.near):
         raise UserError("--drop-near has no effect without --write-clean=FILE.jsonl, or with --near=0: leave it out.")
     _check_known(options)
+    _check_mining(options)
     if options.write_clean:
         from jaxtune.curate.clean import targets
 
@@ -70,6 +80,13 @@ def main(argv: list[str]) -> None:
         console.print(f"written: {options.workdir / REPORT}", highlight=False)
     if options.write_clean:
         _write_clean(report, options.write_clean, options.drop_near, console)
+    if options.mine_negatives:
+        from jaxtune.run.mining import mine_negatives
+
+        with Console(stderr=True).status("finding negatives"):
+            said = mine_negatives(cfg, options.mine_negatives, options.negatives, options.margin)
+        for line in [*said, f"use it: --config.data.train={options.mine_negatives}"]:
+            console.print(line, highlight=False, soft_wrap=True)
     errors, warnings = report.count("error"), report.count("warning")
     if options.strict and errors + warnings:
         raise UserError(f"--strict: the data has {errors} errors and {warnings} warnings, shown above.")
@@ -84,6 +101,22 @@ def _check_known(options: Any) -> None:
         raise UserError(f"--most-unknown={most:g}: expected a share from 0 to below 1, with --write-clean=FILE.jsonl.")
     if options.shots < 0 or (options.known_rows is not None and options.known_rows < 1):
         raise UserError("--shots is 0 or more, and --known-rows 1 or more.")
+
+
+def _check_mining(options: Any) -> None:
+    file = options.mine_negatives
+    for name in ("negatives", "margin"):
+        if not file and getattr(options, name) != FLAGS[name].default:
+            raise UserError(f"--{name} has no effect without --mine-negatives; leave it out.")
+    if not file:
+        return
+    from jaxtune.files import refuse_existing
+
+    if file.suffix != ".jsonl":
+        raise UserError(f"--mine-negatives={file}: expected a file that ends in .jsonl.")
+    refuse_existing(file)
+    if options.negatives < 1 or not 0 <= options.margin < 1:
+        raise UserError("--negatives is 1 or more, and --margin from 0 to below 1.")
 
 
 def _know(report: "DataReport", cfg: Any, options: Any) -> None:

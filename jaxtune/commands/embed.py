@@ -20,7 +20,9 @@ ARGUMENTS = {
 FLAGS = {
     "out": Flag("file to write, .npy or .parquet", Path, required=True),
     "column": Flag("the texts' column; default: text, else the only one of texts"),
-    "as": Flag("which of the model's prompts stands before each text, as query or document"),
+    "as": Flag(
+        "which of the model's prompts stands before each text, as query or document; default: its default, if any"
+    ),
     "prefix": Flag("what stands before each text, instead of a prompt of the model"),
     "width": Flag("the first so many channels (of a Matryoshka model); default: all", int),
     **OF_ADAPTERS,
@@ -55,10 +57,11 @@ def main(argv: list[str]) -> None:
     texts = read_texts(options.file, options.column)
     prepare_jax()
     embedder = open_embedder(source)
-    most = embedder.module.spec.width
+    most = embedder.pooled.width(embedder.module)
     if options.width is not None and not 1 <= options.width <= most:
         raise UserError(f"--width={options.width}: the model's vectors have {most} channels.")
-    prompt = options.prefix if options.prefix is not None else prompts.get(asked, "")
+    named = asked or (pooled and pooled.default)
+    prompt = options.prefix if options.prefix is not None else prompts.get(named, "")
     model = key_of(*(identity(folder) for folder in (source.model, source.adapter) if folder))
     write(embedder, texts, prompt, options.width, options.out, model)
     print(f"written: {options.out}")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.hf.peft import export_adapter
     from jaxtune.hf.stops import stop_ids
     from jaxtune.infer.source import find, open_source
-    from jaxtune.infer.vectors import pooled_of
+    from jaxtune.infer.vectors import dense_of, pooled_of
     from jaxtune.models.body import Body
 
     source = find(options.source, options.base, any_base=options.allow_other_base)
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
     if options.scale != 1:
         shared["facts"] = (shared["facts"] or {}) | {"scale": f"{options.scale:g}; figures above are those of 1"}
     shared["ends"] = stop_ids(source.adapter) if source.adapter else ()
-    shared["vectors"] = pooled_of(source) if module.task_type == Body.task_type else None
+    if module.task_type == Body.task_type:
+        shared["vectors"], params = pooled_of(source), params | dense_of(source)
     if options.adapter:
         where = {"base": source.base, "base_folder": source.model, "config": config, "bake": options.bake}
         where["record"] = None if source.any_base else source.run or recorded(source.adapter)

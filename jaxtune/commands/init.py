@@ -48,10 +48,9 @@ def main(argv: list[str]) -> None:
     spec = models.family(config).spec(Config(config))
     source = open_source(name)
     layout = recognise(source, options.columns, reading(given))
-    texts = layout.form is not None and layout.form.texts
-    if layout.labels is None and not texts:
+    if layout.is_text:
         check_generates(options.model, config, spec)
-    elif not texts:
+    elif layout.labels is not None:
         layout = fitted(layout, source, read_labels(config))
         layout.labels.joined = JOINED if isinstance(spec, DecoderSpec) else None
     tokenizer = load_tokenizer(
@@ -67,14 +66,14 @@ def main(argv: list[str]) -> None:
         narrowest=narrowest,
     )
     settings = {**layout.settings, "vocab_size": spec.vocab}
-    text = layout.labels is None and layout.form is None
-    settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if text else {}
+    form = layout.labels or layout.form
+    settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if form is None else {}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
-    proposal = propose.propose(name, layout, layout.form.lengths(whole) if texts else whole.longest, model).changed(
+    proposal = propose.propose(name, layout, whole.longest if form is None else form.lengths(whole), model).changed(
         options.settings
     )
-    if texts:
-        layout.form.cut = proposal["data.max_length"]
+    if form is not None:
+        form.cut_to(proposal["data.max_length"])
     train, held_out, report = prepare(
         tokenizer,
         [name],
@@ -94,7 +93,7 @@ def main(argv: list[str]) -> None:
     refuse_existing(out)
     atomic_write_text(out, propose.write_config(proposal, title, command, findings))
     last = f"Wrote {out}. Look at it, then run\n\n    {command}"
-    show(train[0], tokenizer, layout.labels or layout.form, [f"{options.data.name}: {layout}", *findings], last)
+    show(train[0], tokenizer, form, [f"{options.data.name}: {layout}", *findings], last)
 
 
 def read_model(path: Path) -> tuple[dict, tuple[tuple[int, ...], ...] | None, int]:

@@ -19,6 +19,7 @@ from jaxtune.hf import load as hf
 from jaxtune.hf import tensors
 from jaxtune.hf.digest import BaseFiles, recorded
 from jaxtune.hf.peft import load_adapter, rows_in
+from jaxtune.hf.vectors import MODULES
 from jaxtune.methods.table import cut, tune, virtual_ids
 from jaxtune.methods.vocabulary import with_rows
 from jaxtune.models import names
@@ -130,7 +131,9 @@ def open_model(
     values = hf.read_config(folder)
     values |= {key: value for key, value in defaults.items() if values.get(key) is None}
     fields |= {"dtype": dtype or compute_dtype(cfg.model.dtype, backend)}
-    given = TaskInput(values, fields, _plain(cfg.objective), _plain(cfg.data), cfg.model.tokenizer, folder)
+    adapter = cfg.model.adapter and Path(cfg.model.adapter).expanduser()
+    made = adapter if adapter and (adapter / MODULES).is_file() else folder  # how vectors are made
+    given = TaskInput(values, fields, _plain(cfg.objective), _plain(cfg.data), cfg.model.tokenizer, made)
     module, task = open_task(cfg.objective.name, given)
     return cut(cfg.tune.method, _with_new_tokens(cfg, module), method_settings(cfg)), task
 

@@ -24,6 +24,7 @@ from jaxtune.curate.stream import (
     label_form,
     text_form,
 )
+from jaxtune.curate.texts import text_checks
 from jaxtune.curate.tokens import EmptyMasks, Lengths, NotUsed, Packing, TokenQuality
 from jaxtune.data import RowForm, held_out, reader_settings, source_names
 from jaxtune.data.formats import check_columns
@@ -212,8 +213,9 @@ def examine(
     checks: list[Check] = [
         *(label_row_checks(tokenizer, labels) if labelled else row_checks(tokenizer)),
         NothingLeft(overlength),
-        *set_checks(labelled=labelled, judged=labels is not None and labels.text),
+        *set_checks(labelled=labelled, judged=labels is not None and (labels.text or labels.belongs)),
         *answer_checks(labels),
+        *text_checks(labels, rows_a_batch),
         *([NearDuplicates(near)] if near else []),
         Lengths(overlength, positions or max_length),
         EmptyMasks(overlength),

@@ -17,7 +17,9 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +33,7 @@ from jaxtune.data.rows import ROW, Rows
 from jaxtune.data.sources import Source, kind
 from jaxtune.data.tokenize import check_unicode
 from jaxtune.errors import UserError, nearest
-from jaxtune.objectives.contrasts import BINARY, CLASS, NOTHING, SCORE, SCORES, Contrast
+from jaxtune.objectives.contrasts import BINARY, CLASS, CONTRASTS, NOTHING, SCORE, SCORES, Contrast
 
 PAIRS = (  # what data sets call two texts, in the order in which they are looked for
     *(("anchor", "positive"), ("query", "positive"), ("query", "document"), ("query", "passage"), ("query", "answer")),
@@ -74,9 +76,10 @@ class TextsForm(RowForm):
     columns: Mapping[str, str] = field(default_factory=dict)
     cut: int | None = None
     ignore: Sequence[str] = ()
-    wide: int = field(default=0, init=False)  # floats of a row's label, as the first row has them
+    wide: int = field(default=0, init=False)  # floats of the longest label
 
     texts = True
+    lists = False  # labels are as long as a row has documents
     setting = "objective.contrast"
     number = staticmethod(np.asarray)
 
@@ -88,6 +91,23 @@ class TextsForm(RowForm):
         prefixes = prompts.get("query", ""), prompts.get("document", "")
         cut = length if data["overlength"] == "truncate" else None
         return cls(contrast, reads, prefixes, dict(data["columns"]), cut, tuple(data["ignore"] or ()))
+
+    def proposes(self) -> list[tuple[str, Any, str]]:
+        return [
+            ("data.overlength", "truncate", "a longer text keeps its beginning"),
+            ("objective.name", "embedding", "vectors of texts: retrieval, search, clustering"),
+            ("objective.temperature", 0.05, "lower: the nearest wrong texts count for more"),
+        ]
+
+    def rows_a_step(self, rows: int) -> int:
+        return 64 if rows >= 640 else 16  # texts that are compared with one another learn from more of them
+
+    def cut_to(self, length: int) -> None:
+        self.cut = length
+
+    @property
+    def belongs(self) -> bool:
+        return self.reads.label == NOTHING
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -194,10 +214,17 @@ class TextsForm(RowForm):
             prefixed = (first + found[0], *(rest + text for text in found[1:]))
             return Texts(prefixed, self._label(where, label, row, len(found)))
 
-        number, row = next(iter(source))
-        self.wide = max(self.wide, len(convert(source.where(number), row).label))
         what = " and ".join(filter(None, [f"{len(texts)} texts" if len(texts) > 1 else "a text", label]))
-        return Reader(what, tuple(kept), convert, notes)
+        return self._wide_enough(source, Reader(what, tuple(kept), convert, notes))
+
+    def _wide_enough(self, source: Source, reader: Reader) -> Reader:
+        """The reader, when `wide` holds the label of every row of its source: lists of scores differ in length."""
+        differs = self.reads.label == SCORES or (self.lists and self.reads.most is None)
+        for number, row in source if differs else islice(source, 1):
+            with suppress(UserError):  # it is said where the row is read
+                self.wide = max(self.wide, len(reader.convert(source.where(number), row).label))
+        reader.notes.found.clear()
+        return reader
 
     def _label(self, where: str, column: str | None, row: Mapping[str, Any], texts: int) -> tuple[float, ...]:
         if column is None or self.reads.label == NOTHING:
@@ -216,6 +243,8 @@ class TextsForm(RowForm):
                     f"{where}: column {column!r} has {len(numbers)} scores for {texts - 1} texts behind the first; "
                     "there must be one for each."
                 )
+            if len(numbers) == texts - 2:  # differences from the first, whose score may then as well be 0
+                return (0.0, *(-number for number in numbers))
             return numbers
         number = _number(where, column, value)
         if self.reads.label == BINARY and number not in (0, 1):
@@ -239,7 +268,15 @@ class TextsForm(RowForm):
         return np.array([text_lengths(rows[i][1]).max(initial=0) for i in range(len(rows))], np.int64)
 
     def sides(self, example: Texts) -> tuple[str, str]:
-        return example.texts[0], "\n".join((*example.texts[1:], *(map(str, example.label))))
+        """Of texts with a label: (texts, label); else the first text and the others."""
+        if self.belongs:
+            return example.texts[0], "\n".join(example.texts[1:])
+        return "\n".join(example.texts), " ".join(map(str, example.label))
+
+    def without_prefixes(self, example: Texts) -> list[str]:
+        """The texts of a row as its file has them."""
+        first, *others = example.texts
+        return [first.removeprefix(self.prefixes[0]), *(text.removeprefix(self.prefixes[1]) for text in others)]
 
     def answers(self, rows: Rows) -> np.ndarray:
         """Rows of the same texts say the same; what differs is in the texts themselves."""
@@ -286,6 +323,17 @@ class TextsForm(RowForm):
             label = "" if self.reads.label in (NOTHING, CLASS) else f", {' '.join(f'{x:g}' for x in rows.target[i])}"
             shown.append("\n".join([f"{rows.where(i)}: {len(texts)} texts{label}", *lines, ""]))
         return "\n".join(shown)
+
+
+def recognised(source: Source, row: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[TextsForm, str] | None:
+    """How rows of texts that belong together are read, named as sentence-transformers' data name them, and a sentence
+    for the user; None: they are others.
+    """
+    if not {"anchor", "query", "question"} & set(row) or not {"positive", "pos"} & set(row):
+        return None
+    form = TextsForm("infonce", CONTRASTS["infonce"], ignore=tuple(given.get("ignore") or ()))
+    form.reader(source)
+    return form, "texts that belong together: vectors by in-batch negatives; objective.contrast names other losses"
 
 
 WORDS = {
@@ -341,10 +389,13 @@ class TextsEncoder:
 
     def __init__(self, tokenizer: Any, form: TextsForm):
         self.tokenize = Tokenize(tokenizer, form.cut)
-        self.wide = form.wide
+        self.form, self.cut = form, form.cut
         self.notes = Notes()
-        self.cut = form.cut
-        self.ROW = np.dtype([*ROW.descr, ("label", "<f4", (form.wide,))])
+
+    @property
+    def ROW(self) -> np.dtype:
+        """Of a row's numbers, when all sources have been opened."""
+        return np.dtype([*ROW.descr, ("label", "<f4", (self.form.wide,))])
 
     def encode(self, places: list[str], examples: list[Texts]) -> Iterator[tuple[list[int], list[int], list[float]]]:
         """Yield (ids, marks, label) for each example, in order."""
@@ -352,8 +403,6 @@ class TextsEncoder:
         for place, example in zip(places, examples):
             for text in example.texts:
                 check_unicode(place, text)
-            if len(example.label) > self.wide:
-                raise UserError(f"{place}: {len(example.label)} scores, and the first row has {self.wide}.")
         found = iter(self.tokenize(flat))
         for place, example in zip(places, examples):
             ids, marks = [], []
@@ -363,7 +412,7 @@ class TextsEncoder:
                     self.notes.add("texts that are cut", f"over {self.cut} tokens", place)
                 ids += text
                 marks += [number] * len(text)
-            yield ids, marks, [*example.label, *[0.0] * (self.wide - len(example.label))]
+            yield ids, marks, [*example.label, *[0.0] * (self.form.wide - len(example.label))]
 
     def longer(self, made: tuple) -> tuple[list[int], list[int]]:
         """Of what `encode` yields, the longest text: (ids, marks)."""
@@ -416,10 +465,12 @@ class TextsAssembler(Assembler):
 
     Attributes:
         NUMBER: marks -> the number of each token's text, from 1.
+        UNKNOWN: what stands in a label where a row has no text.
         texts: S.
     """
 
     NUMBER = staticmethod(np.asarray)
+    UNKNOWN = 0.0
     texts = 1
 
     def _lengths(self, rows: Rows) -> np.ndarray:
@@ -432,8 +483,8 @@ class TextsAssembler(Assembler):
         tokens, positions, segments = (np.zeros((n, s, t), np.int32) for _ in range(3))
         segments[:, :, 0] = 1  # a text that is missing has one token, so that nothing is divided by 0
         there, same = np.zeros((n, s), np.float32), np.zeros((n, s), np.int32)
-        target = self.rows[0].target
-        label = np.zeros((n, 0 if target is None else target.shape[1]), np.float32)
+        wide = max(0 if rows.target is None else rows.target.shape[1] for rows in self.rows)
+        label = np.full((n, wide), self.UNKNOWN, np.float32)
         weights = np.zeros(n, np.float32)
         for b, (member,) in enumerate(plan):
             rows, i = self.rows[self.source[member]], self.index[member]
@@ -442,8 +493,8 @@ class TextsAssembler(Assembler):
                 tokens[b, k, :end], positions[b, k, :end], segments[b, k, :end] = ids, np.arange(end), 1
                 there[b, k], same[b, k] = 1, text_hash(ids)
             weights[b] = 1
-            if label.shape[1]:
-                label[b] = rows.target[i]
+            if wide:
+                label[b, : rows.target.shape[1]] = rows.target[i]
         batch = {"tokens": tokens, "positions": positions, "segments": segments, "there": there, "same": same}
         return self._finished(batch | {"label": label, "weights": weights}, plan, t)
 

@@ -74,6 +74,9 @@ class Judged(NamedTuple):
     good: bool
 
 
+_BETA = ("objective.beta", 0.1, "the higher, the closer to the base")
+
+
 @dataclass
 class _Answers(RowForm):
     """What pairs and judged answers have in common: how text and conversations are read (`jaxtune.data.formats`).
@@ -174,6 +177,9 @@ class PairForm(_Answers):
     shared: bool = False
 
     pairs = True
+
+    def proposes(self) -> list[tuple[str, Any, str]]:
+        return [("objective.name", "preference", "pairs of answers: DPO"), _BETA]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -423,6 +429,9 @@ def _margin(where: str, row: dict, columns: Sequence[str]) -> float:
 @dataclass
 class JudgedForm(_Answers):
     """How answers that are good or bad are read."""
+
+    def proposes(self) -> list[tuple[str, Any, str]]:
+        return [("objective.name", "kto", "answers judged good or bad"), _BETA]
 
     def reader(self, source: Source) -> Reader:
         number, row = next(iter(source))

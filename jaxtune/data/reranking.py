@@ -18,7 +18,7 @@ from jaxtune.data.batches import Plan
 from jaxtune.data.embeddings import LABELS, Texts, TextsAssembler, TextsEncoder, TextsForm, text_lengths
 from jaxtune.data.formats import Reader
 from jaxtune.data.messages import Notes
-from jaxtune.data.rows import ROW, Rows
+from jaxtune.data.rows import Rows
 from jaxtune.data.sources import Source
 from jaxtune.data.tokenize import check_unicode
 from jaxtune.errors import UserError
@@ -41,6 +41,7 @@ class RankForm(TextsForm):
     joined: str | None = None  # what is put between the two texts for a decoder; None: they are two segments
 
     setting = SETTING
+    lists = True
     number = staticmethod(numbers)
 
     @property
@@ -72,8 +73,7 @@ class RankForm(TextsForm):
                 raise UserError(f"{where}: {label} is no probability; {SETTING}=binary needs labels from 0 to 1.")
             return Texts(found.texts, label)
 
-        self.wide = max(self.wide, len(convert(source.where(number), row).label))
-        return Reader(inner.format, inner.columns, convert, inner.notes)
+        return self._wide_enough(source, Reader(inner.format, inner.columns, convert, inner.notes))
 
     def encoder(self, tokenizer: Any) -> "RankEncoder":
         return RankEncoder(tokenizer, self)
@@ -97,19 +97,17 @@ class RankEncoder(TextsEncoder):
     """Pairs of a query and a document to token ids, one behind the other."""
 
     def __init__(self, tokenizer: Any, form: RankForm):
-        self.backend, self.cut, self.wide, self.joined = tokenizer.backend_tokenizer, form.cut, form.wide, form.joined
+        self.form, self.cut = form, form.cut
+        self.backend, self.joined = tokenizer.backend_tokenizer, form.joined
         self.typed = "token_type_ids" in tokenizer.model_input_names
         self.notes = Notes()
-        self.ROW = np.dtype([*ROW.descr, ("label", "<f4", (form.wide,))])
 
     def encode(self, places: list[str], examples: list[Texts]) -> Iterator[tuple[list[int], list[int], list[float]]]:
         """Yield (ids, marks, label) for each example, in order; a label of -1 is that of a document that is missing."""
         pairs = []
-        for place, (texts, label) in zip(places, examples):
+        for place, (texts, _) in zip(places, examples):
             for text in texts:
                 check_unicode(place, text)
-            if len(label) > self.wide:
-                raise UserError(f"{place}: {len(label)} documents, and the first row has {self.wide}; at most as many.")
             two = [(texts[0], text) for text in texts[1:]]
             pairs += two if self.joined is None else map(self.joined.join, two)
         self.backend.no_padding()
@@ -129,7 +127,7 @@ class RankEncoder(TextsEncoder):
                     self.notes.add("pairs that are cut", f"over {self.cut} tokens", place)
                 ids += encoding.ids
                 marks += [number + TYPE * (t if self.typed else 0) for t in encoding.type_ids]
-            yield ids, marks, [*label, *[-1.0] * (self.wide - len(label))]
+            yield ids, marks, [*label, *[-1.0] * (self.form.wide - len(label))]
 
     def longer(self, made: tuple) -> tuple[list[int], list[int]]:
         """Of what `encode` yields, the longest pair: (ids, marks)."""
@@ -141,6 +139,7 @@ class RankAssembler(TextsAssembler):
     """As `TextsAssembler`, with `types` i32[A, B, S, T]; S pairs a row."""
 
     NUMBER = staticmethod(numbers)
+    UNKNOWN = -1.0
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         batch = super().assemble(plan, width)

@@ -21,6 +21,7 @@ class RowForm:
         text: the marks are those of text: 1 at a token that is trained (`jaxtune.data.tokenize.Encoder`).
         pairs: a row is two texts, of which the first is better.
         texts: a row is texts that are compared with one another (`jaxtune.data.embeddings`).
+        belongs: a row is texts that belong together, without a label: a text may belong to several others.
     """
 
     notes: Sequence[str] = ()
@@ -29,6 +30,7 @@ class RowForm:
     text: bool = False
     pairs: bool = False
     texts: bool = False
+    belongs: bool = False
 
     def on(self, tokenizer: Any) -> "RowForm":
         """Return the form for rows that this tokenizer will read."""
@@ -73,6 +75,17 @@ class RowForm:
 
     def check(self, rows: Sequence[Rows]) -> None:
         """Raise UserError if nothing can be learnt from the training rows of all sources."""
+
+    def proposes(self) -> Sequence[tuple[str, Any, str]]:
+        """Return what `jaxtune init` proposes for such rows: (setting, value, why), in the order of the schema."""
+        return ()
+
+    def rows_a_step(self, rows: int) -> int:
+        """Return the batch size that it proposes for so many rows."""
+        return 8 if rows < 1000 else 16
+
+    def cut_to(self, length: int) -> None:
+        """Take the length that it proposes, where the form cuts texts itself."""
 
     def classes(self, rows: Sequence[Rows]) -> Counter | None:
         """Return how often each class occurs in the training rows; None: there are no classes."""

@@ -29,6 +29,8 @@ KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it
     "map@100": ("MAP among the nearest 100", 1, True),
     "spearman": ("Spearman's correlation with the scores", 1, False),
     "pearson": ("Pearson's correlation with the scores", 1, False),
+    "v_measure": ("V-measure of k-means clusters", 1, True),
+    "probe": ("accuracy of a linear probe", 1, True),
     "triplets": ("positive nearer than the negative", 1, True),
     "json_valid": ("valid JSON", 1, True),
     "json_exact": ("every field right", 1, True),

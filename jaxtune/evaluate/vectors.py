@@ -1,7 +1,8 @@
 """Vectors of held-out rows: what is found by them, how they agree with scores, and which of two texts is nearer.
 
 rows of two texts or more         each first text is a query; the documents are all other texts of the rows
-rows of a text and its class      each text is a query; the relevant documents are the others of its class
+rows of a text and its class      each text is a query; the relevant documents are the others of its class. Besides,
+                                  how k-means clusters agree with the classes, and a linear probe
 rows of two texts and a score     Spearman's and Pearson's correlation of cosines with the scores
 a directory in BEIR's layout      corpus.jsonl, queries.jsonl, qrels/test.tsv (`--data DIR`)
 """
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxtune.data.embeddings import texts_of
 from jaxtune.errors import UserError
-from jaxtune.evaluate import evaluation, retrieval, statistics
+from jaxtune.evaluate import clusters, evaluation, retrieval, statistics
 from jaxtune.evaluate.comparison import Column
 from jaxtune.evaluate.evaluation import Options, Progress
 from jaxtune.evaluate.kept import Kept
@@ -38,7 +39,7 @@ class Vectors:
         self.tokenizer = tokenizer_of(source)
         self.base, self.notes = evaluation.base_to_compare(cfg, options)
         self.base &= source.run is not None or source.adapter is not None
-        self.groups, self.scores, self.rows = None, None, None
+        self.groups, self.scores, self.classes = None, None, None
         self.triplets: list[tuple[int, int, int]] = []
         folder = Path(options.data[0]).expanduser() if options.data and len(options.data) == 1 else None
         if folder is not None and (folder / "corpus.jsonl").is_file():
@@ -104,6 +105,7 @@ class Vectors:
             return
         if form.reads.label == CLASS:
             self.documents, self.own = self.queries, np.arange(len(rows))
+            self.classes = np.unique(rows.target, axis=0, return_inverse=True)[1].reshape(-1)
             members: dict[tuple, list[int]] = {}
             for i, label in enumerate(map(tuple, rows.target.tolist())):
                 members.setdefault(label, []).append(i)
@@ -147,6 +149,8 @@ class Vectors:
             name: _column(name, {who: np.array([row[name] for row in rows]) for who, rows in each.items()}, at)
             for name in names
         }
+        if self.classes is not None:
+            columns |= self._of_classes({who: x[self.queries[at]] for who, x in measured.items()}, at)
         if self.triplets:
             of = np.array([i for i, _, _ in self.triplets])
             right = {}
@@ -157,6 +161,20 @@ class Vectors:
             rows = np.flatnonzero(np.bincount(of))
             columns["triplets"] = _column("triplets", {who: v[rows] for who, v in right.items()}, rows)
         return columns
+
+    def _of_classes(self, vectors: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, Column]:
+        """What the vectors of each row tell of its class."""
+        own = np.unique(self.classes[at], return_inverse=True)[1]
+        if len(own) < 2 * clusters.FOLDS or own.max() == 0:
+            return {}
+        grouped = {
+            who: np.stack([own, clusters.clusters(x, own.max() + 1)], 1).astype(float) for who, x in vectors.items()
+        }
+        right = {who: (clusters.probe(x, own) == own).astype(float) for who, x in vectors.items()}
+        return {
+            "v_measure": Column(*KNOWN["v_measure"], statistics.each(clusters.v_measure), grouped, at),
+            "probe": _column("probe", right, at),
+        }
 
     def _correlations(self, measured: Mapping[str, np.ndarray]) -> dict[str, Column]:
         from scipy.stats import rankdata

@@ -85,7 +85,7 @@ def export_model(
         notes += write_generation_config(base, folder, ends)
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)
         if vectors is not None:
-            vectors.write(folder, module.spec.width)
+            vectors.write(folder, module.spec.width, params)
         card = model_card(
             name=out.name,
             base=tuned_from or public_name(base),

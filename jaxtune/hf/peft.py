@@ -38,7 +38,7 @@ from jaxtune.hf.peft_config import (
 )
 from jaxtune.hf.stops import stop_ids, write_generation_config
 from jaxtune.methods.adapters import HEAD, TABLE, tokens_of
-from jaxtune.methods.places import Place, in_label_head, is_saved, parameters, places, renamed
+from jaxtune.methods.places import DENSE, Place, in_label_head, is_saved, parameters, places, renamed
 from jaxtune.methods.vocabulary import resize
 from jaxtune.models.body import Body
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
@@ -543,7 +543,7 @@ def export_adapter(
         if record is not None:
             carry_record(record, folder)
         if vectors is not None:
-            vectors.write(folder, module.spec.width)
+            vectors.write(folder, module.spec.width, params)
         elif not set(ends) <= stop_ids(stops_of):
             notes += write_generation_config(stops_of, folder, ends)
         card = model_card(
@@ -608,7 +608,10 @@ def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) 
     stray = [
         path
         for path, role in flatten(mask).items()
-        if role is TRAIN and path not in carried and path.rpartition("/")[0] not in carried
+        if role is TRAIN
+        and path not in carried
+        and path.rpartition("/")[0] not in carried
+        and not path.startswith(f"{DENSE}/")  # these have files of their own
     ]
     if stray:
         raise ValueError(f"An adapter cannot carry {', '.join(stray[:5])}, which were trained; use export_model.")

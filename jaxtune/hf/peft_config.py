@@ -16,6 +16,7 @@ from jaxtune.errors import UserError
 from jaxtune.hf import tensors
 from jaxtune.methods.adapters import TABLE, attach, ia3, prompt_tuning, untied_for
 from jaxtune.methods.places import (
+    DENSE,
     Factors,
     Place,
     in_label_head,
@@ -403,7 +404,7 @@ def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
 def _trained_biases(mask: Any, tree: Mapping[Place, Factors], saved: Mapping[str, str]) -> str:
     """The value of `bias`: which biases were trained, besides those of modules that were trained in full."""
     trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("/bias")}
-    trained = {path for path in trained if not in_label_head(path)}
+    trained = {path for path in trained if not (in_label_head(path) or path.startswith(f"{DENSE}/"))}
     trained -= {re.sub(r"[^/]+$", "bias", path) for path in saved.values()}
     beside = {re.sub(r"[^/]+$", "bias", place.path) for place in tree}
     return "none" if not trained else "lora_only" if trained <= beside else "all"

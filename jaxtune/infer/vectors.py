@@ -1,5 +1,6 @@
 """Vectors of texts: a model with its pooling, run over texts in batches of similar length."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtune.data.embeddings import Tokenize
 from jaxtune.errors import UserError
 from jaxtune.hf.load import load, read_config, resolve
-from jaxtune.hf.vectors import Pooled, read_pooled
+from jaxtune.hf.vectors import Pooled, read_dense, read_pooled
 from jaxtune.infer.generation import bucket
 from jaxtune.infer.logprobs import batches_by_length, most_tokens
 from jaxtune.infer.source import Tuned, find, open_source, same_base, tokenizer_of
@@ -60,7 +61,7 @@ class Embedder(NamedTuple):
             width: the first so many channels, divided by their length where the model's vectors are; None: all.
             done: called with the number of texts after each batch.
         """
-        found = np.zeros((len(tokens), self.module.spec.width), np.float32)
+        found = np.zeros((len(tokens), self.pooled.width(self.module)), np.float32)
         for batch, part in self.batches(tokens):
             found[batch] = part
             done(len(batch))
@@ -86,7 +87,7 @@ _RUNS: dict[Any, Any] = {}
 
 def _run(module: Any, pooled: Pooled) -> Any:
     """The compiled function of a module: kept, so that models of one shape share it."""
-    key = (module, pooled.pooling, pooled.normalize)
+    key = (module, pooled.pooling, pooled.normalize, pooled.dense)
     if key not in _RUNS:
         _RUNS[key] = jax.jit(partial(vector, module, pooled))
     return _RUNS[key]
@@ -128,7 +129,11 @@ def open_embedder(source: Tuned | str | Path, *, base: bool = False, dtype: Any 
     if module.continues:
         module, params = headless(module, params)
     pooled = pooled_of(source) or Pooled("mean" if module.is_encoder else "last")
-    return Embedder(module, params, pooled, tokenizer_of(source))
+    if base:
+        own = read_pooled(folder)
+        pooled = dataclasses.replace(pooled, dense=own.dense if own else ())
+        return Embedder(module, params | read_dense(folder, pooled), pooled, tokenizer_of(source))
+    return Embedder(module, params | dense_of(source), pooled, tokenizer_of(source))
 
 
 def headless(module: Decoder, params: Any) -> tuple[Any, Any]:
@@ -138,10 +143,20 @@ def headless(module: Decoder, params: Any) -> tuple[Any, Any]:
 
 def pooled_of(source: Tuned) -> Pooled | None:
     """How the vectors of a source are made, as its files say; None: they do not."""
-    for folder in filter(None, (source.adapter, source.model)):
+    return next((found for folder in _folders(source) if (found := read_pooled(folder)) is not None), None)
+
+
+def dense_of(source: Tuned) -> dict[str, Any]:
+    """The parameters of a source's dense layers; see `hf.vectors.read_dense`."""
+    for folder in _folders(source):
         if (found := read_pooled(folder)) is not None:
-            return found
-    return None
+            return read_dense(folder, found)
+    return {}
+
+
+def _folders(source: Tuned) -> list[Path]:
+    """The directories that may say how a source's vectors are made, the tuned one first."""
+    return [folder for folder in (source.adapter, source.model) if folder]
 
 
 def has_vectors(source: Tuned) -> bool:

@@ -22,6 +22,7 @@ from jaxtune.methods.places import (
     is_bias,
     is_or_ends,
     is_saved,
+    is_trained_whole,
     lora_places,
     owner,
     parameters,
@@ -129,7 +130,6 @@ def attach(
     if init not in _INITS:
         raise UserError(f"init_lora_weights={init!r} is not one of {', '.join(map(repr, _INITS))}.")
     beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
-    labelled = getattr(module, "label_head", False)  # a label head is trained whole beside the adapters
     params, saved = _to_save(params, settings.modules_to_save, module)
     params, tokens = _to_train_tokens(params, settings.trainable_token_indices, saved.keys() | rows.keys(), module)
     params, restore = matrices(params, {path: layouts[path] for path in rows} if layouts else {})
@@ -153,7 +153,7 @@ def attach(
         own = is_bias(path) and owner(path) in beside
         if own and (layers := beside[owner(path)]) is not None and len(layers) < leaf.shape[0]:
             raise UserError(f"bias='lora_only' with targets in some layers only is not supported ({path}).")
-        trained = own or (is_bias(path) and bias == "all") or (labelled and in_label_head(path))
+        trained = own or (is_bias(path) and bias == "all") or is_trained_whole(path, module)
         return filled(leaf, TRAIN if trained else FROZEN)
 
     new = map_paths(adapt, params)
@@ -362,10 +362,14 @@ def ia3(
 
 
 def adapters_only(params: PyTree, whole: Set[str] = frozenset()) -> tuple[PyTree, PyTree]:
-    """`(params, mask)` of a tree in which only adapters are trained, and the parameters with the paths `whole`."""
+    """`(params, mask)` of a tree in which only adapters are trained, a task's own layers, and the parameters with the
+    paths `whole`.
+    """
 
     def role(path, leaf):
-        return leaf.mask() if isinstance(leaf, Adapter) else filled(leaf, TRAIN if path in whole else FROZEN)
+        if isinstance(leaf, Adapter):
+            return leaf.mask()
+        return filled(leaf, TRAIN if path in whole or is_trained_whole(path, None) else FROZEN)
 
     return in_float32(params, map_paths(role, params))
 

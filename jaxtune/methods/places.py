@@ -11,6 +11,8 @@ from jaxtune.tree import PyTree
 from jaxtune.weights.foreign import MatrixLayout
 from jaxtune.weights.leaf import plain, weights_by_path
 
+DENSE = "pooled_dense"  # dense layers above the pooling of a text: {DENSE: {"0": {"kernel": [K,N], "bias": [N]}}}
+
 
 class Place(NamedTuple):
     """A module that a target can name.
@@ -122,6 +124,11 @@ def check_names(label: str, names: str | Sequence[str] | None, chosen: Sequence[
 def in_label_head(path: str) -> bool:
     """Whether a parameter's path lies in the label head."""
     return path.startswith("classifier/")
+
+
+def is_trained_whole(path: str, module: Any) -> bool:
+    """Whether a parameter is trained by every method, beside what it chooses: a label head, a task's own layers."""
+    return path.startswith(f"{DENSE}/") or (getattr(module, "label_head", False) and in_label_head(path))
 
 
 def is_saved(name: str, modules: Sequence[str] | None) -> bool:

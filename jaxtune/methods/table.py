@@ -13,11 +13,12 @@ import jax
 from jaxtune.errors import UserError, nearest
 from jaxtune.methods.adapters import attach, ia3, ia3_places, ia3_settings, lora, prompt_tuning, virtual_ids
 from jaxtune.methods.places import (
+    DENSE,
     Place,
     compiled,
-    in_label_head,
     is_bias,
     is_saved,
+    is_trained_whole,
     lora_places,
     parameters,
     places,
@@ -66,7 +67,8 @@ def full(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
-    """Train the final norm and the output head over a frozen body; for a classifier, its whole label head.
+    """Train the final norm and the output head over a frozen body; for a classifier, its whole label head; where there
+    are dense layers above a text's pooling, these.
 
     A tied head becomes a separate matrix, so that the embedding, and with it the body, stays as it was.
 
@@ -80,6 +82,8 @@ def head(params: PyTree, module: Any = None) -> tuple[PyTree, PyTree]:
     """
     if "classifier" in params:
         return in_float32(params, match([(r"classifier/.*", TRAIN), (r".*", FROZEN)], params))
+    if DENSE in params:
+        return in_float32(params, match([(f"{DENSE}/.*", TRAIN), (r".*", FROZEN)], params))
     if "embed_tokens" not in params:
         raise UserError("The method 'head' knows jaxtune's own models; give a mask by rules for another tree.")
     params = untie(params)
@@ -165,10 +169,8 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
             "edges first: module, params = jaxtune.split(module, params, at=LAYER)."
         )
 
-    labelled = getattr(module, "label_head", False)
-
     def role(path, leaf):
-        return filled(leaf, TRAIN if hits[path] or (labelled and in_label_head(path)) else FROZEN)
+        return filled(leaf, TRAIN if hits[path] or is_trained_whole(path, module) else FROZEN)
 
     return with_new_tokens(in_float32(params, map_paths(role, params)), module)
 

@@ -17,6 +17,8 @@ from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Segment
 from jaxtune.weights.leaf import Array, fold
 
+DEPTHS = "depths"  # the collection of what each block returns; `depths` reads it
+
 # The activations of a block that are kept for the backward pass; the rest is recomputed. Memory grows downwards.
 REMAT = {
     "full": (),
@@ -74,6 +76,7 @@ class Pattern(nn.Module):
             x, caches[i] = self.block(spec, self.implementation, self.std, name=f"block_{i}")(
                 x, here, caches[i], repeat
             )
+            self.sow(DEPTHS, f"after_{i}", x)  # nothing, unless they are asked for
         return (x, tuple(caches)), None
 
 
@@ -144,7 +147,7 @@ class Body(nn.Module):
         for i, segment in list(enumerate(spec.segments))[self.start : self.stop]:
             scanned = nn.scan(
                 pattern,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, DEPTHS: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=segment.repeats,
@@ -155,6 +158,17 @@ class Body(nn.Module):
             caches.append(held)
             first += segment.layers
         return x, None if cache is None else tuple(caches)
+
+    def depths(self, params: Any, *given: Any, **named: Any) -> list[Array]:
+        """The residual stream [B, T, D] after each block, before the first one as well; the last one is what `hidden`
+        returns. Arguments as those of `hidden`.
+        """
+        x, found = self.apply({"params": params}, *given, **named, method="hidden", mutable=[DEPTHS])
+        (first,), stream = found[DEPTHS].pop("embedded"), []
+        for i, segment in enumerate(self.spec.segments):
+            blocks = [found[DEPTHS][f"segment_{i}"][f"after_{j}"][0] for j in range(len(segment.pattern))]
+            stream += [block[repeat] for repeat in range(segment.repeats) for block in blocks]
+        return [first, *stream[:-1], x]
 
     def _laid(self, ids: Array | None) -> Segments | None:
         """The segments, with what attention's kernel wants to know of them: once, not in each layer."""

@@ -200,11 +200,11 @@ class Classifier:
         x = tokens if self.pooled else self.pooled_body(params, tokens, positions, segments, types, keys)
         head = params["classifier"]
         if self.layout.act is not None:
-            x = _affine(x, head["dense"], fold(keys, "classifier/dense"))
+            x = affine(x, head["dense"], fold(keys, "classifier/dense"))
             x = jnp.tanh(x) if self.layout.act == "tanh" else ACTIVATIONS[self.layout.act](x)
             if self.layout.norm:
                 x = Norm(self.spec.norm, self.spec.eps, bias=self.spec.norm_bias).apply({"params": head["norm"]}, x)
-        return _affine(x, head["out"], fold(keys, "classifier/out")).astype(jnp.float32)
+        return affine(x, head["out"], fold(keys, "classifier/out")).astype(jnp.float32)
 
     def pooled_body(
         self, params: Any, tokens: Array, positions=None, segments=None, types=None, keys: Keys = None
@@ -294,7 +294,8 @@ def pool(x: Array, segments: Array, how: str) -> Array:
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
-def _affine(x: Array, layer: Mapping[str, Any], keys: Keys) -> Array:
+def affine(x: Array, layer: Mapping[str, Any], keys: Keys = None) -> Array:
+    """x [..., K] -> [..., N] by a dense layer {"kernel": [K, N], maybe "bias": [N]}."""
     y = dot(x, layer["kernel"], keys)
     return y + layer["bias"].astype(y.dtype) if "bias" in layer else y
 

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
+from jaxtune.models.body import DEPTHS, Body
 from jaxtune.models.body import REMAT as REMAT
-from jaxtune.models.body import Body
 from jaxtune.models.layers import Block, Context, Norm, leaf
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import DecoderSpec
@@ -67,6 +67,7 @@ class Decoder(Body):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
         x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions)
+        self.sow(DEPTHS, "embedded", x)
         x, cache = self.run(Block, x, positions, Context(slots, segments, {}, keys), cache)
         if self.stop is not None:
             return x

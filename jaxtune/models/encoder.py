@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.models.body import Body
+from jaxtune.models.body import DEPTHS, Body
 from jaxtune.models.layers import Attention, Context, Linear, Mlp, Norm
 from jaxtune.models.spec import BlockSpec, Segment
 from jaxtune.weights.leaf import Array, Keys, embed
@@ -146,6 +146,7 @@ class Encoder(Body):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
         x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types, keys)
+        self.sow(DEPTHS, "embedded", x)
         return self.blocks(x, positions, segments, keys)
 
     def blocks(self, x: Array, positions: Array, segments: Array | None, keys: Keys) -> Array:

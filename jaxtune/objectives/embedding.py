@@ -1,7 +1,7 @@
 """Embeddings: a vector of each text, learnt by comparing texts of a batch with one another. The losses, and the task.
 
-    text -> hidden states [T, D] -- pooling -- [D] (-- divided by its length)        `Pooled`
-    a row      = S texts, and what is known of them                                  `Vectors`
+    text -> hidden states [T, D] -- pooling -- [D] (-- dense layers) (-- divided by its length)      `Pooled`
+    a row      = S texts, and what is known of them                                                `Vectors`
 
 All are f32[] over the whole batch of a step, whatever the micro-batches and devices it lies on (`OverVectors`).
 cos(a, b) is the cosine; t the temperature; N the rows.
@@ -18,14 +18,19 @@ import jax.numpy as jnp
 from jaxtune import models
 from jaxtune.data.embeddings import TextsAssembler, TextsForm
 from jaxtune.errors import UserError
-from jaxtune.hf.vectors import Pooled, read_pooled
-from jaxtune.models.classifier import pool
+from jaxtune.hf.vectors import Dense, Pooled, read_dense, read_pooled
+from jaxtune.methods.places import DENSE
+from jaxtune.models.classifier import affine, pool
 from jaxtune.models.decoder import Decoder, without_head
 from jaxtune.objectives import OverVectors, inputs
 from jaxtune.objectives.contrasts import CLASS, CONTRASTS, NOTHING, SCORES
 from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task, TaskInput
 from jaxtune.weights.leaf import Array, row_keys
 
+ACTIVATIONS = {  # of dense layers, as torch computes them
+    **{"identity": lambda x: x, "tanh": jnp.tanh, "relu": jax.nn.relu, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid},
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
 FAR = -1e30  # the logit of what is no candidate
 
 
@@ -74,7 +79,8 @@ def cosines(a: Array, b: Array) -> Array:
 def infonce(v: Vectors, told: Told, symmetric: bool = False) -> Array:
     """InfoNCE with in-batch negatives (van den Oord et al. 2018, arXiv:1807.03748, eq. 4; Henderson et al. 2017,
     arXiv:1705.00652, eq. 4): -log exp(cos(q_i, d_i) / t) / sum_j exp(cos(q_i, d_j) / t), over all other positives and
-    all hard negatives of the batch. Symmetric: and of q_i among all q_j for d_i, the mean of both (Gunther et al. 2023,
+    all hard negatives of the batch, but for those that belong to it as well: texts that are its own positive, or that
+    of a row with the same query. Symmetric: and of q_i among all q_j for d_i, the mean of both (Gunther et al. 2023,
     arXiv:2310.19923, section 4.2).
     """
     queries, documents = unit(v.texts[:, 0]), unit(v.texts[:, 1:])
@@ -82,14 +88,16 @@ def infonce(v: Vectors, told: Told, symmetric: bool = False) -> Array:
     flat = documents.swapaxes(0, 1).reshape(s * n, -1)  # all positives first
     at = jnp.arange(n)
     there = ((v.there[:, 1:] * v.weights[:, None]) > 0).T.reshape(-1)
+    asked = v.same[:, 0] == v.same[:, 0][:, None]  # [row, other row]: the same query
     alike = v.same[:, 1:].T.reshape(-1) == v.same[:, 1][:, None]
+    alike |= jnp.pad(asked, ((0, 0), (0, (s - 1) * n)))
     open_ = (there & ~alike) | (at[:, None] == jnp.arange(s * n))
     every = jnp.einsum("nd,md->nm", queries, flat, precision=jax.lax.Precision.HIGHEST) / told.temperature
     own = every[at, at]
     loss = jax.nn.logsumexp(jnp.where(open_, every, FAR), axis=1) - own
     if symmetric:
-        alike = (v.same[:, 0] == v.same[:, 0][:, None]) | (v.weights == 0)
-        back = jnp.where(~alike | jnp.eye(n, dtype=bool), every[:, :n].T, FAR)
+        other = ~alike[:, :n] & (v.weights > 0)
+        back = jnp.where(other | jnp.eye(n, dtype=bool), every[:, :n].T, FAR)
         loss = 0.5 * (loss + jax.nn.logsumexp(back, axis=1) - own)
     return mean(loss, v.weights)
 
@@ -174,7 +182,8 @@ def margin_mse(v: Vectors, told: Told) -> Array:
     2020, arXiv:2010.02666, eq. 3).
     """
     scores = _scores(v)
-    wanted = v.label if v.label.shape[1] == scores.shape[1] - 1 else v.label[:, :1] - v.label[:, 1:]
+    label = v.label[:, : scores.shape[1]]  # as wide as the longest list of all rows
+    wanted = label if label.shape[1] < scores.shape[1] else label[:, :1] - label[:, 1:]
     apart = jnp.square(scores[:, :1] - scores[:, 1:] - wanted)
     weights = v.there[:, 2:] * v.weights[:, None]
     return (apart * weights).sum() / jnp.maximum(weights.sum(), 1)
@@ -186,7 +195,8 @@ def kl(v: Vectors, told: Told) -> Array:
     """
     there = v.there[:, 1:] > 0
     ours, theirs = (
-        jax.nn.log_softmax(jnp.where(there, x / told.temperature, FAR), axis=-1) for x in (_scores(v), v.label)
+        jax.nn.log_softmax(jnp.where(there, x / told.temperature, FAR), axis=-1)
+        for x in (_scores(v), v.label[:, : there.shape[1]])
     )
     each = jnp.where(there, jnp.exp(theirs) * (theirs - ours), 0.0).sum(-1)
     return mean(each, v.weights) * told.temperature**2
@@ -216,6 +226,27 @@ def matryoshka(loss: Callable[..., Array], widths: Sequence[int]) -> Callable[..
     return summed
 
 
+KL_TEMPERATURE = 0.3  # of vectors as distributions
+
+
+def adaptive(loss: Callable[..., Array]) -> Callable[..., Array]:
+    """The loss of a model's vectors and the mean loss of those that its lower layers give, f32[N, S, L, D], the last
+    layer's last; and t KL(softmax(v_L / t) || softmax(v_l / t)) of each lower one from the last, which gets no gradient
+    of it (Li et al. 2024, 2D Matryoshka, arXiv:2402.14776, eq. 4 to 7, with weights of 1 and all layers in each step).
+    """
+
+    def summed(v: Vectors, told: Told) -> Array:
+        last, lower = v.texts[..., -1, :], jnp.moveaxis(v.texts[..., :-1, :], 2, 0)
+        each = jax.vmap(lambda texts: loss(v._replace(texts=texts), told))(lower)
+        ours, theirs = (jax.nn.log_softmax(x / KL_TEMPERATURE) for x in (lower, jax.lax.stop_gradient(last)))
+        apart = (jnp.exp(theirs) * (theirs - ours)).sum(-1).sum(0)
+        there = v.there * v.weights[:, None]
+        apart = (apart * there).sum() / jnp.maximum(there.sum(), 1)
+        return loss(v._replace(texts=last), told) + each.mean() + KL_TEMPERATURE * apart
+
+    return summed
+
+
 # ------------------------------------------------------------------------------------------ from a batch to vectors
 
 
@@ -223,12 +254,30 @@ def vector(module: Any, pooled: Pooled, params: Any, tokens: Array, positions, s
     """tokens i32[B, T], padded on the right where `segments` is 0 -> a vector of each text, f32[B, D]."""
     seen = segments if module.is_encoder else None  # a decoder never sees the padding, which is on the right
     x = module.apply({"params": params}, tokens, positions, seen, keys=keys, method="hidden")
+    return above(pooled, params, x, segments)
+
+
+def vector_of_each_layer(module: Any, pooled: Pooled, params: Any, tokens: Array, positions, segments, keys=None):
+    """`vector` by the states below the first block, and behind each: f32[B, L, D]."""
+    seen = segments if module.is_encoder else None
+    depths = module.depths(params, tokens, positions, seen, keys=keys)
+    return jnp.stack([above(pooled, params, x, segments) for x in depths], axis=1)
+
+
+def above(pooled: Pooled, params: Any, x: Array, segments: Array) -> Array:
+    """Hidden states [B, T, D] -> a vector of each text, f32[B, D]."""
     x = pool(x, segments, pooled.pooling).astype(jnp.float32)
+    for i, layer in enumerate(pooled.dense):
+        x = ACTIVATIONS[layer.activation](affine(x, params[DENSE][str(i)]))
     return unit(x) if pooled.normalize else x
 
 
-def embedding(module: Any, pooled: Pooled, loss: Callable[[Vectors, Told], Array]) -> OverVectors:
-    """The loss over batches as `data.TextsAssembler` lays them; params["objective"] holds the fields of `Told`."""
+def embedding(module: Any, pooled: Pooled, loss: Callable[[Vectors, Told], Array], layers: bool = False) -> OverVectors:
+    """The loss over batches as `data.TextsAssembler` lays them; params["objective"] holds the fields of `Told`.
+
+    layers: it is of vectors by all layers (`adaptive`).
+    """
+    one = vector_of_each_layer if layers else vector
 
     def vectors(params, batch, key):
         rows, texts = batch["segments"].shape[:2]
@@ -239,7 +288,8 @@ def embedding(module: Any, pooled: Pooled, loss: Callable[[Vectors, Told], Array
         number = (texts * batch["row"][:, None] + jnp.arange(texts)).reshape(-1)
         keys = None if key is None else row_keys(key, number)
         given = (flat(inputs(batch)), flat(batch["positions"]), flat(batch["segments"]))
-        return vector(module, pooled, params, *given, keys).reshape(rows, texts, -1)
+        found = one(module, pooled, params, *given, keys)
+        return found.reshape(rows, texts, *found.shape[1:])
 
     def over(params, every, batch):
         v = Vectors(every, *(batch[name] for name in ("there", "label", "weights", "same")))
@@ -247,7 +297,8 @@ def embedding(module: Any, pooled: Pooled, loss: Callable[[Vectors, Told], Array
         total = v.weights.sum()
         means = {}
         if every.shape[1] > 1:
-            near = cosines(v.texts[:, 0], v.texts[:, 1])
+            last = every[..., -1, :] if layers else every
+            near = cosines(last[:, 0], last[:, 1])
             means["cosine"] = ((near * v.weights).sum(), total)
         return (loss(v, told) * total, total), {"means": jax.lax.stop_gradient(means)}
 
@@ -288,7 +339,24 @@ def chosen_pooling(given: TaskInput, module: Any) -> Pooled:
             )
         if asked is not None:
             pooled = dataclasses.replace(pooled, prompts={**pooled.prompts, name: asked})
+    if (wide := o["dense"]) is not None:
+        if pooled.dense:
+            raise UserError(
+                f"objective.dense={wide}: the model in model.path has a dense layer of {pooled.dense[-1].outputs} "
+                "channels already, which is trained. Leave the setting out."
+            )
+        pooled = dataclasses.replace(pooled, dense=(Dense(module.spec.width, wide),))
     return dataclasses.replace(pooled, max_length=given.length(module, pooled.max_length))
+
+
+def own_layers(given: TaskInput, pooled: Pooled) -> Callable[[int], dict[str, Any]] | None:
+    """The parameters of the dense layers, by the run's seed: as the model's directory has them, else drawn."""
+    if not pooled.dense:
+        return None
+    if given.objective["dense"] is None:
+        read = read_dense(given.folder, pooled)
+        return lambda seed: read
+    return lambda seed: {DENSE: {str(i): layer.draw([seed, i]) for i, layer in enumerate(pooled.dense)}}
 
 
 def open_task(given: TaskInput) -> tuple[Any, Task]:
@@ -303,7 +371,7 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
     pooled = chosen_pooling(given, module)
     if contrast.symmetric:
         loss = partial(loss, symmetric=o["symmetric"])
-    width = module.spec.width
+    width = pooled.width(module)
     if name == "angle" and width % 2:
         raise UserError(f"objective.contrast=angle halves vectors, and the model's have {width} channels.")
     if widths := o["matryoshka"]:
@@ -315,15 +383,18 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
         loss = matryoshka(loss, sorted(widths, reverse=True))
     values = {"temperature": o["temperature"]} if contrast.temperature is not None else {}
     values |= {"margin": o["margin"]} if contrast.margin is not None else {}
+    if layers := o["adaptive_layers"]:
+        loss = adaptive(loss)
     form = TextsForm.of(given.data, name, contrast, pooled.prompts, pooled.max_length)
     return module, Task(
-        loss=lambda module, members: embedding(module, pooled, loss),
+        loss=lambda module, members: embedding(module, pooled, loss, layers),
         batch_like=partial(texts_like, contrast),
         metrics=means,
         assembler=TextsAssembler,
         form=form,
         features=False,
         values=values,
+        layers=own_layers(given, pooled),
         length=pooled.max_length,
         result=pooled,
     )

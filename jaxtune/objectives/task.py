@@ -27,7 +27,7 @@ class TaskInput(NamedTuple):
         fields: of its module, such as dtype and remat.
         objective, data: the sections of the run's config.
         tokenizer: directory of the tokenizer.
-        folder: directory of the model; None: it has none.
+        folder: directory of the model, or of the adapter on it that says how vectors are made; None: there is none.
     """
 
     config: Mapping[str, Any]
@@ -110,6 +110,8 @@ class Task:
             of their texts under it (`jaxtune.train.reference`); "live": the loss computes them from the base under the
             adapters; None: it does not.
         others: what else it depends on: a setting -> a hash of the files that it names, the same when a run is resumed.
+        layers: seed -> parameters of the task's own, which stand in the tree beside the module's and are trained by
+            every method; None: it has none.
         draws: rows of the training batches are answered by the model itself (`jaxtune.run.drawing`); None: none are.
     """
 
@@ -127,6 +129,7 @@ class Task:
     reference: str | None = None
     others: Mapping[str, str] = field(default_factory=dict)
     draws: Draws | None = None
+    layers: Callable[[int], dict[str, Any]] | None = None
     length: int | None = None
     result: Any = None
 
@@ -147,6 +150,8 @@ class Entry(NamedTuple):
         settings: of the settings that only some tasks read, those that this one reads; the others are refused.
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows, "module:name" (`jaxtune.evaluate.evaluation.Evaluator`).
+        recognises: "module:name" of a function (source, first row, settings given) -> (form, a sentence for the user)
+            of rows that are this task's by their columns; or None, for others (`jaxtune init`).
         in_step: those of its settings that are `Task.values`, which members of one compiled step may differ in.
         rate: the default learning rate, as a share of the method's. Losses over answers, which reward every further
             step away from the base, take a tenth, as is usual.
@@ -156,6 +161,7 @@ class Entry(NamedTuple):
     settings: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"
     evaluator: str = "jaxtune.evaluate.own_loss:OwnLoss"
+    recognises: str | None = None
     in_step: tuple[str, ...] = ()
     rate: float = 1.0
 
@@ -228,11 +234,13 @@ TASKS: dict[str, Entry] = {
         "jaxtune.objectives.embedding:open_task",
         (
             *("objective.contrast", "objective.pooling", "objective.normalize", "objective.matryoshka"),
+            *("objective.dense", "objective.adaptive_layers"),
             *("objective.query_prefix", "objective.document_prefix", "objective.symmetric", "data.ignore"),
             *_CONTRAST_VALUES,
         ),
         "AutoModel",
         "jaxtune.evaluate.vectors:Vectors",
+        recognises="jaxtune.data.embeddings:recognised",
         in_step=_CONTRAST_VALUES,
     ),
     "reranking": Entry(
@@ -251,6 +259,7 @@ def register(
     auto_class: str = "AutoModelForCausalLM",
     evaluator: str = Entry._field_defaults["evaluator"],
     in_step: Sequence[str] = (),
+    recognises: str | None = None,
 ) -> None:
     """Add a task to those that `objective.name` chooses from.
 
@@ -261,13 +270,14 @@ def register(
         auto_class: the class of transformers that loads the result.
         evaluator: how `jaxtune eval` measures held-out rows; default: the task's own loss and metrics, row by row.
         in_step: those of its settings that its `Task.values` hold.
+        recognises: how `jaxtune init` knows its rows.
 
     Raises:
         ValueError: there is a task of this name.
     """
     if name in TASKS:
         raise ValueError(f"there is a task called {name!r} already")
-    TASKS[name] = Entry(opener, tuple(settings), auto_class, evaluator, tuple(in_step))
+    TASKS[name] = Entry(opener, tuple(settings), auto_class, evaluator, recognises, tuple(in_step))
 
 
 def open_task(name: str, given: TaskInput) -> tuple[Any, Task]:
@@ -277,10 +287,13 @@ def open_task(name: str, given: TaskInput) -> tuple[Any, Task]:
         UserError: the model does not fit the task, or the data lacks something that the task needs.
     """
     opener = TASKS[name].opener
-    if isinstance(opener, str):
-        module, _, function = opener.partition(":")
-        opener = getattr(importlib.import_module(module), function)
-    return opener(given)
+    return (located(opener) if isinstance(opener, str) else opener)(given)
+
+
+def located(location: str) -> Any:
+    """What stands at "module:name"."""
+    module, _, name = location.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def unread(name: str) -> tuple[str, ...]:

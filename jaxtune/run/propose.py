@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune import config
+from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import read, splits
 from jaxtune.errors import UserError
 from jaxtune.objectives.task import TASKS
@@ -192,8 +193,7 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
     Raises:
         UserError: no row fits the model.
     """
-    texts = layout.form is not None and layout.form.texts
-    corpus, labelled = layout.is_corpus, layout.labels is not None or texts  # labelled: longer rows are cut
+    corpus, labelled = layout.is_corpus, not layout.is_text  # labelled: longer rows are cut
     length = min(CORPUS_LENGTH, model.positions) if corpus else max_length(lengths, model.positions)
     long = int((lengths > length).sum())
     if long == len(lengths) and not corpus and not labelled:
@@ -211,7 +211,7 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         )
     full = corpus and model.parameters is not None and model.parameters <= FULL_LIMIT
     method = "full" if full else "lora"
-    rows = round(lengths.sum() / length) if corpus else kept
+    rows, form = round(lengths.sum() / length) if corpus else kept, layout.form or RowForm()
     choices = [
         Choice("model.path", model.path),
         *([Choice("model.tokenizer", model.tokenizer)] if model.tokenizer else []),
@@ -229,19 +229,12 @@ def propose(data: str, layout: Recognised, lengths: np.ndarray, model: ModelFact
         Choice("data.max_length", length, _length_reason(lengths, length, long, model.positions, layout)),
         *_corpus(corpus),
         *_labels(layout),
-        *_objective(layout),
+        *(Choice(*proposed) for proposed in form.proposes()),
         Choice("optim.lr", learning_rate(method, model.width, layout), _lr_reason(method, model.width, layout)),
         Choice("train.epochs", 3 if rows < 10_000 and not corpus else 1),
-        Choice("train.batch_size", _batch_size(rows, texts), "rows a step; train.grad_accum splits it to save memory"),
+        Choice("train.batch_size", form.rows_a_step(rows), "rows a step; train.grad_accum splits it to save memory"),
     ]
     return Proposal(tuple(choices), tuple(notes))
-
-
-def _batch_size(rows: int, texts: bool) -> int:
-    """Rows of a step; texts that are compared with one another learn from more of them."""
-    if texts:
-        return 64 if rows >= 640 else 16
-    return 8 if rows < 1000 else 16
 
 
 def _template_notes(layout: Recognised, model: ModelFacts) -> list[str]:
@@ -306,29 +299,11 @@ def _labels(layout: Recognised) -> list[Choice]:
     ]
 
 
-def _objective(layout: Recognised) -> list[Choice]:
-    """The settings of pairs and judged answers, in the order of the schema."""
-    if layout.form is None:
-        return []
-    if layout.form.texts:
-        return [
-            Choice("data.overlength", "truncate", "a longer text keeps its beginning"),
-            Choice("objective.name", layout.format, "vectors of texts: retrieval, search, clustering"),
-            Choice("objective.temperature", 0.05, "lower: the nearest wrong texts count for more"),
-        ]
-    what = "pairs of answers: DPO" if layout.form.pairs else "answers judged good or bad"
-    return [Choice("objective.name", layout.format, what), Choice("objective.beta", 0.1, BETA)]
-
-
-BETA = "the higher, the closer to the base"
-
-
 def _length_reason(lengths: np.ndarray, length: int, long: int, positions: int, layout: Recognised) -> str:
     if layout.is_corpus:
         return f"tokens in a packed sequence; the model has {positions:,} positions"
     mean, longest = round(float(lengths.mean())), int(lengths.max())
-    texts = layout.form is not None and layout.form.texts
-    then = "cut" if layout.labels is not None or texts else "dropped"
+    then = "dropped" if layout.is_text else "cut"
     dropped = f"{long:,} of {len(lengths):,} rows are longer and {then}" if long else "no row is longer"
     return f"rows have {mean:,} tokens on average, at most {longest:,}; {dropped}"
 

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.embeddings import TextsForm
 from jaxtune.data.files import header_hint, looks_tagged
 from jaxtune.data.formats import ANSWERED, ASKED, FORMATS, MESSAGES, Reader, make_reader
 from jaxtune.data.label_counts import count_ids, count_labels
@@ -24,7 +23,7 @@ from jaxtune.data.preferences import SIDES, JudgedForm, PairForm
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.sources import Source, kind, read
 from jaxtune.errors import UserError
-from jaxtune.objectives.contrasts import CONTRASTS
+from jaxtune.objectives.task import TASKS, located
 
 # Common names of prompts and completions, the surest first.
 TEXTS = ("text", "sentence", "review", "content", "message", "utterance")
@@ -57,7 +56,7 @@ class Recognised:
     Attributes:
         format: one of FORMATS; of labelled rows, the name of the objective.
         labels: how labelled rows are read; None: text.
-        form: how pairs and judged answers are read; None: others.
+        form: how the rows of another task are read; None: they are text or labelled.
         problem: of `objective.problem_type`; None: it follows from the model.
         own: the labels are the data's and differ from the model's.
         given: the user's settings for reading text, as `data.prepare` takes them.
@@ -99,6 +98,12 @@ class Recognised:
         if self.labels.origin == TRAINING and (more := counted - set(self.labels.names)):
             raise UserError(f"{source.name}: the label {min(more)!r} is in no training row")
         return self.labels.reader(source)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are text to continue, pairs and judged answers included."""
+        form = self.labels or self.form
+        return form is None or form.text
 
     @property
     def is_corpus(self) -> bool:
@@ -174,8 +179,8 @@ def recognise(
     chosen = given.get("template") or given.get("format")
     if not chosen and (judged := _judged(source, row, columns or {}, given)) is not None:
         return judged
-    if not chosen and not columns and (texts := _compared(source, row, given)) is not None:
-        return texts
+    if not chosen and not columns and (known := _by_tasks(source, row, given)) is not None:
+        return known
     if not chosen and (labelled := _labelled(source, row, columns or {})) is not None:
         return labelled
     if chosen or columns:
@@ -229,15 +234,13 @@ def _judged(source: Source, row: dict, columns: Mapping[str, str], given: Mappin
     return Recognised("kto", {}, form=form, notes=("answers judged good or bad: tuned with KTO",))
 
 
-def _compared(source: Source, row: dict, given: Mapping[str, Any]) -> Recognised | None:
-    """How rows of texts that belong together are read, named as sentence-transformers' data name them; else None."""
-    firsts, seconds = {"anchor", "query", "question"} & set(row), {"positive", "pos"} & set(row)
-    if not firsts or not seconds:
-        return None
-    form = TextsForm("infonce", CONTRASTS["infonce"], ignore=tuple(given.get("ignore") or ()))
-    form.reader(source)
-    note = "texts that belong together: vectors are in-batch negatives; objective.contrast names other losses"
-    return Recognised("embedding", {}, form=form, notes=(note,))
+def _by_tasks(source: Source, row: dict, given: Mapping[str, Any]) -> Recognised | None:
+    """How rows are read that a task knows by their columns (`objectives.task.Entry`); else None."""
+    for name, entry in TASKS.items():
+        if entry.recognises and (found := located(entry.recognises)(source, row, given)) is not None:
+            form, note = found
+            return Recognised(name, {}, form=form, notes=(note,))
+    return None
 
 
 def _labelled(source: Source, row: dict, columns: Mapping[str, str]) -> Recognised | None:

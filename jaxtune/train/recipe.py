@@ -112,7 +112,9 @@ class Recipe:
         return params if self.quantization == "none" else quantize(params, self.quantization)
 
     def tuned(self, params: tree.PyTree) -> tuple[tree.PyTree, tree.PyTree]:
-        """Apply the method: (params, mask)."""
+        """Apply the method: (params, mask). The task's own layers are beside the model's."""
+        if self.task.layers is not None:
+            params = params | self.task.layers(self.seed)
         return self.method(params, jax.random.fold_in(jax.random.key(self.seed), 1), self.module)
 
     def start(self, base: tree.PyTree) -> Start:

@@ -95,7 +95,7 @@ def group(path: str, field: Any = None) -> str:
     elif first.startswith("embed_"):
         name = "embeddings"
     else:
-        name = "head" if first in ("lm_head", "classifier") else "norms"
+        name = "head" if first in ("lm_head", "classifier", "pooled_dense") else "norms"
     return f"{name}/{field.group}" if field is not None and field.group else name
 
 
