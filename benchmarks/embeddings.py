@@ -1,26 +1,33 @@
 """Vectors of texts tuned from a real encoder beside sentence-transformers: retrieval of texts of one class, and speed.
 
-    python benchmarks/embeddings.py --model=DIR --texts=BANKING77 --work=DIR
+    python benchmarks/embeddings.py quality --model=DIR --texts=BANKING77 --work=DIR [--methods=lora,full,dense]
+    python benchmarks/embeddings.py speed   --model=DIR --texts=BANKING77 --work=DIR [--batches=64,512]
 
-BANKING77 holds train.csv and test.csv (text, category). Pairs are made of the training texts: each with the next of its
-class. Both sides take the same pairs, one epoch, batches of 64, LoRA of rank 16 on every linear layer or all weights,
-AdamW with a linear schedule, at a rate chosen for each way of tuning. Queries are the test texts, the documents the
-training texts, relevant those of the same class. What either side wrote is measured by the same code.
+BANKING77 holds train.csv and test.csv (text, category). Pairs are made of training texts: each with the next of its
+class, in an order that the seed draws. Both sides take the same pairs once, in batches of 64: LoRA of rank 16 on every
+linear layer, all weights, or a dense layer alone (it starts as the identity), AdamW, a linear schedule with 10% warmup,
+the same rate. Queries are every other test text, documents every eighth training text, relevant those of the same
+class. What either side wrote is measured by the same code; intervals are over queries, seeds averaged.
+
+Speed: pairs a second are of the second half of the steps, memory is the whole process's. With 512 pairs both sides cut
+the batch into parts of 64 (GradCache). Texts a second: the second of two passes over the same texts.
 """
 
 import csv
 import json
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import common
 import numpy as np
-from common import jaxtune, parser
 
-RATES = {"lora": 1e-3, "full": 5e-5}
+RATES = {"lora": 2e-3, "full": 2e-4, "dense": 5e-3}
 BATCH = 64
+LENGTH = 24
+NAMES = ("hit@1", "mrr@10", "ndcg@10")
+SIDES = ("jaxtune", "sentence-transformers")
 
 
 def read(file: Path) -> list[tuple[str, str]]:
@@ -29,131 +36,269 @@ def read(file: Path) -> list[tuple[str, str]]:
         return [(row["text"], row["category"]) for row in csv.DictReader(lines)]
 
 
-def make_pairs(rows: list[tuple[str, str]], seed: int) -> list[dict[str, str]]:
-    """Each text with the next one of its class, in an order that `seed` draws."""
+def make_pairs(rows: list[tuple[str, str]], seed: int, count: int, file: Path) -> Path:
+    """Write `count` texts, each with the next one of its class, in an order that `seed` draws."""
     order = np.random.default_rng(seed).permutation(len(rows))
     classes = defaultdict(list)
     for i in order:
         classes[rows[i][1]].append(rows[i][0])
     following = {c: dict(zip(texts, [*texts[1:], texts[0]])) for c, texts in classes.items()}
-    return [{"anchor": rows[i][0], "positive": following[rows[i][1]][rows[i][0]]} for i in order]
+    pairs = [{"anchor": rows[i][0], "positive": following[rows[i][1]][rows[i][0]]} for i in order[:count]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return file
 
 
-def make_corpus(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> Path:
-    """The test texts over the training texts in BEIR's layout."""
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, rows in (("corpus", train), ("queries", test)):
-        lines = [json.dumps({"_id": f"{name[0]}{i}", "text": text}) for i, (text, _) in enumerate(rows)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    classes = defaultdict(list)
-    for i, (_, category) in enumerate(train):
-        classes[category].append(i)
-    lines = [f"q{i}\tc{j}\t1" for i, (_, category) in enumerate(test) for j in classes[category]]
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n")
-    return folder
+# ------------------------------------------------------------------------------------------------------- the two sides
 
 
-def ours(model: str, pairs: Path, method: str, seed: int, out: Path) -> Path:
+def flags(model: str, pairs: Path, method: str, seed: int, batch: int) -> list[str]:
+    """Those of `jaxtune train` that both parts share."""
+    settings = {
+        **{"model.path": model, "data.train": pairs, "data.overlength": "truncate", "data.max_length": LENGTH},
+        **{"objective.name": "embedding", "tune.method": {"dense": "head"}.get(method, method)},
+        **({"tune.lora.r": 16, "tune.lora.lora_alpha": 32} if method == "lora" else {}),
+        **{"train.batch_size": batch, "train.grad_accum": max(1, batch // BATCH), "train.seed": seed},
+        **{"optim.lr": RATES[method], "optim.schedule": "linear", "optim.warmup": 0.1},
+        **{"log.progress": "false", "log.tensorboard": "false"},
+    }
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def ours(a, model: str, pairs: Path, method: str, seed: int, out: Path) -> Path:
     """Tune by the command; return the result."""
-    lora = ["--config.tune.lora.r=16", "--config.tune.lora.lora_alpha=32"] if method == "lora" else []
-    command = jaxtune(
-        *("train", f"--workdir={out}", f"--config.model.path={model}", f"--config.data.train={pairs}"),
-        *("--config.objective.name=embedding", f"--config.tune.method={method}", *lora, "--config.train.epochs=1"),
-        *(f"--config.train.batch_size={BATCH}", f"--config.optim.lr={RATES[method]}", f"--config.train.seed={seed}"),
-        *("--config.optim.schedule=linear", "--config.optim.warmup=0.1", "--config.data.overlength=truncate"),
-        *("--config.data.max_length=64", "--config.log.progress=false", "--config.log.tensorboard=false"),
-    )
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    given = flags(model, pairs, method, seed, BATCH)
+    common.run(common.jaxtune("train", f"--workdir={out}", *given, "--config.train.epochs=1"), a.threads)
     return out / ("adapter" if method == "lora" else "model")
 
 
-def theirs(model: str, pairs: Path, method: str, seed: int, out: Path) -> Path:
+def theirs(a, model: str, pairs: Path, method: str, seed: int, out: Path) -> Path:
     """Tune by sentence-transformers; return the result."""
-    command = [sys.executable, __file__, "--peer", model, str(pairs), method, str(seed), str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    common.run([sys.executable, __file__, "peer", model, str(pairs), method, seed, BATCH, -1, out], a.threads)
     return out / "result"
 
 
-def peer(model: str, pairs: str, method: str, seed: str, out: str) -> None:
+def peer(model: str, pairs: str, method: str, seed: str, batch: str, steps: str, out: str) -> None:
+    """Train with sentence-transformers, and print its speed as JSON; with `steps` below 0 for an epoch."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer import losses
+    from transformers import TrainerCallback
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            times.append(time.monotonic())
 
     tuned = SentenceTransformer(model, device="cpu")
-    tuned.max_seq_length = 64
+    tuned.max_seq_length = LENGTH
     if method == "lora":
         from peft import LoraConfig
 
         names = ["query", "key", "value", "dense"]
         tuned.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=16, lora_alpha=32, target_modules=names))
+    if method == "dense":
+        for name, weight in tuned.named_parameters():
+            weight.requires_grad = name.startswith("2.")
     rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    count = int(steps) if int(steps) > 0 else len(rows) // int(batch)
     settings = SentenceTransformerTrainingArguments(
         output_dir=out,
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH,
+        max_steps=count,
+        per_device_train_batch_size=int(batch),
         learning_rate=RATES[method],
         lr_scheduler_type="linear",
-        warmup_ratio=0.1,
+        warmup_steps=round(0.1 * count),
         seed=int(seed),
         save_strategy="no",
         report_to="none",
+        logging_steps=count,
         disable_tqdm=True,
         use_cpu=True,
     )
-    SentenceTransformerTrainer(
-        tuned, args=settings, train_dataset=Dataset.from_list(rows), loss=MultipleNegativesRankingLoss(tuned)
-    ).train()
+    cached = {"mini_batch_size": BATCH} if int(batch) > BATCH else None
+    loss = (losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss)(
+        tuned, **(cached or {})
+    )
+    data = Dataset.from_list(rows)
+    SentenceTransformerTrainer(tuned, args=settings, train_dataset=data, loss=loss, callbacks=[Clock()]).train()
     tuned.save(f"{out}/result")
+    half = len(times) // 2
+    print(json.dumps({"pairs/s": int(batch) * (len(times) - half) / (times[-1] - times[half - 1])}))
+
+
+# ------------------------------------------------------------------------------------------------------------- quality
+
+
+def quality(a) -> None:
+    """Train what is not there yet, measure what is not measured yet, and print the table."""
+    train = read(a.texts / "train.csv")
+    bases = {method: a.model if method != "dense" else str(with_dense(a.model, a.work)) for method in a.methods}
+    found: dict[str, np.ndarray] = {}
+    for method, base in bases.items():
+        key = "dense" if method == "dense" else "base"
+        found[f"base {method}"] = measured(a, base, a.work / f"{key}.npy")[None]
+        each: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+        for seed in range(a.repeats):
+            pairs = make_pairs(train, seed, a.pairs, a.work / f"pairs{seed}.jsonl")
+            for side, tune in zip(SIDES, (ours, theirs)):
+                out = a.work / f"{side}-{method}-{seed}"
+                if not (out / where(side, method)).is_dir():
+                    began = time.monotonic()
+                    tune(a, base, pairs, method, seed, out)
+                    print(f"{side} {method} {seed}: tuned in {time.monotonic() - began:.0f} s", flush=True)
+                each[side].append(measured(a, out / where(side, method), out / "measured.npy"))
+                print(side, method, seed, dict(zip(NAMES, each[side][-1].mean(0).round(4))), flush=True)
+        found |= {f"{side} {method}": np.stack(values) for side, values in each.items()}
+    table(found, a.methods)
+
+
+def where(side: str, method: str) -> str:
+    """The folder of a side's result in its working directory."""
+    return "result" if side != "jaxtune" else "adapter" if method == "lora" else "model"
+
+
+def table(found: dict[str, np.ndarray], methods: list[str]) -> None:
+    """Print the means of measures f64[seeds, queries, names] with intervals, and the differences of the sides."""
+    from jaxtune.evaluate.statistics import interval, paired
+
+    print(f"\n| | {' | '.join(NAMES)} | hit@1 by seed |\n|{'---|' * (len(NAMES) + 2)}")
+    for name, values in found.items():
+        cells = []
+        for k in range(len(NAMES)):
+            value, low, high = interval(values.mean(0)[:, k])
+            cells.append(f"{value:.4f} ({low:.4f} to {high:.4f})")
+        seeds = ", ".join(f"{x:.4f}" for x in values[..., 0].mean(1))
+        print(f"| {name} | {' | '.join(cells)} | {seeds} |")
+    for method in methods:
+        for under, over in ((f"base {method}", f"jaxtune {method}"), (f"{SIDES[1]} {method}", f"jaxtune {method}")):
+            for k, name in enumerate(NAMES[:2]):
+                d = paired(found[under].mean(0)[:, k], found[over].mean(0)[:, k])
+                value, low, high = d.difference
+                print(f"{over} over {under}, {name}: {value:+.4f} ({low:+.4f} to {high:+.4f})")
+
+
+def with_dense(model: str, work: Path) -> Path:
+    """The model with a dense layer that does nothing yet, as sentence-transformers writes it."""
+    out = work / "with-dense"
+    if not out.is_dir():
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+        base = SentenceTransformer(model, device="cpu")
+        width = base.get_embedding_dimension()
+        dense = Dense(width, width, activation_function=torch.nn.Identity(), init_weight=torch.eye(width))
+        torch.nn.init.zeros_(dense.linear.bias)
+        SentenceTransformer(modules=[base[0], base[1], dense, Normalize()], device="cpu").save(str(out))
+    return out
+
+
+def measured(a, model: Path | str, file: Path) -> np.ndarray:
+    """NAMES of each query by the vectors of a directory, f64[queries, names]; kept in `file`."""
+    if not file.is_file():
+        common.run([sys.executable, __file__, "measure", model, a.texts, file], a.threads)
+    return np.load(file)
+
+
+def measure(model: str, texts: str, file: str) -> None:
+    """Rank the documents for each query, and write NAMES of each."""
+    from jaxtune.evaluate.retrieval import measures, rank
+    from jaxtune.infer.vectors import open_embedder
+
+    documents, test = read(Path(texts) / "train.csv")[::8], read(Path(texts) / "test.csv")[::2]
+    embedder = open_embedder(model)
+    queries, corpus = (embedder([text for text, _ in rows]) for rows in (test, documents))
+    members = defaultdict(dict)
+    for i, (_, category) in enumerate(documents):
+        members[category][i] = 1.0
+    rankings = rank(queries, corpus, np.full(len(test), -1))
+    each = [measures(ranking, members[category]) for ranking, (_, category) in zip(rankings, test)]
+    np.save(file, np.array([[found[name] for name in NAMES] for found in each]))
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def speed(a) -> None:
+    """Alternate the sides: training by batch size, and vectors of texts."""
+    train = read(a.texts / "train.csv")
+    targets = {"pairs/s": ">= 1.0", "peak MiB": "<= 0.6", "texts/s": ">= 1.1"}
+    for batch in a.batches:
+        steps = a.steps if batch <= BATCH else max(4, a.steps // 4)
+        pairs = make_pairs(train, 0, len(train), a.work / "pairs.jsonl")
+
+        def side_ours(batch=batch, steps=steps, pairs=pairs):
+            out = a.work / f"speed-{time.monotonic_ns()}"
+            given = [*flags(a.model, pairs, "lora", 0, batch), f"--config.train.steps={steps}"]
+            given += [f"--config.log.every={steps // 2}"]
+            done = common.run(common.jaxtune("train", f"--workdir={out}", *given), a.threads)
+            before, last = [line for line in common.read_metrics(out) if "train/loss" in line][-2:]
+            seconds = (last["train/tokens"] - before["train/tokens"]) / last["train/tokens_per_second"]
+            return {"pairs/s": batch * (last["step"] - before["step"]) / seconds, "peak MiB": done.peak_mib}
+
+        def side_theirs(batch=batch, steps=steps, pairs=pairs):
+            out = a.work / f"speed-{time.monotonic_ns()}"
+            done = common.run(
+                [sys.executable, __file__, "peer", a.model, str(pairs), "lora", 0, batch, steps, out], a.threads
+            )
+            return {**common.last_json(done.stdout), "peak MiB": done.peak_mib}
+
+        shown(f"LoRA, batches of {batch} pairs, {steps} steps", side_ours, side_theirs, a, targets)
+    if a.embed:
+        command = [sys.executable, __file__, "embed", a.model, str(a.texts / "train.csv")]
+        sides = [lambda side=side: common.last_json(common.run([*command, side], a.threads).stdout) for side in SIDES]
+        shown("Vectors of the training texts", *sides, a, targets)
+
+
+def shown(title: str, ours, theirs, a, targets: dict[str, str]) -> None:
+    """Alternate two sides and print their table."""
+    found = common.alternate({SIDES[0]: ours, SIDES[1]: theirs}, a.repeats)
+    metrics = [name for name in targets if name in found[SIDES[0]]]
+    ratios = {f"{name}, ratio": (common.ratio(found, name, *SIDES), targets[name]) for name in metrics}
+    common.report(title, found, ratios, a.json)
+
+
+def embed(model: str, file: str, side: str) -> None:
+    """Print the texts a second of one side as JSON."""
+    texts = [text for text, _ in read(Path(file))]
+    if side == "jaxtune":
+        from jaxtune.infer.vectors import open_embedder
+
+        vectors = open_embedder(model)
+    else:
+        from sentence_transformers import SentenceTransformer
+
+        vectors = SentenceTransformer(model, device="cpu").encode
+    vectors(texts)
+    began = time.monotonic()
+    vectors(texts)
+    print(json.dumps({"texts/s": len(texts) / (time.monotonic() - began)}))
 
 
 def main() -> None:
-    flags = parser(__doc__, repeats=3)
-    flags.add_argument("--model", required=True)
-    flags.add_argument("--texts", type=Path, required=True)
-    flags.add_argument("--work", type=Path, required=True, help="directory for runs; what is there is not done again")
-    flags.add_argument("--methods", default="lora,full")
-    flags.add_argument("--sides", default="jaxtune,sentence-transformers")
-    options = flags.parse_args()
-    train, test = read(options.texts / "train.csv"), read(options.texts / "test.csv")
-    corpus = make_corpus(options.work / "corpus", train, test)
-    sides = {"jaxtune": ours, "sentence-transformers": theirs}
-    found = {"base": [measure(options.model, corpus, options.work / "base")]}
-    for seed in range(options.repeats):
-        pairs = options.work / f"pairs{seed}.jsonl"
-        pairs.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(train, seed)))
-        for method in options.methods.split(","):
-            for side in options.sides.split(","):
-                out, began = options.work / f"{side}-{method}-{seed}", time.monotonic()
-                result = out / {"jaxtune": {"lora": "adapter", "full": "model"}[method]}.get(side, "result")
-                if not result.is_dir():
-                    sides[side](options.model, pairs, method, seed, out)
-                took = time.monotonic() - began
-                figures = measure(str(result), corpus, out / "measured") | {"seconds": took}
-                found.setdefault(f"{side} {method}", []).append(figures)
-                print(side, method, seed, figures, flush=True)
-    for name, rows in found.items():
-        shown = {key: [round(row[key], 4) for row in rows if key in row] for key in rows[0]}
-        print(name, shown)
-
-
-def measure(model: str, corpus: Path, out: Path) -> dict[str, float]:
-    """hit@1, mrr@10 and ndcg@10 of a directory."""
-    if not (out / "eval.json").is_file():
-        subprocess.run(
-            jaxtune("eval", model, f"--data={corpus}", f"--out={out}", "--tuned-only"),
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    metrics = json.loads((out / "eval.json").read_text())["held_out"]["metrics"]
-    return {name: metrics[name]["tuned"]["value"] for name in ("hit@1", "mrr@10", "ndcg@10")}
+    p = common.parser(__doc__)
+    p.add_argument("what", choices=["quality", "speed"])
+    p.add_argument("--model", required=True)
+    p.add_argument("--texts", type=Path, required=True)
+    p.add_argument("--work", type=Path, required=True, help="directory for runs; what is there is not done again")
+    p.add_argument("--methods", type=lambda text: text.split(","), default=["lora", "full", "dense"])
+    p.add_argument("--pairs", type=int, default=512, help="of an epoch")
+    p.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",") if x], default=[64, 512])
+    p.add_argument("--steps", type=int, default=16)
+    p.add_argument("--embed", type=lambda text: text != "false", default=True)
+    a = p.parse_args()
+    a.work.mkdir(parents=True, exist_ok=True)
+    {"quality": quality, "speed": speed}[a.what](a)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peer"]:
-        peer(*sys.argv[2:])
+    others = {"peer": peer, "embed": embed, "measure": measure}
+    if sys.argv[1] in others:
+        others[sys.argv[1]](*sys.argv[2:])
     else:
         main()
