@@ -2,16 +2,19 @@
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import runs
 import small
 import test_embedding
 from jax.sharding import Mesh
 
+from jaxtune.hf.load import load, read_params
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.distillation import Strength, Teacher, distillation
 from jaxtune.objectives.preference import judged, preference
@@ -19,22 +22,28 @@ from jaxtune.objectives.reward import reward
 from jaxtune.objectives.task import OBJECTIVE
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.optim import optimizer
-from jaxtune.train.parallel import make_mesh, replicate, shard_batch
+from jaxtune.train.parallel import make_mesh, place, replicate, shard_batch, shardings
+from jaxtune.train.stacked import make_sweep_step, stack
 from jaxtune.train.step import init_state, make_train_step, value_and_grad
 from jaxtune.tree import MEMBER, TRAIN, Beside, combine, partition
 
 STEPS, ORACLE_STEPS = 50, 8
 LORA = {"r": 2, "lora_dropout": 0.2}
-ELASTIC = ((4, 3), (1, 3), (8, 2))  # devices, and steps on them
+ELASTIC = (({"devices": 4, "fsdp": 4}, 3), ({"devices": 1}, 3), ({"fsdp": 2, "model": 2}, 2))  # meshes, steps on them
+SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f in (4, 8)]  # two key-value heads
 METHODS = {"full": {}, "head": {}, "lora": LORA}
 
 
-def gradients(mesh: Mesh | None, accum: int):
+def gradients(mesh: Mesh | None, accum: int, method: str = "lora", packed: bool = False):
     """(sum, weight, grads) of one batch of eight rows with dropout, in `accum` micro-batches over the mesh."""
-    part, _ = small.tuned(**LORA)
-    fn = jax.jit(value_and_grad(causal_lm(small.decoder()), mesh))
+    part, _ = small.tuned(method, **METHODS[method])
+    fn = jax.jit(value_and_grad(causal_lm(small.decoder(), packed=packed), mesh))
     batch = small.batch(accum=accum)
-    return fn(*part, batch if mesh is None else shard_batch(batch, mesh), jax.random.key(5))
+    if packed:
+        batch["segments"] = batch["segments"] + (batch["positions"] > 6)
+    if mesh is None:
+        return fn(*part, batch, jax.random.key(5))
+    return fn(*(place(tree, mesh) for tree in part), shard_batch(batch, mesh), jax.random.key(5))
 
 
 class Scored:
@@ -99,23 +108,41 @@ def elastic_losses(method: str) -> np.ndarray:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for devices, steps in ELASTIC:
-            mesh = make_mesh(devices)
+            mesh = make_mesh(**devices)
             start = init_state(part.trainable, part.member, tx, jax.random.key(6))  # a key that is not the run's
-            state, frozen = replicate(start, mesh), replicate(part.frozen, mesh)
+            state, frozen = place(start, mesh), place(part.frozen, mesh)
             checkpoints = Checkpoints(Path(folder), keep=1)
             if found:
                 state, _ = checkpoints.restore(lambda _, like=state: like)
                 assert int(state.step) == len(found)
-                assert all(x.sharding.mesh.size == devices for x in jax.tree.leaves(state))
+                assert all(x.sharding.mesh.shape == mesh.shape for x in jax.tree.leaves(state))
             else:
                 state = state._replace(key=replicate(jax.random.key(5), mesh))
+            split = [x for x in jax.tree.leaves((state, frozen)) if not x.sharding.is_fully_replicated]
+            assert bool(split) == (mesh.size > 1)
+            where = jax.tree.map(lambda x: x.sharding, state)
             step = make_train_step(causal_lm(small.decoder()), tx, mesh)
             for i in range(len(found), len(found) + steps):
                 state, metrics = step(state, frozen, shard_batch(small.batch(i), mesh))
                 found.append(float(metrics["loss"]))
+            same = jax.tree.map(lambda x, w: x.sharding.is_equivalent_to(w, x.ndim), state, where)
+            assert all(jax.tree.leaves(same))  # else the next step would be another program
             checkpoints.save(len(found), state, {"runs": []})
             checkpoints.close()
     return np.array(found)
+
+
+def loaded(quantization: str | None) -> np.ndarray:
+    """The largest difference of parameters that are put on eight devices as they are read, by leaf."""
+    mesh = make_mesh(fsdp=2, model=2)
+    with tempfile.TemporaryDirectory() as folder:
+        runs.write_weights(Path(folder), small.CONFIG | {"tie_word_embeddings": False, "vocab_size": 62})
+        module, want = load(folder, quantization=quantization)
+        got = read_params(module, Path(folder), quantization=quantization, lay=partial(shardings, mesh=mesh))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), got, shardings(want, mesh)))
+    assert got["lm_head"]["kernel"].addressable_shards[0].data.shape == (8, 31)
+    return np.array([np.abs(np.float64(a) - np.float64(b)).max() for a, b in zip(*map(jax.tree.leaves, (got, want)))])
 
 
 def pmap_losses(method: str) -> np.ndarray:
@@ -162,19 +189,58 @@ def main(out: str) -> None:
     assert jax.device_count() == 8
     found = {}
     for name, mesh, accum in (("8 devices", make_mesh(), 1), ("4 devices 2x4", make_mesh(4), 2)):
-        total, weight, grads = gradients(mesh, accum)
-        found |= {f"{name}/{i}": x for i, x in enumerate(jax.tree.leaves((total, weight, grads)))}
+        found |= numbers(name, gradients(mesh, accum))
     for name in ANSWERS:
-        found |= {f"{name}/{i}": x for i, x in enumerate(jax.tree.leaves(answers(make_mesh(), name)))}
+        found |= numbers(name, answers(make_mesh(), name))
     found["losses"] = losses(make_mesh())
     for method in METHODS:
         ours = found["losses"][:ORACLE_STEPS] if method == "lora" else losses(make_mesh(), method, ORACLE_STEPS)
         found[f"ours/{method}"] = ours
         found[f"pmap/{method}"] = pmap_losses(method)
+    for quantization in ("none", "nf4"):
+        found[f"loaded/{quantization}"] = loaded(None if quantization == "none" else quantization)
     for method in ("full", "lora"):
         found[f"elastic/{method}"] = elastic_losses(method)
     np.savez(out, **found)
 
 
+def meshes(out: str) -> None:
+    """The same in every mesh shape of eight devices, and other steps in the one that has all axes."""
+    found = {}
+    for shape in SHAPES:
+        mesh = make_mesh(**dict(zip(("data", "fsdp", "model"), shape, strict=True)))
+        for method in ("full", "lora"):
+            found |= numbers(f"{shape}/{method}", gradients(mesh, 1, method))
+    mesh = make_mesh(fsdp=2, model=2)
+    found |= numbers("micro-batches", gradients(mesh, 2))
+    found |= numbers("packed", gradients(mesh, 1, packed=True))
+    for name in ANSWERS:
+        found |= numbers(name, answers(mesh, name))
+    found["members"] = members(mesh)
+    np.savez(out, **found)
+
+
+def numbers(name: str, tree) -> dict[str, jax.Array]:
+    return {f"{name}/{i}": x for i, x in enumerate(jax.tree.leaves(tree))}
+
+
+def members(mesh: Mesh | None, steps: int = 5) -> np.ndarray:
+    """Losses [steps, 2] of two members of a sweep in one step."""
+    states = []
+    for seed, lr in ((1, 1e-3), (2, 3e-3)):
+        part, _ = small.tuned(seed=seed, **LORA)
+        tx = optimizer("adamw", lr=lr, grad_clip=1.0)
+        states.append(init_state(part.trainable, part.member, tx, jax.random.key(seed)))
+    state, frozen, step = stack(states), part.frozen, make_sweep_step(causal_lm(small.decoder()), tx, mesh)
+    if mesh is not None:
+        state, frozen = place(state, mesh), place(frozen, mesh)
+    found = []
+    for i in range(steps):
+        batch = small.batch(i)
+        state, metrics = step(state, frozen, batch if mesh is None else shard_batch(batch, mesh))
+        found.append(np.asarray(metrics["loss"]))
+    return np.array(found)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (main if len(sys.argv) == 2 else meshes)(sys.argv[1])

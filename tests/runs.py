@@ -33,7 +33,11 @@ def write_model(folder, **changes):
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens(["<pad>", "</s>"])
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
-    config = CONFIG | changes
+    return write_weights(folder, CONFIG | changes)
+
+
+def write_weights(folder, config):
+    """config.json and random weights."""
     (folder / "config.json").write_text(json.dumps(config))
     module = models.build(config)
     params = jax.tree.map(np.asarray, jax.jit(module.init_params)(jax.random.key(0)))

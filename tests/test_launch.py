@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from jaxtune.commands import train
 from jaxtune.report.sweep_table import differing_settings, sweep_rows, write_points
 
 REPO = Path(__file__).resolve().parent.parent
@@ -179,7 +181,7 @@ SWEEP = ("launch/sweep_lr.sh", "config.py", "out")
 def test_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    scripts = sorted(map(str, LAUNCH.iterdir()))
+    scripts = sorted(str(path) for path in LAUNCH.iterdir() if path.is_file())
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -455,6 +457,33 @@ def test_a_job_that_is_stopped_goes_back_in_the_queue_and_goes_on(place):
     place.run(*job)
     assert (place.folder / "run" / "summary.json").exists()
     assert place.scontrol().count("requeue 100") == 1
+
+
+def test_a_job_of_several_tasks_starts_one_process_each(place):
+    place.slurm()
+    place.stand_in(
+        "srun", '#!/usr/bin/env bash\n[[ $1 == --kill-on-bad-exit=0 && $2 == --wait=60 ]] && exec "${@:3}"\n'
+    )
+    place.plan(lr="ok 1.0")
+    place.env["SLURM_NTASKS"] = "2"
+    place.run("sbatch", "launch/train.sbatch", "--config=config.py", "--workdir=run")
+    assert [call["argv"] for call in place.calls()] == [["train", "--config=config.py", "--workdir=run"]]
+
+
+def test_the_pods_of_a_job_find_one_another():
+    service, job = yaml.safe_load_all((LAUNCH / "k8s" / "train.yaml").read_text())
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    [container] = pod["containers"]
+    flags = dict(word.partition("=")[::2] for word in container["command"] if word.startswith("--"))
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert flags["--coordinator"].startswith(f"{job['metadata']['name']}-0.{pod['subdomain']}:")
+    assert spec["completionMode"] == "Indexed" and flags["--process-id"] == "$(JOB_COMPLETION_INDEX)"
+    assert int(flags["--num-processes"]) == spec["completions"] == spec["parallelism"]
+    assert {flag.removeprefix("--") for flag in flags} <= {"config", *train.FLAGS}
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
 def test_a_job_that_ends_at_the_signal_keeps_its_status(place):

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import eight_devices
@@ -35,34 +36,50 @@ def fresh(part, tx, key=0):
 # --- devices and micro-batches
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process(tmp_path_factory):
+@contextmanager
+def started(out, *arguments):
     """A process with eight simulated devices; it runs beside the tests that do not need its result."""
-    out = tmp_path_factory.mktemp("eight") / "found.npz"
     env = os.environ | {
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
-    command = [sys.executable, str(TESTS / "eight_devices.py"), str(out)]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
-        yield started, out
-        started.kill()
+    command = [sys.executable, str(TESTS / "eight_devices.py"), str(out), *arguments]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process(tmp_path_factory):
+    out = tmp_path_factory.mktemp("eight") / "found.npz"
+    with started(out) as process:
+        yield process, out
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory):
+    """What eight devices compute in meshes of every shape."""
+    out = tmp_path_factory.mktemp("meshes") / "found.npz"
+    with started(out, "meshes") as process:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+    return np.load(out)
 
 
 @pytest.fixture(scope="module")
 def eight(process):
     """What eight devices compute."""
-    started, out = process
-    said, _ = started.communicate()
-    assert started.returncode == 0, said
+    process, out = process
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
     return np.load(out)
 
 
 @functools.cache
-def one_device(accum):
+def one_device(accum, method="lora", packed=False):
     """[sum, weight, *gradients] of the batch on one device, in `accum` micro-batches, dropout on."""
-    return [np.asarray(x) for x in jax.tree.leaves(eight_devices.gradients(None, accum))]
+    return [np.asarray(x) for x in jax.tree.leaves(eight_devices.gradients(None, accum, method, packed))]
 
 
 @functools.cache
@@ -96,6 +113,25 @@ def test_other_losses_do_not_depend_on_devices(eight, name):
     assert_same([eight[f"{name}/{i}"] for i in range(len(want))], want)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("shape", eight_devices.SHAPES, ids=str)
+def test_gradients_do_not_depend_on_the_mesh(meshes, shape, method):
+    want = one_device(1, method)
+    assert_same([meshes[f"{shape}/{method}/{i}"] for i in range(len(want))], want)
+
+
+@pytest.mark.slow
+def test_other_steps_do_not_depend_on_the_mesh(meshes):
+    """Micro-batches, packed rows, losses over answers and vectors, and the members of a sweep."""
+    wanted = {"micro-batches": one_device(1), "packed": one_device(1, packed=True)}
+    for name in eight_devices.ANSWERS:
+        wanted[name] = [np.asarray(x) for x in jax.tree.leaves(eight_devices.answers(None, name))]
+    for name, want in wanted.items():
+        assert_same([meshes[f"{name}/{i}"] for i in range(len(want))], want)
+    np.testing.assert_allclose(meshes["members"], eight_devices.members(None), rtol=1e-5)
+
+
 def test_fifty_losses_do_not_depend_on_devices(eight):
     np.testing.assert_allclose(eight["losses"], fifty_losses(), rtol=1e-5)
     assert fifty_losses()[0] != fifty_losses()[1]
@@ -113,9 +149,14 @@ def test_losses_are_those_of_pmap_with_optax_that_freezes(eight, method):
     assert len(set(np.round(oracle, 4))) > 4
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_are_read_to_where_they_lie(eight, quantization):
+    assert eight[f"loaded/{quantization}"].max() <= (1e-6 if quantization == "nf4" else 0)  # means, in another order
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_goes_on_from_its_checkpoint_on_other_devices(eight, method):
-    """4 devices, then 1, then 8: the losses of a run that was not interrupted."""
+    """4 devices, then 1, then 8, in other meshes: the losses of a run on one that was not interrupted."""
     whole = fifty_losses()[: eight_devices.ORACLE_STEPS] if method == "lora" else eight[f"pmap/{method}"]
     np.testing.assert_allclose(eight[f"elastic/{method}"], whole, rtol=1e-5)
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.config.recipe import experiment
-from jaxtune.run import fit, training
+from jaxtune.run import devices, fit
 from jaxtune.run.workdir import check_workdir
 from jaxtune.train import log, loop, recipe
 
@@ -489,7 +489,7 @@ def test_an_unknown_setting(refused):
 
 
 def test_a_batch_that_does_not_divide_over_the_devices(refused, monkeypatch):
-    monkeypatch.setattr(training, "make_mesh", lambda: SimpleNamespace(size=8))
+    monkeypatch.setattr(devices, "make_mesh", lambda **sizes: SimpleNamespace(shape={"data": 8}))
     err = refused(train__batch_size=12)
     assert "micro-batch of 12 rows" in err
     assert "8 devices; choose a multiple of 8" in err

@@ -1,6 +1,7 @@
 """`jaxtune plan`: what models and methods cost in memory and time, and whether a device holds them."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from jaxtune.reading import read_json
 if TYPE_CHECKING:
     from jaxtune.train.cost import Card
 
-USAGE = """usage: jaxtune plan MODEL [MODEL ...] [--method=lora,full] [--gpu=NAME] [--memory=GiB] [...]
+USAGE = """usage: jaxtune plan MODEL [MODEL ...] [--method=lora,full] [--gpu=NAME] [--memory=GiB] [--mesh=1x8x1] [...]
 
 Shows what a training step takes before anything is loaded: parameters, bytes by part for each remat policy, operations
 and time, the largest micro-batch and the widest sweep that fit, and what to change where it does not fit.
@@ -25,6 +26,8 @@ FLAGS = {
     "method": Flag("methods to plan, comma-separated; default: the config's"),
     "gpu": Flag("a card to plan for: a name, or `list`"),
     "memory": Flag("GiB of a GPU to plan for", float),
+    "mesh": Flag("devices that share the run, as mesh.data x mesh.fsdp x mesh.model: 1x8x1; default: the config's"),
+    "link": Flag("GB/s between devices, each way; default: 450, as NVLink of an H100", float, 450.0),
     "batch": Flag("rows of a micro-batch; default: the config's", int),
     "length": Flag("tokens a row; default: the config's", int),
     "json": Flag("print JSON", bool, False),
@@ -41,6 +44,8 @@ def main(argv: list[str]) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag}={value}: expected {least} or more")
+    if options.link <= 0:
+        raise UserError(f"--link={options.link:g}: expected GB/s above 0")
     from rich.console import Console
 
     console = Console()
@@ -49,7 +54,7 @@ def main(argv: list[str]) -> None:
     results = []
     for model in options.model:
         for cfg in _configs(model, options):
-            results.append(_plan(cfg, model, name, card))
+            results.append(_plan(cfg, model, name, card, options))
             if not options.json:
                 _show(results[-1], console)
     if options.json:
@@ -96,6 +101,7 @@ def _configs(model: str, options: Any) -> Iterator[Any]:
         folder = str(path.parent) if path.is_file() else model
         overrides, source = {"model": {"path": folder}, "objective": _objective(folder)}, model
     settings = {} if options.length is None else {"data.max_length": str(options.length)}
+    settings |= _mesh(options)
     for method in options.method.split(",") if options.method else [None]:
         chosen = {} if method is None else {"tune.method": method.strip()}
         yield resolve(overrides, settings | chosen | _micro(options), source=source, required=("model.path",))
@@ -123,6 +129,15 @@ def _micro(options: Any) -> dict[str, str]:
     return {"train.batch_size": str(options.batch), "train.grad_accum": "1", "train.micro_batch": "none"}
 
 
+def _mesh(options: Any) -> dict[str, str]:
+    if options.mesh is None:
+        return {}
+    sizes = options.mesh.split("x")
+    if len(sizes) != 3 or not all(n.isdecimal() and int(n) for n in sizes):
+        raise UserError(f"--mesh={options.mesh}: expected the devices along data, fsdp and model, as 1x8x1")
+    return dict(zip(("mesh.data", "mesh.fsdp", "mesh.model"), sizes, strict=True))
+
+
 def _is_hf_config(path: Path) -> bool:
     try:
         return "model_type" in read_json(path)
@@ -130,7 +145,7 @@ def _is_hf_config(path: Path) -> bool:
         return False
 
 
-def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any]:
+def _plan(cfg: Any, model: str, name: str, card: "Card | None", options: Any) -> dict[str, Any]:
     """The plan of one config as JSON."""
     import jax
 
@@ -145,11 +160,13 @@ def _plan(cfg: Any, model: str, name: str, card: "Card | None") -> dict[str, Any
     def opened(cfg):  # the id of padding costs nothing, so no tokenizer is needed
         return experiment(cfg, backend=backend, weights=False, pad_token_id=0)
 
+    devices = math.prod(n for n in (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.model) if n > 0)
     if cfg.train.micro_batch == "auto":
         on = card or cost.card_of(jax.devices()[0].device_kind, free_bytes())
-        values, _ = fit.choose_micro_batch(opened(cfg), backend, on)
+        values, _ = fit.choose_micro_batch(opened(cfg), backend, on, devices)
         cfg = config.replaced(cfg, values)
-    return fit.plan(opened(cfg), model, name, card)
+    found = fit.plan(opened(cfg), model, name, card, devices)
+    return found | {"wire_seconds": sum(found["wire_bytes"].values()) / (options.link * 1e9)}
 
 
 def _show(found: dict[str, Any], console: Any) -> None:
@@ -191,7 +208,21 @@ def _show(found: dict[str, Any], console: Any) -> None:
         f"{found['rows']} rows x {found['length']} tokens, {found['micro_batches']} micro-batch(es)",
         f"{total:.2f} GiB by {found['source']}: {'fits' if found['fits'] else 'does not fit'} {found['device']} "
         f"({found['device_gib']:.1f} GiB)",
+        *_said_of_devices(found),
         "kept: activations for the backward pass; rows: the largest micro-batch; sweep: most runs in one step",
         *(f"  what to change: {remedy}" for remedy in found["remedies"]),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _said_of_devices(found: dict[str, Any]) -> list[str]:
+    """What lies where, and what a device sends in a step."""
+    if found["placement"] is None:
+        return []
+    sent = found["wire_bytes"]
+    parts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sent.items() if size)
+    return [
+        found["placement"],
+        f"A device sends {sum(sent.values()) / 1e6:,.1f} MB a step ({parts}), {found['wire_seconds'] * 1e3:.2f} ms of "
+        "link time; bytes and rows above are those of one device.",
+    ]

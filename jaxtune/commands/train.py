@@ -1,10 +1,13 @@
 """`jaxtune train`: train a model as a config says; run again to resume."""
 
+import contextlib
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtune.cli import Flag, parse
-from jaxtune.errors import UserError, printable
+from jaxtune.errors import Interrupted, RunFailed, UserError, printable
 
 USAGE = """usage: jaxtune train --config=FILE.py [--config.section.key=value ...] --workdir=DIR [--dry-run]
 
@@ -15,6 +18,11 @@ FLAGS = {
     "dry-run": Flag(
         "check everything, show two rows with the trained tokens marked, and stop before compiling", bool, False
     ),
+    "coordinator": Flag("several processes: host:port of process 0; Slurm and Open MPI need no flag"),
+    "process-id": Flag("several processes: this one's number, from 0", int),
+    "num-processes": Flag("several processes: how many there are", int),
+    "wait": Flag("several processes: seconds for all of them to come", int, 300),
+    "stuck-after": Flag("several processes: seconds without a step before the job ends with status 1", float, 900.0),
 }
 
 
@@ -26,17 +34,56 @@ def main(argv: list[str]) -> None:
     from jaxtune.run.workdir import held
 
     workdir = None if options.workdir is None else Path(options.workdir).expanduser()
-    with held(None if options.dry_run else workdir):
-        _train(cfg, options, workdir, argv, clock)
+    from jaxtune.train.processes import own_folder
+
+    with (
+        _processes(options) as first,
+        held(workdir if first and not options.dry_run else None),
+        own_folder(workdir) as folder,
+    ):
+        _train(cfg, options, folder, argv, clock)
+
+
+@contextlib.contextmanager
+def _processes(options) -> Iterator[bool]:
+    """Meet the other processes, if there are any; yield whether this one writes.
+
+    A process that fails ends at once, and with it the job: a proper end would wait for the others.
+    """
+    if min(options.wait, options.stuck_after) <= 0:
+        raise UserError(f"--wait={options.wait} --stuck-after={options.stuck_after:g}: expected seconds above 0")
+    from jaxtune.train import processes
+    from jaxtune.train.runtime import prepare_jax
+
+    if not processes.start(options.coordinator, options.process_id, options.num_processes, options.wait):
+        yield True
+        return
+    prepare_jax()
+    processes.watch(options.stuck_after)
+    try:
+        yield processes.is_first()
+    except Interrupted:
+        processes.wait("stopped")
+        raise
+    except (UserError, RunFailed) as error:
+        processes.end(printable(str(error)), 2 if isinstance(error, UserError) else 1)
+    except Exception as error:
+        traceback.print_exc()
+        processes.end(f"{type(error).__name__}, as above")
+    processes.wait("end")
 
 
 def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") -> None:
+    import jax
+
     from jaxtune import config
     from jaxtune.config.recipe import experiment
     from jaxtune.run import fit, running, sampling
     from jaxtune.run.experiment import data_lines, open_data
+    from jaxtune.run.results import versions
     from jaxtune.run.training import build
     from jaxtune.run.workdir import as_begun, check_room, check_workdir, dated, explained_disk
+    from jaxtune.train import processes
     from jaxtune.train.runtime import prepare_jax
 
     cfg = as_begun(cfg, workdir)
@@ -46,6 +93,8 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     clock("imports")
     run = experiment(cfg)
     rows = open_data(run)
+    facts = {"their settings": run.text, "their data": rows.report.fingerprint, "versions": versions()}
+    processes.agree(facts | {"their mesh of devices": [d.platform for d in jax.devices()]})
     if workdir is not None:
         check_workdir(workdir, cfg, rows.report.fingerprint, run.base.files)
     clock("data")

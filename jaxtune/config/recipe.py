@@ -97,6 +97,7 @@ def experiment(cfg: Any, *, backend: str | None = None, weights: bool = True, **
         prefix=prefix,
         data=section(cfg, "data"),
         train=section(cfg, "train"),
+        mesh=section(cfg, "mesh"),
         log=section(cfg, "log"),
         evaluate=section(cfg, "evaluate"),
         text=to_json(cfg),

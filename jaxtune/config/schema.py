@@ -32,6 +32,7 @@ INSIDE_1 = Range("above 0 and below 1", lambda v: 0 < v < 1)
 TOP_K = Range("0 or more, at most 4,096", lambda v: 0 <= v <= 4096)
 UP_TO_1 = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE_OR_STEPS = Range("a share below 1 or a whole number of steps", lambda v: v >= 0 and (v < 1 or v % 1 == 0))
+DEVICES = Range("1 or more, or -1", lambda v: v >= 1 or v == -1)
 SEED = Range("0 or more and below 2**32", lambda v: 0 <= v < 2**32)
 ALL_POSITIVE = Range("above 0, each of them", lambda v: min(v) > 0)
 
@@ -68,6 +69,7 @@ SECTIONS = {
     "objective": "the loss",
     "optim": "the optimizer and its schedule",
     "train": "the run",
+    "mesh": "the devices, as data x fsdp x model",
     "log": "what is written during training",
     "evaluate": "texts to generate at evaluations, and scores of answers",
 }
@@ -283,6 +285,14 @@ SETTINGS = (
     Setting("train.cache_gib", float, 20.0, "GiB on disk that cached features of all runs may take", range=POSITIVE),
     Setting("train.seed", int, 0, "seed of the order of rows, dropout and initial values", range=SEED),
     #
+    Setting("mesh.data", int, -1, "devices that split rows alone; -1: what the others leave", range=DEVICES),
+    Setting("mesh.fsdp", int, 1, "devices that split rows, and matrices among them", range=DEVICES),
+    Setting("mesh.model", int, 1, "devices that split heads, feed-forward width and vocabulary", range=DEVICES),
+    Setting(
+        *("mesh.frozen", str, "auto", "frozen matrices; auto: whole on each device if they fit, else split by fsdp"),
+        choices=("auto", "whole", "split"),
+    ),
+    #
     Setting("log.every", int, 10, "steps between logged lines", range=AT_LEAST_1),
     Setting("log.tensorboard", bool, True, "write event files"),
     Setting("log.wandb", bool, False, "also log to Weights & Biases"),
@@ -381,7 +391,7 @@ RESUMABLE = frozenset(
     [
         *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches", "train.early_stop"),
         *("train.save_every", "train.keep", "train.cache_features", "train.cache_gib"),
-        *("data.cache", "log", "evaluate"),
+        *("data.cache", "mesh", "log", "evaluate"),
     ]
 )
 
@@ -458,6 +468,7 @@ IDLE = (
         lambda v: v["objective.problem_type"] == "regression",
         "objective.problem_type is regression",
     ),
+    Idle(("mesh.frozen",), lambda v: v["mesh.fsdp"] == 1, "mesh.fsdp is 1"),
     Idle(
         ("evaluate.rows",),
         lambda v: not (v["evaluate.metrics"] or v["evaluate.known"]),

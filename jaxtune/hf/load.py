@@ -25,6 +25,7 @@ from jaxtune.tree import flatten
 from jaxtune.weights.packed import packs
 
 Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
+Lay = Callable[[Any], Any]  # a tree of arrays -> where each of them lies
 
 
 # Files to download from a repository, without second copies of the weights in other layouts than transformers'.
@@ -137,8 +138,15 @@ def open_module(config: dict, folder: Path, **settings: Any) -> Any:
     return module if heads & tensors.index_dir(folder).keys() else without_head(module)
 
 
-def read_params(module: Any, folder: Path, dtype: Any = None, key: Any = None, quantization: str | None = None) -> Any:
-    """Read the parameters of `module` from a directory; `key` draws a label head that is new.
+def read_params(
+    module: Any,
+    folder: Path,
+    dtype: Any = None,
+    key: Any = None,
+    quantization: str | None = None,
+    lay: Lay | None = None,
+) -> Any:
+    """Read the parameters of `module` from a directory; `key` draws a label head that is new. `lay`: as `read_tree`.
 
     Raises:
         UserError: as `load`.
@@ -147,7 +155,7 @@ def read_params(module: Any, folder: Path, dtype: Any = None, key: Any = None, q
     wanted = module.abstract_params()
     fresh = module.drawn(entries, table, key)
     places = plan(table, module, wanted, entries, folder, fresh.keys())
-    return read_tree(wanted, places, dtype, fresh, packs(wanted, quantization) if quantization else None)
+    return read_tree(wanted, places, dtype, fresh, packs(wanted, quantization) if quantization else None, lay)
 
 
 def plan(
@@ -198,6 +206,7 @@ def read_tree(
     dtype: Any = None,
     fresh: Mapping[str, jax.Array] | None = None,
     pack: Mapping[str, Pack] | None = None,
+    lay: Lay | None = None,
 ) -> Any:
     """Read planned tensors into a tree of `wanted`'s structure.
 
@@ -207,6 +216,7 @@ def read_tree(
         dtype: of the parameters; default: as stored.
         fresh: {path: array} of leaves that are not read.
         pack: {path: what becomes of each layer's plain array [K, N]}, such as a quantised leaf.
+        lay: (tree) -> the `NamedSharding` of each array, where it is put as it is read; None: the first device.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(wanted).items()}
     leaves: dict[str, Any] = dict(fresh or {})
@@ -217,10 +227,10 @@ def read_tree(
         path: np.dtype(dtype or functools.reduce(np.promote_types, (entry.dtype for _, entry in pairs)))
         for path, pairs in sources.items()
     }
-    on_host = [p for p in sources if p not in (pack or {})] if jax.default_backend() == "cpu" else []
+    on_host = [p for p in sources if p not in (pack or {})] if jax.default_backend() == "cpu" and not lay else []
     with _progress(sum(entry.nbytes for _, entry in places)) as done:
         leaves |= _in_place({path: sources.pop(path) for path in on_host}, shapes, dtypes, done)
-        leaves |= _on_device(sources, shapes, dtypes, pack or {}, done)
+        leaves |= _on_device(sources, shapes, dtypes, pack or {}, done, lay)
     return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[path] for path in shapes])
 
 
@@ -256,29 +266,53 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _on_device(
-    sources: Sources, shapes, dtypes, pack: Mapping[str, Pack], done: Callable[[int], None]
+    sources: Sources,
+    shapes,
+    dtypes,
+    pack: Mapping[str, Pack],
+    done: Callable[[int], None],
+    lay: Lay | None = None,
 ) -> dict[str, Any]:
-    """Read layers ahead; transpose, cast and pack them on the device, and put them into their stack in place.
+    """Read layers ahead; transpose, cast and pack them on the devices, and put them into their stack in place.
 
-    Host memory holds about one layer of tensors at a time, the device the tree and one tensor.
+    Host memory holds about one layer of tensors at a time, a device its part of the tree and of one tensor.
     """
     leaves: dict[str, Any] = {}
+    where: dict[str, tuple[Any, ...] | None] = dict.fromkeys(sources)
     order = [pair for pairs in sources.values() for pair in pairs]
     ahead = tensors.read_ahead([entry for _, entry in order], limit=_layer_bytes(order))
     for (tensor, entry), raw in zip(order, ahead, strict=True):
         path = tensor.path
         fields = {"transpose": tensor.transpose, "dtype": dtypes[path], "pack": pack.get(path)}
-        if tensor.index is None:
-            leaves[path] = _lay(raw, **fields)
-        else:
-            at = tuple(np.atleast_1d(tensor.index).tolist())
-            if path not in leaves:
-                lead = shapes[path][: len(at)]
-                one = jax.eval_shape(functools.partial(_lay, **fields), raw)
-                leaves[path] = jax.tree.map(lambda x, lead=lead: jnp.zeros((*lead, *x.shape), x.dtype), one)
-            leaves[path] = _put(leaves[path], raw, at, **fields)
+        at = () if tensor.index is None else tuple(np.atleast_1d(tensor.index).tolist())
+        if path not in leaves:
+            lead = shapes[path][: len(at)]
+            one = jax.eval_shape(functools.partial(_laid, **fields), raw)
+            whole = jax.tree.map(lambda x, lead=lead: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), one)
+            where[path] = lay and tuple(jax.tree.leaves(lay({path: whole})))
+            leaves[path] = _zeros(whole, where[path]) if at else None
+        if lay:
+            [plain] = jax.tree.leaves(lay({path: jax.ShapeDtypeStruct(shapes[path], dtypes[path])}))
+            raw = jax.device_put(raw, _of_layer(plain, len(at), raw.ndim, tensor.transpose))
+        leaves[path] = (
+            _put(leaves[path], raw, at, **fields, where=where[path]) if at else _lay(raw, **fields, where=where[path])
+        )
         done(entry.nbytes)
     return leaves
+
+
+def _zeros(whole: Any, where: tuple[Any, ...] | None) -> Any:
+    leaves, structure = jax.tree.flatten(whole)
+    places = where or [None] * len(leaves)
+    return jax.tree.unflatten(
+        structure, [jnp.zeros(x.shape, x.dtype, device=at) for x, at in zip(leaves, places, strict=True)]
+    )
+
+
+def _of_layer(sharding: Any, lead: int, ndim: int, transpose: bool) -> Any:
+    """Where a file's tensor goes, which is a layer of a stack that lies as `sharding`."""
+    axes = (*sharding.spec, *[None] * (lead + ndim))[lead : lead + ndim]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(axes[::-1] if transpose else axes)))
 
 
 def _layer_bytes(order: list[tuple[Tensor, tensors.Entry]]) -> int:
@@ -311,16 +345,37 @@ def _laid(raw: jax.Array, transpose: bool, dtype: np.dtype, pack: Pack | None) -
     return plain if pack is None else pack(plain)
 
 
-_STATIC = ("transpose", "dtype", "pack")
-_lay = jax.jit(_laid, static_argnames=_STATIC)
+_STATIC = ("transpose", "dtype", "pack", "where")
+
+
+def _stay(leaf: Any, where: tuple[Any, ...] | None) -> Any:
+    if where is None:
+        return leaf
+    arrays, structure = jax.tree.flatten(leaf)
+    return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, arrays, where))
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _lay(
+    raw: jax.Array, transpose: bool, dtype: np.dtype, pack: Pack | None, where: tuple[Any, ...] | None = None
+) -> Any:
+    return _stay(_laid(raw, transpose, dtype, pack), where)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=0)
-def _put(stack: Any, raw: jax.Array, at: tuple[int, ...], transpose: bool, dtype: np.dtype, pack: Pack | None) -> Any:
-    """Write one layer (of one expert) into its place in a stacked leaf."""
+def _put(
+    stack: Any,
+    raw: jax.Array,
+    at: tuple[int, ...],
+    transpose: bool,
+    dtype: np.dtype,
+    pack: Pack | None,
+    where: tuple[Any, ...] | None = None,
+) -> Any:
+    """Write one layer (of one expert) into its place in a stacked leaf, which lies as `where` says of its arrays."""
     one = _laid(raw, transpose, dtype, pack)
 
     def put(s, x):
         return jax.lax.dynamic_update_slice(s, x.reshape((1,) * len(at) + x.shape), (*at, *(0,) * x.ndim))
 
-    return jax.tree.map(put, stack, one)
+    return _stay(jax.tree.map(put, stack, one), where)

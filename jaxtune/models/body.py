@@ -15,7 +15,7 @@ from jaxtune.models.attention import Segments, choose, segments_of
 from jaxtune.models.layers import Context, leaf
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Segment
-from jaxtune.weights.leaf import Array, fold
+from jaxtune.weights.leaf import Array, fold, is_sharded
 
 DEPTHS = "depths"  # the collection of what each block returns; `depths` reads it
 
@@ -141,6 +141,9 @@ class Body(nn.Module):
         ctx = ctx._replace(ropes=tables, segments=self._laid(ctx.segments))
         pattern = Pattern
         policy = keeping(self.remat)
+        if policy is None and any(map(is_sharded, jax.tree.leaves(self.variables, is_leaf=is_sharded))):
+            # All of it would be kept: what each layer has gathered as well.
+            policy = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
         if policy is not None and cache is None:
             pattern = nn.remat(Pattern, policy=policy, prevent_cse=False)
         first, caches = sum(segment.layers for segment in spec.segments[: self.start]), []

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.attention import Segments, attend_cache, attend_tokens
 from jaxtune.models.spec import BlockSpec, NormKind
-from jaxtune.weights.leaf import Array, Keys, dot, fold
+from jaxtune.weights.leaf import Array, Keys, dot, fold, gathered
 
 
 def gelu(x: Array) -> Array:
@@ -63,7 +63,7 @@ def leaf(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:
     """Read a parameter of any leaf type; during initialisation create it as a float32 array."""
     if module.is_initializing():
         return module.param(name, init, shape, jnp.float32)
-    return module.get_variable("params", name)
+    return gathered(module.get_variable("params", name))
 
 
 class Linear(nn.Module):

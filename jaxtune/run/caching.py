@@ -4,14 +4,15 @@ from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.run.experiment import Data, Experiment
+from jaxtune.train import processes
 from jaxtune.train.features import GIB, Extractor, OncePerRow, Store, by_length_of_batch, find_cut
-from jaxtune.train.parallel import make_mesh
+from jaxtune.train.parallel import DATA
 
 PAYS = 1.5  # passes over the data from which caching saves time, as computing features takes one
 
 
 def plan(
-    experiment: Experiment, rows: Data, mask: Any, frozen: Any, passes: float
+    experiment: Experiment, rows: Data, mask: Any, frozen: Any, passes: float, mesh: Any
 ) -> tuple[Extractor | None, str | None]:
     """Decide whether a run caches features: (what computes them or None, a line for the user or None).
 
@@ -21,6 +22,7 @@ def plan(
         mask: which parameters are trained.
         frozen: the parameters that are not.
         passes: how often the run sees a token, on average.
+        mesh: whose devices share the rows.
 
     Raises:
         UserError: train.cache_features=on, but they cannot be cached.
@@ -31,12 +33,16 @@ def plan(
     cut = find_cut(module, mask) if experiment.task.features else None
     if not experiment.task.features:
         why = "batches of this task hold tokens only"
+    elif processes.several():
+        why = "several processes share the run"
+    elif set(mesh.shape) != {DATA}:
+        why = "the mesh splits weights, and the forward pass that fills the cache reads whole ones"
     elif cut is None:
         why = f"tune.method={experiment.method} trains something in or below the first block, so nothing lies below"
     elif experiment.data.packing and by_length_of_batch(module, cut):
         why = "the rotary embedding depends on what is packed together; set data.packing=false"
     else:
-        extractor = Extractor(module, cut, frozen, Store(int(experiment.train.cache_gib * GIB)), make_mesh())
+        extractor = Extractor(module, cut, frozen, Store(int(experiment.train.cache_gib * GIB)), mesh)
         sizes = extractor.sizes(rows.sets)
         why = extractor.store.why_not(sizes)
         if why is None:

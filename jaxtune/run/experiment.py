@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxtune.hf.stops import added_line
 from jaxtune.methods.vocabulary import resize, with_rows
 from jaxtune.run import general, watched
 from jaxtune.train import watch
+from jaxtune.train.parallel import DATA, shardings
 from jaxtune.train.recipe import Recipe
 
 
@@ -47,16 +48,24 @@ class Base:
         """Hashes of its files."""
         return BaseFiles(self.folder, hf.resolve(self.tokenizer), weights=self.init == "pretrained")
 
-    def load(self, recipe: Recipe) -> Any:
-        """Read the recipe's base parameters, or initialise them at random; table rows beyond the file's are new."""
+    def load(self, recipe: Recipe, mesh: Any = None) -> Any:
+        """Read the recipe's base parameters, or initialise them at random; table rows beyond the file's are new.
+
+        Args:
+            recipe: the run's.
+            mesh: of devices; each is given the parts of weights that it holds, as they are read. None, or one that
+                splits rows alone: all lie on the first.
+        """
         key = jax.random.key(recipe.seed)
+        lay = None if mesh is None or set(mesh.shape) == {DATA} else partial(shardings, mesh=mesh)
         if self.init == "random":
-            return recipe.quantized(jax.jit(recipe.module.init_params)(key))
+            where = lay and lay(recipe.module.abstract_params())
+            return recipe.quantized(jax.jit(recipe.module.init_params, out_shardings=where)(key))
         self.files.begin()
         kind = None if recipe.quantization == "none" else recipe.quantization
         new = getattr(recipe.module.spec, "new_tokens", 0)
         module = with_rows(recipe.module, recipe.module.spec.vocab - new) if new else recipe.module
-        params = hf.read_params(module, self.folder, key=key, quantization=kind)
+        params = hf.read_params(module, self.folder, key=key, quantization=kind, lay=lay)
         return resize(module, params, recipe.module.spec.vocab)[1] if new else params
 
 
@@ -72,7 +81,7 @@ class Experiment:
         optimizer, lr: the optimizer's name, and the peak learning rate.
         default_lr: method -> its default rate.
         prefix: virtual tokens before each row, within `recipe.batch.length`.
-        data, train, log, evaluate: the sections of the config, by attribute.
+        data, train, mesh, log, evaluate: the sections of the config, by attribute.
         text: the whole config as JSON.
     """
 
@@ -87,6 +96,7 @@ class Experiment:
     prefix: Sequence[int]
     data: Any
     train: Any
+    mesh: Any
     log: Any
     evaluate: Any
     text: str

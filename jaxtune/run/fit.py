@@ -11,14 +11,16 @@ import jax.numpy as jnp
 
 from jaxtune.errors import RunFailed, UserError
 from jaxtune.methods.table import tune
+from jaxtune.run import devices
 from jaxtune.run.experiment import Data, Experiment
 from jaxtune.train import cost
 from jaxtune.train.cost import GIB, Card, Cost, fits
+from jaxtune.train.parallel import check_rows, row_parts
 from jaxtune.train.recipe import Recipe, compiled_bytes
 from jaxtune.train.runtime import free_bytes, out_of_memory
 
 
-def plan(experiment: Experiment, model: str, device: str, card: Card | None) -> dict[str, Any]:
+def plan(experiment: Experiment, model: str, device: str, card: Card | None, count: int = 1) -> dict[str, Any]:
     """Return what a step costs and whether it fits, as JSON.
 
     Args:
@@ -26,15 +28,19 @@ def plan(experiment: Experiment, model: str, device: str, card: Card | None) -> 
         model: its name in the plan.
         device: its name in the plan.
         card: of the device; None: this machine's, for which the step is compiled.
+        count: how many devices the mesh has. The bytes are those of one, and so are the rows.
 
     Raises:
-        UserError: nothing is left to train.
+        UserError: nothing is left to train, or the mesh does not divide the devices, the rows or the model.
     """
     recipe, backend = experiment.recipe, "gpu" if card else jax.default_backend()
     memory = card.memory if card else free_bytes()
     counts = recipe.abstract.counts
-    rows, policies = recipe.batch.rows, cost.by_policy(recipe, backend)
-    if card is None:
+    sizes, placed = devices.placement(experiment, count, lambda: memory, backend)
+    check_rows(recipe.batch.rows, sizes)
+    rows, policies = recipe.batch.rows // row_parts(sizes), cost.by_policy(recipe, backend)
+    policies = {name: cost.on_mesh(found, recipe.abstract, sizes) for name, found in policies.items()}
+    if card is None and count == 1:
         total, source = compiled_bytes([recipe], alone=True), "XLA's plan of the compiled step"
     else:
         total = policies[recipe.module.remat].bytes(rows).total
@@ -56,6 +62,9 @@ def plan(experiment: Experiment, model: str, device: str, card: Card | None) -> 
         "source": source,
         "fits": fits(total, memory),
         "policies": {policy: _costs(c, rows, memory, card) for policy, c in policies.items()},
+        "mesh": sizes,
+        "placement": placed,
+        "wire_bytes": cost.wire(recipe, recipe.abstract, sizes, rows)._asdict(),
         "remedies": [] if fits(total, memory) else list(remedies(experiment, policies, memory))[:3],
     }
 
@@ -74,40 +83,41 @@ def _costs(of: Cost, rows: int, memory: int, card: Card | None) -> dict[str, Any
     }
 
 
-def choose_micro_batch(
-    experiment: Experiment, backend: str, card: Card, devices: int = 1
-) -> tuple[dict[str, Any], str]:
+def choose_micro_batch(experiment: Experiment, backend: str, card: Card, count: int = 1) -> tuple[dict[str, Any], str]:
     """Return the micro-batch and remat policy that are fastest on a card, {setting: value}, and why in words.
 
     Raises:
         UserError: no part of a batch fits.
     """
     recipe, batch = experiment.recipe, experiment.train.batch_size
-    if batch % devices:
-        raise UserError(f"train.batch_size={batch} does not divide over {devices} devices; choose a multiple of them.")
+    sizes, _ = devices.placement(experiment, count, lambda: card.memory, backend)
+    parts = row_parts(sizes)
+    if batch % parts:
+        raise UserError(f"train.batch_size={batch} does not divide over {parts} devices; choose a multiple of them.")
     policies = cost.by_policy(recipe, backend)
+    policies = {name: cost.on_mesh(found, recipe.abstract, sizes) for name, found in policies.items()}
     asked = recipe.module.remat
     open_ = policies if asked == "none" else {asked: policies[asked]}
     first = next(iter(open_))
-    choice = cost.choose_micro_batch(open_, batch // devices, card.memory, card)
+    choice = cost.choose_micro_batch(open_, batch // parts, card.memory, card)
     gib = card.memory / GIB
     if choice is None:
-        least = policies["full"].split(batch // devices).bytes(1).total / GIB
+        least = policies["full"].split(batch // parts).bytes(1).total / GIB
         ways = "\n  ".join(list(remedies(experiment, policies, card.memory))[:3])
         raise UserError(
             f"train.micro_batch=auto: not even one row of {recipe.batch.length} tokens at a time fits the device: with "
             f"model.remat=full it takes {least:.2f} of {gib:.2f} GiB (by formula, see `jaxtune plan`). The cheapest "
             f"remedies:\n  {ways}"
         )
-    rows, parts = choice.rows * devices, batch // devices // choice.rows
-    total = policies[choice.policy].split(parts).bytes(choice.rows).total / GIB
+    rows, micros = choice.rows * parts, batch // parts // choice.rows
+    total = policies[choice.policy].split(micros).bytes(choice.rows).total / GIB
     note = f"train.micro_batch={rows} of {batch} rows and model.remat={choice.policy}: {total:.2f} of {gib:.2f} GiB"
     if (rows, choice.policy) == (batch, first):
         note += ", by formula; nothing has to be saved"
     else:
         most = open_[first].largest(card.memory)
         note += f", by formula, and the fastest that fits; {first} would hold {most} rows a device"
-    return {"train.micro_batch": rows, "train.grad_accum": parts, "model.remat": choice.policy}, note
+    return {"train.micro_batch": rows, "train.grad_accum": micros, "model.remat": choice.policy}, note
 
 
 def resolve_micro_batch(experiment: Experiment, rows: Data) -> tuple[dict[str, Any], str]:
@@ -116,7 +126,7 @@ def resolve_micro_batch(experiment: Experiment, rows: Data) -> tuple[dict[str, A
     length = rows.length if experiment.data.packing else min(rows.length, -(-longest // 64) * 64)
     recipe = replace(experiment.recipe, batch=experiment.recipe.batch._replace(length=length))
     card = cost.card_of(jax.devices()[0].device_kind, free_bytes())
-    return choose_micro_batch(replace(experiment, recipe=recipe), jax.default_backend(), card, len(jax.devices()))
+    return choose_micro_batch(replace(experiment, recipe=recipe), jax.default_backend(), card, jax.device_count())
 
 
 def remedies(experiment: Experiment, policies: dict[str, Cost], memory: int) -> Iterator[str]:
@@ -153,6 +163,11 @@ def remedies(experiment: Experiment, policies: dict[str, Cost], memory: int) -> 
     short = max(16, recipe.batch.length // 2)
     if n := most(replace(leanest, batch=leanest.batch._replace(length=short))):
         yield f"--config.data.max_length={short} --config.model.remat=full (up to {n} rows at a time)"
+    alone = cost.measure(leanest, backend)
+    for n in (2, 4, 8, 16, 32, 64):
+        if fits(cost.on_mesh(alone, recipe.abstract, {"data": 1, "fsdp": n}).bytes(1).total, memory):
+            yield f"{n} devices: --config.mesh.fsdp={n} --config.model.remat=full (one row at a time on each)"
+            break
     need = now.bytes(rows).total
     cards = sorted((c.memory, name) for name, c in cost.CARDS.items() if fits(need, c.memory))
     if cards:

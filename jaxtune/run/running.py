@@ -19,10 +19,10 @@ from jaxtune.run.drawing import redraw
 from jaxtune.run.experiment import Experiment
 from jaxtune.run.training import Job, Member, with_kept, with_reference
 from jaxtune.run.workdir import versions_of
-from jaxtune.train import loop
+from jaxtune.train import loop, processes
 from jaxtune.train.checkpoint import Checkpoints, Damaged
 from jaxtune.train.log import Metrics, Progress, read_metrics
-from jaxtune.train.parallel import replicate, shard_batch
+from jaxtune.train.parallel import shard_batch
 from jaxtune.train.stacked import stack, take
 from jaxtune.train.step import TrainState
 from jaxtune.train.watch import Watch
@@ -86,7 +86,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
     records = [None] * len(names)
     if phase.begins:
         states, records = zip(*phase.begins, strict=True)
-        state = replicate(stack(states), job.mesh)
+        state = place(stack(states), job.mesh)
         first = int(states[0].step)
     experiment = job.experiment
     abstract = _abstract(state)
@@ -161,7 +161,7 @@ def alone(job: Job, workdir: Path, argv: list[str], clock: Any) -> None:
     Raises:
         UserError, RunFailed, Interrupted: as `run`.
     """
-    place, checkpoints = RunFolder("run", workdir, argv), workdir / "checkpoints"
+    place, checkpoints = RunFolder("run", workdir, argv), processes.shared(workdir) / "checkpoints"
     [scored] = answer_scores(job)
     ended = run(job, [place], Phase(checkpoints), clock, [scored])
     [done], state = ended.runs, ended.state
@@ -236,7 +236,7 @@ def saved_state(job: Job, i: int, name: str, step: int | None, folders: Sequence
                 index = [run["name"] for run in counters["runs"]].index(name)
                 return job.alone(state, index, job.members[i])
         finally:
-            checkpoints.manager.close()
+            checkpoints.leave()
     which = "checkpoint" if step is None else f"checkpoint of step {step}"
     raise Damaged(f"There is no {which} of {name} in {', '.join(map(str, folders))}.")
 
@@ -255,6 +255,9 @@ def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState,
             metrics.close()
     jax.block_until_ready(params)
     clock("evaluate")
+    processes.beat("the end of training")
+    if not processes.is_first():
+        return
     results.finish(member, place, job, params, run, clock, scored)
 
 

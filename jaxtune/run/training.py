@@ -15,9 +15,11 @@ from jaxtune.errors import UserError, nearest
 from jaxtune.models.attention import trial
 from jaxtune.objectives.task import OBJECTIVE
 from jaxtune.run import caching, reference
+from jaxtune.run.devices import open_mesh
 from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one_order
+from jaxtune.train import processes
 from jaxtune.train.features import Extractor, Features, OncePerRow, above
-from jaxtune.train.parallel import check_rows, make_mesh, replicate, shard_batch
+from jaxtune.train.parallel import place, shard_batch
 from jaxtune.train.recipe import start_group
 from jaxtune.train.reference import Reference
 from jaxtune.train.stacked import shard_members, unstack
@@ -92,7 +94,7 @@ class Job:
     def params(self, state: TrainState) -> Any:
         """The parameters of a single run, without what only the loss reads."""
         params = tree.combine(state.trainable, state.member, tree.without_other(self.frozen))
-        return {name: leaf for name, leaf in params.items() if name != OBJECTIVE}
+        return processes.local({name: leaf for name, leaf in params.items() if name != OBJECTIVE})
 
 
 def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = False) -> Job:
@@ -103,17 +105,18 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         rows: their data.
         stacked: put the members into one state with a leading axis.
     """
-    first, mesh = experiments[0], make_mesh()
+    first = experiments[0]
+    mesh, placed = open_mesh(first)
     reference.check(first)
+    _check_processes(first)
     otherwise = trial(first.module)
-    check_rows(first.recipe.batch.rows, mesh)
     grain = STACKED_GRAIN if stacked else GRAIN
     streams = {e.train.seed: make_batches(e, rows, grain=grain) for e in experiments}
     shared = not stacked or one_order(experiments)
     batches, held_out, steps = streams[first.train.seed]
     experiments = [e.in_steps(steps) for e in experiments]
     first = experiments[0]
-    base = first.base.load(first.recipe)
+    base = first.base.load(first.recipe, mesh)
     if stacked:
         state, starts = start_group([e.recipe for e in experiments], base)
     else:
@@ -123,10 +126,10 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         Member(e, start.mask, start.counts, jax.eval_shape(lambda x: x, start.state), streams[e.train.seed][0])
         for e, start in zip(experiments, starts, strict=True)
     ]
-    frozen = replicate(starts[0].frozen, mesh)
+    frozen = place(starts[0].frozen, mesh)
     compared = reference.plan(first, base, starts[0], rows.sets, mesh)
     passes = caching.passes(first, rows, batches, held_out, steps)
-    features, note = caching.plan(first, rows, members[0].mask, frozen, passes)
+    features, note = caching.plan(first, rows, members[0].mask, frozen, passes, mesh)
     once, told = caching.plan_once(first, rows, base, mesh)
     step_fn, eval_step = _programs(experiments, mesh, stacked)
     if held_out is not None:
@@ -142,8 +145,8 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         rows=rows,
         members=members,
         stacked=stacked,
-        state=replicate(state, mesh),
-        frozen=replicate(first.recipe.given(frozen), mesh),
+        state=place(state, mesh),
+        frozen=place(first.recipe.given(frozen), mesh),
         mesh=mesh,
         steps=steps,
         batch_at=batch_at([m.batches for m in members], shared),
@@ -153,9 +156,23 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
         eval_step=eval_step,
         features=features,
         once=once,
-        note="\n".join(filter(None, (otherwise, note, told))) or None,
+        note="\n".join(filter(None, (placed, otherwise, note, told))) or None,
         reference=compared,
     )
+
+
+def _check_processes(experiment: Experiment) -> None:
+    """Raise UserError where several processes share a run whose method or task computes something of its own before."""
+    if not processes.several():
+        return
+    for found, what in (
+        (experiment.train.cache_features == "on", "train.cache_features=on"),
+        (experiment.task.once is not None, "objective.top_k"),
+        (experiment.task.reference == "precomputed", "objective.reference=precomputed"),
+        (experiment.task.draws is not None, "objective.lmbda"),
+    ):
+        if found:
+            raise UserError(f"{what}: a run of several processes cannot do this; start one process.")
 
 
 def _check_best(experiment: Experiment) -> None:

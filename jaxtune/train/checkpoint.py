@@ -25,6 +25,7 @@ import tensorstore as ts
 import xxhash
 
 from jaxtune.errors import RunFailed, UserError
+from jaxtune.train import processes
 from jaxtune.train.step import TrainState
 from jaxtune.tree import flatten
 
@@ -79,20 +80,27 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, since: int = 0):
         self.folder, self.keep, self.say, self.since = folder.absolute(), keep, say, since
-        for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # by a process that was killed; orbax would warn
-            shutil.rmtree(left)
-        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._counters: dict[str, Any] = {}  # of the newest checkpoint
         self._warned = False  # whether the warning on checkpoints without checksums was printed
+        self.manager = None  # in processes that do not write
+        if not processes.is_first():
+            return
+        for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # by a process that was killed; orbax would warn
+            shutil.rmtree(left)
+        options = {"create": True, "enable_async_checkpointing": True}
+        if processes.several():
+            only = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+            options = {"create": False, "enable_async_checkpointing": False, "multiprocessing_options": only}
+            self.folder.mkdir(parents=True, exist_ok=True)  # which orbax does for all processes or none
+        self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(**options))
 
     def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
         """Start writing; returns once the arrays are copied from the device."""
         self.wait()
-        if step in self.manager.all_steps():
+        flat = processes.local(_flat(state))
+        if self.manager is None or step in self.manager.all_steps():
             return
         self._counters = copy.deepcopy(counters)
-        flat = _flat(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(flat),
             counters=ocp.args.JsonSave(self._counters),
@@ -102,6 +110,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until nothing is being written; then delete checkpoints that are neither new nor best."""
+        if self.manager is None:
+            return
         self.manager.wait_until_finished()
         steps = self.steps()
         wanted = {*steps[-self.keep :], *_best_steps(self._counters)}
@@ -110,6 +120,8 @@ class Checkpoints:
                 self.manager.delete(step)
 
     def steps(self) -> list[int]:
+        if self.manager is None:
+            return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
         return sorted(self.manager.all_steps())
 
     def restore(
@@ -125,6 +137,15 @@ class Checkpoints:
             Damaged: the checkpoint of `step` cannot be read.
             UserError: a checkpoint is intact, but of another model or method.
         """
+        if processes.several() and step is None:
+            found = self._restore(like, None) if processes.is_first() else None
+            read = processes.from_first(_first(found[0].step) if found else -1)
+            return found if processes.is_first() or read < 0 else self._read(read, like)
+        return self._restore(like, step)
+
+    def _restore(
+        self, like: Callable[[dict[str, Any]], TrainState], step: int | None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
                 state, counters = self._read(candidate, like)
@@ -150,7 +171,8 @@ class Checkpoints:
         names = (f"damaged-{step}{suffix}" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
         aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
         (self.folder / str(step)).rename(aside)
-        self.manager.reload()
+        if self.manager is not None:
+            self.manager.reload()
         return aside
 
     def _read(self, step: int, like: Callable[[dict[str, Any]], TrainState]) -> tuple[TrainState, dict[str, Any]]:
@@ -169,7 +191,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self.manager.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close, and delete nothing."""
+        if self.manager is not None:
+            self.manager.close()
+
+
+def _first(array: jax.Array) -> int:
+    """The first entry of an array that is whole in each process."""
+    return int(np.asarray(array.addressable_data(0)).ravel()[0])
 
 
 def checksum(array: Any) -> str:
@@ -245,7 +277,7 @@ def _read_arrays(
             raise _of_another_run(folder.parent, differ)
         if checksums is None and jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
             raise ValueError(f"{name} holds numbers that are not finite")  # no run saves these
-        return jax.device_put(array, like.sharding)
+        return processes.put(array, like.sharding)
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(wanted, pool.map(read, wanted), strict=True))

@@ -12,7 +12,8 @@ and how fast it goes.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jaxtune import tree
 from jaxtune.models.attention import choose
 from jaxtune.objectives.task import Task
 from jaxtune.train import liveness
+from jaxtune.train.parallel import BODY, DATA, FSDP, MODEL, lying
 from jaxtune.train.recipe import Recipe, Start
 from jaxtune.train.step import over_batch
 
@@ -241,6 +243,81 @@ def measure(recipe: Recipe, backend: str, known: Start | None = None) -> Cost:
         layer=layer,
         flops=_flops(recipe, backend, known),
     )
+
+
+def on_mesh(found: Cost, known: Start, sizes: Mapping[str, int]) -> Cost:
+    """The cost on one device of a mesh, a row of that device.
+
+    Args:
+        found: on a device alone.
+        known: the recipe's `abstract`.
+        sizes: devices along each axis of the mesh.
+    """
+    state, fixed = known.state, found.fixed
+    whole, held = held_bytes(state.trainable, {}), held_bytes(state.trainable, sizes)
+    fixed = fixed._replace(
+        frozen=held_bytes(known.frozen, sizes),
+        trainable=held + nbytes(state.member),
+        optimizer=held_bytes(state.opt_state, sizes),
+    )
+    gradients = tuple(n * held // max(whole, 1) for n in found.gradients)
+    layer, rest = gathered_bytes((known.frozen, state.trainable), sizes)
+    room = found.layer[0] + 2 * layer + rest  # a layer, while the next is gathered
+    layer, flops = (room, found.layer[1]), found.flops / sizes.get(MODEL, 1)
+    return replace(found, fixed=fixed, gradients=gradients, layer=layer, flops=flops)
+
+
+def held_bytes(tree: tree.PyTree, sizes: Mapping[str, int]) -> int:
+    """Bytes of a tree, which may be abstract, on one device of a mesh with `sizes`."""
+    return sum(liveness.size(x) // math.prod(sizes[axis] for axis in spec if axis) for _, x, spec in lying(tree, sizes))
+
+
+def gathered_bytes(tree: tree.PyTree, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of the largest layer that a device gathers, and of what it gathers once a micro-batch."""
+    layers, rest = Counter(), 0
+    for path, x, spec in lying(tree, sizes):
+        if FSDP in spec and (segment := BODY.search(path)):
+            layers[segment[0]] += liveness.size(x) // x.shape[0]
+        elif FSDP in spec:
+            rest += liveness.size(x)
+    return max(layers.values(), default=0), rest
+
+
+class Wire(NamedTuple):
+    """Bytes that a device sends in a step, by rings."""
+
+    gradients: float  # summed over the devices of the rows
+    weights: float  # gathered, forward and backward
+    activations: float  # summed over `model`
+
+
+def wire(recipe: Recipe, known: Start, sizes: Mapping[str, int], rows: int) -> Wire:
+    """Return what a device sends in a step.
+
+    Args:
+        recipe: the step.
+        known: its `abstract`.
+        sizes: devices along each axis of the mesh.
+        rows: of a micro-batch, on the device.
+    """
+    data, fsdp, model = (sizes.get(axis, 1) for axis in (DATA, FSDP, MODEL))
+    micros, spec, gradients, weights = recipe.batch.micros, recipe.module.spec, 0.0, 0.0
+    for _, x, where in lying(known.state.trainable, sizes):  # gradients are float32
+        if FSDP in where:
+            gradients += 4 * x.size * (micros * ring(fsdp) + 2 * ring(data) / fsdp)
+        else:
+            gradients += 4 * x.size * 2 * ring(data * fsdp)
+    for path, x, where in lying((known.frozen, known.state.trainable), sizes):
+        if FSDP in where:  # what lies outside the layers is gathered once
+            weights += micros * ring(fsdp) * liveness.size(x) * (2 if BODY.search(path) else 1)
+    stream = rows * recipe.batch.length * spec.width * jnp.dtype(recipe.module.dtype).itemsize
+    sums = 4 * spec.layers  # attention and feed-forward part, forward and backward
+    return Wire(gradients, weights, micros * sums * 2 * ring(model) * stream)
+
+
+def ring(n: int) -> float:
+    """The share of an array that a device sends to gather it, or to sum it and keep a part, among n."""
+    return (n - 1) / n
 
 
 def by_policy(recipe: Recipe, backend: str) -> dict[str, Cost]:

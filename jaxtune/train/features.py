@@ -35,7 +35,7 @@ from jaxtune.data import Rows
 from jaxtune.data.label_rows import has_types, token_types
 from jaxtune.errors import Interrupted, RunFailed, UserError
 from jaxtune.files import atomic_write_text, cache_root, may, open_lock, sweep
-from jaxtune.train.parallel import DATA
+from jaxtune.train.parallel import row_axes
 from jaxtune.tree import FROZEN, PyTree, flatten
 
 VERSION = 2  # raise it when the same input gives other features
@@ -613,12 +613,12 @@ class OncePerRow:
             tokens[b, :end], positions[b, :end], segments[b, :end] = ids, np.arange(end), 1
             if has_types(rows):
                 types[b, :end] = token_types(marks)
-        put = NamedSharding(self.mesh, PartitionSpec(DATA))
+        put = NamedSharding(self.mesh, PartitionSpec(row_axes(self.mesh)))
         return self._run(self.params, *(jax.device_put(x, put) for x in (tokens, positions, segments, types)))
 
     @cached_property
     def _run(self) -> Callable[..., jax.Array]:
-        whole, split = PartitionSpec(), PartitionSpec(DATA)
+        whole, split = PartitionSpec(), PartitionSpec(row_axes(self.mesh))
         specs = (whole, split, split, split, split)
         return jax.jit(jax.shard_map(self.run, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))
 

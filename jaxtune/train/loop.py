@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.data import Prefetch
 from jaxtune.errors import Interrupted, RunFailed
+from jaxtune.train import processes
 from jaxtune.train.best import is_better
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.log import Metrics, Progress
@@ -155,7 +156,8 @@ class Loop:
                 if not self._live():
                     break
                 self._step(number, batch)
-                stopping = stopped()  # read once: a later signal is handled in the next step
+                stopping = processes.any_of(stopped())  # read once: a later signal is handled in the next step
+                processes.beat(f"step {number}")
                 self._after(number, stopping)
                 if stopping and number < last and self._live():
                     self.checkpoints.wait()
@@ -335,6 +337,7 @@ def make_evaluate(
     def evaluate(state):
         sums = []
         for batch in itertools.islice(batches, limit or None):
+            processes.beat("a batch of an evaluation")
             sums.append(_columns(jax.device_get(eval_step(state.trainable, state.member, frozen, put(batch)))))
         totals, weights, aux = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
         found = []

@@ -25,7 +25,7 @@ from jaxtune.data import Rows
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives.token_nats import token_nats
 from jaxtune.train.features import OncePerRow, Store, both, rows_digest
-from jaxtune.train.parallel import DATA
+from jaxtune.train.parallel import row_axes
 
 VERSION = 1  # raise it when the same input would give other numbers
 
@@ -80,7 +80,7 @@ class Reference(OncePerRow):
             end = len(ids)
             tokens[b, :end], positions[b, :end] = ids, np.arange(end)
             targets[b, : end - 1], where[b, : end - 1] = ids[1:], mask[1:] > 0
-        put = NamedSharding(self.mesh, PartitionSpec(DATA))
+        put = NamedSharding(self.mesh, PartitionSpec(row_axes(self.mesh)))
         return self._run(
             self.params, *(jax.device_put(x, put) for x in (tokens, np.where(where, targets, 0), positions, where))
         )
@@ -94,6 +94,6 @@ class Reference(OncePerRow):
             nats = token_nats(project, head_leaf(params), x, targets, where)
             return -jnp.where(where, nats, 0.0).sum(-1, keepdims=True)
 
-        whole, split = PartitionSpec(), PartitionSpec(DATA)
+        whole, split = PartitionSpec(), PartitionSpec(row_axes(self.mesh))
         specs = (whole, split, split, split, split)
         return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False))

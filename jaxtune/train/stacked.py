@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtune.train.parallel import DATA
+from jaxtune.train.parallel import row_axes
 from jaxtune.train.step import LossFn, TrainState, make_eval_step, make_train_step
 from jaxtune.tree import PyTree
 
@@ -118,5 +118,5 @@ def make_sweep_eval_step(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[
 
 
 def shard_members(batch: Any, mesh: Mesh) -> Any:
-    """Put a host batch [K, A, B, ...] on the devices, rows split over `data`."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, None, DATA)))
+    """Put a host batch [K, A, B, ...] on the devices, rows split."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, None, row_axes(mesh))))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.objectives import OverBatch, OverVectors
 from jaxtune.train.moments import apply_updates, global_norm, in_place
-from jaxtune.train.parallel import DATA
-from jaxtune.tree import Field, PyTree, combine, map_fields
+from jaxtune.train.parallel import Held, row_axes, stay
+from jaxtune.tree import Field, PyTree, map_fields
 
 LossFn = Callable[[PyTree, Any, Any], tuple[tuple[jax.Array, jax.Array], dict]] | OverBatch | OverVectors
 
@@ -55,11 +56,11 @@ def value_and_grad(loss_fn: LossFn, mesh: Mesh | None = None) -> Callable[..., A
 def _gradients(loss_fn: LossFn, mesh: Mesh | None) -> Callable[..., Any]:
     """`value_and_grad`, that also returns the sums of what the loss counts as "means": {name: (sum, count)}."""
 
-    def local(trainable, member, frozen, batch, key):
-        known = over_batch(loss_fn, combine(trainable, member, frozen), batch, mesh)
+    def local(held, trainable, member, frozen, batch, key):
+        known = over_batch(loss_fn, held.join(trainable, member, frozen), batch, mesh)
 
         def loss(trainable, micro):
-            (total, weight), aux = known(combine(trainable, member, frozen), micro, key)
+            (total, weight), aux = known(held.join(trainable, member, frozen), micro, key)
             return total, (weight, aux.get("means", {}))
 
         micros = jax.tree.leaves(batch)[0].shape[0]
@@ -74,24 +75,44 @@ def _gradients(loss_fn: LossFn, mesh: Mesh | None) -> Callable[..., Any]:
         if micros > 1:
             rest = jax.tree.map(lambda x: x[1:], batch)
             sums, _ = jax.lax.scan(lambda s, m: (jax.tree.map(jnp.add, s, one(m)), None), sums, rest)
-        return sums if mesh is None else jax.lax.psum(sums, DATA)
+        total, weight, grads, means = sums
+        total, weight, means = held.sum((total, weight, means))
+        return total, weight, held.sum_grads(grads), means
 
     if isinstance(loss_fn, OverVectors):
         local = _through_vectors(loss_fn, mesh)
+    return _over_mesh(local, mesh, grads=True)
+
+
+def _over_mesh(local: Callable[..., Any], mesh: Mesh | None, *, grads: bool = False) -> Callable[..., Any]:
+    """Run `local(held, trainable, member, frozen, batch, ...)` on every device, with its rows and parts of the trees.
+
+    With `grads` its third result are gradients by `trainable`, which lie where that does.
+    """
     if mesh is None:
-        return local
-    whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(whole, whole, whole, rows, whole), out_specs=whole, check_vma=False
-    )
+        return partial(local, Held())
+
+    def over_mesh(trainable, member, frozen, batch, *rest):
+        held = Held.of(mesh, trainable, member, frozen)
+        whole, rows = PartitionSpec(), PartitionSpec(None, row_axes(mesh))
+        return jax.shard_map(
+            partial(local, held),
+            mesh=mesh,
+            in_specs=(*held.specs, rows, *[whole] * len(rest)),
+            out_specs=(whole, whole, held.specs[0], whole) if grads else whole,
+            axis_names=held.names,
+            check_vma=False,
+        )(trainable, member, frozen, batch, *rest)
+
+    return over_mesh
 
 
 def _through_vectors(loss_fn: OverVectors, mesh: Mesh | None) -> Callable[..., Any]:
     """The gradients of a loss over the vectors of the whole batch; see `OverVectors`."""
 
-    def local(trainable, member, frozen, batch, key):
+    def local(held, trainable, member, frozen, batch, key):
         def vectors(trainable, micro):
-            return loss_fn.vectors(combine(trainable, member, frozen), micro, key)
+            return loss_fn.vectors(held.join(trainable, member, frozen), micro, key)
 
         micros = jax.tree.leaves(batch)[0].shape[0]
         first = jax.tree.map(lambda x: x[0], batch)
@@ -99,7 +120,7 @@ def _through_vectors(loss_fn: OverVectors, mesh: Mesh | None) -> Callable[..., A
             own, back = jax.vjp(lambda trainable: vectors(trainable, first)[None], trainable)
         else:
             own = jax.lax.map(lambda micro: vectors(trainable, micro), batch)
-        params, about = combine(trainable, member, frozen), whole_batch(loss_fn.about(batch), mesh)
+        params, about = held.join(trainable, member, frozen), whole_batch(loss_fn.about(batch), mesh)
 
         def loss(every):
             (total, weight), aux = loss_fn.loss(params, every, about)
@@ -119,7 +140,7 @@ def _through_vectors(loss_fn: OverVectors, mesh: Mesh | None) -> Callable[..., A
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
             grads, _ = jax.lax.scan(add, zeros, (batch, wanted))
-        return total, weight, grads if mesh is None else jax.lax.psum(grads, DATA), means
+        return total, weight, held.sum_grads(grads), means
 
     return local
 
@@ -127,7 +148,7 @@ def _through_vectors(loss_fn: OverVectors, mesh: Mesh | None) -> Callable[..., A
 def whole_batch(part: PyTree, mesh: Mesh | None) -> PyTree:
     """Arrays [A, B, ...] of a device to those of all rows of the batch [D * A * B, ...], device by device."""
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), part)
-    return flat if mesh is None else jax.tree.map(lambda x: jax.lax.all_gather(x, DATA, tiled=True), flat)
+    return flat if mesh is None else jax.tree.map(lambda x: jax.lax.all_gather(x, row_axes(mesh), tiled=True), flat)
 
 
 def _own_rows(whole: jax.Array, own: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -135,7 +156,7 @@ def _own_rows(whole: jax.Array, own: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return whole.reshape(own.shape)
     count = own.shape[0] * own.shape[1]
-    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(DATA) * count, count).reshape(own.shape)
+    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(row_axes(mesh)) * count, count).reshape(own.shape)
 
 
 def over_batch(loss_fn: LossFn, params: PyTree, batch: Any, mesh: Mesh | None = None) -> Callable[..., Any]:
@@ -145,7 +166,7 @@ def over_batch(loss_fn: LossFn, params: PyTree, batch: Any, mesh: Mesh | None = 
     if not isinstance(loss_fn, OverBatch):
         return loss_fn
     found = jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda micro: loss_fn.sums(params, micro, None), batch))
-    found = jax.lax.stop_gradient(found if mesh is None else jax.lax.psum(found, DATA))
+    found = jax.lax.stop_gradient(found if mesh is None else jax.lax.psum(found, row_axes(mesh)))
     return lambda params, micro, key: loss_fn.loss(params, micro, key, found)
 
 
@@ -190,7 +211,8 @@ def make_train_step(
             for name, norm in norms.items():
                 metrics[f"grad_norm/{name}"] = norm
                 metrics[f"update_ratio/{name}"] = moved[name] / jnp.where(weights[name] > 0, weights[name], 1.0)
-        return TrainState(state.step + 1, trainable, state.member, opt_state, state.key), metrics
+        state = TrainState(state.step + 1, trainable, state.member, opt_state, state.key)
+        return stay(state, mesh), metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
 
@@ -212,22 +234,19 @@ def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None, *, jit: bool = Tru
     All are sums over the rows; `aux` are the loss's further counts.
     """
 
-    def local(trainable, member, frozen, batch):
+    def local(held, trainable, member, frozen, batch):
+        params = held.join(trainable, member, frozen)
         if isinstance(loss_fn, OverVectors):
-            params = combine(trainable, member, frozen)
             own = jax.lax.map(lambda micro: loss_fn.vectors(params, micro, None), batch)
             (total, weight), aux = loss_fn.loss(params, whole_batch(own, mesh), whole_batch(loss_fn.about(batch), mesh))
             return total, weight, aux
-        known = over_batch(loss_fn, combine(trainable, member, frozen), batch, mesh)
+        known = over_batch(loss_fn, params, batch, mesh)
 
         def one(micro):
-            (total, weight), aux = known(combine(trainable, member, frozen), micro, None)
+            (total, weight), aux = known(params, micro, None)
             return total, weight, aux
 
-        sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
-        return sums if mesh is None else jax.lax.psum(sums, DATA)
+        return held.sum(jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch)))
 
-    if mesh is not None:
-        whole, rows = PartitionSpec(), PartitionSpec(None, DATA)
-        local = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False)
+    local = _over_mesh(local, mesh)
     return jax.jit(local) if jit else local

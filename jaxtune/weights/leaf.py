@@ -413,6 +413,36 @@ class ShapedWeight(Weight):
         return self.restore(merge_leaf(self.leaf))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axis", "over"])
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """A device's part of an array within `shard_map`. A layer gathers it when it reads its parameters.
+
+    Attributes:
+        part: the part.
+        axis: which is split, counted from the last, -1; so layer axes may come and go.
+        over: the mesh's axis.
+    """
+
+    part: Array
+    axis: int
+    over: str
+
+    def whole(self) -> Array:
+        """The array. Its gradient is summed over the devices, and each gets its part."""
+        return jax.lax.all_gather(self.part, self.over, axis=self.part.ndim + self.axis, tiled=True)
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether `x` is a part of an array."""
+    return isinstance(x, Sharded)
+
+
+def gathered(tree: Any) -> Any:
+    """Return a tree whose `Sharded` arrays are whole."""
+    return jax.tree.map(lambda x: x.whole() if is_sharded(x) else x, tree, is_leaf=is_sharded)
+
+
 def is_weight(x: Any) -> bool:
     """Whether `x` is a polymorphic leaf rather than a plain array."""
     return isinstance(x, Weight)
