@@ -333,10 +333,12 @@ def preference(
         each = sum(weight * LOSSES[name](pairs, told) for name, weight in losses.items())
         each += sft * -sums[:, 0] / jnp.maximum(tokens[:, 0], 1)
         weights = batch["weights"].reshape(-1)
-        rewards = told.beta * (sums - ref) / (jnp.maximum(tokens, 1) if by_token else 1)
+        scale = told.beta / (jnp.maximum(tokens, 1) if by_token else 1)
+        rewards = scale * (sums - ref)
         margins = rewards[:, 0] - rewards[:, 1]
         logps = {"logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1]}
-        found, aux = weighted(each, weights, of_pairs(margins, rewards) | logps)
+        rounding = ROUNDING * (scale * jnp.abs(sums)).sum(-1)
+        found, aux = weighted(each, weights, of_pairs(margins, rewards, rounding) | logps)
         if reference == "live" and key is None:  # an evaluation, which may take two passes more
             aux["means"]["kl"] = kl_to_base(module, params, batch, members), 2 * weights.sum()
         return found, aux
@@ -344,14 +346,25 @@ def preference(
     return loss_fn
 
 
-def of_pairs(margins: Array, rewards: Array) -> dict[str, Array]:
-    """What is counted of each pair, from its margin f32[R] and the rewards of both answers f32[R, 2]."""
+def of_pairs(margins: Array, rewards: Array, rounding: float | Array = 0.0) -> dict[str, Array]:
+    """What is counted of each pair, from its margin f32[R] and the rewards of both answers f32[R, 2].
+
+    A pair counts half in the accuracy where neither answer is preferred: the margin is no larger than `rounding`.
+    """
     return {
-        "accuracy": 0.5 * (jnp.sign(margins) + 1),  # a half where neither is preferred
+        "accuracy": _right(margins, rounding),
         "margins": margins,
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
     }
+
+
+ROUNDING = 1e-6  # of log-probabilities, in float32: before the first step policy and reference differ by as much
+
+
+def _right(margins: Array, rounding: float | Array) -> Array:
+    """1 where a margin is above what rounding makes of 0, 0 where it is below, and a half between."""
+    return 0.5 * (jnp.sign(jnp.where(jnp.abs(margins) > rounding, margins, 0.0)) + 1)
 
 
 def weighted(each: Array, weights: Array, counted: Mapping[str, Array]) -> tuple[tuple[Array, Array], dict[str, Any]]:
@@ -394,7 +407,7 @@ def judged(module: Any, *, reference: str = "precomputed", members: int = 1) -> 
         z = jnp.maximum(kl, 0.0)
         signed = jnp.where(good, 1.0, -1.0) * (policy - ref - z)
         means = {
-            "accuracy": ((weights * 0.5 * (jnp.sign(signed) + 1)).sum(), weights.sum()),
+            "accuracy": ((weights * _right(signed, ROUNDING * jnp.abs(policy))).sum(), weights.sum()),
             "rewards/chosen": ((yes * rewards).sum(), yes.sum()),
             "rewards/rejected": ((no * rewards).sum(), no.sum()),
             "logps/chosen": ((yes * policy).sum(), yes.sum()),

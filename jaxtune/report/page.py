@@ -137,8 +137,8 @@ def _answers(run: RunRecord) -> list[Chart | None]:
         ]
 
     return [
-        chart("Margin of the rewards", both("margins", "chosen - rejected", 1)),
-        chart("Rewards", [*both("rewards/chosen", "chosen", 1), *both("rewards/rejected", "rejected", 2)]),
+        chart("Margin of the rewards", both("margins", "chosen - rejected", 1), zero=True),
+        chart("Rewards", [*both("rewards/chosen", "chosen", 1), *both("rewards/rejected", "rejected", 2)], zero=True),
         chart("Accuracy", both("accuracy", "right way round", 1)),
         chart("KL to the reference or teacher", both("kl", "nats", 1), zero=True),
     ]
