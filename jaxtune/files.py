@@ -292,6 +292,18 @@ def open_lock(path: Path) -> int:
 
 
 @contextlib.contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for `folder`: for a file that is read, changed and written again."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a network file system may lock no folders
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Make `folder` and lock it against other processes; the lock ends with the process, however that ends.
 

@@ -11,6 +11,7 @@ from runs import command, compiled, home, read, write_jsonl  # noqa: F401
 from jaxtune import cli, data
 from jaxtune.errors import UserError
 from jaxtune.evaluate import answers, kept, metrics
+from jaxtune.files import exclusive
 from jaxtune.hf.card import model_card
 from jaxtune.infer.generation import generate_text
 from jaxtune.infer.source import load_target
@@ -360,3 +361,17 @@ def test_prompts_that_leave_no_room_are_counted_by_their_loss_only():
     rows = [row("a", [1] * n, [False] * n, [1] * n, [1], "", "") for n in (5, 12, 13)]
     rows.append(row("b", [1], [False], None, [1], "", ""))
     assert answers.answerable(rows, 16, answers.Request({}, max_new_tokens=4)) == [0, 1]
+
+
+def test_a_folder_that_another_process_holds(home, run, tmp_path, capsys):  # noqa: F811
+    """Two commands at once on one folder: the second ends before it reads or writes anything there."""
+    for folder, argv in (
+        (run / "eval", ["eval", str(run)]),
+        (tmp_path / "a", command(home, tmp_path / "a")),
+        (tmp_path / "a", ["sweep", *command(home, tmp_path / "a", "--sweep.optim.lr=0.01,0.02")[1:]]),
+    ):
+        with exclusive(folder):
+            before = runs.everything(folder)
+            assert cli.main(argv) == 2
+            assert f"Another process is running in {folder}" in capsys.readouterr().err
+            assert runs.everything(folder) == before

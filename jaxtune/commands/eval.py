@@ -368,13 +368,13 @@ def _show(report: dict[str, Any], rows: str = "held-out") -> None:
 
 
 def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
-    from jaxtune.evaluate.evaluation import Options, base_to_compare, dtype_of, run_config, write_part
+    from jaxtune.evaluate.evaluation import Options, base_to_compare, dtype_of, last_step, run_config, write_part
     from jaxtune.evaluate.harness import open_tasks, run_tasks
     from jaxtune.evaluate.systems import systems
     from jaxtune.infer.source import check_continues, eos_ids, tokenizer_of
     from jaxtune.train.runtime import prepare_jax
 
-    began = time.time()
+    began, step = time.time(), last_step(source)
     check_continues(source)
     names = _names(options.tasks)
     manager = open_tasks(names, options.include_path)
@@ -411,7 +411,7 @@ def _tasks(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     report = {"target": str(options.target), "tasks": names, "results": results, "notes": notes}
     report |= {"limit": options.limit, "num_fewshot": options.num_fewshot, "chat": options.chat}
     if out is not None:
-        write_part(source, out, "tasks", report | {"seconds": round(time.time() - began, 2)})
+        write_part(source, out, "tasks", report | {"seconds": round(time.time() - began, 2)}, step)
 
 
 def _with_error(entry: dict[str, float] | None) -> str:

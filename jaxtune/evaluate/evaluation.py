@@ -175,7 +175,7 @@ def evaluate(
     """
     from jaxtune.train.runtime import prepare_jax
 
-    began = time.time()
+    began, step = time.time(), last_step(source)
     prepare_jax()
     evaluator = (part.opener or open_evaluator)(source, run_config(source), options)
     for line in evaluator.lines:
@@ -209,7 +209,7 @@ def evaluate(
     if out is not None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write_text(out / "eval" / part.file, lines)
-        write_part(source, out, part.name, report)
+        write_part(source, out, part.name, report, step)
     return report
 
 
@@ -244,13 +244,21 @@ def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, An
     return kept | {name: answer for name, answer in answers.items() if answer is not None}
 
 
-def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any]) -> None:
-    """Write one part of eval.json, with the step of the run; the other parts are kept."""
-    from jaxtune.hf.tensors import read_json
+def last_step(source: Tuned) -> int | None:
+    """The last step of a source's run, to be read before its weights: the run may go on while they are measured."""
     from jaxtune.train.log import read_metrics
 
+    if not source.run or not (source.run / "metrics.jsonl").is_file():
+        return None
+    return max((m["step"] for m in read_metrics(source.run)), default=None)
+
+
+def write_part(source: Tuned, out: Path, part: str, report: dict[str, Any], step: int | None) -> None:
+    """Write one part of eval.json, with the step of the run (`last_step`); the other parts are kept."""
+    from jaxtune.hf.tensors import read_json
+
     if source.run and (source.run / "metrics.jsonl").is_file():
-        report |= {"step": max((m["step"] for m in read_metrics(source.run)), default=None)}
+        report |= {"step": step}
     file = out / "eval.json"
     whole = read_json(file) if file.is_file() else {}
     atomic_write_text(file, json.dumps(whole | {part: report}, indent=1, ensure_ascii=False) + "\n")

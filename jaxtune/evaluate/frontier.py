@@ -18,7 +18,7 @@ import numpy as np
 from jaxtune.errors import UserError
 from jaxtune.evaluate import statistics
 from jaxtune.evaluate.answers import Answers
-from jaxtune.evaluate.evaluation import Options, Progress, dtype_of, run_config, silent, write_part
+from jaxtune.evaluate.evaluation import Options, Progress, dtype_of, last_step, run_config, silent, write_part
 from jaxtune.evaluate.forgetting import General
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.rows import Row
@@ -159,7 +159,7 @@ def frontier(
     """
     from jaxtune.train.runtime import prepare_jax
 
-    began = time.time()
+    began, step = time.time(), last_step(source)
     if not 0 < keep <= 1 or (within is not None and within < 0):
         raise UserError(f"--keep={keep:g} is a share above 0, up to 1, and --within nats a token, 0 or more.")
     prepare_jax()
@@ -193,5 +193,5 @@ def frontier(
         "seconds": round(time.time() - began, 2),
     }
     if out is not None:
-        write_part(source, out, "frontier", report)
+        write_part(source, out, "frontier", report, step)
     return report

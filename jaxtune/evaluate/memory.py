@@ -21,7 +21,7 @@ from jaxtune.data.tokenize import Encoder
 from jaxtune.errors import UserError
 from jaxtune.evaluate import statistics
 from jaxtune.evaluate.answers import Answers, losses
-from jaxtune.evaluate.evaluation import Options, Progress, run_config, silent, tuning_rows, write_part
+from jaxtune.evaluate.evaluation import Options, Progress, last_step, run_config, silent, tuning_rows, write_part
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
 from jaxtune.evaluate.rows import Row, as_row
 from jaxtune.evaluate.systems import System
@@ -155,7 +155,7 @@ def memory(
     """
     from jaxtune.train.runtime import prepare_jax
 
-    began = time.time()
+    began, step = time.time(), last_step(source)
     cfg = run_config(source)
     if cfg is None:
         where = source.adapter or source.model
@@ -194,7 +194,7 @@ def memory(
     report |= conclusion(report)
     report["seconds"] = round(time.time() - began, 2)
     if out is not None:
-        write_part(source, out, "memory", report)
+        write_part(source, out, "memory", report, step)
     return report
 
 

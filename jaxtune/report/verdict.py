@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.files import atomic_write_text
+from jaxtune.files import atomic_write_text, updating
 from jaxtune.objectives.task import TASKS
 from jaxtune.report import evaluation
 from jaxtune.report.run import RunRecord
@@ -40,10 +40,11 @@ def keep_verdict(folder: Path) -> None:
     file = folder / "summary.json"
     if not file.is_file():
         return
-    run = read_run(folder)
-    found = run.summary | {"verdict": verdict(run)._asdict()}
-    if found != run.summary:
-        atomic_write_text(file, json.dumps(found, indent=2) + "\n")
+    with updating(folder):
+        run = read_run(folder)
+        found = run.summary | {"verdict": verdict(run)._asdict()}
+        if found != run.summary:
+            atomic_write_text(file, json.dumps(found, indent=2) + "\n")
 
 
 def _alone(run: RunRecord) -> Iterator[str]:

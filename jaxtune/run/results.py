@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.data.tokenizer import tokenizer_with
-from jaxtune.files import atomic_write_text
+from jaxtune.files import atomic_write_text, updating
 from jaxtune.hf.card import loading
 from jaxtune.hf.load import resolve
 from jaxtune.reading import read_json
@@ -97,7 +97,8 @@ def finish(member, place, job, params, run, clock, scored) -> None:
             notes = export_model(job.module, params, out, base=base.folder, tuned_from=base.path, **where)
     clock("export")
     summary["seconds"] = {k: round(v, 2) for k, v in clock.parts.items()}
-    atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    with updating(workdir):  # an evaluation writes its verdict there
+        atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     keep_verdict(workdir)
     carry_evaluation(workdir, out)
     page = write_report(workdir)
