@@ -26,6 +26,7 @@ import numpy as np
 RATES = {"lora": 2e-3, "full": 2e-4, "dense": 5e-3}
 BATCH = 64
 LENGTH = 24
+AT_ONCE = 2048  # texts of which vectors are timed
 NAMES = ("hit@1", "mrr@10", "ndcg@10")
 SIDES = ("jaxtune", "sentence-transformers")
 
@@ -252,7 +253,7 @@ def speed(a) -> None:
     if a.embed:
         command = [sys.executable, __file__, "embed", a.model, str(a.texts / "train.csv")]
         sides = [lambda side=side: common.last_json(common.run([*command, side], a.threads).stdout) for side in SIDES]
-        shown("Vectors of the training texts", *sides, a, targets)
+        shown(f"Vectors of {AT_ONCE:,} training texts", *sides, a, targets)
 
 
 def shown(title: str, ours, theirs, a, targets: dict[str, str]) -> None:
@@ -265,7 +266,7 @@ def shown(title: str, ours, theirs, a, targets: dict[str, str]) -> None:
 
 def embed(model: str, file: str, side: str) -> None:
     """Print the texts a second of one side as JSON."""
-    texts = [text for text, _ in read(Path(file))]
+    texts = [text for text, _ in read(Path(file))][:AT_ONCE]
     if side == "jaxtune":
         from jaxtune.infer.vectors import open_embedder
 
