@@ -133,6 +133,8 @@ def test_a_dense_layer_is_read_trained_and_written(argv, dense, tmp_path, method
     tuned = open_embedder(run)
     moved = [np.abs(np.asarray(tuned.params["pooled_dense"]["0"][k])).max() for k in ("kernel", "bias")]
     assert min(moved) > 0 and np.abs(ours - base(texts)[:, : wide or 6]).max() > 1e-4
+    digests = json.loads((run / "base.json").read_text())["whole"]
+    assert ("2_Dense/model.safetensors" in digests) == (wide is None)  # a run is not resumed over another layer
     same = np.array_equal(*(np.asarray(e.params["embed_tokens"]["embedding"]) for e in (base, tuned)))
     assert same  # a head alone, and LoRA, leave the tables
 

@@ -501,11 +501,13 @@ def test_the_second_copies_of_weights_are_not_downloaded():
         *("model.safetensors.index.json", "original/x.safetensors", "original/params.json", "onnx/model.onnx"),
         *("tokenizer.json", "adapter_model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"),
         *("model.fp16-00001-of-00002.safetensors", "model-00001-of-00002.bf16.safetensors"),
+        *("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "openvino/model.safetensors"),
     ]
     wanted = filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     assert set(wanted) == {
         *("config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"),
         *("tokenizer.json", "adapter_model.safetensors"),
+        *("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"),
     }
 
 

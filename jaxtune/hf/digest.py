@@ -43,7 +43,9 @@ class BaseFiles:
     """
 
     def __init__(self, folder: Path, tokenizer: Path | None = None, *, weights: bool = True):
-        self.folder, self.weights = folder, sorted(folder.glob("*.safetensors")) if weights else []
+        kinds = ("*.safetensors", "*_Dense/*.safetensors") if weights else ()
+        files = [file for kind in kinds for file in sorted(folder.glob(kind))]
+        self.folder, self.weights = folder, {str(file.relative_to(folder)): file for file in files}
         listings = sorted(folder.glob("*.safetensors.index.json")) if weights else []
         self.small = {p.name: p for p in [folder / "config.json", *listings] if p.is_file()}
         named = "" if tokenizer in (None, folder) else "tokenizer/"
@@ -58,13 +60,13 @@ class BaseFiles:
         found = {
             name: _of_config(path) if name == "config.json" else hash_of(path) for name, path in self.small.items()
         }
-        return found | {path.name: _sampled(path) for path in self.weights}
+        return found | {name: _sampled(path) for name, path in self.weights.items()}
 
     def begin(self) -> None:
         """Start on the hashes of whole weight files, in a thread."""
         if self._under_way is None:
             pool = ThreadPoolExecutor(1)
-            self._under_way = pool.submit(lambda: {path.name: hash_of(path) for path in self.weights})
+            self._under_way = pool.submit(lambda: {name: hash_of(path) for name, path in self.weights.items()})
             pool.shutdown(wait=False)
 
     @property

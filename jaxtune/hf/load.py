@@ -30,7 +30,8 @@ Lay = Callable[[Any], Any]  # a tree of arrays -> where each of them lies
 
 # Files to download from a repository, without second copies of the weights in other layouts than transformers'.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-UNWANTED = ["original/*", "consolidated*", "*/*.safetensors", "onnx/*", "openvino/*", "*.gguf"]
+# Of the folders of sentence-transformers, those of dense layers (2_Dense) hold weights.
+UNWANTED = ["original/*", "consolidated*", "*[!e]/*.safetensors", "onnx/*", "openvino/*", "*.gguf"]
 UNWANTED += ["model.*.safetensors", "model-*-of-*.*.safetensors"]  # the same weights as a variant, such as fp16
 
 
