@@ -98,10 +98,11 @@ def peer(model: str, pairs: str, method: str, seed: str, batch: str, steps: str,
     tuned = SentenceTransformer(model, device="cpu")
     tuned.max_seq_length = LENGTH
     if method == "lora":
-        from peft import LoraConfig
+        from peft import LoraConfig, get_peft_model
 
         names = ["query", "key", "value", "dense"]
-        tuned.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=16, lora_alpha=32, target_modules=names))
+        lora = LoraConfig(task_type="FEATURE_EXTRACTION", r=16, lora_alpha=32, target_modules=names)
+        tuned[0].model = get_peft_model(tuned[0].model, lora)
     if method == "dense":
         for name, weight in tuned.named_parameters():
             weight.requires_grad = name.startswith("2.")
@@ -127,6 +128,8 @@ def peer(model: str, pairs: str, method: str, seed: str, batch: str, steps: str,
     )
     data = Dataset.from_list(rows)
     SentenceTransformerTrainer(tuned, args=settings, train_dataset=data, loss=loss, callbacks=[Clock()]).train()
+    if method == "lora":
+        tuned[0].model = tuned[0].model.merge_and_unload()
     tuned.save(f"{out}/result")
     half = len(times) // 2
     print(json.dumps({"pairs/s": int(batch) * (len(times) - half) / (times[-1] - times[half - 1])}))
