@@ -26,7 +26,7 @@ import numpy as np
 RATES = {"lora": 2e-3, "full": 2e-4, "dense": 5e-3}
 BATCH = 64
 LENGTH = 24
-AT_ONCE = 2048  # texts of which vectors are timed
+AT_ONCE = 1024  # texts of which vectors are timed
 NAMES = ("hit@1", "mrr@10", "ndcg@10")
 SIDES = ("jaxtune", "sentence-transformers")
 
