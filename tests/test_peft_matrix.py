@@ -74,6 +74,10 @@ CONFIGS = {
     "the table in both": lambda n: {"target_modules": [n["attention"], n["table"]], "modules_to_save": [n["table"]]},
     "tokens": lambda n: {"target_modules": [n["attention"]], "trainable_token_indices": [3, 1]},
     "tokens, named": lambda n: {"target_modules": [n["attention"]], "trainable_token_indices": {n["table"]: [3, 1]}},
+    "tokens of both": lambda n: {
+        "target_modules": [n["attention"]],
+        "trainable_token_indices": {n["table"]: [3, 1], "lm_head": [2]},
+    },
     "resized": lambda n: {"resize": True, "target_modules": [n["attention"]]},
     "resized, tokens": lambda n: {
         "resize": True,
@@ -86,6 +90,7 @@ CONFIGS = {
         "target_modules": [n["attention"], n["last"]],
         "feedforward_modules": [n["last"]],
     },
+    "ia3, saved": lambda n: {"kind": "IA3Config", "modules_to_save": [n["norm"]]},
     "prompt": lambda n: {"kind": "PromptTuningConfig", "num_virtual_tokens": 3},
     "lora_bias": lambda n: {"target_modules": [n["attention"]], "lora_bias": True},
     "tied weights": lambda n: {
@@ -101,13 +106,14 @@ REFUSED = {
     "own biases": "in some layers only|bias",
     # Of Phi and GPT-J, whose head has a bias, which peft writes along.
     "the head": r"extra +base_model\.model\.lm_head\.base_layer\.bias",
+    "tokens of both": "the output head has a bias",
     "resized": r"extra +base_model\.model\.lm_head\.bias",
     "resized, tokens": r"extra +base_model\.model\.lm_head\.bias",
 }
 # Whose leaves a program of their own runs: each kind of leaf in each place. LoRA of the others is folded into the base
 # here, so that one program of a family does for all of them.
 OWN = ("all-linear", "dora", "the head", "the table", "the table in both", "tokens", "tokens, named")
-OWN += ("resized, tokens", "ia3", "ia3, named", "prompt")
+OWN += ("tokens of both", "resized, tokens", "ia3", "ia3, named", "ia3, saved", "prompt")
 
 
 def theirs(name: str, config: dict[str, Any], folder: Any) -> tuple[Any, np.ndarray] | None:
