@@ -232,6 +232,7 @@ def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
         "total": (total - plan.alias_size_in_bytes) / gib,
         "attention": sum(n for c, n in calls.items() if "fmha" in c and "Backward" not in c),
         "backward": sum(n for c, n in calls.items() if "fmha" in c and "Backward" in c),
+        "fp8": sum(n for c, n in calls.items() if c.endswith("$f8")),
         "wrong": wrong(case, r, text, plan, arguments),
     }
     if case.kind in ("train", "classify", "sweep"):
@@ -294,6 +295,8 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(donated) if hasattr(x.dtype, "itemsize"))
     if plan.alias_size_in_bytes < 0.9 * size:
         said.append(f"{plan.alias_size_in_bytes:,} of {size:,} bytes of state are donated")
+    if (case.quantization == "fp8_matmul") != ("lt$matmul$f8" in text):
+        said.append("products of frozen weights are not in fp8, or others are")
     found = Counter("Backward" in call for call in re.findall(r'custom_call_target="([^"]*fmha[^"]*)"', text))
     wanted = kernels(case, r)
     back = 0 if case.kind == "prefill" else wanted

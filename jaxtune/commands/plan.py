@@ -202,6 +202,7 @@ def _show(found: dict[str, Any], console: Any) -> None:
         )
     console.print(table)
     total = found["total_bytes"] / gib
+    host = found["policies"].get(found["remat"], {"bytes": {"host": 0}})["bytes"]["host"]
     lines = [
         f"{found['base']:,} parameters{f' + {added:,} of the adapter' if added else ''}, {found['trainable']:,} "
         f"({share:.3g}%) trainable; {found['dtype']}; "
@@ -209,6 +210,7 @@ def _show(found: dict[str, Any], console: Any) -> None:
         f"{total:.2f} GiB by {found['source']}: {'fits' if found['fits'] else 'does not fit'} {found['device']} "
         f"({found['device_gib']:.1f} GiB)",
         *_said_of_devices(found),
+        *([f"and {host / gib:.2f} GiB in the host's memory"] if host else []),
         "kept: activations for the backward pass; rows: the largest micro-batch; sweep: most runs in one step",
         *(f"  what to change: {remedy}" for remedy in found["remedies"]),
     ]

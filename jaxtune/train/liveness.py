@@ -11,7 +11,7 @@ operation that reads it, be it through fused ones.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -39,40 +39,33 @@ LOOPS = {"scan", "while", "cond"}
 
 @dataclass(eq=False)
 class _Array:
-    """A value: its bytes, and what it is fused from where it is never in memory.
+    """A value.
 
     Attributes:
-        whole: whether it is in memory.
-        outside: it is the caller's, and costs nothing here.
+        size: bytes.
+        whole: it is in memory; otherwise fused with what reads it.
     """
 
-    size: int
-    sources: "list[_Array]" = field(default_factory=list)
+    size: int = 0
     whole: bool = False
-    outside: bool = False
-
-    def buffers(self) -> "set[_Array]":
-        """The arrays in memory that reading this one reads."""
-        found, seen, left = set(), set(), [self]
-        while left:
-            x = left.pop()
-            if x in seen:
-                continue
-            seen.add(x)
-            if x.whole or x.outside:
-                found.add(x)
-            else:
-                left.extend(x.sources)
-        return found
 
 
 @dataclass(eq=False)
 class _Op:
+    """An operation.
+
+    Attributes:
+        name: of its primitive.
+        reads, writes: values.
+        inner: bytes that it holds beside them.
+        in_place: its output may take the place of what it read.
+    """
+
+    name: str
     reads: list[_Array]
     writes: list[_Array]
-    inner: int = 0  # bytes that it holds beside what it reads and writes
-    in_place: bool = False  # its output may take the place of what it read
-    name: str = ""
+    inner: int
+    in_place: bool
 
 
 def peak(jaxpr: Any) -> int:
@@ -81,8 +74,38 @@ def peak(jaxpr: Any) -> int:
     Args:
         jaxpr: of the function.
     """
-    inputs = [_Array(size(v.aval), outside=True) for v in (*jaxpr.constvars, *jaxpr.invars)]
-    return _peak(jaxpr, inputs)
+    ops: list[_Op] = []
+    inputs = [_Array(whole=True) for _ in jaxpr.invars]  # they are the caller's: 0 bytes
+    results = _trace(jaxpr, inputs, ops)
+    needed, kept = set(results), []
+    for op in reversed(ops):  # what nobody reads is not computed
+        if any(x in needed for x in op.writes):
+            needed.update(op.reads)
+            kept.append(op)
+    ops = kept[::-1]
+    for x in results:
+        x.whole = True
+    _accumulate(ops, results)
+    behind: dict[_Array, set[_Array]] = {}  # what is in memory of which a fused value is made
+
+    def buffers(values: list[_Array]) -> set[_Array]:
+        return {x for value in values for x in ((value,) if value.whole else behind[value])}
+
+    last: dict[_Array, int] = {}
+    reads = []
+    for i, op in enumerate(ops):
+        reads.append(buffers(op.reads))
+        behind.update(dict.fromkeys((x for x in op.writes if not x.whole), reads[i]))
+        if any(x.whole for x in op.writes):
+            last.update(dict.fromkeys(reads[i], i))
+    last.update(dict.fromkeys(results, len(ops)))
+    live = most = 0
+    for i, op in enumerate(ops):
+        born = sum(x.size for x in op.writes if x.whole)
+        gone = sum(x.size for x in reads[i] if last.get(x) == i)
+        most = max(most, live + born - (min(born, gone) if op.in_place else 0) + op.inner)
+        live += born - gone - sum(x.size for x in op.writes if x.whole and x not in last)
+    return most
 
 
 def returned(jaxpr: Any) -> set[Any]:
@@ -123,37 +146,6 @@ def size(aval: Any) -> int:
     return math.prod(aval.shape) * itemsize
 
 
-def _peak(jaxpr: Any, inputs: list[_Array]) -> int:
-    ops: list[_Op] = []
-    results = _trace(jaxpr, inputs, ops)
-    needed, kept = set(results), []
-    for op in reversed(ops):  # what nobody reads is not computed
-        if any(x in needed for x in op.writes):
-            needed.update(op.reads)
-            kept.append(op)
-    ops = kept[::-1]
-    for x in results:
-        x.whole = True
-    _accumulate(ops, results)
-    last: dict[_Array, int] = {}
-    reads = [{x for value in op.reads for x in value.buffers()} for op in ops]
-    for i, found in enumerate(reads):
-        if any(x.whole for x in ops[i].writes):
-            last.update(dict.fromkeys(found, i))
-    last.update(dict.fromkeys((x for value in results for x in value.buffers()), len(ops)))
-    live = most = 0
-    for i, op in enumerate(ops):
-        born = sum(x.size for x in op.writes if x.whole and not x.outside)
-        gone = sum(x.size for x in reads[i] if last.get(x) == i and not x.outside)
-        if not born and not op.inner and not gone:
-            continue
-        reused = min(born, gone) if op.in_place else 0
-        most = max(most, live + born - reused + op.inner)
-        live += born - gone
-        live -= sum(x.size for x in op.writes if x.whole and not x.outside and x not in last)
-    return most
-
-
 def _accumulate(ops: list[_Op], results: list[_Array]) -> None:
     """Let a product whose one reader adds it to something add by itself, as libraries' products do."""
     readers = Counter(x for op in ops for x in op.reads) + Counter(results)
@@ -169,11 +161,11 @@ def _accumulate(ops: list[_Op], results: list[_Array]) -> None:
 
 def _trace(jaxpr: Any, inputs: list[_Array], ops: list[_Op]) -> list[_Array]:
     """Add the operations of a jaxpr, with those that it calls, and return its results."""
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+    env = dict(zip(jaxpr.invars, inputs, strict=True)) | {v: _Array(whole=True) for v in jaxpr.constvars}
 
     def read(v):
         if isinstance(v, jax.extend.core.Literal):
-            return _Array(0, outside=True)
+            return _Array(whole=True)
         return env[v]
 
     for eqn in jaxpr.eqns:
@@ -185,7 +177,7 @@ def _trace(jaxpr: Any, inputs: list[_Array], ops: list[_Op]) -> list[_Array]:
         if called is not None:
             env.update(zip(eqn.outvars, _trace(called, given, ops), strict=True))
             continue
-        written = [_Array(0 if on_host(v.aval) else size(v.aval), given) for v in eqn.outvars]
+        written = [_Array(0 if on_host(v.aval) else size(v.aval)) for v in eqn.outvars]
         env.update(zip(eqn.outvars, written, strict=True))
         whole = name in WHOLE or name in LOOPS or "call" in name or name.startswith("dot_product")
         if whole:
@@ -194,7 +186,7 @@ def _trace(jaxpr: Any, inputs: list[_Array], ops: list[_Op]) -> list[_Array]:
         for x in written:
             x.whole = whole or name.startswith(SUMS) or name in IN_PLACE
         inner = _inner(eqn) if name in LOOPS else 0
-        ops.append(_Op(given, written, inner, not whole or name in IN_PLACE, name))
+        ops.append(_Op(name, given, written, inner, in_place=not whole or name in IN_PLACE))
     return [read(v) for v in jaxpr.outvars]
 
 
