@@ -1,6 +1,6 @@
 """Fewer bits beside more, over seeds: the held-out loss of small models on a CPU, the same rows in the same order.
 
-    python benchmarks/precision.py [--seeds=3] [--steps=60] [--json=OUT]
+    python benchmarks/precision.py [--seeds=3] [--steps=30] [--json=OUT]
     python benchmarks/precision.py --model=DIR --data=FILE.jsonl --columns=prompt=question,completion=answer
 
 Without --model it is the packaged base and its rows. Full fine-tuning by AdamW in float32, and with 8-bit moments and
@@ -31,7 +31,7 @@ SIDES = {
     },
 }
 OWN = {
-    "full": {"tune.method": "full", "optim.lr": 1e-3},
+    "full": {"tune.method": "full", "optim.lr": 3e-4},
     "lora": {"tune.method": "lora", "tune.lora.r": 16, "tune.lora.lora_alpha": 32.0, "optim.lr": 4e-3},
 }
 
@@ -45,7 +45,7 @@ def losses(a, values: dict) -> list[float]:
         "model.path": str(a.model or tiny / "base"),
         "data.train": str(a.data or tiny / "train.jsonl"),
         **(
-            {"data.eval_fraction": 0.02, "data.columns": a.columns}
+            {"data.eval_fraction": 0.02, "data.columns": dict(pair.split("=") for pair in a.columns.split(","))}
             if a.data
             else {"data.eval": str(tiny / "eval.jsonl")}
         ),
@@ -53,7 +53,7 @@ def losses(a, values: dict) -> list[float]:
         "data.packing": True,
         "train.batch_size": 8,
         "train.steps": a.steps,
-        "train.eval_every": max(1, a.steps // 3),
+        "train.eval_every": max(1, a.steps // 2),
         **values,
     }
     config: dict = {}
@@ -77,7 +77,7 @@ def losses(a, values: dict) -> list[float]:
 def main() -> None:
     p = common.parser(__doc__)
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=60)
+    p.add_argument("--steps", type=int, default=30)
     p.add_argument("--model", type=Path, help="a directory; default: the packaged base")
     p.add_argument("--data", type=Path, help="its rows")
     p.add_argument("--columns", default="prompt=prompt,completion=completion")
