@@ -87,7 +87,7 @@ def in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         )
 
     def init(params):
-        return pack(tx.init(params))
+        return pack(jax.lax.optimization_barrier(tx.init(params)))  # XLA would fold zeros at length while it compiles
 
     def update(updates, state, params=None):
         dtypes = jax.tree.map(lambda g: g.dtype, updates)
