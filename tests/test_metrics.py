@@ -382,3 +382,23 @@ def test_holm_refuses_what_the_step_down_procedure_refuses(ps):
 
 def test_holm_by_hand():
     assert statistics.holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+
+
+def test_calibration_errors_by_chance():
+    """Of answers that are right by the toss of a coin: the mean distance of their share from a half."""
+    assert labels.ece_by_chance([0.5]) == pytest.approx(0.5)
+    assert labels.ece_by_chance([0.5] * 2) == pytest.approx(0.25, abs=0.03)
+    assert labels.ece_by_chance([1.0] * 9) == 0
+
+
+@pytest.mark.slow
+def test_the_interval_of_a_calibration_error_covers():
+    """Of answers that are right a tenth less often than they say the error is a tenth, in 93 to 97% of intervals."""
+    rng, hits = np.random.default_rng(0), 0
+    statistic = statistics.each(lambda draw: labels.ece(draw[:, 1], draw[:, 0] > 0))
+    for _ in range(1000):
+        confidence = rng.uniform(0.5, 1, 1000)
+        right = rng.random(1000) < confidence - 0.1
+        found = statistics.interval(np.stack([right, confidence], 1), statistic, resamples=300)
+        hits += found.low <= 0.1 <= found.high
+    assert 930 <= hits <= 970

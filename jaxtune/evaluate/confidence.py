@@ -305,6 +305,14 @@ class Confidence(Answers):
             ):
                 statistic = statistics.each(lambda draw, score=score: score(draw[:, 0] > 0, draw[:, 1]))
                 found[f"{name}_{kind}"] = Column(f"{label}, {words}", better, False, statistic, pairs, every)
+        chance = [
+            f"{label_scores.ece_by_chance(own['mean']):.3f}{f' ({who})' if len(sure) > 1 else ''}"
+            for who, own in sure.items()
+        ]
+        self.notes.append(
+            f"A mean token probability that were exactly right would have a calibration error of {' and '.join(chance)}"
+            f" on {len(every):,} answers, by chance; intervals of smaller ones lie too high."
+        )
         found |= self._invented(measured, every)
         return found
 

@@ -52,6 +52,16 @@ def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> f
     return float(np.abs(gap_bins(confidence, right, bins)).sum() / len(right))
 
 
+def ece_by_chance(confidence: Sequence[float], bins: int = 10, draws: int = 400, seed: int = 0) -> float:
+    """The mean calibration error of predictions that are right exactly as often as their confidence says.
+
+    It is above 0, the more so the fewer there are (Broecker and Smith 2007, Weather and Forecasting 22: 651-661).
+    """
+    confidence = np.asarray(confidence, float)
+    right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
+    return float(np.mean([ece(confidence, draw, bins) for draw in right]))
+
+
 def gap_bins(confidence: Sequence[float], right: Sequence[bool], bins: int) -> np.ndarray:
     """Confidence minus correctness, summed over each bin of `ece`, f64[bins]."""
     confidence, right = np.asarray(confidence, float), np.asarray(right, float)
