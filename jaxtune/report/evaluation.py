@@ -302,7 +302,11 @@ def memory_tables(part: Mapping[str, Any]) -> list[Counted]:
         tables.append(Counted("go on word for word", ["rows", *models], rows))
     if found := part["canaries"]:
         models = [name for name in MODELS if name in found[0]]
-        rows = [[f"{r['times']:,} times", f"{r['count']}", *(f"{r[n]:.1f}" for n in models), _p(r)] for r in found]
+        often = {0: "never", 1: "once"}
+        rows = [
+            [often.get(r["times"], f"{r['times']:,} times"), f"{r['count']}", *(f"{r[n]:.1f}" for n in models), _p(r)]
+            for r in found
+        ]
         tables.append(Counted("exposure of canaries, bits", ["canaries", *models, "by chance"], rows))
     return tables
 

@@ -114,7 +114,9 @@ def _remembered(run: RunRecord) -> list[Chart | None]:
     """Exposure of canaries, and right answers by what the base knew of them."""
     times = run.settings["data.canaries"] or ()
     exposed = [
-        Series(f"{n:,} times" if n else "never", run.series(f"eval/canaries/{n}"), i + 1 if n else 0, "dots")
+        Series(
+            {0: "never", 1: "once"}.get(n, f"{n:,} times"), run.series(f"eval/canaries/{n}"), i + 1 if n else 0, "dots"
+        )
         for i, n in enumerate(sorted(times))
     ]
     charts = [chart("Exposure of canaries, bits", exposed, zero=True)]
