@@ -29,7 +29,10 @@ from jaxtune.tree import MEMBER, TRAIN, Beside, combine, partition
 
 STEPS, ORACLE_STEPS = 50, 8
 LORA = {"r": 2, "lora_dropout": 0.2}
-ELASTIC = (({"devices": 4, "fsdp": 4}, 3), ({"devices": 1}, 3), ({"fsdp": 2, "model": 2}, 2))  # meshes, steps on them
+ELASTIC = {  # meshes, and steps on them
+    "full": (({"devices": 4, "fsdp": 4}, 3), ({"devices": 1}, 3), ({"fsdp": 2, "model": 2}, 2)),
+    "lora": (({"devices": 4}, 3), ({"devices": 1}, 3), ({"fsdp": 8}, 2)),
+}
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f in (4, 8)]  # two key-value heads
 METHODS = {"full": {}, "head": {}, "lora": LORA}
 
@@ -107,7 +110,7 @@ def elastic_losses(method: str) -> np.ndarray:
     tx = optimizer("adamw", lr=1e-3, weight_decay=0.1, grad_clip=1.0)
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for devices, steps in ELASTIC:
+        for devices, steps in ELASTIC[method]:
             mesh = make_mesh(**devices)
             start = init_state(part.trainable, part.member, tx, jax.random.key(6))  # a key that is not the run's
             state, frozen = place(start, mesh), place(part.frozen, mesh)
@@ -119,7 +122,7 @@ def elastic_losses(method: str) -> np.ndarray:
             else:
                 state = state._replace(key=replicate(jax.random.key(5), mesh))
             split = [x for x in jax.tree.leaves((state, frozen)) if not x.sharding.is_fully_replicated]
-            assert bool(split) == (mesh.size > 1)
+            assert bool(split) == ("fsdp" in mesh.shape)
             where = jax.tree.map(lambda x: x.sharding, state)
             step = make_train_step(causal_lm(small.decoder()), tx, mesh)
             for i in range(len(found), len(found) + steps):
