@@ -7,6 +7,10 @@ Columns are prompt, completion and label (true: good), or messages and label. Wh
 `jaxtune data` says how much.
 
 Expected: `eval/loss` falls from 0.5, `eval/accuracy` rises, and the workdir ends with `adapter/`.
+
+Measured: the packaged base (model.path=jaxtune/assets/tiny/base) on the 400 answers of docs/preferences.md, one epoch,
+optim.lr=1e-3: `eval/loss` 0.5 -> 0.152, and of 40 held-out answers accuracy 50% -> 100% [91, 100]. stories260k on 174
+real answers cut to 512 tokens gains nothing that 54 held-out ones show (benchmarks/RESULTS.md).
 """
 
 from common import recipe
