@@ -43,6 +43,7 @@ def wait_for_checkpoint(started, workdir):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_together(home, tmp_path, monkeypatch):  # noqa: F811
     """Full fine-tuning over data 2 x fsdp 2, stopped in the middle by a signal to one, against one device."""
     steps = {"train__steps": 6, "train__eval_every": 3, "train__save_every": 3, **FULL}
