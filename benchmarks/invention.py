@@ -112,8 +112,8 @@ def measure(a: argparse.Namespace, base: Path, share: int, seed: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--lessons", type=int, default=900, help="steps in which the base is taught what it knows")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--lessons", type=int, default=500, help="steps in which the base is taught what it knows")
     parser.add_argument("--out", type=Path, default=Path("runs/invention"))
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--small", action="store_true", help="one seed, two shares, few steps: does it work")
