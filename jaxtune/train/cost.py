@@ -143,13 +143,13 @@ class Cost:
         """Return the time of a step: that of its products or that of its memory traffic, whichever is longer.
 
         Weights are read three times, saved activations are written and read, and the update reads and writes its state.
-        What is kept in the host's memory goes there and back meanwhile.
+        What is kept in the host's memory goes there and back; that this overlaps with work has not been seen.
         """
         b, micros = self.bytes(rows), self.recipe.batch.micros
         moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
         moved += 2 * (b.trainable + b.optimizer) + b.gradients
         seconds = micros * rows * self.flops / (COMPUTE * card.flops)
-        return max(seconds, moved / (BANDWIDTH * card.bandwidth), micros * 2 * b.host / HOST)
+        return max(seconds, moved / (BANDWIDTH * card.bandwidth)) + micros * 2 * b.host / HOST
 
 
 class MicroBatch(NamedTuple):
