@@ -9,6 +9,9 @@ memory, train.grad_accum.
 
 Expected: `eval/loss` falls from below log(batch size); `jaxtune eval runs/embed` ranks the held-out texts by the base
 and by the result, and `adapter/` loads into sentence-transformers.
+
+Measured (`benchmarks/embeddings.py`, all-MiniLM-L6-v2 on banking77): 1.35 times the pairs a second of
+sentence-transformers in 0.52 of its memory, one turn beside other work; a gain in retrieval has not been measured.
 """
 
 from common import recipe

@@ -7,6 +7,8 @@ Columns are sentence1, sentence2 and score, a number of any scale.
 
 Expected: `eval/loss` falls, and `jaxtune eval runs/scores` gives Spearman's and Pearson's correlation of the cosines
 with the held-out scores, of the base and of the result.
+
+Not measured: no real scores were at hand.
 """
 
 from common import recipe

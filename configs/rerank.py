@@ -7,6 +7,8 @@ Columns are query, positive and negative (a text or a list of them), or query, d
 
 Expected: `eval/loss` falls and `eval/accuracy`, the share of queries whose answer has the highest score, rises; the
 export loads into sentence-transformers' CrossEncoder.
+
+Not measured on real data.
 """
 
 from common import recipe
