@@ -155,7 +155,9 @@ def test_eval_ranks_the_held_out_texts_by_base_and_tuned(trained):
     for name in ("hit@1", "recall@10", "mrr@10", "ndcg@10", "map@100"):
         assert 0 <= found["metrics"][name]["tuned"]["low"] <= found["metrics"][name]["tuned"]["value"] <= 1
         assert "difference" in found["metrics"][name]
-    assert "less one" in found["samples"][0]["after"] and "✓" in (trained / "report.html").read_text()
+    page = (trained / "report.html").read_text()
+    assert "less one" in found["samples"][0]["after"] and "✓" in page
+    assert "<h3>relevant</h3>" in page and "differs</span>" not in page  # neighbours are no answers to compare
 
 
 def test_embed_writes_the_vectors_of_a_file(trained, tmp_path):

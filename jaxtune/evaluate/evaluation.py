@@ -240,7 +240,7 @@ def _sample(record: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, An
     """A row in the form that a run's page shows."""
     names = {"base": "before", "tuned": "after", "model": "after"}
     answers = {names[who]: record[who].get("answer", record[who].get("label")) for who in measured}
-    kept = {key: record[key] for key in ("where", "prompt", "expected", "group") if key in record}
+    kept = {key: record[key] for key in ("where", "prompt", "expected", "beside", "group") if key in record}
     return kept | {name: answer for name, answer in answers.items() if answer is not None}
 
 

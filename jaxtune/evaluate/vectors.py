@@ -203,11 +203,11 @@ class Vectors:
         for i, where in enumerate(self.where):
             record = {"where": where, "prompt": text(self.queries[i])}
             if self.scores is not None:
-                record["expected"] = f"{text(self.pairs[i, 1])} ({self.scores[i]:g})"
+                record["beside"] = {f"score {self.scores[i]:g}": text(self.pairs[i, 1])}
                 answers = {who: {"answer": f"{x[i]:.3f}", "cosine": float(x[i])} for who, x in self.cosines.items()}
             else:
                 relevant = list(self.relevant[i])[:NEIGHBOURS]
-                record["expected"] = "\n".join(text(self.documents[j]) for j in relevant)
+                record["beside"] = {"relevant": "\n".join(text(self.documents[j]) for j in relevant)}
                 answers = {who: self._nearest(ranks[i], self.relevant[i], text) for who, ranks in self.rankings.items()}
             if self.groups is not None:
                 record["group"] = self.groups[i]

@@ -35,7 +35,10 @@ class Sample:
 
 
 def sample(entry: Mapping[str, Any], *, with_before: bool) -> Sample:
-    """Make a sample of an entry {"prompt", "expected", "before", "after"}, any of which may be missing."""
+    """Make a sample of an entry {"prompt", "expected", "before", "after"}, any of which may be missing.
+
+    With "beside", {heading: text}, instead of "expected", no answer is compared with the text.
+    """
     expected = None if entry.get("expected") is None else str(entry["expected"])
     texts, missed = [], None
     for name in ("before", "after") if with_before else ("after",):
@@ -46,6 +49,7 @@ def sample(entry: Mapping[str, Any], *, with_before: bool) -> Sample:
             texts.append(Text(name, theirs, _verdict(expected, answer)))
     if expected is not None:
         texts.insert(0, Text("expected", missed or [(_cut(expected), False)]))
+    texts = [*(Text(name, [(_cut(str(text)), False)]) for name, text in (entry.get("beside") or {}).items()), *texts]
     prompt = entry.get("prompt")
     return Sample(None if prompt is None else _cut(str(prompt)), texts)
 
