@@ -69,6 +69,12 @@ class LoraConfig(PeftConfig):
     method, table = "lora", targets.LORA
 
 
+class HiraConfig(PeftConfig):
+    """peft's HiraConfig: `jaxtune.hira`."""
+
+    method, table = "hira", targets.LORA  # peft's table is LoRA's
+
+
 class IA3Config(PeftConfig):
     """peft's IA3Config: `jaxtune.ia3`."""
 

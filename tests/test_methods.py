@@ -30,14 +30,14 @@ from jaxtune.methods.table import (
 )
 from jaxtune.models.decoder import head_leaf, head_logits, split
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, count, flatten, partition
-from jaxtune.weights.leaf import DoraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
+from jaxtune.weights.leaf import DoraWeight, HiraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
 
 KEY = jax.random.key(0)
 
 
 def adapters(params):
-    """{path: LoraWeight}."""
-    return {path: w for path, w in flatten_weights(params).items() if isinstance(w, LoraWeight)}
+    """{path: LoraWeight or HiraWeight}."""
+    return {path: w for path, w in flatten_weights(params).items() if isinstance(w, LoraWeight | HiraWeight)}
 
 
 def flatten_weights(params):
@@ -425,6 +425,7 @@ EVERY = {
     "saved": ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "r": 2}),
     "bitfit": ("bitfit", {}),
     "last_n": ("last_n", {"layers": 1}),
+    "hira": ("hira", {"r": 3, "layers_to_transform": [1]}),
     "ia3": ("ia3", {}),
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 2}),
 }

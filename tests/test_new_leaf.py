@@ -121,9 +121,13 @@ def test_metrics_tell_what_it_wants_told(tuned):
     assert set(jax.tree.leaves(groups)) == {"attention", "attention/core", "mlp", "mlp/core"}
 
 
-def test_it_trains_and_sweeps_and_comes_back_from_a_checkpoint(tuned, tmp_path):
+@pytest.mark.parametrize("method, group", [("outer", "core"), ("hira", "hira_B")])
+def test_it_trains_and_sweeps_and_comes_back_from_a_checkpoint(method, group, tuned, tmp_path):
     """Members of a stacked step are what each is alone; and a state that was saved is the same."""
-    part, _, _ = tuned
+    part = tuned[0]
+    if method in METHODS:
+        settings = {"r": 2, "target_modules": TARGETS}
+        part = partition(*tune(method, small.weights(), jax.random.key(0), small.decoder(), settings))
     loss, tx, batch = causal_lm(small.decoder()), optimizer("adamw", lr=3e-2), small.batch(rows=2)
     rates = (3e-2, 1e-3)
 
@@ -140,7 +144,7 @@ def test_it_trains_and_sweeps_and_comes_back_from_a_checkpoint(tuned, tmp_path):
         together, _ = sweep_step(together, part.frozen, batch)
         losses.append(float(metrics[0]["loss"]))
     assert losses[-1] < losses[0]
-    assert float(metrics[0]["grad_norm/mlp/core"]) > 0
+    assert float(metrics[0][f"grad_norm/mlp/{group}"]) > 0
     for i, state in enumerate(alone):
         assert small.apart(unstack(together, i, state).trainable, state.trainable) < 1e-5
 
@@ -212,7 +216,7 @@ def test_its_peft_directory_goes_out_and_comes_in(first, tmp_path, monkeypatch):
     for got, want in zip(jax.tree.leaves(up(again)), jax.tree.leaves(up(params)), strict=True):
         assert np.array_equal(np.asarray(got)[first:], np.asarray(want)[first:])
     monkeypatch.delitem(peft_config.KINDS, "OUTER")
-    with pytest.raises(UserError, match="peft_type='OUTER': only LORA, IA3, PROMPT_TUNING are"):
+    with pytest.raises(UserError, match="peft_type='OUTER': only LORA, HIRA, IA3, PROMPT_TUNING are"):
         load_adapter(module, base_params, tmp_path / "a")
 
 

@@ -17,11 +17,20 @@ from safetensors.numpy import load_file, save_file
 import jaxtune
 from jaxtune.errors import UserError
 from jaxtune.hf.export import weights_by_path
-from jaxtune.hf.peft import DEFAULTS, IA3_DEFAULTS, PROMPT_DEFAULTS, load_adapter, open_adapter
+from jaxtune.hf.peft import (
+    DEFAULTS,
+    HIRA_DEFAULTS,
+    IA3_DEFAULTS,
+    PROMPT_DEFAULTS,
+    _arrays,
+    _spots,
+    load_adapter,
+    open_adapter,
+)
 from jaxtune.hf.peft_config import complete
 from jaxtune.methods.table import METHODS, full, lora, places
-from jaxtune.tree import TRAIN, count, flatten, partition
-from jaxtune.weights.leaf import DoraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
+from jaxtune.tree import TRAIN, combine, count, flatten, partition
+from jaxtune.weights.leaf import DoraWeight, HiraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
 
 TOKENS = zoo.tokens(2, 12)
 
@@ -47,7 +56,7 @@ def shake(params, mask, seed=0):
         return jax.device_put(np.asarray(leaf) + by)  # by NumPy: nothing to compile for each shape
 
     def still(leaf, original):
-        if not isinstance(leaf, LoraWeight):
+        if not isinstance(leaf, LoraWeight | HiraWeight):
             return leaf
         # What is zero on both sides of the product has no gradient: layers not adapted, columns beyond a lower rank.
         a, b, scale = (np.asarray(x) for x in (original.a, original.b, original.scale))
@@ -76,10 +85,10 @@ def our_logits(module, params):
     return np.asarray(_apply(module, params))
 
 
-def peft_model(name, folder):
+def peft_model(name, folder, **settings):
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(copy.deepcopy(zoo.model(name)), str(folder)).eval()
+    return PeftModel.from_pretrained(copy.deepcopy(zoo.model(name)), str(folder), **settings).eval()
 
 
 def peft_adapter(name, folder, seed=0, kind="LoraConfig", **settings):
@@ -94,7 +103,7 @@ def peft_adapter(name, folder, seed=0, kind="LoraConfig", **settings):
         for key, p in model.named_parameters():
             if p.requires_grad:
                 p += 0.2 * torch.randn_like(p)
-            known = ("lora_", "modules_to_save", "trainable_tokens", "ia3_l", "prompt_encoder")
+            known = ("lora_", "modules_to_save", "trainable_tokens", "ia3_l", "prompt_encoder", "hira_")
             assert p.requires_grad == (any(k in key for k in known) or (key.endswith("bias") and p.requires_grad))
     model.peft_config["default"].base_model_name_or_path = str(zoo.directory(name))
     model.save_pretrained(folder)
@@ -131,7 +140,12 @@ def refused(folder, name="llama", **settings) -> str:
 def test_defaults_are_pefts():
     import peft
 
-    kinds = {"LoraConfig": DEFAULTS, "IA3Config": IA3_DEFAULTS, "PromptTuningConfig": PROMPT_DEFAULTS}
+    kinds = {
+        "LoraConfig": DEFAULTS,
+        "HiraConfig": HIRA_DEFAULTS,
+        "IA3Config": IA3_DEFAULTS,
+        "PromptTuningConfig": PROMPT_DEFAULTS,
+    }
     for kind, ours in kinds.items():
         theirs = getattr(peft, kind)(task_type="CAUSAL_LM").to_dict() | {"inference_mode": True}
         assert json.loads(json.dumps(theirs, default=str)) | {"peft_version": None} == ours | {"peft_version": None}
@@ -386,6 +400,52 @@ def test_ia3_both_ways(case, tmp_path):
     }
     expected = peft_adapter(name, tmp_path / "theirs", kind="IA3Config", **theirs)
     again_and_back(name, tmp_path, expected)
+
+
+HIRA = {
+    "some layers": (
+        "llama",
+        {
+            "r": 3,
+            "target_modules": ("q_proj", "down_proj"),
+            "layers_to_transform": (0, 1),
+            "modules_to_save": ("norm",),
+        },
+    ),
+    "gpt2": ("gpt2", {"r": 2, "target_modules": ("c_attn", "mlp.c_proj"), "init_weights": "gaussian"}),
+}
+LIKE_LORA = {f"hira, {case}": ("hira", "HiraConfig", *HIRA[case]) for case in HIRA}
+
+
+@pytest.mark.parametrize("case", LIKE_LORA)
+def test_relatives_of_lora_both_ways(case, tmp_path):
+    """Logits and gradients of what is trained are live peft's, merged too, and peft's own adapters come in."""
+    import torch
+
+    method, kind, name, settings = LIKE_LORA[case]
+    module, base = zoo.ours(name)
+    params, mask = METHODS[method](base, jax.random.key(0), module, settings)
+    assert np.array_equal(our_logits(module, params), our_logits(module, base))
+    params = shake(params, mask)
+    jaxtune.export_adapter(module, params, tmp_path / "a", base=zoo.directory(name), config=settings, mask=mask)
+    theirs = peft_model(name, tmp_path / "a", is_trainable=True)
+    expected = zoo.torch_logits(theirs, TOKENS)
+    assert zoo.apart(our_logits(module, base), expected) > 0.01
+    assert zoo.apart(our_logits(module, params), expected) < 1e-5
+    assert zoo.apart(our_logits(module, merge(params)), expected) < 1e-5
+
+    part, direction = partition(params, mask), np.random.default_rng(1).standard_normal(expected.shape, np.float32)
+    whole = lambda trained: combine(trained, part.member, part.frozen)  # noqa: E731
+    grads = jax.jit(jax.grad(lambda t: (module.apply({"params": whole(t)}, TOKENS) * direction).sum()))(part.trainable)
+    ours = _arrays(whole(grads), _spots(module, params, complete(module, params, mask, dict(settings))))
+    (theirs(torch.tensor(TOKENS, dtype=torch.long)).logits * torch.tensor(direction)).sum().backward()
+    found = {k: p.grad.numpy() for k, p in theirs.named_parameters() if p.grad is not None}
+    found = {k.replace(".modules_to_save.default", "").replace(".default", ""): v for k, v in found.items()}
+    assert found.keys() == ours.keys() == load_file(tmp_path / "a/adapter_model.safetensors").keys()
+    assert max(zoo.apart(ours[k], found[k]) for k in found) < 1e-5
+
+    theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    again_and_back(name, tmp_path, peft_adapter(name, tmp_path / "theirs", kind=kind, **theirs))
 
 
 def again_and_back(name, folder, expected):
@@ -734,6 +794,7 @@ def test_the_base_is_untouched_and_shared(adapter):
     "kind, settings",
     [
         ("LoraConfig", {"target_modules": ["q_proj"], "use_dora": True, "rank_pattern": {"1.self_attn.q_proj": 2}}),
+        ("HiraConfig", {"target_modules": ["q_proj"], "r": 3}),
         ("IA3Config", {"target_modules": ["k_proj", "down_proj"]}),
         ("PromptTuningConfig", {"num_virtual_tokens": 2}),
     ],

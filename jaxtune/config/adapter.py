@@ -7,7 +7,7 @@ from jaxtune.config.schema import BY_PATH
 from jaxtune.errors import UserError
 from jaxtune.reading import read_json
 
-_METHODS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning"}
+_METHODS = {"LORA": "lora", "HIRA": "hira", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning"}
 _TASKS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification"}
 
 
@@ -48,7 +48,7 @@ def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
                     f"{where}: {name}={value!r} has rows of the output head, which are not trained further."
                 )
             value = next(iter(value.values()), None)
-        if name not in ("init", "init_lora_weights") and value not in (None, [], {}):
+        if name not in ("init", "init_lora_weights", "init_weights") and value not in (None, [], {}):
             found[setting] = value
     return found | _labels(folder)
 

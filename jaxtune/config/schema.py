@@ -61,6 +61,7 @@ SECTIONS = {
     "model": "the pretrained model",
     "tune": "what is trained",
     "tune.lora": "the adapters of tune.method=lora, in PEFT's names",
+    "tune.hira": "the adapters of tune.method=hira, in PEFT's names",
     "tune.ia3": "the vectors of tune.method=ia3, in PEFT's names",
     "tune.prompt_tuning": "the soft prompt of tune.method=prompt_tuning",
     "tune.last_n": "what tune.method=last_n trains",
@@ -152,6 +153,15 @@ SETTINGS = (
     ),
     Setting("tune.lora.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
     Setting("tune.lora.trainable_token_indices", Integers, None, "token ids whose rows of the embedding are trained"),
+    Setting("tune.hira.r", int, 32, "rank", range=AT_LEAST_1),
+    Setting("tune.hira.hira_dropout", float, 0.0, "dropout on the updates' input", range=BELOW_1),
+    Setting("tune.hira.target_modules", Targets, "all-linear", "all-linear, module names, or a regex over full names"),
+    Setting("tune.hira.init_weights", str, "default", "initial values", ("default", "gaussian")),
+    Setting("tune.hira.layers_to_transform", Integers, None, "indices of the layers with adapters; default: all"),
+    Setting(
+        "tune.hira.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
+    ),
+    Setting("tune.hira.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
     Setting("tune.ia3.target_modules", Targets, None, "module names or a regex; default: PEFT's for the family"),
     Setting("tune.ia3.feedforward_modules", Targets, None, "targets whose input is scaled instead of the output"),
     Setting(

@@ -97,7 +97,12 @@ def _labels(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return [table[str(i)] for i in range(len(table))], arguments
 
 
-_ADAPTERS = {"lora": "A LoRA adapter", "ia3": "An (IA)³ adapter", "prompt_tuning": "A tuned prompt"}
+_ADAPTERS = {
+    "lora": "A LoRA adapter",
+    "hira": "A HiRA adapter",
+    "ia3": "An (IA)³ adapter",
+    "prompt_tuning": "A tuned prompt",
+}
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",

@@ -1,6 +1,6 @@
 """PEFT directories in and out: adapter_config.json and adapter_model.safetensors, as peft 0.21 writes them.
 
-LoRA and its relatives, (IA)^3 and prompt tuning.
+LoRA and its relatives, HiRA, (IA)^3 and prompt tuning.
 
 peft is lax when it loads: tensors that are missing, surplus, or for another base pass with a warning or none.
 Here each is an error, and one message names them all.
@@ -26,6 +26,7 @@ from jaxtune.hf.digest import BaseFiles, carry_record, recorded
 from jaxtune.hf.export import copy_tokenizer, inputs, public_name
 from jaxtune.hf.peft_config import (
     DEFAULTS,
+    HIRA_DEFAULTS,
     IA3_DEFAULTS,
     KINDS,
     PROMPT_DEFAULTS,
@@ -59,6 +60,7 @@ from jaxtune.weights.leaf import (
 
 __all__ = [
     "DEFAULTS",
+    "HIRA_DEFAULTS",
     "IA3_DEFAULTS",
     "PROMPT_DEFAULTS",
     "export_adapter",
@@ -494,7 +496,7 @@ def export_adapter(
 
     Args:
         module: a zoo module.
-        params: its parameters, with leaves of `lora`, `ia3` or `prompt_tuning`.
+        params: its parameters, with leaves of `lora`, `hira`, `ia3` or `prompt_tuning`.
         out: must not exist, unless `overwrite`.
         base: directory or hub id of the model that was tuned; a directory also gives the tokenizer.
         config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left
@@ -597,10 +599,10 @@ def _check_tree(module: Any, params: Any, mask: Any, config: Mapping[str, Any]) 
         held = leaves[place.path]
         if not math.isclose(scale, tree[place].scale, rel_tol=1e-5):
             raise ValueError(f"{place.name}: the config's scale is {scale}, the parameters' {tree[place].scale}.")
-        if rank > held.a.shape[-1] or rank < tree[place].rank:
+        if rank > held.used().shape[-1] or rank < tree[place].rank:
             raise ValueError(f"{place.name}: the config's rank is {rank}, the parameters' {tree[place].rank}.")
-        if config["use_dora"] != isinstance(held, DoraWeight):
-            raise ValueError(f"{place.name}: the config's use_dora is {config['use_dora']}, the parameters differ.")
+        if config.get("use_dora", False) != isinstance(held, DoraWeight):
+            raise ValueError(f"{place.name}: the config's use_dora is {config.get('use_dora')}, the parameters differ.")
     ids = {path: leaf.ids for path, leaf in leaves.items() if isinstance(leaf, TokensWeight)}
     if ids != tokens_of(config.get("trainable_token_indices") or None, params, module):
         raise ValueError(f"config and parameters differ in trainable_token_indices; the parameters' are {ids}.")

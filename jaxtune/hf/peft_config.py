@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.methods.adapters import TABLE, attach, ia3, prompt_tuning, untied_for
+from jaxtune.methods.adapters import TABLE, attach, hira_leaf, ia3, prompt_tuning, untied_for
 from jaxtune.methods.places import (
     DENSE,
     Factors,
@@ -28,12 +29,13 @@ from jaxtune.methods.places import (
     renamed,
     resolve_targets,
 )
-from jaxtune.methods.settings import Ia3, Lora, names
+from jaxtune.methods.settings import Hira, Ia3, Lora, names
 from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import TRAIN, flatten
 from jaxtune.weights.leaf import (
     Adapter,
     DoraWeight,
+    HiraWeight,
     Ia3Weight,
     LoraWeight,
     PromptWeight,
@@ -97,6 +99,25 @@ IA3_DEFAULTS: dict[str, Any] = {
     "modules_to_save": None,
     "peft_type": "IA3",
     "peft_version": "0.21.2",
+    "revision": None,
+    "target_modules": None,
+    "task_type": "CAUSAL_LM",
+}
+HIRA_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "hira_dropout": 0.0,
+    "inference_mode": True,
+    "init_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "peft_type": "HIRA",
+    "peft_version": "0.21.2",
+    "r": 32,
+    "rank_pattern": {},
     "revision": None,
     "target_modules": None,
     "task_type": "CAUSAL_LM",
@@ -195,10 +216,12 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
 
     names = ("a list of names or null", lambda v: v is None or named(v))
     choice = ("a list of names, a regex or null", lambda v: v is None or isinstance(v, str) or named(v))
+    rate = ("from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1)
     checks = {
         "r": ("a whole number from 1 to 1,048,576", rank),
         "lora_alpha": ("a number", alpha),
-        "lora_dropout": ("from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
+        "lora_dropout": rate,
+        "hira_dropout": rate,
         "use_dora": ("true or false", lambda v: type(v) is bool),
         "use_rslora": ("true or false", lambda v: type(v) is bool),
         "exclude_modules": choice,
@@ -235,14 +258,15 @@ def chosen_by(config: Mapping[str, Any], candidates: list[Place]) -> dict[Place,
 
     As in peft, one match suffices: one config serves several families.
     """
-    if config["peft_type"] != "LORA":
+    if KINDS[config["peft_type"]].low_rank is None:
         return {}
     return lora_places(candidates, lora_settings(config, candidates), strict=False)
 
 
 def lora_settings(config: Mapping[str, Any], candidates: list[Place]) -> Lora:
-    """The settings of a LoraConfig that are followed, with the targets that this model has."""
-    settings = Lora(**{name: config[name] for name in names(Lora) if name in config})
+    """The settings of a LoraConfig (or of its like) that are followed, with the targets that this model has."""
+    kind = KINDS[config["peft_type"]].low_rank
+    settings = kind(**{name: config[name] for name in names(kind) if name in config}).as_lora()
     return dataclasses.replace(settings, target_modules=matching(config["target_modules"], candidates))
 
 
@@ -307,6 +331,20 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
     return config | given
 
 
+def _hira_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    tree = tree_factors(module, params)
+    config = {
+        "r": max(f.rank for f in tree.values()),
+        "hira_dropout": max(map(_dropout, weights_by_path(params).values())),
+        "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
+        "fan_in_fan_out": models.names(module).conv1d,
+        "modules_to_save": _saved(module, params, mask),
+    }
+    if given.get("init_weights") == "default":
+        given["init_weights"] = True
+    return config | given
+
+
 def _ia3_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
     leaves, every = weights_by_path(params), places(params, module)
     found = [p for p in every if isinstance(leaf := leaves[p.path], Ia3Weight) and is_adapted(leaf, p)]
@@ -350,8 +388,8 @@ def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
     """The adapted modules of a tree, with their rank (without padding) and scale."""
     leaves, used, found = weights_by_path(params), {}, {}
     for path, leaf in leaves.items():
-        if isinstance(leaf, LoraWeight):
-            used[path] = np.any(np.asarray(leaf.a) != 0, -2) | np.any(np.asarray(leaf.b) != 0, -1)
+        if isinstance(leaf, Adapter) and (components := leaf.used()) is not None:
+            used[path] = components
     for place in places(params, module):
         if place.path in used and (scale := scale_of(leaves[place.path], place)):
             columns = np.flatnonzero(used[place.path][() if place.index is None else place.index])
@@ -436,7 +474,7 @@ def _majority(values: Mapping[Place, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _dropout(leaf: Any) -> float:
-    rate = leaf.dropout if isinstance(leaf, LoraWeight) else None
+    rate = getattr(leaf, "dropout", None)
     return 0.0 if rate is None else float(_round(float(np.max(rate))))
 
 
@@ -449,11 +487,13 @@ def _round(x: float) -> float | int:
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
-def _attach_lora(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+def _attach_lora(
+    module: Any, params: Any, config: Mapping[str, Any], change: Callable[[LoraWeight], Adapter] | None = None
+) -> tuple[Any, Any]:
     params = untied_for(config["target_modules"], params, module)
     candidates, saved = places(params, module), _known(config["modules_to_save"], params, module)
     settings = dataclasses.replace(lora_settings(config, candidates), modules_to_save=saved, init_lora_weights=True)
-    return attach(params, jax.random.key(0), chosen_by(config, candidates), settings, module)
+    return attach(params, jax.random.key(0), chosen_by(config, candidates), settings, module, change=change)
 
 
 def _known(modules: list[str] | None, params: Any, module: Any) -> list[str]:
@@ -486,6 +526,7 @@ class Kind(NamedTuple):
         describe: (module, params, mask, settings given) -> the config of a tree, as far as it is not the defaults.
         attach: (module, params, config) -> (params, mask), with fresh values.
         followed: settings that are followed besides those of all types; the others must be off.
+        low_rank: the class of its settings, if it chooses modules and ranks as LoRA does; it has `as_lora`.
     """
 
     leaf: type[Adapter]
@@ -493,10 +534,19 @@ class Kind(NamedTuple):
     describe: Callable[[Any, Any, Any, dict[str, Any]], dict[str, Any]]
     attach: Callable[[Any, Any, Mapping[str, Any]], tuple[Any, Any]]
     followed: frozenset[str] = frozenset()
+    low_rank: type | None = None
 
 
 KINDS: dict[str, Kind] = {
-    "LORA": Kind(LoraWeight, DEFAULTS, _lora_config, _attach_lora),
+    "LORA": Kind(LoraWeight, DEFAULTS, _lora_config, _attach_lora, low_rank=Lora),
+    "HIRA": Kind(
+        leaf=HiraWeight,
+        defaults=HIRA_DEFAULTS,
+        describe=_hira_config,
+        attach=partial(_attach_lora, change=hira_leaf),
+        followed=frozenset(names(Hira)),
+        low_rank=Hira,
+    ),
     "IA3": Kind(Ia3Weight, IA3_DEFAULTS, _ia3_config, _attach_ia3),
     "PROMPT_TUNING": Kind(PromptWeight, PROMPT_DEFAULTS, _prompt_config, _attach_prompt),
 }

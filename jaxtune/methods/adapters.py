@@ -4,7 +4,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from jaxtune.methods.places import (
     renamed,
     resolve_targets,
 )
-from jaxtune.methods.settings import Lora, PromptTuning, read
+from jaxtune.methods.settings import Hira, Lora, PromptTuning, read
 from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled
@@ -39,6 +39,7 @@ from jaxtune.weights.leaf import (
     Adapter,
     DoraWeight,
     HeadTokensWeight,
+    HiraWeight,
     Ia3Weight,
     LoraWeight,
     PromptWeight,
@@ -79,7 +80,49 @@ def lora(
         UserError: an unknown option, a target that matches nothing, a rank that exceeds both sides of a
             matrix, two options that claim one leaf, or a row that `resize` added is not trained.
     """
-    settings = read("lora", Lora, options)
+    return _low_rank(params, key, read("lora", Lora, options), module, layouts)
+
+
+def hira(
+    params: PyTree,
+    key: jax.Array,
+    *,
+    module: Any = None,
+    layouts: Mapping[str, MatrixLayout] | None = None,
+    **options: Any,
+) -> tuple[PyTree, PyTree]:
+    """HiRA (Huang et al. 2025, ICLR): the update is the base times a low-rank matrix, entry by entry.
+
+    Args:
+        params: any tree; leaves of targets become `HiraWeight`.
+        key: as in `lora`.
+        module: as in `lora`.
+        layouts: as in `lora`.
+        options: r=32, target_modules="all-linear", ...: the attributes of `settings.Hira`.
+
+    Raises:
+        UserError: as `lora`, or a target is an embedding.
+    """
+    settings = read("hira", Hira, options)
+    if settings.init_weights not in (True, "default", "gaussian"):
+        raise UserError(f"init_weights={settings.init_weights!r} is not one of True, 'default', 'gaussian'.")
+    return _low_rank(params, key, settings.as_lora(), module, layouts, hira_leaf)
+
+
+def hira_leaf(leaf: LoraWeight) -> HiraWeight:
+    """HiRA's leaf with the factors of LoRA's."""
+    return HiraWeight(leaf.w, leaf.a, leaf.b, leaf.scale, leaf.dropout)
+
+
+def _low_rank(
+    params: PyTree,
+    key: jax.Array,
+    settings: Lora,
+    module: Any,
+    layouts: Mapping[str, MatrixLayout] | None,
+    change: Callable[[LoraWeight], Adapter] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Put low-rank leaves on the modules that `settings` choose; `change` makes LoRA's leaf another method's."""
     params = untied_for(settings.target_modules, params, module)
     candidates = places(params, module, layouts)
     settings = Lora(**renamed(vars(settings), candidates))
@@ -91,7 +134,7 @@ def lora(
             raise UserError(
                 f"r={factors.rank} exceeds both sides of {place.path} ({k} x {n}); choose r <= {min(k, n)}."
             )
-    return with_new_tokens(attach(params, key, chosen, settings, module, layouts), module)
+    return with_new_tokens(attach(params, key, chosen, settings, module, layouts, change), module)
 
 
 def untied_for(targets: str | Sequence[str], params: PyTree, module: Any) -> PyTree:
@@ -121,8 +164,11 @@ def attach(
     settings: Lora,
     module: Any = None,
     layouts: Mapping[str, MatrixLayout] | None = None,
+    change: Callable[[LoraWeight], Adapter] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """`lora` on modules that have been chosen."""
+    """`lora` on modules that have been chosen; `change` makes its leaves those of a method for linear modules."""
+    if change is not None and (tables := [p.name for p in chosen if not p.linear]):
+        raise UserError(f"target_modules: {tables[0]} is no linear module; this method adapts linear modules only.")
     bias, init = settings.bias, settings.init_lora_weights
     rows = _rows(list(chosen))
     if bias not in ("none", "all", "lora_only"):
@@ -143,7 +189,8 @@ def attach(
         if path not in rows:
             return leaf
         factors = {place: f for place, f in chosen.items() if place.path == path}
-        return _lora_leaf(key, path, leaf, factors, settings)
+        new = _lora_leaf(key, path, leaf, factors, settings)
+        return new if change is None else change(new)
 
     def role(path, leaf):
         if path in tokens or path in rows:

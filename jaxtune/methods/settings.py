@@ -55,6 +55,38 @@ class Lora:
     modules_to_save: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
+    def as_lora(self) -> "Lora":
+        """These settings."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Hira:
+    """The settings of HiRA, as in peft's HiraConfig, without rank_pattern, which peft 0.21 ignores.
+
+    Attributes:
+        r: rank of the product a b.
+        hira_dropout: rate on the input of the update.
+        init_weights: True or "default", or "gaussian"; as `Lora.init_lora_weights`.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `Lora`; linear
+            modules only.
+    """
+
+    r: int = 32
+    hira_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    init_weights: bool | str = True
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def as_lora(self) -> Lora:
+        """The settings of LoRA with the same modules, ranks and initial factors, and a scale of 1."""
+        shared = {name: value for name, value in vars(self).items() if name in names(Lora)}
+        own = {"lora_alpha": self.r, "lora_dropout": self.hira_dropout, "init_lora_weights": self.init_weights}
+        return Lora(**shared, **own)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ia3:
@@ -119,6 +151,7 @@ class Row(NamedTuple):
 
 ROWS: dict[str, Row] = {
     "lora": Row(Lora, 2e-4, adapter=True),
+    "hira": Row(Hira, 1e-3, adapter=True),
     "ia3": Row(Ia3, 3e-3, adapter=True),
     "prompt_tuning": Row(PromptTuning, 3e-2, adapter=True),
     "full": Row(Nothing, 1e-5),

@@ -6,12 +6,13 @@ Methods that train parts of the model are here, with the table of all methods; a
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.methods.adapters import attach, ia3, ia3_places, ia3_settings, lora, prompt_tuning, virtual_ids
+from jaxtune.methods.adapters import attach, hira, ia3, ia3_places, ia3_settings, lora, prompt_tuning, virtual_ids
 from jaxtune.methods.places import (
     DENSE,
     Place,
@@ -38,6 +39,7 @@ __all__ = [
     "embeddings",
     "full",
     "head",
+    "hira",
     "ia3",
     "last_n",
     "lora",
@@ -178,9 +180,9 @@ def _select(params: PyTree, choose: Callable[[Place], bool], module: Any, nothin
 # ---------------------------------------------------------------------------------------------------------------- edges
 
 
-def _lora_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
+def _low_rank_adapts(method: str, module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
     candidates = places(module.abstract_params(), module)
-    settings = Lora(**renamed(vars(read("lora", Lora, settings)), candidates))
+    settings = Lora(**renamed(vars(read(method, ROWS[method].settings, settings).as_lora()), candidates))
     chosen = {(p.path, p.index) for p in lora_places(candidates, settings)}
     every_bias, saved = settings.bias == "all", settings.modules_to_save
     return lambda p: (
@@ -199,7 +201,7 @@ def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], b
 
 # An adapter of a stack has scale 0 on layers that it leaves alone, so it needs no cut; but below the lowest layer that
 # it adapts nothing is trained, and a cut lets the backward pass end there.
-_ADAPTS = {"lora": _lora_adapts, "ia3": _ia3_adapts}
+_ADAPTS = {"ia3": _ia3_adapts} | {name: partial(_low_rank_adapts, name) for name in ("lora", "hira")}
 
 
 def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
@@ -278,6 +280,7 @@ METHODS = {
         "full": lambda params, key, module: full(params),
         "head": lambda params, key, module: head(params, module),
         "lora": lambda params, key, module, **options: lora(params, key, module=module, **options),
+        "hira": lambda params, key, module, **options: hira(params, key, module=module, **options),
         "bitfit": lambda params, key, module: bitfit(params, module),
         "norms": lambda params, key, module: norms(params, module),
         "embeddings": lambda params, key, module: embeddings(params, module),

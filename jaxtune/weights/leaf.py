@@ -116,6 +116,10 @@ class Adapter(Weight):
     def layers_adapted(self):
         return getattr(self, "scale", None)
 
+    def used(self) -> np.ndarray | None:
+        """bool[*L, r]: which components of a low-rank update are more than padding; None: it has no rank."""
+        return None
+
 
 @leaf_type
 class LoraWeight(Adapter):
@@ -143,6 +147,9 @@ class LoraWeight(Adapter):
     dropout: Array | None = setting(default=None)
     a0: Array | None = setting("K r", default=None)
     b0: Array | None = setting("r N", default=None)
+
+    def used(self):
+        return _not_padding(self.a, self.b)
 
     def factors(self) -> tuple[Array, Array]:
         """`a` [*L, K, R] and `b` [*L, R, N] whose product is the update, before the scale."""
@@ -223,6 +230,46 @@ class DoraWeight(LoraWeight):
         dense = super()._dense()
         gain = jnp.where(self.scale[..., None] != 0, self.magnitude / column_norm(dense), 1.0)
         return dense * gain[..., None, :]
+
+
+@leaf_type
+class HiraWeight(Adapter):
+    """High-rank adaptation by a Hadamard product, y = x w + dropout(x) (w * a b) (Huang et al. 2025, HiRA, ICLR).
+
+    Attributes:
+        w: the base, [*L, K, N], an array or a QuantWeight; a product builds one layer's update, as wide as `w`.
+        a: [*L, K, r].
+        b: [*L, r, N], zeros at initialisation, so that step 0 is the base model.
+        scale: f32[*L], 1; 0 marks a layer that is not adapted.
+        dropout: f32[*L], the rate; None compiles no dropout at all.
+    """
+
+    w: Any = base()
+    a: Array = trained("K r", group="hira_A", stored=Stored("{}.hira_A", "r K"))
+    b: Array = trained("r N", group="hira_B", faster=True, stored=Stored("{}.hira_B", "N r"))
+    scale: Array = setting()
+    dropout: Array | None = setting(default=None)
+
+    def used(self):
+        return _not_padding(self.a, self.b)
+
+    def dot(self, x, keys, product):
+        h = x if keys is None or self.dropout is None else drop(x, self.dropout, keys)
+        # The backward pass builds the update again: kept, it would be a second copy of the base.
+        update = jax.checkpoint(lambda h, leaf: product(h, leaf._delta().astype(h.dtype)))
+        return dot(x, self.w, product=product) + update(h, self)
+
+    def transposed_dot(self, x, product):
+        return transposed_dot(x, self.w, product) + product(x, self._delta().T.astype(x.dtype))
+
+    def merge(self):
+        return (merge_leaf(self.w).astype(jnp.float32) + self._delta()).astype(plain(self.w).dtype)
+
+    def _delta(self) -> Array:
+        """scale * w * a b, f32[*L, K, N]."""
+        low = self.a.astype(jnp.float32) * self.scale[..., None, None]
+        w = jax.lax.stop_gradient(merge_leaf(self.w)).astype(jnp.float32)
+        return w * jnp.einsum("...kr,...rn->...kn", low, self.b.astype(jnp.float32))
 
 
 @leaf_type
@@ -441,6 +488,11 @@ def is_sharded(x: Any) -> bool:
 def gathered(tree: Any) -> Any:
     """Return a tree whose `Sharded` arrays are whole."""
     return jax.tree.map(lambda x: x.whole() if is_sharded(x) else x, tree, is_leaf=is_sharded)
+
+
+def _not_padding(a: Array, b: Array) -> np.ndarray:
+    """bool[*L, r]: the components of a product [*L, K, r] [*L, r, N] that are not zero on both sides."""
+    return np.any(np.asarray(a) != 0, -2) | np.any(np.asarray(b) != 0, -1)
 
 
 def is_weight(x: Any) -> bool:
