@@ -75,6 +75,12 @@ class HiraConfig(PeftConfig):
     method, table = "hira", targets.LORA  # peft's table is LoRA's
 
 
+class MissConfig(PeftConfig):
+    """peft's MissConfig: `jaxtune.miss`."""
+
+    method, table = "miss", targets.LORA
+
+
 class IA3Config(PeftConfig):
     """peft's IA3Config: `jaxtune.ia3`."""
 

@@ -121,7 +121,7 @@ def test_metrics_tell_what_it_wants_told(tuned):
     assert set(jax.tree.leaves(groups)) == {"attention", "attention/core", "mlp", "mlp/core"}
 
 
-@pytest.mark.parametrize("method, group", [("outer", "core"), ("hira", "hira_B")])
+@pytest.mark.parametrize("method, group", [("outer", "core"), ("hira", "hira_B"), ("miss", "miss_block")])
 def test_it_trains_and_sweeps_and_comes_back_from_a_checkpoint(method, group, tuned, tmp_path):
     """Members of a stacked step are what each is alone; and a state that was saved is the same."""
     part = tuned[0]
@@ -216,7 +216,7 @@ def test_its_peft_directory_goes_out_and_comes_in(first, tmp_path, monkeypatch):
     for got, want in zip(jax.tree.leaves(up(again)), jax.tree.leaves(up(params)), strict=True):
         assert np.array_equal(np.asarray(got)[first:], np.asarray(want)[first:])
     monkeypatch.delitem(peft_config.KINDS, "OUTER")
-    with pytest.raises(UserError, match="peft_type='OUTER': only LORA, HIRA, IA3, PROMPT_TUNING are"):
+    with pytest.raises(UserError, match="peft_type='OUTER': only LORA, HIRA, MISS, IA3, PROMPT_TUNING are"):
         load_adapter(module, base_params, tmp_path / "a")
 
 

@@ -21,6 +21,7 @@ from jaxtune.hf.peft import (
     DEFAULTS,
     HIRA_DEFAULTS,
     IA3_DEFAULTS,
+    MISS_DEFAULTS,
     PROMPT_DEFAULTS,
     _arrays,
     _spots,
@@ -30,7 +31,16 @@ from jaxtune.hf.peft import (
 from jaxtune.hf.peft_config import complete
 from jaxtune.methods.table import METHODS, full, lora, places
 from jaxtune.tree import TRAIN, combine, count, flatten, partition
-from jaxtune.weights.leaf import DoraWeight, HiraWeight, LoraWeight, is_weight, map_weights, merge, virtual_tokens
+from jaxtune.weights.leaf import (
+    DoraWeight,
+    HiraWeight,
+    LoraWeight,
+    MissWeight,
+    is_weight,
+    map_weights,
+    merge,
+    virtual_tokens,
+)
 
 TOKENS = zoo.tokens(2, 12)
 
@@ -56,6 +66,8 @@ def shake(params, mask, seed=0):
         return jax.device_put(np.asarray(leaf) + by)  # by NumPy: nothing to compile for each shape
 
     def still(leaf, original):
+        if isinstance(leaf, MissWeight):
+            return dataclasses.replace(leaf, d=leaf.d * leaf.scale[:, None, None])
         if not isinstance(leaf, LoraWeight | HiraWeight):
             return leaf
         # What is zero on both sides of the product has no gradient: layers not adapted, columns beyond a lower rank.
@@ -103,7 +115,7 @@ def peft_adapter(name, folder, seed=0, kind="LoraConfig", **settings):
         for key, p in model.named_parameters():
             if p.requires_grad:
                 p += 0.2 * torch.randn_like(p)
-            known = ("lora_", "modules_to_save", "trainable_tokens", "ia3_l", "prompt_encoder", "hira_")
+            known = ("lora_", "modules_to_save", "trainable_tokens", "ia3_l", "prompt_encoder", "hira_", "miss_")
             assert p.requires_grad == (any(k in key for k in known) or (key.endswith("bias") and p.requires_grad))
     model.peft_config["default"].base_model_name_or_path = str(zoo.directory(name))
     model.save_pretrained(folder)
@@ -144,6 +156,7 @@ def test_defaults_are_pefts():
         "LoraConfig": DEFAULTS,
         "HiraConfig": HIRA_DEFAULTS,
         "IA3Config": IA3_DEFAULTS,
+        "MissConfig": MISS_DEFAULTS,
         "PromptTuningConfig": PROMPT_DEFAULTS,
     }
     for kind, ours in kinds.items():
@@ -415,6 +428,9 @@ HIRA = {
     "gpt2": ("gpt2", {"r": 2, "target_modules": ("c_attn", "mlp.c_proj"), "init_weights": "gaussian"}),
 }
 LIKE_LORA = {f"hira, {case}": ("hira", "HiraConfig", *HIRA[case]) for case in HIRA}
+# 5 divides neither side; a layer that is not adapted.
+MISS = {"r": 5, "target_modules": ("k_proj", "down_proj"), "layers_to_transform": (1, 2)}
+LIKE_LORA["miss"] = ("miss", "MissConfig", "llama", MISS)
 
 
 @pytest.mark.parametrize("case", LIKE_LORA)

@@ -7,7 +7,7 @@ from jaxtune.config.schema import BY_PATH
 from jaxtune.errors import UserError
 from jaxtune.reading import read_json
 
-_METHODS = {"LORA": "lora", "HIRA": "hira", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning"}
+_METHODS = {"LORA": "lora", "HIRA": "hira", "MISS": "miss", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning"}
 _TASKS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification"}
 
 

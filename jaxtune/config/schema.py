@@ -62,6 +62,7 @@ SECTIONS = {
     "tune": "what is trained",
     "tune.lora": "the adapters of tune.method=lora, in PEFT's names",
     "tune.hira": "the adapters of tune.method=hira, in PEFT's names",
+    "tune.miss": "the adapters of tune.method=miss, in PEFT's names",
     "tune.ia3": "the vectors of tune.method=ia3, in PEFT's names",
     "tune.prompt_tuning": "the soft prompt of tune.method=prompt_tuning",
     "tune.last_n": "what tune.method=last_n trains",
@@ -162,6 +163,14 @@ SETTINGS = (
         "tune.hira.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
     ),
     Setting("tune.hira.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
+    Setting("tune.miss.r", int, 64, "rows of the trained matrix of a module", range=AT_LEAST_1),
+    Setting("tune.miss.miss_dropout", float, 0.0, "dropout on the updates' input", range=BELOW_1),
+    Setting("tune.miss.target_modules", Targets, "all-linear", "all-linear, module names, or a regex over full names"),
+    Setting("tune.miss.layers_to_transform", Integers, None, "indices of the layers with adapters; default: all"),
+    Setting(
+        "tune.miss.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
+    ),
+    Setting("tune.miss.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
     Setting("tune.ia3.target_modules", Targets, None, "module names or a regex; default: PEFT's for the family"),
     Setting("tune.ia3.feedforward_modules", Targets, None, "targets whose input is scaled instead of the output"),
     Setting(

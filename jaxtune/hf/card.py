@@ -100,6 +100,7 @@ def _labels(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 _ADAPTERS = {
     "lora": "A LoRA adapter",
     "hira": "A HiRA adapter",
+    "miss": "A MiSS adapter",
     "ia3": "An (IA)³ adapter",
     "prompt_tuning": "A tuned prompt",
 }

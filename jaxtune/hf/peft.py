@@ -1,6 +1,6 @@
 """PEFT directories in and out: adapter_config.json and adapter_model.safetensors, as peft 0.21 writes them.
 
-LoRA and its relatives, HiRA, (IA)^3 and prompt tuning.
+LoRA and its relatives, HiRA, MiSS, (IA)^3 and prompt tuning.
 
 peft is lax when it loads: tensors that are missing, surplus, or for another base pass with a warning or none.
 Here each is an error, and one message names them all.
@@ -29,6 +29,7 @@ from jaxtune.hf.peft_config import (
     HIRA_DEFAULTS,
     IA3_DEFAULTS,
     KINDS,
+    MISS_DEFAULTS,
     PROMPT_DEFAULTS,
     chosen_by,
     complete,
@@ -62,6 +63,7 @@ __all__ = [
     "DEFAULTS",
     "HIRA_DEFAULTS",
     "IA3_DEFAULTS",
+    "MISS_DEFAULTS",
     "PROMPT_DEFAULTS",
     "export_adapter",
     "load_adapter",
@@ -496,7 +498,7 @@ def export_adapter(
 
     Args:
         module: a zoo module.
-        params: its parameters, with leaves of `lora`, `hira`, `ia3` or `prompt_tuning`.
+        params: its parameters, with leaves of `lora`, `hira`, `miss`, `ia3` or `prompt_tuning`.
         out: must not exist, unless `overwrite`.
         base: directory or hub id of the model that was tuned; a directory also gives the tokenizer.
         config: fields of peft's config, those given to the method or those that `load_adapter` returned. What is left

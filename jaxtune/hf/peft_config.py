@@ -15,7 +15,7 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.methods.adapters import TABLE, attach, hira_leaf, ia3, prompt_tuning, untied_for
+from jaxtune.methods.adapters import TABLE, attach, hira_leaf, ia3, miss_leaf, prompt_tuning, untied_for
 from jaxtune.methods.places import (
     DENSE,
     Factors,
@@ -29,7 +29,7 @@ from jaxtune.methods.places import (
     renamed,
     resolve_targets,
 )
-from jaxtune.methods.settings import Hira, Ia3, Lora, names
+from jaxtune.methods.settings import Hira, Ia3, Lora, Miss, names
 from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import TRAIN, flatten
 from jaxtune.weights.leaf import (
@@ -38,6 +38,7 @@ from jaxtune.weights.leaf import (
     HiraWeight,
     Ia3Weight,
     LoraWeight,
+    MissWeight,
     PromptWeight,
     TokensWeight,
     is_weight,
@@ -118,6 +119,25 @@ HIRA_DEFAULTS: dict[str, Any] = {
     "peft_version": "0.21.2",
     "r": 32,
     "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "task_type": "CAUSAL_LM",
+}
+MISS_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "mini_r": 1,
+    "miss_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": "MISS",
+    "peft_version": "0.21.2",
+    "r": 64,
     "revision": None,
     "target_modules": None,
     "task_type": "CAUSAL_LM",
@@ -222,6 +242,8 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
         "lora_alpha": ("a number", alpha),
         "lora_dropout": rate,
         "hira_dropout": rate,
+        "miss_dropout": rate,
+        "init_weights": ("true, false or 'gaussian'", lambda v: v in (None, True, False, "gaussian")),
         "use_dora": ("true or false", lambda v: type(v) is bool),
         "use_rslora": ("true or false", lambda v: type(v) is bool),
         "exclude_modules": choice,
@@ -331,15 +353,17 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
     return config | given
 
 
-def _hira_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _uniform_config(dropout: str, module: Any, params: Any, mask: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The config of a tree with one rank; `dropout` is the name of its rate."""
     tree = tree_factors(module, params)
     config = {
         "r": max(f.rank for f in tree.values()),
-        "hira_dropout": max(map(_dropout, weights_by_path(params).values())),
+        dropout: max(map(_dropout, weights_by_path(params).values())),
         "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
-        "fan_in_fan_out": models.names(module).conv1d,
         "modules_to_save": _saved(module, params, mask),
     }
+    if models.names(module).conv1d:
+        config["fan_in_fan_out"] = True
     if given.get("init_weights") == "default":
         given["init_weights"] = True
     return config | given
@@ -542,10 +566,18 @@ KINDS: dict[str, Kind] = {
     "HIRA": Kind(
         leaf=HiraWeight,
         defaults=HIRA_DEFAULTS,
-        describe=_hira_config,
+        describe=partial(_uniform_config, "hira_dropout"),
         attach=partial(_attach_lora, change=hira_leaf),
         followed=frozenset(names(Hira)),
         low_rank=Hira,
+    ),
+    "MISS": Kind(
+        leaf=MissWeight,
+        defaults=MISS_DEFAULTS,
+        describe=partial(_uniform_config, "miss_dropout"),
+        attach=partial(_attach_lora, change=miss_leaf),
+        followed=frozenset([*names(Miss), "mini_r", "init_weights"]),
+        low_rank=Miss,
     ),
     "IA3": Kind(Ia3Weight, IA3_DEFAULTS, _ia3_config, _attach_ia3),
     "PROMPT_TUNING": Kind(PromptWeight, PROMPT_DEFAULTS, _prompt_config, _attach_prompt),

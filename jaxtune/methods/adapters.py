@@ -30,7 +30,7 @@ from jaxtune.methods.places import (
     renamed,
     resolve_targets,
 )
-from jaxtune.methods.settings import Hira, Lora, PromptTuning, read
+from jaxtune.methods.settings import Hira, Lora, Miss, PromptTuning, read
 from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled
@@ -42,6 +42,7 @@ from jaxtune.weights.leaf import (
     HiraWeight,
     Ia3Weight,
     LoraWeight,
+    MissWeight,
     PromptWeight,
     TokensWeight,
     column_norm,
@@ -112,6 +113,47 @@ def hira(
 def hira_leaf(leaf: LoraWeight) -> HiraWeight:
     """HiRA's leaf with the factors of LoRA's."""
     return HiraWeight(leaf.w, leaf.a, leaf.b, leaf.scale, leaf.dropout)
+
+
+def miss(
+    params: PyTree,
+    key: jax.Array,
+    *,
+    module: Any = None,
+    layouts: Mapping[str, MatrixLayout] | None = None,
+    **options: Any,
+) -> tuple[PyTree, PyTree]:
+    """MiSS (arXiv:2409.15371): shards of a module's input share one small matrix.
+
+    Args:
+        params: any tree; leaves of targets become `MissWeight`.
+        key: not used; the matrix starts at zero.
+        module: as in `lora`.
+        layouts: as in `lora`.
+        options: r=64, target_modules="all-linear", ...: the attributes of `settings.Miss`.
+
+    Raises:
+        UserError: as `lora`, or a target is an embedding, `r` exceeds its inputs, or the family has Conv1D modules.
+    """
+    settings = read("miss", Miss, options).as_lora()
+    if module is not None and _conv1d(module):
+        raise UserError("MiSS does not know this family's Conv1D modules in peft, which could not read the adapter.")
+    return _low_rank(params, key, settings, module, layouts, miss_leaf)
+
+
+def _conv1d(module: Any) -> bool:
+    """Whether transformers' modules of this family are Conv1D."""
+    from jaxtune import models
+
+    return models.names(module).conv1d
+
+
+def miss_leaf(leaf: LoraWeight) -> MissWeight:
+    """MiSS's leaf with the rank and the zeros of LoRA's."""
+    r, k = leaf.b.shape[-2], plain(leaf.w).shape[-2]
+    if r > k:
+        raise UserError(f"r={r} exceeds the {k} inputs of a target; choose r <= {k}.")
+    return MissWeight(leaf.w, leaf.b, leaf.scale, leaf.dropout)
 
 
 def _low_rank(

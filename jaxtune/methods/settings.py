@@ -89,6 +89,31 @@ class Hira:
 
 
 @dataclasses.dataclass(frozen=True)
+class Miss:
+    """The settings of MiSS, as in peft's MissConfig, in its default variant.
+
+    Attributes:
+        r: length of a shard of the input, and rows of the trained matrix.
+        miss_dropout: rate on the input of the update.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `Lora`; linear
+            modules only.
+    """
+
+    r: int = 64
+    miss_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def as_lora(self) -> Lora:
+        """The settings of LoRA with the same modules, r and zeros, and a scale of 1."""
+        shared = {name: value for name, value in vars(self).items() if name in names(Lora)}
+        return Lora(**shared, lora_alpha=self.r, lora_dropout=self.miss_dropout)
+
+
+@dataclasses.dataclass(frozen=True)
 class Ia3:
     """The settings of (IA)^3, as in peft's IA3Config.
 
@@ -152,6 +177,7 @@ class Row(NamedTuple):
 ROWS: dict[str, Row] = {
     "lora": Row(Lora, 2e-4, adapter=True),
     "hira": Row(Hira, 1e-3, adapter=True),
+    "miss": Row(Miss, 2e-4, adapter=True),
     "ia3": Row(Ia3, 3e-3, adapter=True),
     "prompt_tuning": Row(PromptTuning, 3e-2, adapter=True),
     "full": Row(Nothing, 1e-5),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.methods.adapters import attach, hira, ia3, ia3_places, ia3_settings, lora, prompt_tuning, virtual_ids
+from jaxtune.methods.adapters import attach, hira, ia3, ia3_places, ia3_settings, lora, miss, prompt_tuning, virtual_ids
 from jaxtune.methods.places import (
     DENSE,
     Place,
@@ -43,6 +43,7 @@ __all__ = [
     "ia3",
     "last_n",
     "lora",
+    "miss",
     "norms",
     "parameters",
     "places",
@@ -201,7 +202,7 @@ def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], b
 
 # An adapter of a stack has scale 0 on layers that it leaves alone, so it needs no cut; but below the lowest layer that
 # it adapts nothing is trained, and a cut lets the backward pass end there.
-_ADAPTS = {"ia3": _ia3_adapts} | {name: partial(_low_rank_adapts, name) for name in ("lora", "hira")}
+_ADAPTS = {"ia3": _ia3_adapts} | {name: partial(_low_rank_adapts, name) for name in ("lora", "hira", "miss")}
 
 
 def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
@@ -281,6 +282,7 @@ METHODS = {
         "head": lambda params, key, module: head(params, module),
         "lora": lambda params, key, module, **options: lora(params, key, module=module, **options),
         "hira": lambda params, key, module, **options: hira(params, key, module=module, **options),
+        "miss": lambda params, key, module, **options: miss(params, key, module=module, **options),
         "bitfit": lambda params, key, module: bitfit(params, module),
         "norms": lambda params, key, module: norms(params, module),
         "embeddings": lambda params, key, module: embeddings(params, module),

@@ -19,6 +19,7 @@ WHAT = {  # method -> the part of the model that it trains; %(path)s is the valu
     "last_n": "The last %(tune.last_n.layers)s layers of",
     "regex": "The parameters that match %(tune.regex.pattern)s of",
     "hira": "HiRA adapters (rank %(tune.hira.r)s) for",
+    "miss": "MiSS adapters (rank %(tune.miss.r)s) for",
     "ia3": "(IA)³ vectors for",
     "prompt_tuning": "%(tune.prompt_tuning.num_virtual_tokens)s virtual tokens for",
 }

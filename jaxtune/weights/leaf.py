@@ -273,6 +273,46 @@ class HiraWeight(Adapter):
 
 
 @leaf_type
+class MissWeight(Adapter):
+    """Matrix shard sharing, y = x w + scale * s d, s the sum of dropout(x)'s shards of r numbers (arXiv:2409.15371).
+
+    The last shard is filled up with zeros. So the update of row k of `w` is row k mod r of `d`.
+
+    Attributes:
+        w: the base, [*L, K, N].
+        d: [*L, r, N], zeros at initialisation, so that step 0 is the base model.
+        scale: f32[*L], 1; 0 marks a layer that is not adapted.
+        dropout: f32[*L], the rate; None compiles no dropout at all.
+    """
+
+    w: Any = base()
+    d: Array = trained("r N", group="miss_block", stored=Stored("{}.miss_block", "r N"))
+    scale: Array = setting()
+    dropout: Array | None = setting(default=None)
+
+    def used(self):
+        return np.ones(self.d.shape[:-1], bool)
+
+    def dot(self, x, keys, product):
+        h = x if keys is None or self.dropout is None else drop(x, self.dropout, keys)
+        r = self.d.shape[-2]
+        h = jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, -h.shape[-1] % r)])
+        shards = h.reshape(*h.shape[:-1], -1, r).sum(-2) * self.scale.astype(x.dtype)
+        return dot(x, self.w, product=product) + matmul(shards, self.d.astype(x.dtype))
+
+    def transposed_dot(self, x, product):
+        return transposed_dot(x, self.w, product) + product(x, self._delta().T.astype(x.dtype))
+
+    def merge(self):
+        return (merge_leaf(self.w).astype(jnp.float32) + self._delta()).astype(plain(self.w).dtype)
+
+    def _delta(self) -> Array:
+        """The update f32[*L, K, N]."""
+        d = self.d.astype(jnp.float32) * self.scale[..., None, None]
+        return d[..., np.arange(plain(self.w).shape[-2]) % d.shape[-2], :]
+
+
+@leaf_type
 class Ia3Weight(Adapter):
     """Rescaled activations, (IA)^3 (Liu et al. 2022, arXiv:2205.05638, section 3.3), in peft's form.
 
