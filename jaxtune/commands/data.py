@@ -144,8 +144,11 @@ def _know(report: "DataReport", cfg: Any, options: Any) -> None:
 
         options.workdir.mkdir(parents=True, exist_ok=True)
         atomic_write_text(options.workdir / "known.jsonl", found.train)
+        held_out = options.workdir / "known_held_out.jsonl"
         if found.held_out:
-            atomic_write_text(options.workdir / "known_held_out.jsonl", found.held_out)
+            atomic_write_text(held_out, found.held_out)
+        else:
+            held_out.unlink(missing_ok=True)  # of other rows
 
 
 def examine(cfg: Any, *, near: float = 0.8, samples: int = 3) -> "DataReport":

@@ -20,9 +20,13 @@ FLAGS = {
     ),
     "coordinator": Flag("several processes: host:port of process 0; Slurm and Open MPI need no flag"),
     "process-id": Flag("several processes: this one's number, from 0", int),
-    "num-processes": Flag("several processes: how many there are", int),
+    "num-processes": Flag("several processes: how many; 1: tasks of Slurm are runs of their own", int),
     "wait": Flag("several processes: seconds for all of them to come", int, 300),
-    "stuck-after": Flag("several processes: seconds without a step before the job ends with status 1", float, 900.0),
+    "stuck-after": Flag(
+        "several processes: seconds without a step, or a part of the setup, before the job ends with status 1",
+        float,
+        900.0,
+    ),
 }
 
 
@@ -94,6 +98,7 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     run = experiment(cfg)
     rows = open_data(run)
     facts = {"their settings": run.text, "their data": rows.report.fingerprint, "versions": versions()}
+    facts["their --workdir"] = str(workdir)
     processes.agree(facts | {"their mesh of devices": [d.platform for d in jax.devices()]})
     if workdir is not None:
         check_workdir(workdir, cfg, rows.report.fingerprint, run.base.files)
@@ -133,9 +138,12 @@ class Clock:
         return other
 
     def __call__(self, part: str) -> None:
+        from jaxtune.train import processes
+
         now = time.time()
         self.parts[part] = self.parts.get(part, 0.0) + now - self.last
         self.last = now
+        processes.beat(part)
 
 
 def _show_rows(data, form) -> None:

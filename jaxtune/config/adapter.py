@@ -43,7 +43,7 @@ def settings_of(path: str, *, own_base: bool = False) -> dict[str, Any]:
         name = setting.rpartition(".")[2]
         value = config.get(name)
         if name == "trainable_token_indices" and isinstance(value, dict):
-            if any("head" in key for key in value):
+            if len(value) > 1 or any("head" in key or key.endswith("embed_out") for key in value):
                 raise UserError(
                     f"{where}: {name}={value!r} has rows of the output head, which are not trained further."
                 )

@@ -55,7 +55,8 @@ class PairsOfTexts:
             "have one text twice, as query and as document, which teaches nothing",
             "leave them out with jaxtune data --write-clean; if there are many, see data.columns",
         )
-        apart = np.unique(np.stack([asked, found], 1), axis=0, return_index=True)[1]  # pairs that differ
+        # The first of equal pairs, in the order of the data: hashes of texts are others in each process.
+        apart = np.sort(np.unique(np.stack([asked, found], 1), axis=0, return_index=True)[1])
         yield from self._shared(rows[apart], found[apart], asked[apart], ledger)
         yield from _leaked(ledger, index, document, query)
 
@@ -92,8 +93,9 @@ def in_one_batch(size: np.ndarray, rows: int, batch: int) -> float:
     """
     others = min(batch, rows) - 1
     drawn = np.arange(others)
-    free = np.maximum(rows - size[:, None] - drawn, 0) / np.maximum(rows - 1 - drawn, 1)
-    return float(1 - np.prod(free, axis=1).mean()) if others else 0.0
+    sizes, count = np.unique(size, return_counts=True)
+    free = np.maximum(rows - sizes[:, None] - drawn, 0) / np.maximum(rows - 1 - drawn, 1)
+    return float(1 - np.average(np.prod(free, axis=1), weights=count)) if others else 0.0
 
 
 def _leaked(ledger: Ledger, index: np.ndarray, document: np.ndarray, query: np.ndarray) -> Iterator[Finding]:

@@ -98,7 +98,11 @@ def prepare(
     if not 0 <= eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
     labels = None if labels is None else labels.on(tokenizer)
+    opened = [read(name) for names in (train, eval) if names for name in source_names(names)]
+    if labels is not None:
+        labels.opened(opened)
     settings = reader_settings(tokenizer, **reading) if labels is None else labels.settings
+    check_columns(opened, settings.get("columns") or {})
     common = [
         FORMAT_VERSION,
         tokenizer_digest(tokenizer),
@@ -107,9 +111,6 @@ def prepare(
         [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     ]
     keys = []
-    check_columns(
-        [read(name) for names in (train, eval) if names for name in source_names(names)], settings.get("columns") or {}
-    )
 
     def load(name: str) -> tuple[Rows, SourceReport, Any]:
         source = read(name)

@@ -16,7 +16,7 @@ A row's texts lie one behind the other; the mark of a token is the number of its
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -113,7 +113,7 @@ class TextsForm(RowForm):
     def settings(self) -> dict[str, Any]:
         return {
             **{"form": "texts", "contrast": self.contrast, "prefixes": self.prefixes},
-            **{"columns": dict(self.columns), "cut": self.cut, "ignore": sorted(self.ignore)},
+            **{"columns": dict(self.columns), "cut": self.cut, "ignore": sorted(self.ignore), "wide": self.wide},
         }
 
     # ------------------------------------------------------------------------------------------------------- columns
@@ -215,7 +215,13 @@ class TextsForm(RowForm):
             return Texts(prefixed, self._label(where, label, row, len(found)))
 
         what = " and ".join(filter(None, [f"{len(texts)} texts" if len(texts) > 1 else "a text", label]))
-        return self._wide_enough(source, Reader(what, tuple(kept), convert, notes))
+        # Negatives that are added to a row do not move it to the other side of the split.
+        reader = Reader(what, tuple(kept), convert, notes, together=lambda row: [row.get(name) for name in texts])
+        return self._wide_enough(source, reader)
+
+    def opened(self, sources: Iterable[Source]) -> None:
+        for source in sources:
+            self.reader(source)  # which makes `wide` wide enough
 
     def _wide_enough(self, source: Source, reader: Reader) -> Reader:
         """The reader, when `wide` holds the label of every row of its source: lists of scores differ in length."""

@@ -1,7 +1,7 @@
 """How a task whose rows are not text to continue reads, tokenises and shows them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,9 @@ class RowForm:
             UserError: the columns do not fit.
         """
         raise NotImplementedError
+
+    def opened(self, sources: Iterable[Source]) -> None:
+        """See all sources, before a row of any is tokenised."""
 
     def encoder(self, tokenizer: Any) -> Any:
         """Return what makes (ids, marks, target) of an example, as `jaxtune.data.label_rows.LabelEncoder` does.

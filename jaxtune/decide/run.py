@@ -561,7 +561,8 @@ class Decision:
             "A candidate was compared with the leader after a quarter, half and all rows, at a third of the 5% level "
             "each, and stopped where it was behind.",
         ]
-        if any(o.side == TUNED and o.forgetting is None for o in self.outcomes) and self.continues:
+        unmeasured = any(o.side == TUNED and o.forgetting is None for o in self.outcomes)
+        if unmeasured and self.continues and not self.labelled and not self.options.forgetting:
             notes.append("What tuning cost outside the task was not measured; --forgetting=FILE measures it.")
         if price == SECONDS:
             notes.append("No price was given: costs are seconds on this machine.")

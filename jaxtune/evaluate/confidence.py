@@ -310,8 +310,8 @@ class Confidence(Answers):
             for who, own in sure.items()
         ]
         self.notes.append(
-            f"A mean token probability that were exactly right would have a calibration error of {' and '.join(chance)}"
-            f" on {len(every):,} answers, by chance; intervals of smaller ones lie too high."
+            f"Even a perfectly calibrated model has a calibration error of about {' and '.join(chance)} on "
+            f"{len(every):,} answers, by chance; where the error is near that, its interval lies too high."
         )
         found |= self._invented(measured, every)
         return found

@@ -175,7 +175,7 @@ def memory(
             tokens = np.maximum(1, [sum(row.mask) for row in rows])
             nats[system.name] = np.array(losses(system, rows, kept, progress)) / tokens
             verbatim[system.name] = reproduced(system, rows, held.request.virtual, options.batch_size, kept, progress)
-            secrets[system.name] = exposures(system, held.tokenizer, cfg.data.canaries or (), kept, progress)
+            secrets[system.name] = exposures(system, held.tokenizer, cfg.data.canaries or (), kept, progress, SECRETS)
             del system
     passes = _passes(source.run, every)
     members = len(train.rows)

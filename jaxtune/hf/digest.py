@@ -30,6 +30,7 @@ TOKENIZER = (
     "spiece",
     "sentencepiece",
 )
+_DENSE = "_Dense/"
 PASSING = ("transformers_version", "_name_or_path")  # keys of config.json that do not affect the model
 
 
@@ -94,6 +95,8 @@ class BaseFiles:
         before = recorded["whole" if whole else "files"]
         if any("tokenizer/" in name for name in now) != any("tokenizer/" in name for name in before):
             now, before = ({k: v for k, v in found.items() if not k.startswith(TOKENIZER)} for found in (now, before))
+        if not any(_DENSE in name for name in before):  # recorded before dense layers were read
+            now = {name: found for name, found in now.items() if _DENSE not in name}
         unlike = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if unlike:
             name = unlike[0]

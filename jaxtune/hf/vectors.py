@@ -145,14 +145,17 @@ def read_pooled(folder: Path) -> Pooled | None:
             f"{folder / MODULES}: the modules are {shown}; expected Transformer (in the directory itself), Pooling, "
             "maybe Dense layers, and maybe Normalize. Others are not supported."
         )
-    config = read_json(folder / str(modules[1].get("path")) / "config.json")
+    named = [f"{i}_{kind}" for i, kind in enumerate(kinds) if kind in ("Pooling", "Dense")]
+    if wrong := [(m.get("path"), name) for m, name in zip(modules[1:], named) if m.get("path") != name]:
+        raise UserError(f"{folder / MODULES} names the folder {wrong[0][0]!r}; expected {wrong[0][1]!r}.")
+    config = read_json(folder / named[0] / "config.json")
     prompts, default = _prompts(folder)
     return Pooled(
         _pooling(folder, config),
         "Normalize" in kinds,
         MappingProxyType(prompts),
         read_max_length(folder),
-        tuple(_dense(folder / str(modules[2 + i].get("path"))) for i in range(kinds.count("Dense"))),
+        tuple(_dense(folder / name) for name in named[1:]),
         default,
     )
 

@@ -296,6 +296,8 @@ def tokens_of(
         return {}
     if not isinstance(given, Mapping):
         return {TABLE: tuple(given)}
+    if wrong := [key for key, ids in given.items() if not isinstance(ids, Sequence) or isinstance(ids, str)]:
+        raise UserError(f"trainable_token_indices: {wrong[0]} has {given[wrong[0]]!r}; expected a list of ids.")
     named = {p.name: p.path for p in places(params, module) if p.path in (TABLE, HEAD)}
     if getattr(module, "continues", False) and "lm_head" not in params:
         named[_head(module).module] = HEAD

@@ -125,7 +125,7 @@ def mine_negatives(cfg: Any, out: Path, count: int, margin: float) -> list[str]:
     for row, own, negatives in zip(rows, texts, found.negatives):
         given = [*own[2:], *(documents[i] for i in negatives)]
         if given or most is None:
-            lines.append(json.dumps(row | {column: given}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(row | {column: given}, ensure_ascii=False, default=str) + "\n")
     each = Counter(map(len, found.negatives))
     if not lines or each.keys() == {0}:
         raise UserError(f"--mine-negatives: no document lies below the margin of {margin:g}; lower --margin.")

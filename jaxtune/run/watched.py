@@ -38,7 +38,9 @@ class Known:
 
 
 def read_known(experiment: Any, tokenizer: Any, train: Sequence[data.Rows]) -> tuple[Known | None, list[str]]:
-    """The rows that evaluate.known names, and a sentence on them: at most evaluate.rows of each group.
+    """The rows that evaluate.known names, and a sentence on them.
+
+    At most evaluate.rows of those that are trained on, and as many of the others.
 
     Raises:
         UserError: they cannot be read, have no column `known` with the classes, or no prompt.

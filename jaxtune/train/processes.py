@@ -32,7 +32,8 @@ _beat = [time.monotonic(), "the start"]
 def start(coordinator: str | None, process_id: int | None, count: int | None, come: int = COME) -> bool:
     """Meet the other processes; return whether there are any. Called before JAX looks for devices.
 
-    Without arguments, Slurm and Open MPI say who and where the others are, if they started more than one task.
+    Without arguments, Slurm and Open MPI say who and where the others are, if they started more than one task. With a
+    `count` of 1 alone each task is a run of its own.
 
     Args:
         coordinator: host:port of the first process.
@@ -44,6 +45,8 @@ def start(coordinator: str | None, process_id: int | None, count: int | None, co
         UserError: only some of the three are given, or they do not fit.
         RunFailed: the others did not come.
     """
+    if count == 1 and coordinator is None and process_id in (None, 0):
+        return False
     given = {"--coordinator": coordinator, "--process-id": process_id, "--num-processes": count}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
@@ -69,7 +72,8 @@ def start(coordinator: str | None, process_id: int | None, count: int | None, co
 
 def _launched(env: Mapping[str, str]) -> bool:
     """Whether a launcher that JAX knows has started several tasks of this job."""
-    slurm = "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or "1")  # of the step: a shell is one task
+    slurm = "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env and tasks > 1
     return slurm or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
 
 
@@ -114,7 +118,8 @@ def agree(facts: Mapping[str, Any]) -> None:
         if others := [p for p in range(len(found)) if not np.array_equal(found[p, i], found[0, i])]:
             raise UserError(
                 f"The processes of this run differ in {name}: process 0 has another than {str(others)[1:-1]}. "
-                "Start all of them with the same command, files and versions."
+                "Start all of them with the same command, files and versions; tasks that are runs of their own need "
+                "--num-processes=1."
             )
 
 
@@ -195,6 +200,8 @@ def beat(what: str) -> None:
 
 def watch(seconds: float = STUCK) -> None:
     """End this process, with status 1 and a message, once nothing was done for so many seconds.
+
+    What counts is `beat`: the end of a part of the setup, a step, a batch of an evaluation.
 
     A process that waits for one that is dead or stuck waits for ever in the collective of a step (jax-ml/jax#38503).
     """
