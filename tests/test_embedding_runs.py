@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from runs import command, read, write_jsonl, write_model
 
-from jaxtune import models
+from jaxtune import data, models
 from jaxtune.cli import main
 from jaxtune.curate.texts import in_one_batch
-from jaxtune.data.embeddings import class_numbers
+from jaxtune.data.embeddings import CONTRASTS, TextsForm, class_numbers
 from jaxtune.evaluate import clusters
 from jaxtune.evaluate.retrieval import measures, rank, read_beir
 from jaxtune.hf.vectors import Pooled, read_pooled
@@ -297,6 +297,19 @@ def test_data_reports_on_texts_with_labels(argv, tmp_path, contrast):
         rows.append(dict(rows[4], **({"score": 0.0} if contrast == "cosent" else {"label": "c0"})))
     found = report_on(argv, tmp_path, rows, contrast=contrast)
     assert ("conflicts" in found) == (contrast != "kl")
+
+
+def test_lists_of_scores_are_as_wide_in_every_file_and_negatives_do_not_move_a_row(bert, tmp_path):
+    tokenizer, each = data.load_tokenizer(str(bert)), LOSSES["kl"]
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", each[n::2]) for n in range(2)]  # two scores a row, then three
+    fewer = [{**row, "negative": row["negative"][:1], "scores": row["scores"][:2]} for row in each]
+    held = []
+    for sources in (files, files[::-1], [write_jsonl(tmp_path / "fewer.jsonl", fewer)]):
+        form = TextsForm("kl", CONTRASTS["kl"])
+        train, rows, _ = data.prepare(tokenizer, list(map(str, sources)), labels=form, eval_fraction=0.4, max_length=48)
+        assert {part.target.shape[1] for part in (*train, rows)} == {2 if len(sources) == 1 else 3}
+        held.append({tokenizer.decode(rows[i][0][:4].tolist()) for i in range(len(rows))})
+    assert held[0] == held[1] == held[2]
 
 
 @pytest.mark.parametrize("contrast", LOSSES)

@@ -31,8 +31,10 @@ def pair(monkeypatch, home, workdir, *flags, each=({}, {}), **settings):  # noqa
 
 def end(pair):
     """The exit statuses and what was said."""
-    said = [process.stdout.read() for process in pair]
+    said = []
     for process in pair:
+        with process.stdout:
+            said.append(process.stdout.read())
         process.join(SECONDS)
     return [process.exitcode for process in pair], said
 
@@ -93,6 +95,12 @@ def test_launchers_are_recognised():
     assert not processes._launched(slurm | {"SLURM_NTASKS": "1"})
     assert processes._launched({"OMPI_COMM_WORLD_SIZE": "4"})
     assert not processes._launched({})
+    assert not processes._launched(slurm | {"SLURM_STEP_NUM_TASKS": "1"})  # a shell in an allocation of two tasks
+
+
+def test_tasks_may_be_runs_of_their_own(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert processes.start(None, None, 1) is False
 
 
 @pytest.mark.slow
@@ -105,6 +113,6 @@ def test_a_process_that_dies_ends_the_job(home, tmp_path, monkeypatch):  # noqa:
         began = time.monotonic()
         started[0].join(SECONDS)
         assert time.monotonic() - began < 60
-        assert started[0].exitcode == 1, started[0].stdout.read()
         os.kill(started[1].pid, signal.SIGKILL)
-        assert "The job ends" in started[0].stdout.read()
+        codes, said = end(started)
+        assert codes[0] == 1 and "The job ends" in said[0], said[0]
