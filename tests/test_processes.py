@@ -101,18 +101,3 @@ def test_launchers_are_recognised():
 def test_tasks_may_be_runs_of_their_own(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     assert processes.start(None, None, 1) is False
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_ends_the_job(home, tmp_path, monkeypatch):  # noqa: F811
-    """Killed at once, or stuck: the other ends with a message; started again, the run goes on."""
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        started = pair(monkeypatch, home, tmp_path / "run", "--stuck-after=15", train__steps=100000, log__every=1000)
-        wait_for_checkpoint(started, tmp_path / "run")
-        os.kill(started[1].pid, number)
-        began = time.monotonic()
-        started[0].join(SECONDS)
-        assert time.monotonic() - began < 60
-        os.kill(started[1].pid, signal.SIGKILL)
-        codes, said = end(started)
-        assert codes[0] == 1 and "The job ends" in said[0], said[0]

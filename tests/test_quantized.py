@@ -173,9 +173,11 @@ def test_qlora(kind):
     assert not any(path.startswith("embed_tokens") and leaf.dtype == jnp.uint8 for path, leaf in leaves.items())
     tokens = batch()["tokens"][0]
     ours = module.apply({"params": base}, tokens)
-    np.testing.assert_allclose(ours, module.apply({"params": merge(base)}, tokens), atol=2e-4)
+    if kind != "fp8_matmul":  # which rounds what is multiplied as well
+        np.testing.assert_allclose(ours, module.apply({"params": merge(base)}, tokens), atol=2e-4)
     plain = module.apply({"params": weights()}, tokens)
-    assert float(jnp.abs(ours - plain).mean() / jnp.abs(plain).mean()) < {"nf4": 0.5, "int8": 0.03, "fp8": 0.15}[kind]
+    near = {"nf4": 0.5, "int8": 0.03, "fp8": 0.15, "fp8_matmul": 0.2}[kind]
+    assert float(jnp.abs(ours - plain).mean() / jnp.abs(plain).mean()) < near
 
     params, mask = lora(base, jax.random.key(0), r=4, module=module)
     assert count(params, mask) == count(*lora(weights(), jax.random.key(0), r=4, module=module))

@@ -98,7 +98,7 @@ def _train(cfg, options, workdir: Path | None, argv: list[str], clock: "Clock") 
     run = experiment(cfg)
     rows = open_data(run)
     facts = {"their settings": run.text, "their data": rows.report.fingerprint, "versions": versions()}
-    facts["their --workdir"] = str(workdir)
+    facts["their --workdir"] = str(workdir and processes.shared(workdir))
     processes.agree(facts | {"their mesh of devices": [d.platform for d in jax.devices()]})
     if workdir is not None:
         check_workdir(workdir, cfg, rows.report.fingerprint, run.base.files)

@@ -19,10 +19,9 @@ from jaxtune.run.drawing import redraw
 from jaxtune.run.experiment import Experiment
 from jaxtune.run.training import Job, Member, with_kept, with_reference
 from jaxtune.run.workdir import versions_of
-from jaxtune.train import loop, processes
+from jaxtune.train import loop, parallel, processes
 from jaxtune.train.checkpoint import Checkpoints, Damaged
 from jaxtune.train.log import Metrics, Progress, read_metrics
-from jaxtune.train.parallel import shard_batch
 from jaxtune.train.stacked import stack, take
 from jaxtune.train.step import TrainState
 from jaxtune.train.watch import Watch
@@ -86,7 +85,7 @@ def run(job: Job, places: Sequence[RunFolder], phase: Phase, clock: Any, scored:
     records = [None] * len(names)
     if phase.begins:
         states, records = zip(*phase.begins, strict=True)
-        state = place(stack(states), job.mesh)
+        state = parallel.place(stack(states), job.mesh)
         first = int(states[0].step)
     experiment = job.experiment
     abstract = _abstract(state)
@@ -339,7 +338,7 @@ def _evaluation(job: Job) -> Any:
     if job.eval_batches is None:
         return None
     limit = job.experiment.train.eval_batches
-    put = lambda b: shard_batch(b, job.mesh)  # noqa: E731
+    put = lambda b: parallel.shard_batch(b, job.mesh)  # noqa: E731
     metrics = job.experiment.task.metrics
     evaluate = loop.make_evaluate(job.eval_step, job.frozen, job.eval_batches, put, limit, metrics)
     losses = None if job.rows.general is None else general.losses(job)
