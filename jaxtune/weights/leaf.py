@@ -232,8 +232,22 @@ class DoraWeight(LoraWeight):
         return dense * gain[..., None, :]
 
 
+class DenseUpdate(Adapter):
+    """An adapter that can be written as an update of its base `w`, entry by entry."""
+
+    def _delta(self) -> Array:
+        """The update f32[*L, K, N]."""
+        raise NotImplementedError
+
+    def transposed_dot(self, x, product):
+        return transposed_dot(x, self.w, product) + product(x, self._delta().T.astype(x.dtype))
+
+    def merge(self):
+        return (merge_leaf(self.w).astype(jnp.float32) + self._delta()).astype(plain(self.w).dtype)
+
+
 @leaf_type
-class HiraWeight(Adapter):
+class HiraWeight(DenseUpdate):
     """High-rank adaptation by a Hadamard product, y = x w + dropout(x) (w * a b) (Huang et al. 2025, HiRA, ICLR).
 
     Attributes:
@@ -259,12 +273,6 @@ class HiraWeight(Adapter):
         update = jax.checkpoint(lambda h, leaf: product(h, leaf._delta().astype(h.dtype)))
         return dot(x, self.w, product=product) + update(h, self)
 
-    def transposed_dot(self, x, product):
-        return transposed_dot(x, self.w, product) + product(x, self._delta().T.astype(x.dtype))
-
-    def merge(self):
-        return (merge_leaf(self.w).astype(jnp.float32) + self._delta()).astype(plain(self.w).dtype)
-
     def _delta(self) -> Array:
         """scale * w * a b, f32[*L, K, N]."""
         low = self.a.astype(jnp.float32) * self.scale[..., None, None]
@@ -273,7 +281,7 @@ class HiraWeight(Adapter):
 
 
 @leaf_type
-class MissWeight(Adapter):
+class MissWeight(DenseUpdate):
     """Matrix shard sharing, y = x w + scale * s d, s the sum of dropout(x)'s shards of r numbers (arXiv:2409.15371).
 
     The last shard is filled up with zeros. So the update of row k of `w` is row k mod r of `d`.
@@ -299,12 +307,6 @@ class MissWeight(Adapter):
         h = jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, -h.shape[-1] % r)])
         shards = h.reshape(*h.shape[:-1], -1, r).sum(-2) * self.scale.astype(x.dtype)
         return dot(x, self.w, product=product) + matmul(shards, self.d.astype(x.dtype))
-
-    def transposed_dot(self, x, product):
-        return transposed_dot(x, self.w, product) + product(x, self._delta().T.astype(x.dtype))
-
-    def merge(self):
-        return (merge_leaf(self.w).astype(jnp.float32) + self._delta()).astype(plain(self.w).dtype)
 
     def _delta(self) -> Array:
         """The update f32[*L, K, N]."""
