@@ -10,7 +10,7 @@ Expected: `eval/loss` falls from 0.5, `eval/accuracy` rises, and the workdir end
 
 Measured: the packaged base (model.path=jaxtune/assets/tiny/base) on the 400 answers of docs/preferences.md, one epoch,
 optim.lr=1e-3: `eval/loss` 0.5 -> 0.152, and of 40 held-out answers accuracy 50% -> 100% [91, 100]. stories260k on 174
-real answers cut to 512 tokens gains nothing that 54 held-out ones show (benchmarks/RESULTS.md).
+real answers cut to 512 tokens gains nothing that 174 held-out ones show (benchmarks/RESULTS.md).
 """
 
 from common import recipe
