@@ -312,6 +312,8 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"data.overlength=split has no meaning for {values['objective.name']}, whose labels or answers belong to "
             "whole rows; choose drop or truncate"
         )
+    if values["data.streaming"]:
+        yield from _streaming(values)
     yield from answers.problems(values)
     yield from contrasts.problems(values)
     if values["objective.name"] == "preference" and values["data.packing"] and values["data.overlength"] == "truncate":
@@ -322,6 +324,27 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     sources, weights = values["data.train"] or (), values["data.weights"] or ()
     if len(sources) > 1 and weights and len(weights) != len(sources):
         yield f"data.weights has {len(weights)} numbers and data.train {len(sources)} sources; give one weight a source"
+
+
+def _streaming(values: Mapping[str, Any]) -> Iterator[str]:
+    """What does not go with rows that are never all in memory."""
+    if values["objective.name"] != "causal_lm":
+        yield (
+            f"data.streaming does not go with objective.name={values['objective.name']}, which needs all rows in "
+            "memory; it is for causal_lm"
+        )
+    for path, why in (
+        ("data.eval_fraction", "which sorts all rows: put the held-out rows into a file of their own, data.eval"),
+        ("data.group_by_length", "which sorts all rows: data.packing leaves less padding"),
+        ("data.canaries", "which are laid among rows in memory"),
+        ("evaluate.known", "which looks each question up among the training rows"),
+    ):
+        if values[path]:
+            yield f"{path} does not go with data.streaming: {why}"
+    if not values["data.cache"]:
+        yield "data.cache=false does not go with data.streaming, whose rows lie in the cache"
+    if values["train.cache_features"] == "on":
+        yield "train.cache_features=on does not go with data.streaming: features are kept of rows in memory"
 
 
 def _idle(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[str]:

@@ -208,6 +208,7 @@ SETTINGS = (
     Setting("data.group_by_length", bool, False, "batch rows of similar length: less padding, a little less random"),
     Setting("data.canaries", Integers, None, "made-up secrets among the training rows, by how often each is repeated"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),
+    Setting("data.streaming", bool, False, "rows stay on disk, where they are more than memory; shuffled by block"),
     #
     Setting("objective.name", str, "causal_lm", "the task", TASKS),
     Setting("objective.problem_type", str, "auto", "auto: the model's, else one label for each text", PROBLEM_TYPES),

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtune.data.batches import (
     with_features,
     with_reference,
 )
+from jaxtune.data.blocks import Streamed, streamed
 from jaxtune.data.chat import DEFAULT_TEMPLATE
 from jaxtune.data.formats import check_columns, make_reader
 from jaxtune.data.labels import LabelForm
@@ -25,7 +26,8 @@ from jaxtune.data.preview import render_plain, render_rows
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.rows import Report, Rows, SourceReport, check_vocabulary, fit
 from jaxtune.data.sources import Source, read
-from jaxtune.data.tokenize import FORMAT_VERSION, Encoder, tokenise
+from jaxtune.data.streaming import StreamedBatches
+from jaxtune.data.tokenize import FORMAT_VERSION, Encoder, rows_of, stored, tokenise
 from jaxtune.data.tokenizer import load_tokenizer, tokenizer_digest
 from jaxtune.errors import UserError
 
@@ -40,6 +42,8 @@ __all__ = [
     "Rows",
     "Source",
     "SourceReport",
+    "Streamed",
+    "StreamedBatches",
     "held_out",
     "load_tokenizer",
     "prepare",
@@ -69,8 +73,10 @@ def prepare(
     vocab_size: int | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,
+    streaming: bool = False,
+    say: Callable[[str], None] = print,
     **reading: Any,
-) -> tuple[list[Rows], Rows | None, Report]:
+) -> tuple[list[Rows] | list[Streamed], Rows | None, Report]:
     """Read and tokenise data: (training rows of each source, evaluation rows or None, report).
 
     Args:
@@ -87,6 +93,8 @@ def prepare(
         vocab_size: rows of the model's embedding, to check the tokens against; None: no check.
         cache: keep tokens on disk, by content.
         cache_dir: where; default: tokens/ in $JAXTUNE_CACHE or ~/.cache/jaxtune.
+        streaming: the training rows stay on disk, in the cache, and are given as `Streamed`; rows of text only.
+        say: is told how far a long tokenisation is, with `streaming`.
         reading: format, columns, template, completion_from, system and the others of `reader_settings`, for all
             sources.
 
@@ -97,8 +105,11 @@ def prepare(
         raise UserError("give either data.eval or data.eval_fraction, not both.")
     if not 0 <= eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {eval_fraction}: expected a share of 0 or more, below 1.")
+    if streaming and (labels is not None or eval_fraction or not cache):
+        what = "labels" if labels is not None else "eval_fraction" if eval_fraction else "cache=False"
+        raise UserError(f"streaming does not go with {what}: rows of text lie in the cache, and data.eval has its own.")
     labels = None if labels is None else labels.on(tokenizer)
-    opened = [read(name) for names in (train, eval) if names for name in source_names(names)]
+    opened = [read(name, streaming=streaming) for names in (train, eval) if names for name in source_names(names)]
     if labels is not None:
         labels.opened(opened)
     settings = reader_settings(tokenizer, **reading) if labels is None else labels.settings
@@ -135,8 +146,28 @@ def prepare(
             raise _nothing_left(report)
         return rows, report
 
+    def load_streamed(name: str) -> tuple[Streamed, SourceReport]:
+        source = read(name, streaming=True)
+        reader, encoder = make_reader(source, **settings), Encoder(tokenizer, allow_left_out)
+        key = _hash([*common, source.digest()])
+        folder, blocks, report = stored(source, reader, encoder, key, cache_dir, say)
+        keys.append([key, "streaming", blocks["rows"].tolist()[:2]])
+        rows = streamed(
+            folder,
+            len(blocks),
+            lambda i, verify: rows_of(source, encoder, folder, blocks, i, verify),
+            report,
+            max_length=max_length,
+            overlength=overlength,
+            first=encoder.FIRST,
+            check=lambda rows: None if vocab_size is None else check_vocabulary(rows, vocab_size, tokenizer),
+        )
+        if not len(rows):
+            raise _nothing_left(report)
+        return rows, report
+
     report = Report()
-    loaded = [load_fitted(name) for name in source_names(train)]
+    loaded = [(load_streamed if streaming else load_fitted)(name) for name in source_names(train)]
     report.sources = [r for _, r in loaded]
     train_rows = [rows for rows, _ in loaded]
     eval_rows = None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxtune.data.blocks import Blocks
 from jaxtune.data.packing import pack
 from jaxtune.data.rows import Rows
 from jaxtune.errors import UserError
@@ -96,7 +97,7 @@ class Assembler:
 
     def __init__(
         self,
-        rows: list[Rows],
+        rows: Sequence[Rows],
         batch_size: int,
         grad_accum: int,
         max_length: int,
@@ -111,14 +112,18 @@ class Assembler:
                 f"train.batch_size={batch_size} cannot be split into train.grad_accum={grad_accum} equal parts."
             )
         self.rows = rows
-        self.source = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-        self.index = np.concatenate([np.arange(len(r)) for r in rows])
         self.batch_size, self.grad_accum, self.max_length, self.packing = batch_size, grad_accum, max_length, packing
-        self.length = np.concatenate([self._lengths(r) for r in rows]).astype(np.int64)
-        longest = int(self.length.max())
+        if isinstance(rows, Blocks):
+            self.source, self.index, self.length = rows.source, rows.index, rows.length
+            lengths = rows.lengths()
+        else:
+            self.source = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+            self.index = np.concatenate([np.arange(len(r)) for r in rows])
+            self.length = lengths = np.concatenate([self._lengths(r) for r in rows]).astype(np.int64)
+        longest = int(lengths.max())
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens is longer than max_length={max_length}")
-        self.widths = np.minimum(widths(self.length, batch_size, grain=grain, pool=pool), max_length)
+        self.widths = np.minimum(widths(lengths, batch_size, grain=grain, pool=pool), max_length)
 
     def _lengths(self, rows: Rows) -> np.ndarray:
         """Tokens that each row takes of a batch's row, i[R]."""

@@ -85,7 +85,7 @@ class Source:
         return self._classes()
 
 
-def read(source: str) -> Source:
+def read(source: str, *, streaming: bool = False) -> Source:
     """Open a data set: a file, a folder, a pattern (`data/*.jsonl`), a data set that `datasets` saved, or a hub id.
 
     Files: `.jsonl` and `.ndjson`; `.json` (a list of objects, or one object a line); `.csv` with a header; `.tsv`,
@@ -100,6 +100,8 @@ def read(source: str) -> Source:
 
     Class ids of data sets are read as the names of the classes.
 
+    With `streaming`, `datasets` reads a hub id as it arrives, without a copy on disk. Files are read so in any case.
+
     Raises:
         UserError: the file is missing (the nearest names are given), or of an unknown or pickled format; and during
             iteration, with file and line: an empty file, a malformed line, or a row that is not an object.
@@ -109,7 +111,7 @@ def read(source: str) -> Source:
     if path.is_file():
         return _read_file(source, path, f"{config}:{split}" if config else split)
     if path.is_dir():
-        return _read_folder(source, path, config, split)
+        return _read_folder(source, path, config, split, streaming)
     if re.search(r"[*?\[]", source) and (path.suffix or "/" in source):
         files = sorted(Path(name) for name in glob(str(Path(source).expanduser()), recursive=True))
         files = [file for file in files if file.is_file()]
@@ -119,7 +121,7 @@ def read(source: str) -> Source:
     if suffix(path) not in SUFFIXES + PICKLED and re.fullmatch(
         r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(:[\w.\[\]%:+-]+)?", source
     ):
-        return _read_hub(source, base, config, split or "train")
+        return _read_hub(source, base, config, split or "train", streaming)
     raise _missing(source, path)
 
 
@@ -232,7 +234,7 @@ def splits(folder: Path) -> dict[str | None, list[Path]]:
     return found
 
 
-def _read_folder(name: str, path: Path, config: str, split: str) -> Source:
+def _read_folder(name: str, path: Path, config: str, split: str, streaming: bool = False) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if config:
             raise UserError(f"{name}: a saved data set has no configurations; choose with {path}:SPLIT.")
@@ -241,7 +243,7 @@ def _read_folder(name: str, path: Path, config: str, split: str) -> Source:
     if card.is_file() and re.search(
         r"^(configs|dataset_info):", card.read_text(encoding="utf-8", errors="replace"), re.M
     ):
-        return _read_hub(name, str(path), config, split or "train")  # laid out as on the hub
+        return _read_hub(name, str(path), config, split or "train", streaming)  # laid out as on the hub
     if config:
         if not (path / config).is_dir():
             raise UserError(
@@ -293,11 +295,20 @@ def _of_datasets(name: str, load: Callable[[], Any], hashed: Callable[[Any], str
         return loaded[0]
 
     def classes() -> Mapping[str, Sequence[str]]:
-        return class_names(data().features.to_dict())
+        return class_names((data().features or {}) and data().features.to_dict())
 
     def rows() -> Numbered:
         names = classes()
-        return ((number, from_arrow(row, names)) for number, row in enumerate(data(), 1))
+        numbered = enumerate(data(), 1)
+        while True:
+            try:
+                number, row = next(numbered)
+            except StopIteration:
+                return
+            except Exception as error:  # a file of a stream that is not like the others, or cannot be reached
+                first = str(error).strip().partition("\n")[0]
+                raise UserError(f"{name}: `datasets` cannot read on: {type(error).__name__}: {first}") from None
+            yield number, from_arrow(row, names)
 
     return Source(name, f"{name}, row {{}}", lambda: _not_empty(name, rows()), lambda: hashed(data()), classes)
 
@@ -310,10 +321,16 @@ def _datasets() -> Any:
     return datasets
 
 
-def _read_hub(name: str, hub_id: str, config: str, split: str) -> Source:
+def _read_hub(name: str, hub_id: str, config: str, split: str, streaming: bool) -> Source:
+    opened = []  # what knows the files of a stream
+
     def data() -> Any:
+        given = [hub_id, *([config] if config else [])]
         try:
-            return _datasets().load_dataset(hub_id, *([config] if config else []), split=split)
+            if not streaming:
+                return _datasets().load_dataset(*given, split=split)
+            opened[:] = [_datasets().load_dataset_builder(*given)]
+            return opened[0].as_streaming_dataset(split=split)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if "Config name is missing" in first:
@@ -325,6 +342,9 @@ def _read_hub(name: str, hub_id: str, config: str, split: str) -> Source:
             raise UserError(f"{name}: no such file here, and as a hub id {what} it cannot be loaded: {first}") from None
 
     def hashed(data: Any) -> str:
+        if streaming:  # their names on the hub hold the commit; of files here the time stamp counts
+            files = {key: [list(f), f.origin_metadata] for key, f in (opened[0].config.data_files or {}).items()}
+            return hash_rows([[opened[0].config_id, opened[0].hash, split, files]])
         files = [Path(file["filename"]) for file in data.cache_files]
         return hash_files(files) if files else hash_rows(data)
 

@@ -4,10 +4,9 @@ The cache holds every row of a source in full; `rows.fit` then drops, truncates 
 without a copy. So another `max_length` or evaluation split needs no new tokenisation.
 """
 
-import functools
-import io
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from jaxtune.files import cache_root
 
 FORMAT_VERSION = 2  # raise it when the same input would give other tokens
 CHUNK = 512  # rows tokenised at a time
+TOLD = 32  # blocks between two lines on how far it is
 
 
 class Encoder:
@@ -183,8 +183,8 @@ def tokenise(
         try:
             wrong = token_cache.damage(folder)
             if wrong is not None:
-                write = functools.partial(_write, source, reader, encoder)
-                token_cache.build(folder, write, lambda: _notes(source, reader, encoder))
+                chunks = _chunks(source, reader, encoder)
+                token_cache.build(folder, (encoder.MARK, encoder.ROW), chunks, lambda: _notes(source, reader, encoder))
             if wrong not in (None, "absent"):
                 note = f"The cached tokens of {source.name} were damaged ({folder / wrong}) and are recomputed."
             *arrays, stored = token_cache.read(folder, encoder.MARK)
@@ -196,10 +196,60 @@ def tokenise(
             f"The token cache in {folder.parent} belongs to another user, so {source.name} is tokenised each time; set "
             "JAXTUNE_CACHE to a folder of your own."
         )
-    tokens, mask = io.BytesIO(), io.BytesIO()
-    rows = _write(source, reader, encoder, tokens, mask)
-    flat = np.frombuffer(tokens.getvalue(), "<i4"), np.frombuffer(mask.getvalue(), encoder.MARK)
+    tokens, masks, tables = zip(*_chunks(source, reader, encoder))
+    rows = np.concatenate(tables)
+    rows["start"] = np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
+    flat = np.frombuffer(b"".join(tokens), "<i4"), np.frombuffer(b"".join(masks), encoder.MARK)
     return _rows(source, *flat, rows), _report(source, reader, _notes(source, reader, encoder), False, note)
+
+
+def stored(
+    source: Source, reader: Reader, encoder: Encoder, key: str, cache_dir: str | Path | None, say: Callable[[str], None]
+) -> tuple[Path, np.ndarray, SourceReport]:
+    """Tokenise a source into the cache block by block: (its folder, the table of its blocks, the report on it).
+
+    Killed at any time, it goes on behind the last whole block. Blocks are verified as they are read.
+    """
+    folder = Path(cache_dir or cache_root() / "tokens") / key
+    before: dict[str, Any] = {}
+
+    def chunks(rows: int, notes: dict[str, Any] | None) -> Iterator[token_cache.Chunk]:
+        if rows:
+            before.update(notes)
+            say(f"{source.name}: {rows:,} rows were tokenised before and are kept")
+        return _chunks(source, reader, encoder, rows)
+
+    def notes() -> dict[str, Any]:
+        found = _notes(source, reader, encoder)
+        if before:
+            all_notes, ends = Notes(before["notes"]), Counter(dict(before["ends"]))
+            all_notes.merge(Notes(found["notes"]))
+            ends.update(dict(found["ends"]))
+            found |= {"notes": all_notes.as_json(), "ends": list(ends.items()), "chat": before["chat"] or found["chat"]}
+        return found
+
+    count = itertools.count(1)
+
+    def told(rows: int, tokens: int) -> None:
+        if next(count) % TOLD == 0:
+            say(f"{source.name}: {rows:,} rows tokenised, {tokens:,} tokens")
+
+    try:
+        wrong = token_cache.damage(folder, blocks=True)
+        if wrong is not None:
+            token_cache.build_in_parts(folder, (encoder.MARK, encoder.ROW), chunks, notes, told)
+        table, found = token_cache.blocks(folder)
+    except PermissionError as error:
+        raise UserError(
+            f"data.streaming keeps rows in the token cache, and {error.filename} belongs to another user; set "
+            "JAXTUNE_CACHE to a folder of your own."
+        ) from None
+    return folder, table, _report(source, reader, found, wrong is None, None)
+
+
+def rows_of(source: Source, encoder: Encoder, folder: Path, table: np.ndarray, block: int, verify: bool) -> Rows:
+    """The rows of one block of what `stored` wrote."""
+    return _rows(source, *token_cache.block(folder, encoder.MARK, table, block, verify))
 
 
 def _notes(source: Source, reader: Reader, encoder: Any) -> dict[str, Any]:
@@ -236,19 +286,21 @@ def _rows(source: Source, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray
     return replace(found, length=first, other=other)
 
 
-def _write(source: Source, reader: Reader, encoder: Encoder, tokens_file, mask_file) -> np.ndarray:
-    """Append the tokens and masks of all rows to two binary files; return the table of ROW."""
+def _chunks(source: Source, reader: Reader, encoder: Encoder, skip: int = 0) -> Iterator[token_cache.Chunk]:
+    """Yield (tokens, masks, table of ROW) of `CHUNK` rows at a time; `skip` rows are read and not tokenised."""
     types = ColumnTypes(source, reader.columns)
-    table, start = [], 0
     numbered = iter(source)
+    for number, row in islice(numbered, skip):
+        types.check(number, row)
     while chunk := list(islice(numbered, CHUNK)):
         places = [source.where(number) for number, _ in chunk]
         for number, row in chunk:
             types.check(number, row)
         examples = [reader.convert(place, row) for place, (_, row) in zip(places, chunk)]
+        tokens, masks, table, start = [], [], [], 0
         for (number, row), (ids, mask, *label) in zip(chunk, encoder.encode(places, examples)):
-            tokens_file.write(np.asarray(ids, "<i4").tobytes())
-            mask_file.write(np.asarray(mask, encoder.MARK).tobytes())
+            tokens.append(np.asarray(ids, "<i4").tobytes())
+            masks.append(np.asarray(mask, encoder.MARK).tobytes())
             table.append((start, len(ids), number, reader.digest(row), *label))
             start += len(ids)
-    return np.array(table, encoder.ROW)
+        yield b"".join(tokens), b"".join(masks), np.array(table, encoder.ROW)

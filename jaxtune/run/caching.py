@@ -33,6 +33,8 @@ def plan(
     cut = find_cut(module, mask) if experiment.task.features else None
     if not experiment.task.features:
         why = "batches of this task hold tokens only"
+    elif rows.streamed is not None:
+        why = "data.streaming keeps rows on disk"
     elif processes.several():
         why = "several processes share the run"
     elif set(mesh.shape) != {DATA}:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune import data
 from jaxtune.curate import NOTE, DataReport, glance
@@ -126,13 +127,14 @@ class Data:
     """The rows of a run, tokenised.
 
     Attributes:
-        train: of each source.
+        train: of each source; with data.streaming its first block, for what looks at rows before training.
         eval: held out; None: there are none.
         report: what was read and left out.
         length: the most tokens of a row, with the virtual tokens before it.
         general: text outside the training data, as evaluate.general names it; None: there is none.
         known: questions by what the base knew, as evaluate.known names them; None: there are none.
         notes: what became of both.
+        streamed: with data.streaming, the rows of each source on disk.
     """
 
     tokenizer: Any
@@ -145,6 +147,13 @@ class Data:
     general: data.Rows | None = None
     known: watched.Known | None = None
     notes: Sequence[str] = ()
+    streamed: Sequence[data.Streamed] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training row, with the virtual tokens before it."""
+        found = [int(part.length.max()) for part in self.train] if self.streamed is None else []
+        return max([*found, *(part.longest for part in self.streamed or ())]) + len(self.prefix)
 
     @property
     def ends(self) -> list[int]:
@@ -184,7 +193,11 @@ def open_data(experiment: Experiment) -> Data:
         overlength=d.overlength,
         vocab_size=experiment.module.spec.vocab,
         cache=d.cache,
+        streaming=d.streaming,
     )
+    rows_on_disk = train if d.streaming else None
+    if rows_on_disk is not None:
+        train = [part.block(int(np.argmax(part.kept > 0))) for part in train]
     text, notes = general.read(experiment, tokenizer, train)
     known, told = watched.read_known(experiment, tokenizer, train)
     notes += told
@@ -192,7 +205,14 @@ def open_data(experiment: Experiment) -> Data:
         secret = canaries.rows(tokenizer, d.canaries, length - len(prefix))
         notes.append(f"data.canaries: {len(secret):,} rows with made-up secrets are among the training rows.")
         train = [data.Rows.concatenate([train[0], secret]), *train[1:]] if len(secret) else train
-    return Data(tokenizer, train, held_out, report, length, prefix, experiment.task.form, text, known, notes)
+    if rows_on_disk is not None:
+        seen, every = sum(map(len, train)), sum(map(len, rows_on_disk))
+        notes.append(
+            f"data.streaming: {every:,} rows lie on disk, shuffled by block. Findings on rows, and on what they "
+            f"share with other data, are of the first {seen:,}."
+        )
+    form = experiment.task.form
+    return Data(tokenizer, train, held_out, report, length, prefix, form, text, known, notes, rows_on_disk)
 
 
 def data_lines(experiment: Experiment, rows: Data) -> list[str]:
@@ -225,8 +245,11 @@ def make_batches(
         "max_segments": d.max_segments,
         "assembler": experiment.task.assembler,
     }
-    train = [part.prefixed(rows.prefix) for part in rows.train]
-    batches = data.Batches(train, weights=d.weights, seed=t.seed, group_by_length=d.group_by_length, **shared)
+    train = [part.prefixed(rows.prefix) for part in rows.streamed or rows.train]
+    if rows.streamed:
+        batches = data.StreamedBatches(train, weights=d.weights, seed=t.seed, **shared)
+    else:
+        batches = data.Batches(train, weights=d.weights, seed=t.seed, group_by_length=d.group_by_length, **shared)
     held_out = None if rows.eval is None else data.EvalBatches(rows.eval.prefixed(rows.prefix), **shared)
     return batches, held_out, t.steps or batches.steps(t.epochs)
 
