@@ -22,6 +22,10 @@ class UserError(Exception):
         return text if over <= 0 else f"{text[:2000]} [... {over:,} characters ...] {text[over + 2000 :]}"
 
 
+class Help(Exception):
+    """`--help` was given: the message is the text to print."""
+
+
 class Interrupted(Exception):
     """A signal stopped the run after a checkpoint was saved. The command line exits with status 3."""
 

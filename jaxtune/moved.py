@@ -3,7 +3,6 @@
 import importlib
 import sys
 import warnings
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -31,8 +30,11 @@ MOVED = {
 }
 
 
-class Moved(MetaPathFinder, Loader):
-    """Finds a module by its old name: one that looks up its names in the new place."""
+class Moved:
+    """Finds a module by its old name: one that looks up its names in the new place.
+
+    A finder and loader without their base classes: importlib.abc takes longer to import than the rest of the package.
+    """
 
     def find_spec(self, fullname, path=None, target=None):
         package, _, name = fullname.partition(".")

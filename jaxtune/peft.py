@@ -18,7 +18,7 @@ from jaxtune.methods import targets
 from jaxtune.methods.settings import ROWS, names
 from jaxtune.methods.table import tune
 from jaxtune.tree import count
-from jaxtune.weights.leaf import virtual_tokens
+from jaxtune.weights.adapters import virtual_tokens
 
 
 class PeftConfig:

@@ -19,7 +19,7 @@ from jaxtune.train.checkpoint import Checkpoints, Damaged, check_disk, state_byt
 from jaxtune.train.optim import optimizer
 from jaxtune.train.step import TrainState, init_state
 from jaxtune.tree import MEMBER, TRAIN, partition
-from jaxtune.weights.leaf import LoraWeight
+from jaxtune.weights.adapters import LoraWeight
 
 
 def state(seed=0.0) -> TrainState:

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from jaxtune import cli
-from jaxtune.cli import Flag, main
+from jaxtune.cli import main
+from jaxtune.flags import Flag, parse_options
 
 REPO = Path(__file__).parent.parent
 
 PROBE = """
 import json
-from jaxtune.cli import Flag, parse
+from jaxtune.flags import Flag, parse
 from jaxtune.config import to_json
 
 FLAGS = {"workdir": Flag("the run directory", str), "dry-run": Flag("check only", bool, False)}
@@ -196,7 +197,7 @@ def test_an_exception_in_a_config_file(capsys, tmp_path):
 def test_options_of_a_command_without_config():
     flags = {"stop": Flag("stop string", list), "top-k": Flag("k", int, 0), "mode": Flag("m", choices=("a", "b"))}
     arguments = {"run": Flag("a run", Path, required=True), "more": Flag("others", list, ())}
-    options = cli.parse_options(["r", "--stop=x", "--top-k", "5", "--stop", "y", "s", "t"], flags, arguments)
+    options = parse_options(["r", "--stop=x", "--top-k", "5", "--stop", "y", "s", "t"], flags, arguments)
     assert vars(options) == {"stop": ["x", "y"], "top_k": 5, "mode": None, "run": Path("r"), "more": ["s", "t"]}
     for argv, said in (
         ([], "run is missing: a run"),
@@ -205,7 +206,7 @@ def test_options_of_a_command_without_config():
         (["r", "--config=x.py"], "unknown flag --config"),
     ):
         with pytest.raises(cli.UserError, match=said):
-            cli.parse_options(argv, flags, arguments)
+            parse_options(argv, flags, arguments)
 
 
 # --------------------------------------------------------------------------------------------------------- the help

@@ -25,7 +25,7 @@ from jaxtune.hf.tensors import index_dir
 from jaxtune.infer.source import find, open_source
 from jaxtune.methods.table import full, head
 from jaxtune.report.card import run_facts
-from jaxtune.weights.leaf import QuantWeight
+from jaxtune.weights.packed import QuantWeight
 
 
 def live(folder, **settings):

@@ -19,7 +19,8 @@ from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter
 from jaxtune.infer.source import find, open_source
 from jaxtune.tree import flatten
-from jaxtune.weights.leaf import DoraWeight, map_weights, merge
+from jaxtune.weights.adapters import DoraWeight
+from jaxtune.weights.leaf import map_weights, merge
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jaxtune.errors import UserError
 from jaxtune.infer import generation as g
 from jaxtune.infer.generation import bucket, cut, filter_logits, generate, generate_text
 from jaxtune.infer.source import Tuned, eos_ids, find, load_target
-from jaxtune.weights.leaf import QuantWeight
+from jaxtune.weights.packed import QuantWeight
 
 LENGTHS = (9, 1, 14, 5, 3)
 

@@ -30,7 +30,9 @@ from jaxtune.methods.table import (
 )
 from jaxtune.models.decoder import head_leaf, head_logits, split
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, count, flatten, partition
-from jaxtune.weights.leaf import DoraWeight, HiraWeight, LoraWeight, QuantWeight, is_weight, merge, virtual_tokens
+from jaxtune.weights.adapters import DoraWeight, HiraWeight, LoraWeight, virtual_tokens
+from jaxtune.weights.leaf import is_weight, merge
+from jaxtune.weights.packed import QuantWeight
 
 KEY = jax.random.key(0)
 

@@ -26,7 +26,18 @@ from jaxtune.train.optim import decay_mask, optimizer
 from jaxtune.train.stacked import make_sweep_step, stack, unstack
 from jaxtune.train.step import init_state, make_train_step
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, Stored, count, map_fields, partition
-from jaxtune.weights.leaf import Adapter, Array, base, dot, leaf_type, map_paths, merge, merge_leaf, plain, trained
+from jaxtune.weights.leaf import (
+    Adapter,
+    Array,
+    base,
+    dot,
+    leaf_type,
+    map_paths,
+    merge,
+    merge_leaf,
+    plain,
+    trained,
+)
 from jaxtune.weights.leaf import setting as setting_
 
 

@@ -12,8 +12,8 @@ import small
 from jaxtune.models.decoder import head_logits
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.token_nats import chunk_size, cross_entropy, token_nats
-from jaxtune.weights.leaf import LoraWeight, QuantWeight
-from jaxtune.weights.packed import Nf4Weight
+from jaxtune.weights.adapters import LoraWeight
+from jaxtune.weights.packed import Nf4Weight, QuantWeight
 
 B, T, D, V = 3, 7, 8, 29
 RNG = np.random.default_rng(0)

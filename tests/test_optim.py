@@ -12,7 +12,7 @@ import small
 
 from jaxtune.errors import UserError
 from jaxtune.train.optim import decay_mask, optimizer, schedule
-from jaxtune.weights.leaf import DoraWeight, Ia3Weight, LoraWeight
+from jaxtune.weights.adapters import DoraWeight, Ia3Weight, LoraWeight
 
 STEPS = 40
 

@@ -31,16 +31,8 @@ from jaxtune.hf.peft import (
 from jaxtune.hf.peft_config import complete
 from jaxtune.methods.table import METHODS, full, lora, places
 from jaxtune.tree import TRAIN, combine, count, flatten, partition
-from jaxtune.weights.leaf import (
-    DoraWeight,
-    HiraWeight,
-    LoraWeight,
-    MissWeight,
-    is_weight,
-    map_weights,
-    merge,
-    virtual_tokens,
-)
+from jaxtune.weights.adapters import DoraWeight, HiraWeight, LoraWeight, MissWeight, virtual_tokens
+from jaxtune.weights.leaf import is_weight, map_weights, merge
 
 TOKENS = zoo.tokens(2, 12)
 

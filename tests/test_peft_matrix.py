@@ -18,7 +18,8 @@ from test_models import FIRST
 import jaxtune
 from jaxtune.errors import UserError
 from jaxtune.methods.places import places
-from jaxtune.weights.leaf import LoraWeight, map_weights, virtual_tokens
+from jaxtune.weights.adapters import LoraWeight, virtual_tokens
+from jaxtune.weights.leaf import map_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TOKENS = zoo.tokens(2, 10)

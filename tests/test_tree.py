@@ -20,7 +20,8 @@ from jaxtune.tree import (
     partition,
     split_stack,
 )
-from jaxtune.weights.leaf import LoraWeight, QuantWeight
+from jaxtune.weights.adapters import LoraWeight
+from jaxtune.weights.packed import QuantWeight
 
 PARAMS = {
     "embed_tokens": {"embedding": np.zeros((7, 4))},

@@ -6,20 +6,9 @@ import small
 import zoo
 
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, combine, flatten, match, partition
-from jaxtune.weights.leaf import (
-    DoraWeight,
-    Ia3Weight,
-    LoraWeight,
-    QuantWeight,
-    TokensWeight,
-    attend,
-    dot,
-    drop,
-    embed,
-    fold,
-    merge,
-    row_keys,
-)
+from jaxtune.weights.adapters import DoraWeight, Ia3Weight, LoraWeight, TokensWeight
+from jaxtune.weights.leaf import attend, dot, drop, embed, fold, merge, row_keys
+from jaxtune.weights.packed import QuantWeight
 
 B, T, K, N, R = 3, 5, 8, 6, 2
 RULES = [(".*/(a|b|magnitude)", TRAIN), (".*/(scale|dropout)", MEMBER), (".*", FROZEN)]

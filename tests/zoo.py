@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.weights.leaf import LoraWeight
+from jaxtune.weights.adapters import LoraWeight
 
 VOCAB = 96
 LLAMA = {

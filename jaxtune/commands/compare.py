@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError
+from jaxtune.flags import Flag, parse_options
 
 USAGE = """usage: jaxtune compare RUN RUN [RUN ...] [--out=FILE.html]
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtune.cli import Flag, parse
 from jaxtune.errors import UserError
+from jaxtune.flags import Flag, parse
 
 if TYPE_CHECKING:
     from jaxtune.curate import DataReport

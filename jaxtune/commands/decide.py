@@ -4,8 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.cli import Flag, parse
 from jaxtune.errors import UserError
+from jaxtune.flags import Flag, parse
 
 USAGE = """usage: jaxtune decide --model=DIR_OR_ID --data=FILE [--workdir=DIR] [--prompt=FILE ...] [--price=PRICE]
        jaxtune decide --config=FILE.py [--config.section.key=value ...] [flags]

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
+from jaxtune.flags import OF_ADAPTERS, Flag, parse_options
 
 USAGE = """usage: jaxtune embed MODEL FILE --out=vectors.npy [--column=text] [--as=document] [--width=128]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
+from jaxtune.flags import OF_ADAPTERS, Flag, parse_options
 
 USAGE = """usage: jaxtune eval TARGET [--data=FILE ...] [--metrics=a,b] [--group-by=COLUMN] [flags]
        jaxtune eval TARGET --forgetting[=FILE ...] [--group-by=COLUMN] [flags]

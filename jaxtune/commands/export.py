@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError
+from jaxtune.flags import OF_ADAPTERS, Flag, parse_options
 
 USAGE = """usage: jaxtune export SOURCE OUT [--merge | --adapter [--bake]] [--dtype=bfloat16] [--scale=0.7]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxtune.cli import OF_ADAPTERS, Flag, parse_options
 from jaxtune.errors import UserError, nearest
+from jaxtune.flags import OF_ADAPTERS, Flag, parse_options
 from jaxtune.reading import parse_json
 
 USAGE = """usage: jaxtune generate TARGET [--prompt=TEXT | --file=FILE] [flags]

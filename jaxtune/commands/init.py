@@ -4,9 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
-from jaxtune.cli import Flag, parse_options
 from jaxtune.config import Columns, read_value
 from jaxtune.errors import UserError, printable
+from jaxtune.flags import Flag, parse_options
 from jaxtune.reading import read_json
 
 USAGE = """usage: jaxtune init --model=DIR_OR_ID --data=FILE [--out=config.py] [--config.section.key=value ...]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from jaxtune.cli import Flag, parse
 from jaxtune.errors import UserError
+from jaxtune.flags import Flag, parse
 
 USAGE = """usage: jaxtune params --config=FILE.py [--config.section.key=value ...] [--mesh] [--devices=N]
 

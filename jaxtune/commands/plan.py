@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError, nearest
+from jaxtune.flags import Flag, parse_options
 from jaxtune.reading import read_json
 
 if TYPE_CHECKING:

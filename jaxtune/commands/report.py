@@ -1,7 +1,7 @@
 """`jaxtune report`: write the page of a run or a sweep again, or one page that compares several runs."""
 
-from jaxtune.cli import Flag, parse_options
 from jaxtune.errors import UserError
+from jaxtune.flags import Flag, parse_options
 
 USAGE = """usage: jaxtune report RUN [RUN ...] [--out=FILE.html]
        jaxtune report SWEEP [--out=FILE.html]

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxtune.cli import Flag, parse
 from jaxtune.errors import UserError
+from jaxtune.flags import Flag, parse
 from jaxtune.run import points as pts
 
 USAGE = """usage: jaxtune sweep --config=FILE.py --sweep.section.key=v1,v2 [--config.section.key=value] --workdir=DIR

@@ -6,8 +6,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtune.cli import Flag, parse
 from jaxtune.errors import Interrupted, RunFailed, UserError, printable
+from jaxtune.flags import Flag, parse
 
 USAGE = """usage: jaxtune train --config=FILE.py [--config.section.key=value ...] --workdir=DIR [--dry-run]
 

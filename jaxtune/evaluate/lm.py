@@ -17,7 +17,7 @@ from jaxtune.errors import UserError
 from jaxtune.infer.continuations import scorer
 from jaxtune.infer.generation import cut, generate, prepare
 from jaxtune.infer.logprobs import worth_a_compile
-from jaxtune.weights.leaf import virtual_tokens
+from jaxtune.weights.adapters import virtual_tokens
 
 
 @register_model("jaxtune")

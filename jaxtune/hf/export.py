@@ -19,7 +19,8 @@ from jaxtune.hf.card import model_card
 from jaxtune.hf.stops import write_generation_config
 from jaxtune.models.names import Tensor
 from jaxtune.reading import is_inside, not_copied
-from jaxtune.weights.leaf import Adapter, LoraWeight, merge_leaf, plain, scale_biases, weights_by_path
+from jaxtune.weights.adapters import LoraWeight
+from jaxtune.weights.leaf import Adapter, merge_leaf, mergeable, plain, weights_by_path
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -106,7 +107,7 @@ def whole(module: Any, params: Any) -> tuple[Any, list[str]]:
     Raises:
         UserError: there is a soft prompt, which no plain model holds.
     """
-    params, notes = scale_biases(params), []
+    params, notes = mergeable(params), []
     if module.continues and (untied_head := _head_to_untie(params)) is not None:
         params = {**params, "lm_head": {"kernel": untied_head}}
         notes.append(

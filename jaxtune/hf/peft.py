@@ -47,17 +47,8 @@ from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_
 from jaxtune.models.decoder import without_head
 from jaxtune.models.names import NameTable
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
-from jaxtune.weights.leaf import (
-    Adapter,
-    DoraWeight,
-    LoraWeight,
-    TokensWeight,
-    map_paths,
-    map_weights,
-    merge_leaf,
-    plain,
-    weights_by_path,
-)
+from jaxtune.weights.adapters import DoraWeight, LoraWeight, TokensWeight
+from jaxtune.weights.leaf import Adapter, map_paths, map_weights, merge_leaf, plain, weights_by_path
 
 __all__ = [
     "DEFAULTS",

@@ -32,8 +32,7 @@ from jaxtune.methods.places import (
 from jaxtune.methods.settings import Hira, Ia3, Lora, Miss, names
 from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import TRAIN, flatten
-from jaxtune.weights.leaf import (
-    Adapter,
+from jaxtune.weights.adapters import (
     DoraWeight,
     HiraWeight,
     Ia3Weight,
@@ -41,9 +40,8 @@ from jaxtune.weights.leaf import (
     MissWeight,
     PromptWeight,
     TokensWeight,
-    is_weight,
-    weights_by_path,
 )
+from jaxtune.weights.leaf import Adapter, is_weight, weights_by_path
 
 # adapter_config.json of LoraConfig(task_type="CAUSAL_LM"), saved.
 DEFAULTS: dict[str, Any] = {

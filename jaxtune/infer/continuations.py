@@ -21,7 +21,7 @@ from jaxtune.infer.logprobs import (
     shapes,
     worth_a_compile,
 )
-from jaxtune.weights.leaf import virtual_tokens
+from jaxtune.weights.adapters import virtual_tokens
 
 Array = jax.Array
 Pair = tuple[Sequence[int], Sequence[int]]  # the ids of a context, at least one, and of what follows it

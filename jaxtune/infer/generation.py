@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxtune.errors import UserError
 from jaxtune.limits import time_limit
-from jaxtune.weights.leaf import LoraWeight, is_weight, row_keys, virtual_tokens
+from jaxtune.weights.adapters import LoraWeight, virtual_tokens
+from jaxtune.weights.leaf import is_weight, row_keys
 
 Array = jax.Array
 Prompt = str | list[dict[str, Any]]

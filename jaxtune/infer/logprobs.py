@@ -13,7 +13,7 @@ from jaxtune.errors import UserError
 from jaxtune.infer.generation import bucket
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives.token_nats import chunk_size, token_nats
-from jaxtune.weights.leaf import virtual_tokens
+from jaxtune.weights.adapters import virtual_tokens
 
 Array = jax.Array
 

@@ -34,9 +34,7 @@ from jaxtune.methods.settings import Hira, Lora, Miss, PromptTuning, read
 from jaxtune.methods.targets import IA3
 from jaxtune.methods.vocabulary import untie, with_new_tokens
 from jaxtune.tree import FROZEN, TRAIN, PyTree, filled
-from jaxtune.weights.foreign import MatrixLayout, matrices
-from jaxtune.weights.leaf import (
-    Adapter,
+from jaxtune.weights.adapters import (
     DoraWeight,
     HeadTokensWeight,
     HiraWeight,
@@ -45,6 +43,10 @@ from jaxtune.weights.leaf import (
     MissWeight,
     PromptWeight,
     TokensWeight,
+)
+from jaxtune.weights.foreign import MatrixLayout, matrices
+from jaxtune.weights.leaf import (
+    Adapter,
     column_norm,
     in_float32,
     map_paths,
@@ -110,7 +112,7 @@ def hira(
     return _low_rank(params, key, settings.as_lora(), module, layouts, hira_leaf)
 
 
-def hira_leaf(leaf: LoraWeight) -> HiraWeight:
+def hira_leaf(leaf: LoraWeight, path: str) -> HiraWeight:
     """HiRA's leaf with the factors of LoRA's."""
     return HiraWeight(leaf.w, leaf.a, leaf.b, leaf.scale, leaf.dropout)
 
@@ -148,11 +150,11 @@ def _conv1d(module: Any) -> bool:
     return models.names(module).conv1d
 
 
-def miss_leaf(leaf: LoraWeight) -> MissWeight:
+def miss_leaf(leaf: LoraWeight, path: str) -> MissWeight:
     """MiSS's leaf with the rank and the zeros of LoRA's."""
     r, k = leaf.b.shape[-2], plain(leaf.w).shape[-2]
     if r > k:
-        raise UserError(f"r={r} exceeds the {k} inputs of a target; choose r <= {k}.")
+        raise UserError(f"r={r} exceeds the {k} inputs of {path}; choose r <= {k}.")
     return MissWeight(leaf.w, leaf.b, leaf.scale, leaf.dropout)
 
 
@@ -162,7 +164,7 @@ def _low_rank(
     settings: Lora,
     module: Any,
     layouts: Mapping[str, MatrixLayout] | None,
-    change: Callable[[LoraWeight], Adapter] | None = None,
+    change: Callable[[LoraWeight, str], Adapter] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Put low-rank leaves on the modules that `settings` choose; `change` makes LoRA's leaf another method's."""
     params = untied_for(settings.target_modules, params, module)
@@ -206,7 +208,7 @@ def attach(
     settings: Lora,
     module: Any = None,
     layouts: Mapping[str, MatrixLayout] | None = None,
-    change: Callable[[LoraWeight], Adapter] | None = None,
+    change: Callable[[LoraWeight, str], Adapter] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`lora` on modules that have been chosen; `change` makes its leaves those of a method for linear modules."""
     if change is not None and (tables := [p.name for p in chosen if not p.linear]):
@@ -232,7 +234,7 @@ def attach(
             return leaf
         factors = {place: f for place, f in chosen.items() if place.path == path}
         new = _lora_leaf(key, path, leaf, factors, settings)
-        return new if change is None else change(new)
+        return new if change is None else change(new, path)
 
     def role(path, leaf):
         if path in tokens or path in rows:

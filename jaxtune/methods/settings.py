@@ -61,56 +61,60 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
-class Hira:
+class LinearTargets:
+    """The settings that methods for linear modules share.
+
+    Attributes:
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `Lora`; linear
+            modules only.
+    """
+
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def _lora(self, r: int, dropout: float, **own: Any) -> Lora:
+        """The settings of LoRA with the same modules, rank `r`, and a scale of 1."""
+        shared = {name: getattr(self, name) for name in names(LinearTargets)}
+        return Lora(r=r, lora_alpha=r, lora_dropout=dropout, **shared, **own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hira(LinearTargets):
     """The settings of HiRA, as in peft's HiraConfig, without rank_pattern, which peft 0.21 ignores.
 
     Attributes:
         r: rank of the product a b.
         hira_dropout: rate on the input of the update.
         init_weights: True or "default", or "gaussian"; as `Lora.init_lora_weights`.
-        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `Lora`; linear
-            modules only.
     """
 
     r: int = 32
     hira_dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
 
     def as_lora(self) -> Lora:
         """The settings of LoRA with the same modules, ranks and initial factors, and a scale of 1."""
-        shared = {name: value for name, value in vars(self).items() if name in names(Lora)}
-        own = {"lora_alpha": self.r, "lora_dropout": self.hira_dropout, "init_lora_weights": self.init_weights}
-        return Lora(**shared, **own)
+        return self._lora(self.r, self.hira_dropout, init_lora_weights=self.init_weights)
 
 
 @dataclasses.dataclass(frozen=True)
-class Miss:
+class Miss(LinearTargets):
     """The settings of MiSS, as in peft's MissConfig, in its default variant.
 
     Attributes:
         r: length of a shard of the input, and rows of the trained matrix.
         miss_dropout: rate on the input of the update.
-        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `Lora`; linear
-            modules only.
     """
 
     r: int = 64
     miss_dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
 
     def as_lora(self) -> Lora:
         """The settings of LoRA with the same modules, r and zeros, and a scale of 1."""
-        shared = {name: value for name, value in vars(self).items() if name in names(Lora)}
-        return Lora(**shared, lora_alpha=self.r, lora_dropout=self.miss_dropout)
+        return self._lora(self.r, self.miss_dropout)
 
 
 @dataclasses.dataclass(frozen=True)

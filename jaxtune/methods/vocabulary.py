@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.tree import TRAIN, PyTree
-from jaxtune.weights.leaf import PromptWeight, TokensWeight, is_weight, merge_leaf
+from jaxtune.weights.adapters import PromptWeight, TokensWeight
+from jaxtune.weights.leaf import is_weight, merge_leaf
 
 
 def untie(params: PyTree) -> PyTree:

@@ -21,8 +21,7 @@ from jaxtune import tree
 from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task
 from jaxtune.train import optim, stacked, watch
 from jaxtune.train.step import TrainState, init_state, make_eval_step, make_train_step
-from jaxtune.weights.leaf import Packed
-from jaxtune.weights.packed import quantize
+from jaxtune.weights.packed import Packed, quantize
 
 
 class Start(NamedTuple):

@@ -17,17 +17,7 @@ import numpy as np
 from jaxtune.errors import UserError, nearest
 from jaxtune.tree import PyTree, flatten, path_str
 from jaxtune.weights.foreign import MatrixLayout, matrices
-from jaxtune.weights.leaf import (
-    Adapter,
-    Packed,
-    QuantWeight,
-    Weight,
-    leaf_type,
-    matmul,
-    packed,
-    rebuilt,
-    weights_by_path,
-)
+from jaxtune.weights.leaf import Adapter, Array, Weight, leaf_type, matmul, packed, rebuilt, weights_by_path
 
 BLOCK = 64  # weights that share an absolute maximum
 CONSTANTS = 256  # absolute maxima that share a scale
@@ -49,6 +39,48 @@ NF4 = _nf4()
 def _share(size: int, most: int, even: bool = False) -> int:
     """The largest divisor of `size` that is at most `most`."""
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0 and not (even and n % 2))
+
+
+class Packed(Weight):
+    """A frozen leaf in fewer bits than its numbers need."""
+
+
+@leaf_type
+class QuantWeight(Packed):
+    """int8 or fp8 with one scale for each output column (absolute maximum).
+
+    Attributes:
+        q: int8 or float8 [*L, K, N].
+        scale: f32[*L, 1, N].
+    """
+
+    q: Array = packed("K N", parameters=1)
+    scale: Array = packed("1 N")
+
+    @classmethod
+    def quantize(cls, w: Array, dtype: Any = jnp.int8) -> "QuantWeight":
+        """Round a plain array [*L, K, N]; the error of int8 is at most half a scale for each entry."""
+        w, whole = w.astype(jnp.float32), jnp.issubdtype(dtype, jnp.integer)
+        largest = float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
+        scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny) / largest
+        unit = w / scale
+        return cls((jnp.round(unit) if whole else unit).astype(dtype), scale)
+
+    def dot(self, x, keys, product):
+        y = rebuilt(lambda x, w: product(x, w.q.astype(x.dtype)), x, self)
+        return y * self.scale[..., 0, :].astype(y.dtype)
+
+    def transposed_dot(self, x, product):
+        return rebuilt(lambda x, w: product(x, w.q.T.astype(x.dtype)), x * self.scale[0].astype(x.dtype), self)
+
+    def embed(self, ids):
+        return self.q[ids].astype(jnp.float32) * self.scale[0]
+
+    def attend(self, x):
+        return self.transposed_dot(x, matmul)
+
+    def merge(self):
+        return self.q.astype(jnp.float32) * self.scale
 
 
 @leaf_type

@@ -16,7 +16,16 @@ from jax import lax
 from jax.extend import core, source_info_util
 
 from jaxtune.errors import UserError
-from jaxtune.weights.leaf import Keys, ShapedWeight, Weight, dot, embed, fold, merge_leaf, transposed_dot
+from jaxtune.weights.leaf import (
+    Keys,
+    ShapedWeight,
+    Weight,
+    dot,
+    embed,
+    fold,
+    merge_leaf,
+    transposed_dot,
+)
 
 # ------------------------------------------------------------------------------------------------------------- views
 

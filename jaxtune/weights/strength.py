@@ -13,7 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.weights.leaf import LoraWeight, PromptWeight, map_paths, map_weights, merge_leaf, plain, weights_by_path
+from jaxtune.weights.adapters import LoraWeight, PromptWeight
+from jaxtune.weights.leaf import map_paths, map_weights, merge_leaf, plain, weights_by_path
 
 
 def off_the_scale(base: Any, tuned: Any) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import pytest
 import runs
 from data_zoo import CHATML, byte_tokenizer, write_jsonl
 
-from jaxtune.cli import main, parse
+from jaxtune.cli import main
 from jaxtune.commands.sweep import FLAGS
 from jaxtune.commands.train import Clock
+from jaxtune.flags import parse
 from jaxtune.run.grid import Sweep
 
 USER = {"role": "user", "content": "2+2?"}
