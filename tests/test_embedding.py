@@ -9,7 +9,6 @@ import pytest
 import small
 
 from jaxtune.hf.vectors import Pooled
-from jaxtune.models.decoder import without_head
 from jaxtune.objectives.embedding import LOSSES, Told, Vectors, cosines, embedding, infonce, matryoshka
 from jaxtune.train.step import make_eval_step, value_and_grad
 from jaxtune.tree import TRAIN, partition
@@ -150,7 +149,7 @@ def batch(rows, accum, texts=2, length=6, seed=0):
 
 
 def loss_fn():
-    return embedding(without_head(small.decoder()), Pooled("last"), infonce)
+    return embedding(small.decoder().without_head(), Pooled("last"), infonce)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

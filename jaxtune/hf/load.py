@@ -19,7 +19,6 @@ import numpy as np
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import tensors
-from jaxtune.models.decoder import without_head
 from jaxtune.models.names import NameTable, Tensor
 from jaxtune.tree import flatten
 from jaxtune.weights.packed import packs
@@ -136,7 +135,7 @@ def open_module(config: dict, folder: Path, **settings: Any) -> Any:
     if not module.continues or module.spec.tied or re.search("For|Head", classes):
         return module
     heads = {hf for hf, path in models.names(module).top.items() if path == "lm_head/kernel"}
-    return module if heads & tensors.index_dir(folder).keys() else without_head(module)
+    return module if heads & tensors.index_dir(folder).keys() else module.without_head()
 
 
 def read_params(

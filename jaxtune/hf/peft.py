@@ -44,7 +44,6 @@ from jaxtune.methods.places import DENSE, Place, in_label_head, is_saved, parame
 from jaxtune.methods.vocabulary import resize
 from jaxtune.models.body import Body
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
-from jaxtune.models.decoder import without_head
 from jaxtune.models.names import NameTable
 from jaxtune.tree import FROZEN, TRAIN, flatten, path_str
 from jaxtune.weights.adapters import DoraWeight, LoraWeight, TokensWeight
@@ -235,7 +234,7 @@ def open_adapter(
     values = hf.read_config(where)
     module, drawn = hf.open_module(values, where, **settings), None
     if module.continues and _is_of_body(config, entries, models.names(module)):
-        module = without_head(module)
+        module = module.without_head()
     labels = _labels(folder, config, entries, module)
     if labels is not None:
         stored = read_labels(values)

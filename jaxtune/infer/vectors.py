@@ -17,7 +17,7 @@ from jaxtune.hf.vectors import Pooled, read_dense, read_pooled
 from jaxtune.infer.generation import bucket
 from jaxtune.infer.logprobs import batches_by_length, most_tokens
 from jaxtune.infer.source import Tuned, find, open_source, same_base, tokenizer_of
-from jaxtune.models.decoder import Decoder, without_head
+from jaxtune.models.decoder import Decoder
 from jaxtune.objectives.embedding import vector
 
 SHORT = 16  # tokens: widths of batches up to 64 are multiples of it
@@ -138,7 +138,7 @@ def open_embedder(source: Tuned | str | Path, *, base: bool = False, dtype: Any 
 
 def headless(module: Decoder, params: Any) -> tuple[Any, Any]:
     """A decoder and its parameters without the output head."""
-    return without_head(module), {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    return module.without_head(), {name: leaf for name, leaf in params.items() if name != "lm_head"}
 
 
 def pooled_of(source: Tuned) -> Pooled | None:

@@ -42,6 +42,11 @@ class Decoder(Body):
     def names(self, table: NameTable) -> NameTable:
         return table
 
+    def without_head(self) -> "HeadlessDecoder":
+        """The same decoder as one that gives hidden states."""
+        fields = {name: getattr(self, name) for name in BODY_FIELDS}
+        return HeadlessDecoder(**fields | {"spec": dataclasses.replace(self.spec, tied=True)})
+
     @nn.compact
     def hidden(
         self,
@@ -188,12 +193,6 @@ class HeadlessDecoder(Decoder):
         top = {hf: path for hf, path in table.top.items() if not path.startswith("lm_head/")}
         heads = "|".join(re.escape(hf) for hf in table.top.keys() - top.keys())
         return dataclasses.replace(table, top=top, bare=True, ignored=f"{table.ignored}|{heads}")
-
-
-def without_head(module: Decoder) -> HeadlessDecoder:
-    """The same decoder as one that gives hidden states."""
-    fields = {name: getattr(module, name) for name in BODY_FIELDS}
-    return HeadlessDecoder(**fields | {"spec": dataclasses.replace(module.spec, tied=True)})
 
 
 BODY_FIELDS = ("spec", "dtype", "attention", "most_segments", "remat", "unroll", "start", "stop")

@@ -21,7 +21,7 @@ from jaxtune.errors import UserError
 from jaxtune.hf.vectors import Dense, Pooled, read_dense, read_pooled
 from jaxtune.methods.places import DENSE
 from jaxtune.models.classifier import affine, pool
-from jaxtune.models.decoder import Decoder, without_head
+from jaxtune.models.decoder import Decoder
 from jaxtune.objectives import OverVectors, inputs
 from jaxtune.objectives.contrasts import CLASS, CONTRASTS, NOTHING, SCORES
 from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task, TaskInput
@@ -314,7 +314,7 @@ def open_body(given: TaskInput) -> Any:
     module = models.build(config, **given.fields)
     if hasattr(module.spec, "patch"):
         raise UserError("objective.name=embedding reads texts, and the model in model.path reads images.")
-    return without_head(module) if isinstance(module, Decoder) else module
+    return module.without_head() if isinstance(module, Decoder) else module
 
 
 def chosen_pooling(given: TaskInput, module: Any) -> Pooled:
