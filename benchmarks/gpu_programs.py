@@ -1,26 +1,35 @@
 """Steps compiled for GPUs that are not there: memory by XLA's plan, kernels, and what must not be in the program.
 
-    python benchmarks/gpu_programs.py [--card=h100] [--only=1b] [--json=OUT]
+    python benchmarks/gpu_programs.py [--cards=h100,a100] [--only=1b] [--json=OUT]
 
 Nothing runs, and no GPU is needed: XLA compiles for a described device with the CUDA wheels alone (`pip install
 --no-deps` of jax-cuda13-plugin, jax-cuda13-pjrt and the nvidia-* libraries; 2.5 GB). Autotuning is off, so which
 library multiplies matrices is not what a GPU would choose; buffers and cuDNN calls are. A case is a process of its own.
 
-Every program is held to: no array [., ., T, T] of a long row; of a frozen matrix no gradient is computed; no
-dequantised copy of a quantised stack; state donated; nothing sent to the host. Exit status 1 where one does not hold.
+Every program is held to: no array [., ., T, T] of a long row; cuDNN's attention as often as it should be, forward and
+backward; of a frozen matrix no gradient is computed; no dequantised copy of a quantised stack; products in fp8 where
+they should be and nowhere else; state donated; nothing sent to the host; the formula of `jaxtune plan` within 10% of
+XLA's plan. Exit status 1 where one does not hold. "ms" is a roofline: the longer of the products at the card's peak in
+bfloat16 and of the bytes that must move, weights, state and saved activations, at its bandwidth.
+
+OUT has a line of JSON a program; what it holds already is not compiled again.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+
+NEAR = 0.10  # how far the formula may be from XLA's plan
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "tie_word_embeddings": False}
 GEMMA = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
@@ -220,7 +229,8 @@ def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
     cudnn.capability = lambda: card.capability
     fn, arguments, r = program(case)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments)
-    executable = fn.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    traced = fn.trace(*arguments)
+    executable = traced.lower(lowering_platforms=("cuda",)).compile()
     plan, text = executable.memory_analysis(), executable.as_text()
     calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     gib = 2**30
@@ -242,8 +252,13 @@ def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
         found["plan"] = parts.total / gib
         found["plan / total"] = found["plan"] / found["total"]
         found["parts"] = {name: round(x / gib, 2) for name, x in parts._asdict().items()}
-        found["TFLOP"] = members * case.rows * measured.flops / 1e12
-        found["ms at peak"] = 1e15 * found["TFLOP"] / card.flops
+        flops, moved = members * case.rows * measured.flops, measured.moved(case.rows, members)
+        if abs(found["plan / total"] - 1) > NEAR:
+            found["wrong"].append(f"the plan is {found['plan / total']:.2f} of XLA's")
+    else:
+        flops, moved = cost.dot_flops(traced.jaxpr.jaxpr), plan.argument_size_in_bytes
+    found["ms"] = 1e3 * max(flops / card.flops, moved / card.bandwidth)
+    found["bound by"] = "products" if flops / card.flops > moved / card.bandwidth else "memory"
     return found
 
 
@@ -312,30 +327,38 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--card", default="h100", choices=CARDS)
-    p.add_argument("--only", help="cases whose name contains this")
+    p.add_argument("--cards", default="h100", help=f"of {', '.join(CARDS)}, with commas")
+    p.add_argument("--only", default="", help="cases whose name contains this")
     p.add_argument("--case", help="one case, in this process; prints JSON")
-    p.add_argument("--json", help="a file for the figures")
+    p.add_argument("--json", type=Path, help="a file for the figures")
     a = p.parse_args()
+    cards = a.cards.split(",")
+    if unknown := [name for name in cards if name not in CARDS]:
+        p.error(f"--cards: {unknown[0]!r} is not one of {', '.join(CARDS)}")
     if a.case:
-        print(json.dumps(compiled(CASES[a.case], CARDS[a.card], a.card)))
+        print(json.dumps({"card": cards[0], "case": a.case, **compiled(CASES[a.case], CARDS[cards[0]], cards[0])}))
         return 0
-    found = {}
-    columns = ("arguments", "temporary", "total", "plan", "plan / total", "attention", "backward", "ms at peak")
-    print(f"| {a.card}: program | " + " | ".join(columns) + " | wrong |\n|" + "---|" * (len(columns) + 2))
-    for name in CASES:
-        if a.only and a.only not in name:
-            continue
-        command = [sys.executable, __file__, f"--case={name}", f"--card={a.card}"]
-        try:
-            found[name] = row = common.last_json(common.run(command, 2).stdout)
-        except SystemExit as error:
-            found[name] = row = {"wrong": [str(error).strip().splitlines()[-1][:200]]}
-        cells = ("" if (x := row.get(c)) is None else f"{x:.4g}" if isinstance(x, float) else str(x) for c in columns)
-        print(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(row['wrong'])} |", flush=True)
-    if a.json:
-        common.Path(a.json).write_text(json.dumps(found, indent=1) + "\n")
-    return int(any(row["wrong"] for row in found.values()))
+    known = map(json.loads, a.json.read_text().splitlines()) if a.json and a.json.exists() else ()
+    found = {(row["card"], row["case"]): row for row in known}
+    columns = ("arguments", "temporary", "host", "total", "plan / total")
+    columns += ("attention", "backward", "fp8", "ms", "bound by")
+    print("| card | program | " + " | ".join(columns) + " | wrong |\n|" + "---|" * (len(columns) + 3))
+    failed = False
+    for card, name in itertools.product(cards, (name for name in CASES if a.only in name)):
+        row = found.get((card, name))
+        if row is None:
+            command = [sys.executable, __file__, f"--case={name}", f"--cards={card}"]
+            try:
+                row = common.last_json(common.run(command, 2).stdout)
+            except SystemExit as error:
+                row = {"card": card, "case": name, "wrong": [str(error).strip().splitlines()[-1][:200]]}
+            if a.json:
+                with a.json.open("a") as file:
+                    print(json.dumps(row), file=file)
+        cells = (f"{x:.3g}" if isinstance(x := row.get(c, ""), float) else str(x) for c in columns)
+        print(f"| {card} | {name} | " + " | ".join(cells) + f" | {'; '.join(row['wrong'])} |", flush=True)
+        failed |= bool(row["wrong"])
+    return int(failed)
 
 
 if __name__ == "__main__":

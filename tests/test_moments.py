@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.train.moments import BLOCK, apply_updates, packed, stochastic, unpacked
+from jaxtune.train.moments import BLOCK, Blocks, apply_updates, in_8_bits, packed, stochastic, unpacked
 from jaxtune.train.optim import optimizer
+from jaxtune.train.optimizers import OPTIMIZERS
 from jaxtune.train.step import init_state
 
 
@@ -34,6 +35,19 @@ def test_a_moment_in_8_bits_goes_to_a_neighbour_on_its_grid(width, seed, squares
 def test_zeros_stay_zeros():
     for squares in (False, True):
         assert not unpacked(packed(jnp.zeros((2, 300)), squares=squares), (2, 300)).any()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_starts_from_its_own_state_in_8_bits(name):
+    row, params = OPTIMIZERS[name], {"kernel": jnp.ones((64, 80))}
+    tx = row.build(**row.settings)
+    got, like = in_8_bits(tx).init(params), tx.init(params)
+    found = jax.tree.map(
+        lambda x, whole: unpacked(x, whole.shape) if isinstance(x, Blocks) else x,
+        *(got, like),
+        is_leaf=lambda x: isinstance(x, Blocks),
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, like))
 
 
 @pytest.mark.parametrize("squares", [False, True])

@@ -142,14 +142,21 @@ class Cost:
     def seconds(self, rows: int, card: Card) -> float:
         """Return the time of a step: that of its products or that of its memory traffic, whichever is longer.
 
-        Weights are read three times, saved activations are written and read, and the update reads and writes its state.
         What is kept in the host's memory goes there and back; that this overlaps with work has not been seen.
         """
-        b, micros = self.bytes(rows), self.recipe.batch.micros
-        moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
-        moved += 2 * (b.trainable + b.optimizer) + b.gradients
+        micros = self.recipe.batch.micros
         seconds = micros * rows * self.flops / (COMPUTE * card.flops)
-        return max(seconds, moved / (BANDWIDTH * card.bandwidth)) + micros * 2 * b.host / HOST
+        host = micros * 2 * self.bytes(rows).host / HOST
+        return max(seconds, self.moved(rows) / (BANDWIDTH * card.bandwidth)) + host
+
+    def moved(self, rows: int, members: int = 1) -> int:
+        """Return the bytes that a step reads and writes at least in the device's memory.
+
+        Weights are read three times, saved activations are written and read, and the update reads and writes its state.
+        """
+        b, micros = self.bytes(rows, members), self.recipe.batch.micros
+        moved = micros * (3 * (b.frozen + b.trainable) + 2 * b.activations)
+        return moved + 2 * (b.trainable + b.optimizer) + b.gradients
 
 
 class MicroBatch(NamedTuple):

@@ -12,6 +12,7 @@ of one of a thousandth of it (signed: 2.4%, 24%). The choice is a hash of the va
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,13 @@ def _noise(x: jax.Array) -> jax.Array:
     return (h ^ h >> 13).astype(jnp.float32) / 2.0**32
 
 
+def _zeros(x: jax.Array, *, squares: bool = False) -> Blocks:
+    """`packed` of zeros, as all moments are at first: made as they are, in place of an array of zeros to quantise."""
+    return jax.tree.map(
+        lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(partial(packed, squares=squares), x)
+    )
+
+
 def unpacked(blocks: Blocks, shape: tuple[int, ...]) -> jax.Array:
     """The values f32[shape]."""
     x = _grid(blocks.codes.astype(jnp.float32), blocks.codes.dtype == jnp.uint8) * blocks.scale[..., None]
@@ -67,14 +75,17 @@ def unpacked(blocks: Blocks, shape: tuple[int, ...]) -> jax.Array:
 
 
 def in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same transformation, whose state lies in 8 bits between its steps, but for small arrays."""
+    """The same transformation, whose state lies in 8 bits between its steps, but for small arrays.
+
+    Its large arrays are zeros at first.
+    """
 
     def small(x: Any) -> bool:
         return x.ndim < 2 or x.size < SMALLEST or x.dtype != jnp.float32
 
-    def pack(state: Any) -> Any:
+    def pack(state: Any, quantize: Callable[..., Blocks] = packed) -> Any:
         def one(path, x):
-            return x if small(x) else packed(x, squares=any(getattr(key, "name", None) == SQUARES for key in path))
+            return x if small(x) else quantize(x, squares=any(getattr(key, "name", None) == SQUARES for key in path))
 
         return jax.tree_util.tree_map_with_path(one, state)
 
@@ -87,7 +98,7 @@ def in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         )
 
     def init(params):
-        return pack(jax.lax.optimization_barrier(tx.init(params)))  # XLA would fold zeros at length while it compiles
+        return pack(tx.init(params), _zeros)
 
     def update(updates, state, params=None):
         dtypes = jax.tree.map(lambda g: g.dtype, updates)

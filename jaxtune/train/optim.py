@@ -66,15 +66,18 @@ def _faster(params: Any) -> Any:
     return map_fields(faster, params)
 
 
-def clip(largest: float) -> optax.GradientTransformation:
-    """Scale gradients down to a global norm, which is summed in float32 whatever their dtype is."""
+def clip(largest: float) -> optax.GradientTransformationExtraArgs:
+    """Scale gradients down to a global norm, which is summed in float32 whatever their dtype is.
 
-    def scaled(updates, params=None):
-        norm = global_norm(updates)
+    A caller who knows their norm passes it to the update as `grad_norm`.
+    """
+
+    def update(updates, state, params=None, *, grad_norm=None, **others):
+        norm = global_norm(updates) if grad_norm is None else grad_norm
         share = jnp.where(norm < largest, 1.0, largest / norm)
-        return in_place(lambda g: g * share, updates)
+        return in_place(lambda g: g * share, updates), state
 
-    return optax.stateless(scaled)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def by_matrix(

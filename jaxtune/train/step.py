@@ -192,7 +192,7 @@ def make_train_step(
             weights.
         jit: compile the step; False leaves that to the caller, who may `vmap` over the state first.
     """
-    gradients = _gradients(loss_fn, mesh)
+    gradients, update = _gradients(loss_fn, mesh), optax.with_extra_args_support(tx).update
 
     def step(state, frozen, batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -204,7 +204,7 @@ def make_train_step(
         norms = {} if group is None else _norms(group, grads)
         # Read before the update: it may then write over the gradients, where XLA would keep a copy of them.
         grads, metrics, norms = jax.lax.optimization_barrier((grads, metrics, norms))
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = update(grads, state.opt_state, state.trainable, grad_norm=metrics["grad_norm"])
         trainable = apply_updates(state.trainable, updates, jax.random.fold_in(key, ROUNDING))
         if group is not None:
             moved, weights = _norms(group, updates), _norms(group, trainable)
