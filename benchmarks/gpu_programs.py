@@ -3,8 +3,8 @@
     python benchmarks/gpu_programs.py [--cards=h100,a100] [--only=1b] [--json=OUT]
 
 Nothing runs, and no GPU is needed: XLA compiles for a described device with the CUDA wheels alone (`pip install
---no-deps` of jax-cuda13-plugin, jax-cuda13-pjrt and the nvidia-* libraries; 2.5 GB). Autotuning is off, so which
-library multiplies matrices is not what a GPU would choose; buffers and cuDNN calls are. A case is a process of its own.
+--no-deps` of jax-cuda13-plugin, jax-cuda13-pjrt and the nvidia-* libraries; 2.5 GB). Autotuning is off and products are
+calls of cuBLAS, where a GPU would choose by time; buffers and cuDNN calls are its own. A case is a process of its own.
 
 Every program is held to: no array [., ., T, T] of a long row; cuDNN's attention as often as it should be, forward and
 backward; of a frozen matrix no gradient is computed; no dequantised copy of a quantised stack; products in fp8 where
@@ -29,6 +29,9 @@ from typing import Any, NamedTuple
 
 import common
 
+# With a GPU XLA tries each product as a kernel of Triton and as a call of cuBLAS, and takes the faster. Without one it
+# takes Triton's; the second flag makes calls of all products, by which they can be told.
+FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 NEAR = 0.10  # how far the formula may be from XLA's plan
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "tie_word_embeddings": False}
@@ -210,7 +213,7 @@ def program(case: Case) -> tuple[Any, tuple, Any]:
 def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
     """What XLA made of a case."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     import jax
     from jax._src.cudnn import fused_attention_stablehlo as fused
     from jax.experimental import topologies
@@ -242,6 +245,7 @@ def compiled(case: Case, card: Card, name: str) -> dict[str, Any]:
         "total": (total - plan.alias_size_in_bytes) / gib,
         "attention": sum(n for c, n in calls.items() if "fmha" in c and "Backward" not in c),
         "backward": sum(n for c, n in calls.items() if "fmha" in c and "Backward" in c),
+        "products": sum(n for c, n in calls.items() if "cublas" in c),
         "fp8": sum(n for c, n in calls.items() if c.endswith("$f8")),
         "wrong": wrong(case, r, text, plan, arguments),
     }
@@ -279,6 +283,28 @@ def kernels(case: Case, r: Any) -> int:
     return names.count("cudnn")
 
 
+class Product(NamedTuple):
+    """A call of cuBLAS: the output's sizes but for axes of batches, how many are summed, and whether it is in fp8."""
+
+    shape: tuple[int, ...]
+    summed: int
+    fp8: bool
+
+
+def products(text: str) -> list[Product]:
+    """The matrix products of a compiled program."""
+    shapes = {
+        name: tuple(map(int, filter(None, sizes.split(","))))
+        for name, sizes in re.findall(r"^ *(?:ROOT )?%([\w.-]+) = \(?\w+\[([\d,]*)\]", text, re.M)
+    }
+    call = r'^ *(?:ROOT )?%([\w.-]+) = .*custom-call\(%([\w.-]+),.*custom_call_target="__cublas([^"]*)".*'
+    call += r'"lhs_contracting_dimensions":\["(\d+)"\]'
+    return [
+        Product(shapes[name][-2:], shapes[left][int(axis)], "f8" in kind)
+        for name, left, kind, axis in re.findall(call, text, re.M)
+    ]
+
+
 def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[str]:
     """What is in a program that must not be."""
     import jax
@@ -294,12 +320,19 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
     }
     if t > 512 and squares:
         said.append(f"[T, T] arrays: {', '.join(sorted(squares)[:3])}")
-    if case.kind in ("train", "sweep") and case.method != "full":
-        base = {x.shape[1:] for x in jax.tree.leaves(r.abstract_base()) if x.ndim == 3 and min(x.shape[1:]) > 1000}
-        for k, n in base:  # a gradient of a frozen matrix is the output of a product over tokens
-            product = rf"= (?:\(|)(?:bf16|f32)\[(?:{k},{n}|{n},{k})\][^=]*?custom_call_target=\"__cublas"
-            if re.search(product, text):
-                said.append(f"a product of the size of a frozen matrix, {k} x {n}")
+    base = {x.shape[1:] for x in jax.tree.leaves(r.module.abstract_params()) if x.ndim == 3 and min(x.shape[1:]) > 500}
+    tokens, dims = case.rows * t, {size for shape in base for size in shape}
+    made = products(text)
+    if case.kind in ("train", "sweep") and case.method != "full" and tokens not in dims:
+        # A gradient of a frozen matrix is a product over tokens.
+        for k, n in {tuple(sorted(p.shape)) for p in made if p.summed == tokens} & set(map(tuple, map(sorted, base))):
+            said.append(f"a product of the size of a frozen matrix, {k} x {n}")
+    # Not LoRA's, nor the head's. XLA merges those of the same x: fewer than matrices.
+    large = [p.fp8 for p in made if p.summed in dims and min(p.shape) > 500 and p.shape[-1] != r.module.spec.vocab]
+    if case.quantization == "fp8_matmul" and not (large and all(large)):
+        said.append(f"{large.count(False)} of {len(large)} products of frozen matrices are not in fp8")
+    if case.quantization != "fp8_matmul" and any(p.fp8 for p in made):
+        said.append("products are in fp8")
     if case.quantization != "none":
         for x in jax.tree.leaves(r.module.abstract_params()):
             if x.ndim != 3 or min(x.shape[1:]) <= 1000 or x.shape[0] * x.shape[1] == case.rows * t:
@@ -310,8 +343,6 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(donated) if hasattr(x.dtype, "itemsize"))
     if plan.alias_size_in_bytes < 0.9 * size:
         said.append(f"{plan.alias_size_in_bytes:,} of {size:,} bytes of state are donated")
-    if (case.quantization == "fp8_matmul") != ("lt$matmul$f8" in text):
-        said.append("products of frozen weights are not in fp8, or others are")
     found = Counter("Backward" in call for call in re.findall(r'custom_call_target="([^"]*fmha[^"]*)"', text))
     wanted = kernels(case, r)
     back = 0 if case.kind == "prefill" else wanted
@@ -341,7 +372,7 @@ def main() -> int:
     known = map(json.loads, a.json.read_text().splitlines()) if a.json and a.json.exists() else ()
     found = {(row["card"], row["case"]): row for row in known}
     columns = ("arguments", "temporary", "host", "total", "plan / total")
-    columns += ("attention", "backward", "fp8", "ms", "bound by")
+    columns += ("attention", "backward", "products", "fp8", "ms", "bound by")
     print("| card | program | " + " | ".join(columns) + " | wrong |\n|" + "---|" * (len(columns) + 3))
     failed = False
     for card, name in itertools.product(cards, (name for name in CASES if a.only in name)):
