@@ -330,7 +330,9 @@ def test_a_prompt_that_is_too_long_is_named(orders, tmp_path, capsys):
     assert not (tmp_path / "out/candidates.jsonl").exists()
 
 
-def test_answers_that_are_labels(tmp_path, capsys):
+@pytest.mark.parametrize("labelled", [False, True])
+def test_answers_that_are_labels(tmp_path, labelled):
+    """Rows with a prompt and an answer, and rows with a text and a label, which a decoder's own task may be."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -338,19 +340,29 @@ def test_answers_that_are_labels(tmp_path, capsys):
     rows = [(row["prompt"].removesuffix("\nJSON:\n"), json.loads(row["completion"])["intent"]) for row in rows]
     rows = [row for row in rows if row[1] in ("return", "order")][:60]
     file = tmp_path / "intents.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"{p}\nKind:", "completion": f" {c}"}) + "\n" for p, c in rows))
-    asked = "--candidates=labels,balanced,neighbours,head"
-    assert run(f"--data={file}", f"--workdir={tmp_path / 'out'}", asked, "--rows=12", "--shots=2") == 0
+    rows = [{"text": p, "label": c} if labelled else {"prompt": f"{p}\nKind:", "completion": f" {c}"} for p, c in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--candidates=labels,balanced,lora" if labelled else "--candidates=labels,balanced,neighbours,head"]
+    if labelled:
+        asked += ["--config.objective.name=sequence_classification", "--sizes=48", "--config.optim.lr=1e-3"]
+        asked += ["--config.train.steps=2", "--config.train.batch_size=4"]
+    assert run(f"--data={file}", f"--workdir={tmp_path / 'out'}", *asked, "--rows=12", "--shots=2") == 0
     report = json.loads((tmp_path / "out/decision.json").read_text())
     found = {row["name"]: row for row in report["matrix"]}
-    assert report["metric"] == "accuracy" and len(found) == 4
-    head = found["head on 48 rows"]
-    assert head["training"]["trainable"] == 2 * 128 and head["measured_on"] == 12 and head["score"]["value"] > 0.75
-    assert found["vote of 8 nearest rows by BM25"]["cost_of_training"] == 0
+    assert report["metric"] == "accuracy"
+    if labelled:
+        assert len(found) == 3 and found["LoRA on 48 rows"]["measured_on"] == 12
+    else:
+        head = found["head on 48 rows"]
+        assert head["training"]["trainable"] == 2 * 128 and head["measured_on"] == 12 and head["score"]["value"] > 0.75
+        assert len(found) == 4 and found["vote of 8 nearest rows by BM25"]["cost_of_training"] == 0
 
     # The likeliest label, by transformers, after an example of each.
     read = lambda name: [json.loads(line) for line in (tmp_path / "out/data" / name).read_text().splitlines()]  # noqa: E731
-    held, pool = read("held-out-labels.jsonl"), read("labels-48.jsonl")
+    part = "rows" if labelled else "labels"
+    held, pool = ([dict(row) for row in read(name)] for name in (f"held-out-{part}.jsonl", f"{part}-48.jsonl"))
+    for row in (*held, *pool) if labelled else ():
+        row["text"] += "\nLabel:"
     labels = list(dict.fromkeys(row["label"] for row in pool))
     shots = [next(row for row in pool if row["label"] == label) for label in labels]
     shown = "".join(f"{row['text']} {row['label']}\n\n" for row in shots)

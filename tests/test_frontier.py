@@ -3,21 +3,24 @@
 import json
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
 import runs
+from hypothesis import given
 from runs import compiled, home, write_jsonl  # noqa: F401
 from test_eval import refused, report_of
 from test_forgetting import general
 
 import jaxtune
 from jaxtune import cli
-from jaxtune.evaluate.frontier import choose
+from jaxtune.evaluate import statistics, strengths
+from jaxtune.evaluate.frontier import STRENGTHS, bisect, by_cost, choose
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter
-from jaxtune.infer.source import find, open_source
+from jaxtune.infer.source import find, open_source, tokenizer_of
 from jaxtune.tree import flatten
 from jaxtune.weights.adapters import DoraWeight
 from jaxtune.weights.leaf import map_weights, merge
@@ -120,21 +123,102 @@ def test_other_kinds_are_mixed_weight_by_weight(home, tmp_path, kind):  # noqa: 
 
 def test_the_strength_that_forgets_least_among_those_that_keep_enough():
     scales = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
-    task = [3.0, 2.0, 1.2, 1.05, 1.0, 1.3]  # gain 2: kept 0, 50, 90, 97.5, 100, 85%
-    general = [2.0, 2.01, 2.05, 2.2, 2.5, 3.0]
-    assert choose(scales, task, general, keep=0.9).strength == 0.5
-    assert choose(scales, task, general, keep=0.95).strength == 0.75
-    assert choose(scales, task, general, keep=0.95, within=0.25).strength == 0.75
-    none = choose(scales, task, general, keep=0.95, within=0.1)
+    kept = dict(enumerate([0.0, 0.5, 0.9, 0.975, 1.0, 0.85]))
+    cost = [0.0, 0.01, 0.05, 0.2, 0.5, 1.0]
+    assert choose(scales, kept, cost, keep=0.9).strength == 0.5
+    assert choose(scales, kept, cost, keep=0.95).strength == 0.75
+    assert choose(scales, kept, cost, keep=0.95, within=0.25).strength == 0.75
+    none = choose(scales, kept, cost, keep=0.95, within=0.1)
     assert none.strength is None and "at most 90% of the gain is kept, at 0.5" in none.why
-    assert choose(scales, task[::-1], general).strength is None  # nothing gained
+
+
+@given(st.lists(st.floats(-1, 2), min_size=13, max_size=13), st.floats(0.01, 1), st.data())
+def test_bisection_finds_what_a_scan_finds(cost, keep, data):
+    """Where a costlier scale keeps more, with four measurements at most."""
+    order = by_cost(STRENGTHS, cost)
+    shares = sorted(data.draw(st.lists(st.floats(-0.5, 1), min_size=len(order) - 1, max_size=len(order) - 1)))
+    kept = dict(zip(order, [*shares, 1.0], strict=True))
+    asked = []
+    found = bisect(order, lambda i: asked.append(i) or kept[i], keep)
+    assert len(asked) <= 4 and STRENGTHS[found] == choose(STRENGTHS, kept, cost, keep).strength
+
+
+@pytest.mark.parametrize("curved, binary", [(0.3, False), (1.0, True)])
+def test_what_a_sample_says_of_all_rows_is_unbiased_and_its_interval_covers(curved, binary):
+    """Rows whose value in between depends on both ends, bent and with noise; 95% intervals hold the true mean."""
+    rng = np.random.default_rng(0)
+    many = 400_000
+    ends = rng.gamma(2.0, 1.0, (many, 2))
+    between = ends.mean(1) + curved * ends[:, 0] * ends[:, 1] / 4 + 0.3 * rng.normal(size=many)
+    if binary:
+        between = (between > 3).astype(float)
+    true, hits, off = between.mean(), 0, []
+    for _ in range(200):
+        rows = rng.integers(0, many, 700)
+        sample = rng.choice(700, 256, replace=False)
+        known = np.column_stack([ends[rows], np.ones(700)])
+        values = statistics.spread_out(known, sample, between[rows][sample][:, None])
+        (found,) = statistics.means(values, np.ones(700), 200).intervals()
+        hits += found.low <= true <= found.high
+        off.append(found.value - true)
+    assert 0.905 <= hits / 200 <= 0.99  # 0.95 within three standard errors
+    assert abs(np.mean(off)) < 4 * np.std(off) / np.sqrt(200)
+
+
+def test_the_gain_is_counted_in_answers(home, run, tmp_path, monkeypatch):  # noqa: F811
+    """Expected answers are those of the tuned model: exact match at each scale is that of the exported model."""
+    from jaxtune.infer.generation import generate_text
+
+    source = find(run)
+    module, params, _ = open_source(source)
+    tokenizer = tokenizer_of(source)
+    prompts = [row["prompt"] for row in runs.sums(60, 84)]
+    answers = generate_text(module, params, tokenizer, prompts, max_new_tokens=3)
+    rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True) if a.strip()]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    write_jsonl(tmp_path / "general.jsonl", general(6))
+    argv_of_frontier = ["eval", str(run), f"--frontier={tmp_path / 'general.jsonl'}", f"--data={data}"]
+    argv_of_frontier += ["--max-new-tokens=3", "--keep=0.7"]
+    assert cli.main([*argv_of_frontier, f"--out={tmp_path / 'out'}"]) == 0
+    found = report_of(tmp_path / "out", "frontier")
+    scores = [entry and entry["value"] for entry in found["score"]["values"]]
+    assert found["score"]["metric"] == "exact_match" and scores[10] == 1 > scores[0] and scores.count(None) >= 7
+    kept = [s and (s - scores[0]) / (1 - scores[0]) for s in scores]
+    at = found["strengths"].index(found["chosen"])
+    assert kept[at] >= 0.7 - 1e-9 and found["why"].startswith(
+        f"At scale {found['chosen']:g} the model keeps {kept[at]:.0%}"
+    )
+    assert all(k < 0.7 for k in kept[:at] if k)  # what forgets less keeps less, of those that were measured
+    assert cli.main(["export", str(run), str(tmp_path / "weaker"), f"--scale={found['chosen']:g}"]) == 0
+    argv = ["eval", str(tmp_path / "weaker"), f"--data={data}", f"--out={tmp_path / 'alone'}", "--max-new-tokens=3"]
+    assert cli.main(argv) == 0
+    assert report_of(tmp_path / "alone")["metrics"]["exact_match"]["model"]["value"] == pytest.approx(scores[at])
+    # A sample at all scales: the ends are of all rows, and what lies between is near what all rows have.
+    monkeypatch.setattr(strengths, "SAMPLE", 12)
+    assert cli.main([*argv_of_frontier, f"--out={tmp_path / 'few'}"]) == 0
+    few = report_of(tmp_path / "few", "frontier")
+    assert few["score"]["rows"][0] == len(rows) and few["score"]["rows"][few["strengths"].index(few["chosen"])] == 12
+    whole, some = (np.array([i["value"] for i in part["losses"]["task"]]) for part in (found, few))
+    np.testing.assert_allclose(some[[0, 10]], whole[[0, 10]], rtol=1e-5)
+    np.testing.assert_allclose(some, whole, rtol=0.03)
+    assert any("a sample of 12 rows" in note for note in few["notes"])
+
+
+def test_means_of_columns_have_the_intervals_of_each_alone():
+    rng = np.random.default_rng(0)
+    values, weights = rng.random((40, 3)), rng.integers(1, 9, 40).astype(float)
+    found = statistics.means(values, weights).intervals()
+    for column, one in zip(values.T, found, strict=True):
+        np.testing.assert_allclose(one, statistics.interval(np.stack([column, weights], 1)), rtol=1e-12)
+    assert statistics.means(values[:1], weights[:1]).intervals()[0].low is None
 
 
 def test_what_is_refused(home, run, tmp_path, capsys):  # noqa: F811
     file = home / "train.jsonl"
     assert "--keep and --within" in refused(capsys, run, "--keep=0.8")
     assert "a share above 0" in refused(capsys, run, f"--frontier={file}", "--keep=1.5")
-    assert "--metrics has no effect" in refused(capsys, run, f"--frontier={file}", "--metrics=loss")
+    assert "--schema has no effect" in refused(capsys, run, f"--frontier={file}", "--schema=a.json")
+    assert "unknown metric 'rouge'" in refused(capsys, run, f"--frontier={file}", "--metrics=rouge")
     assert "names no base" in refused(capsys, home / "model", f"--frontier={file}", f"--data={home / 'eval.jsonl'}")
     assert cli.main(["export", str(home / "model"), str(tmp_path / "a"), "--scale=0.5"]) == 2
     assert "names no base" in capsys.readouterr().err

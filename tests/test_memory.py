@@ -1,6 +1,7 @@
 """What a run remembers: intervals that cover, exposures as counted, canaries that come back, the sentence on them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from test_eval import refused, report_of
 
 from jaxtune import cli, data
 from jaxtune.data import canaries
-from jaxtune.evaluate import memory, statistics
+from jaxtune.evaluate import known, memory, statistics
 from jaxtune.evaluate.kept import Kept
 from jaxtune.evaluate.rows import Row
 from jaxtune.evaluate.systems import System
 from jaxtune.hf.load import load
 from jaxtune.infer.generation import generate
+from jaxtune.run import watched
 
 
 @pytest.mark.parametrize("m, n, shift", [(40, 60, 0.5), (30, 30, 0.0), (60, 25, 1.5)])
@@ -100,14 +102,15 @@ def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path, capsys):  # 
     train = write_jsonl(tmp_path / "train.jsonl", [texts[0]] * 3 + texts[1:6])
     held_out = write_jsonl(tmp_path / "eval.jsonl", texts[6:])
     classes = ["WeaklyKnown", "Unknown"] * 6
-    known = write_jsonl(tmp_path / "known.jsonl", [t | {"known": c} for t, c in zip(texts, classes, strict=True)])
+    by_class = write_jsonl(tmp_path / "known.jsonl", [t | {"known": c} for t, c in zip(texts, classes, strict=True)])
     argv = runs.command(
         home,
         tmp_path / "run",
         data__train=train,
         data__eval=held_out,
         data__canaries="0,8",
-        evaluate__known=known,
+        evaluate__known=by_class,
+        evaluate__memory=6,
         tune__method="full",
         tune__lora__r=None,
         tune__lora__lora_dropout=None,
@@ -138,10 +141,51 @@ def test_a_run_that_repeats_its_rows_remembers_them(home, tmp_path, capsys):  # 
     assert list(bits) == [0, 50, 100, 150] and bits[0] < 4 < bits[150] <= 7
     first = next(step for step in bits if all(b > 4 for s, b in bits.items() if s >= step))
     assert found["steps"]["since"] == first and f"memorised from step {first} on" in found["why"]
+    # Its prompts are not trained on, so nothing goes on word for word.
+    for name, first, last in (("auc", 0.5, 1.0), ("verbatim", 0.0, 0.0), ("verbatim_held_out", 0.0, 0.0)):
+        values = [logged[step][f"eval/memory/{name}"] for step in (0, 150)]
+        assert values == pytest.approx([first, last], abs=0.2), name
+    assert found["steps"]["auc"] in (50, 100, 150) and found["steps"]["verbatim"] is None
     page, summary = ((tmp_path / "run" / name).read_text() for name in ("report.html", "summary.json"))
     assert "exposure of canaries" in page and "Exposure of canaries, bits" in page and found["why"] in page
     assert "Right answers to trained rows, by what the base knew" in page
+    assert "Rows that go on word for word" in page and "8 of 8" in page  # rows trained on, without canaries
     assert "Do not publish it" in json.loads(summary)["verdict"]["advice"]
+
+
+def test_a_run_that_is_watched_says_since_when(home, tmp_path):  # noqa: F811
+    """Without canaries or `--memory`: the sentence on a run's page is of its evaluations."""
+    run = runs.write_run(home, tmp_path / "run", eval=str(home / "eval.jsonl"))
+    lines = [(0, 0.5, 1.0), (10, 0.6, 0.3), (20, 0.8, 1e-4), (30, 0.9, 1e-6)]
+    text = "".join(
+        json.dumps({"step": s, "eval/loss": 2.0, "eval/memory/auc": auc, "eval/memory/auc_p": p}) + "\n"
+        for s, auc, p in lines
+    )
+    (run / "metrics.jsonl").write_text(text)
+    assert cli.main(["report", str(run)]) == 0
+    assert "fits training rows closer than held-out ones from step 20 on" in (run / "report.html").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert known.memory_from(found) == {"verbatim": None, "auc": 20}
+    (run / "metrics.jsonl").write_text(text.replace("auc_p", "verbatim_p"))
+    assert cli.main(["report", str(run)]) == 0
+    assert "memorised from step 20 on: training rows go on word for word" in (run / "report.html").read_text()
+
+
+def test_exposure_may_be_left_out():
+    none = SimpleNamespace(known=None, told_apart=None, tokenizer=None)
+    settings = SimpleNamespace(data=SimpleNamespace(canaries=(0, 8)), evaluate=SimpleNamespace(canaries=False))
+    assert watched.measures(SimpleNamespace(rows=none, module=None, experiment=settings)) == []
+
+
+@pytest.mark.parametrize("m, n, high", [(20, 30, 100), (12, 9, 4), (5, 5, 1)])
+def test_so_much_higher_by_chance_is_mann_and_whitneys_test(m, n, high):
+    from scipy.stats import mannwhitneyu
+
+    rng = np.random.default_rng(0)
+    members, others = rng.integers(0, high, m) + 0.3 * high, rng.integers(0, high, n)  # with ties
+    wanted = mannwhitneyu(members, others, alternative="greater", method="asymptotic", use_continuity=False).pvalue
+    assert statistics.higher(members, others) == pytest.approx(wanted)
+    assert statistics.higher(np.zeros(4), np.zeros(5)) == 1
 
 
 def test_what_is_refused(home, tmp_path, capsys):  # noqa: F811
@@ -149,9 +193,14 @@ def test_what_is_refused(home, tmp_path, capsys):  # noqa: F811
     run = runs.write_run(home, tmp_path / "run", eval=str(home / "eval.jsonl"))
     assert "--memory has no effect with --frontier" in refused(capsys, run, "--memory", "--frontier=a")
     for columns, says in (({"known": "Nothing"}, "expected one of HighlyKnown"), ({}, "has no column 'known'")):
-        known = write_jsonl(tmp_path / "known.jsonl", [row | columns for row in runs.sums(0, 4)])
-        assert cli.main(runs.command(home, tmp_path / "no", evaluate__known=known)) == 2
+        rows = write_jsonl(tmp_path / "known.jsonl", [row | columns for row in runs.sums(0, 4)])
+        assert cli.main(runs.command(home, tmp_path / "no", evaluate__known=rows)) == 2
         assert says in capsys.readouterr().err
+    assert cli.main(runs.command(home, tmp_path / "no", evaluate__memory=9, data__eval=None)) == 2
+    assert "there is nothing to evaluate on" in capsys.readouterr().err
+    few = write_jsonl(tmp_path / "few.jsonl", runs.sums(40, 43))
+    assert cli.main(runs.command(home, tmp_path / "no", evaluate__memory=9, data__eval=few)) == 2
+    assert "it needs 5 of either" in capsys.readouterr().err
     for times in ("1,1", "-2", "5000"):
         assert cli.main(runs.command(home, tmp_path / "no", data__canaries=times)) == 2
         assert "data.canaries" in capsys.readouterr().err

@@ -25,7 +25,8 @@ With --forgetting: the same on text outside the tuning data, by domain; how far 
 the answers that flipped from right to wrong and back. Without a file: the held-out part of mixed-in sources.
 
 With --frontier: loss on the task and on that text at strengths 0, 0.1 ... 1.2 of the tuning, and the one that keeps
-most of the gain and forgets least, for jaxtune export --scale.
+most of the gain and forgets least, for jaxtune export --scale. The gain is that in scored answers where those got
+better, else in loss; --metrics=NAME says in which, --metrics=loss in loss.
 
 With --memory: whether training rows were memorised: their losses against those of held-out rows, what goes on word for
 word from its first 32 tokens, and the exposure of canaries (data.canaries).
@@ -123,18 +124,9 @@ def _check_flags(options: SimpleNamespace) -> None:
     for part in ("frontier", "memory"):
         if not getattr(options, part):
             continue
-        others = (
-            "confidence",
-            "forgetting",
-            "memory",
-            "metrics",
-            "schema",
-            "scorer",
-            "labels",
-            "group-by",
-            "max-new-tokens",
-        )
-        for name in others if part == "frontier" else (*others, "frontier"):
+        others = ("confidence", "forgetting", "memory", "schema", "group-by")
+        of_answers = ("frontier", "metrics", "scorer", "labels", "max-new-tokens")
+        for name in others if part == "frontier" else (*others, *of_answers):
             if name != part and getattr(options, name.replace("-", "_")) != FLAGS[name].default:
                 raise UserError(f"--{name} has no effect with --{part}; leave one of them out.")
     for name in ("samples", "unanswerable", "unpaired", "abstain"):
@@ -220,13 +212,24 @@ def _frontier(options: SimpleNamespace, source: Any, out: Path | None) -> None:
     from jaxtune.evaluate.frontier import frontier
     from jaxtune.report.evaluation import strengths
 
-    asked = Options(data=options.data, format=options.format, columns=_columns(options.columns), rows=options.rows)
+    asked = Options(
+        data=options.data,
+        format=options.format,
+        columns=_columns(options.columns),
+        metrics=options.metrics and _names(options.metrics),
+        scorer=tuple(options.scorer or ()),
+        labels=options.labels,
+        rows=options.rows,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
     files = [file for file in options.frontier if file] or None
     with Progress() as progress:
         report = frontier(source, asked, files, out, keep=options.keep, within=options.within, progress=progress.begin)
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
-    table = Table("scale", "loss on the task", "loss on general text", "gain kept", "general text against the base", "")
-    for row in strengths(report):
+    found = strengths(report)
+    table = Table(found.title, *found.heads)
+    for row in found.rows:
         table.add_row(*row)
     console.print(table)
     for line in (report["why"], *report["notes"]):

@@ -322,6 +322,8 @@ SETTINGS = (
     Setting("evaluate.prompts", Names, None, "texts to continue at each evaluation"),
     Setting("evaluate.metrics", Names, None, "scores of answers before and after training; see jaxtune eval"),
     Setting("evaluate.general", Paths, None, "text outside the tuning data, whose loss is logged at each evaluation"),
+    Setting("evaluate.memory", int, 0, "training rows told from held-out ones at each evaluation", range=NOT_NEGATIVE),
+    Setting("evaluate.canaries", bool, True, "exposure of data.canaries at each evaluation"),
     Setting("evaluate.known", Paths, None, "rows from jaxtune data --known, answered at each evaluation"),
     Setting("evaluate.max_new_tokens", int, 64, "tokens of a generated answer at most", range=AT_LEAST_1),
     Setting("evaluate.rows", int, 100, "held-out rows to generate for", range=AT_LEAST_1),
@@ -489,6 +491,7 @@ IDLE = (
         "objective.problem_type is regression",
     ),
     Idle(("mesh.frozen",), lambda v: v["mesh.fsdp"] == 1, "mesh.fsdp is 1"),
+    Idle(("evaluate.canaries",), lambda v: not v["data.canaries"], "data.canaries puts no secrets into the data"),
     Idle(
         ("evaluate.rows",),
         lambda v: not (v["evaluate.metrics"] or v["evaluate.known"]),

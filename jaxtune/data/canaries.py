@@ -20,6 +20,7 @@ from jaxtune.errors import UserError
 EACH = 4  # canaries for every number of repetitions
 DIGITS = 6
 MOST = 1000  # repetitions
+LABEL = "canary {}"  # the place of such a row, in words
 SYLLABLES = ("zor", "bel", "quin", "tav", "mur", "dex", "lop", "fen", "gar", "vis", "hul", "pim", "rok", "sab", "yen")
 
 
@@ -91,8 +92,15 @@ def rows(tokenizer: Any, times: Sequence[int], max_length: int) -> Rows:
         origin=np.array(number, np.int64) + 1,
         source=np.zeros(len(length), np.int32),
         digest=np.array(number, np.uint64),
-        labels=("canary {}",),
+        labels=(LABEL,),
     )
+
+
+def without(found: Rows) -> Rows:
+    """The rows that are no canaries."""
+    if LABEL not in found.labels:
+        return found
+    return found.select(found.source != found.labels.index(LABEL))
 
 
 def ids(encoder: Encoder, canary: Canary, secrets: Sequence[str] | None = None) -> list[tuple[list[int], int]]:

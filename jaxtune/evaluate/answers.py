@@ -195,6 +195,12 @@ def columns(rows: Sequence[Row], measured: Mapping[str, Measured], request: Requ
         "loss": Column("held-out loss", -1, False, statistics.mean, nats, every),
         "perplexity": Column("perplexity", -1, False, perplexity, nats, every),
     }
+    return found | answer_columns(rows, measured, request)
+
+
+def answer_columns(rows: Sequence[Row], measured: Mapping[str, Measured], request: Request) -> dict[str, Column]:
+    """What the answers are worth, as columns of per-row values."""
+    found = {}
     expected = [row.expected for row in rows]
     for name, metric in request.metrics.items():
         score = metric.batch or (lambda rows, answers, metric=metric: _scores(metric, expected, answers))
@@ -232,10 +238,14 @@ def _label_columns(rows: Sequence[Row], measured: Mapping[str, Measured]) -> dic
 
     macro_f1 = statistics.each(lambda v: label_scores.macro_f1_ids(v[:, 0].astype(int), v[:, 1].astype(int)))
     calibration = statistics.each(lambda v: label_scores.ece(v[:, 2], v[:, 0] == v[:, 1]))
+
+    def calibrated(v):
+        return label_scores.ece_interval(v[:, 2], v[:, 0] == v[:, 1])
+
     return {
         "accuracy": Column("accuracy", 1, True, right, values, at),
         "macro_f1": Column("macro-F1", 1, True, macro_f1, values, at),
-        "ece": Column("calibration error (ECE)", -1, True, calibration, values, at),
+        "ece": Column("calibration error (ECE)", -1, True, calibration, values, at, interval=calibrated),
     }
 
 

@@ -5,6 +5,7 @@ calibration are functions of such sums.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -134,7 +135,13 @@ def columns(rows: Rows, predicted: Mapping[str, Sequence[Predictions]], form: La
         found["entity_f1"] = column("entity F1", 1, True, *summed(entities, _macro_f1))
     if not form.several:
         gaps = {who: np.stack([_gaps(s, w) for s, w in zip(f, wanted)]) for who, f in predicted.items()}
-        found["ece"] = column("calibration error (ECE)", -1, True, *summed(gaps, _ece))
+        table = np.concatenate(list(gaps.values()))
+        found["ece"] = replace(
+            column("calibration error (ECE)", -1, True, *summed(gaps, _ece)),
+            interval=lambda rows: statistics.gaps_interval(
+                table[rows.astype(int), :-1], table[rows.astype(int), -1].sum()
+            ),
+        )
     return found
 
 

@@ -1,6 +1,6 @@
 """Per-row values of a metric for one model or two, compared: intervals, a paired test and a verdict, also by group."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ MOST_DRAWN = 2**23  # resampled rows of a gap, in memory
 class Column:
     """Per-row values of one metric for each model, on the rows where it applies to all of them.
 
-    values: name of the model -> [N, ...]; at: the rows, i64[N]; statistic: values -> float.
+    values: name of the model -> [N, ...]; at: the rows, i64[N]; statistic: values -> float; interval: values -> the
+    interval of a model's value, where the bootstrap's does not hold.
     """
 
     label: str
@@ -25,6 +26,7 @@ class Column:
     statistic: statistics.Statistic
     values: dict[str, np.ndarray]
     at: np.ndarray
+    interval: Callable[[np.ndarray], statistics.Interval] | None = None
 
 
 def compare(found: Mapping[str, Column]) -> dict[str, Any]:
@@ -124,16 +126,22 @@ def _compared(column: Column, at: np.ndarray) -> dict[str, Any]:
     values = {name: v[at] for name, v in column.values.items()}
     entry = {"label": column.label, "better": column.better, "share": column.share, "rows": len(at)}
 
-    def as_json(interval):
+    def as_json(interval, who):
+        if column.interval is not None:
+            return column.interval(values[who])._asdict()
         return (statistics.exact_at_the_edge(interval, len(at)) if column.share else interval)._asdict()
 
     if set(values) != {"base", "tuned"}:
         [(name, alone)] = values.items()
-        return entry | {name: as_json(statistics.interval(alone, column.statistic))}
+        return entry | {name: as_json(statistics.interval(alone, column.statistic), name)}
     result = statistics.paired(values["base"], values["tuned"], column.statistic)
     verdict = statistics.verdict(result.difference.value, result.p, column.better)
     difference = result.difference
     if column.share:
         difference = statistics.paired_at_the_edge(result, values["base"], values["tuned"])
-    models = {"base": as_json(result.base), "tuned": as_json(result.tuned), "difference": difference._asdict()}
+    models = {
+        "base": as_json(result.base, "base"),
+        "tuned": as_json(result.tuned, "tuned"),
+        "difference": difference._asdict(),
+    }
     return entry | models | {"p": result.p, "verdict": verdict}

@@ -304,14 +304,15 @@ class Confidence(Answers):
                 ("auroc", "right answers are surer (AUROC)", 1, auroc),
             ):
                 statistic = statistics.each(lambda draw, score=score: score(draw[:, 0] > 0, draw[:, 1]))
-                found[f"{name}_{kind}"] = Column(f"{label}, {words}", better, False, statistic, pairs, every)
+                own = (lambda v: label_scores.ece_interval(v[:, 1], v[:, 0] > 0)) if name == "ece" else None
+                found[f"{name}_{kind}"] = Column(f"{label}, {words}", better, False, statistic, pairs, every, own)
         chance = [
             f"{label_scores.ece_by_chance(own['mean']):.3f}{f' ({who})' if len(sure) > 1 else ''}"
             for who, own in sure.items()
         ]
         self.notes.append(
             f"Even a perfectly calibrated model has a calibration error of about {' and '.join(chance)} on "
-            f"{len(every):,} answers, by chance; where the error is near that, its interval lies too high."
+            f"{len(every):,} answers, by chance."
         )
         found |= self._invented(measured, every)
         return found

@@ -1,33 +1,26 @@
-"""What the task gains against what is forgotten, by the strength of the tuning: one pass for all strengths.
+"""What the task gains against what is forgotten, by the strength of the tuning, and the strength to use.
 
-Of LoRA the strength is one number a layer, so the strengths are vmapped over shared weights; of whole models each in
-turn is a mixture of both, see `jaxtune.weights.strength`.
+The task's gain is counted in scores of its answers where they got better, and in loss otherwise: loss falls long before
+an answer turns right, so that most of the gain in loss may be a small part of the answers.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import UserError
 from jaxtune.evaluate import statistics
-from jaxtune.evaluate.answers import Answers
+from jaxtune.evaluate.answers import LOSSES, Answers
 from jaxtune.evaluate.evaluation import Options, Progress, dtype_of, last_step, run_config, silent, write_part
 from jaxtune.evaluate.forgetting import General
-from jaxtune.evaluate.kept import Kept, in_batches, key_of
-from jaxtune.evaluate.rows import Row
-from jaxtune.evaluate.systems import Pair, pair
-from jaxtune.infer.generation import bucket
-from jaxtune.infer.logprobs import batches_by_length, most_tokens
-from jaxtune.models.decoder import head_leaf, head_logits
-from jaxtune.objectives.token_nats import token_nats
-from jaxtune.weights.strength import at_strength, off_the_scale
+from jaxtune.evaluate.kept import Kept
+from jaxtune.evaluate.statistics import Interval
+from jaxtune.evaluate.strengths import ENDS, Scores, Tuning, sampled
+from jaxtune.evaluate.systems import pair
 
 STRENGTHS = tuple(i / 10 for i in range(13))  # 0, 0.1 ... 1.2
 
@@ -44,86 +37,91 @@ class Chosen(NamedTuple):
     why: str
 
 
-@partial(jax.jit, static_argnames=("module", "in_turn"))
-def _nats(module, tuned, below, strengths, tokens, targets, where, in_turn: bool) -> jax.Array:
-    """Nats of each row at each strength, f32[K, B]; tokens, targets i32[B, T], where bool[B, T]."""
-    members = 1 if in_turn else len(strengths)
-
-    def of(strength):
-        params = at_strength(tuned, below, strength)
-        hidden = module.apply({"params": params}, tokens, method="hidden")
-        project = partial(head_logits, spec=module.spec)
-        return token_nats(project, head_leaf(params), hidden, targets, where, members=members).sum(1)
-
-    return jax.lax.map(of, strengths) if in_turn else jax.vmap(of)(strengths)
+def by_cost(strengths: Sequence[float], cost: Sequence[float]) -> list[int]:
+    """Indices of the strengths up to the tuned model's, which keeps all of the gain, the least forgetful first."""
+    order = sorted(range(len(cost)), key=lambda i: (cost[i], strengths[i]))
+    return order[: order.index(strengths.index(1.0)) + 1]
 
 
-def nats_by_strength(
-    models: Pair, rows: Sequence[Row], strengths: Sequence[float], kept: Kept, done: Callable[[int], None]
-) -> np.ndarray:
-    """The nats of each row's trained tokens at each strength, f64[N, K]."""
-    below = off_the_scale(models.base, models.tuned)
-    module, at = models.module, jnp.array(strengths, jnp.float32)
+def bisect(order: Sequence[int], share: Callable[[int], float], keep: float) -> int:
+    """The first of `order` whose share of the gain is at least `keep`, where those of all after it are, too.
 
-    def nats(batch):
-        width = min(bucket(max(len(rows[i].tokens) - 1 for i in batch)), module.spec.positions)
-        size = 1 << (len(batch) - 1).bit_length()
-        tokens, targets = np.zeros((2, size, width), np.int32)
-        where = np.zeros((size, width), bool)
-        for k, i in enumerate(batch):
-            row, n = rows[i], len(rows[i].tokens) - 1
-            tokens[k, :n], targets[k, :n], where[k, :n] = row.tokens[:-1], row.tokens[1:], row.mask[1:]
-        found = _nats(module, models.tuned, below, at, tokens, targets, where, in_turn=bool(below))
-        return np.asarray(found, np.float64).T[: len(batch)].tolist()
-
-    keys = [key_of("strengths", models.identity, list(strengths), row.tokens, row.mask) for row in rows]
-    batches = batches_by_length([len(row.tokens) for row in rows], most_tokens() // 4)
-    return np.array(in_batches(kept, keys, batches, nats, done))
+    Args:
+        order: of strengths, from `by_cost`; the last keeps all.
+        share: measures the share that a strength keeps.
+        keep: see `choose`.
+    """
+    low, high = 0, len(order) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(order[middle]) >= keep - 1e-9 else (middle + 1, high)
+    return order[low]
 
 
 def choose(
     strengths: Sequence[float],
-    task: Sequence[float],
-    general: Sequence[float],
+    kept: Mapping[int, float],
+    cost: Sequence[float],
     keep: float = 0.9,
     within: float | None = None,
+    of: str = "the task's gain",
 ) -> Chosen:
     """Choose the strength with the least loss on general text among those that keep enough of the task's gain.
 
     Args:
         strengths: among them 0, the base, and 1, the tuned model.
-        task: losses a token on the task.
-        general: the same on general text.
+        kept: index of a strength -> the share of the gain that it keeps, of those for which it was measured.
+        cost: nats a token by which general text is worse than under the base.
         keep: the share of the task's gain, from the base to the tuned model, that has to be kept.
-        within: nats a token by which general text may be worse than under the base; None: any.
+        within: the most that general text may cost; None: any.
+        of: what the gain is.
     """
-    at = {s: i for i, s in enumerate(strengths)}
-    gain = task[at[0.0]] - task[at[1.0]]
-    if gain <= 0:
-        return Chosen(None, "The tuned model is not better on the task than its base, at no cost worth paying.")
-    kept = [(task[at[0.0]] - loss) / gain for loss in task]
-    cost = [loss - general[at[0.0]] for loss in general]
-    enough = [i for i, share in enumerate(kept) if share >= keep - 1e-9]
-    best = min(enough, key=lambda i: (cost[i], strengths[i]))
-    full = f"{_signed(cost[at[1.0]])} at full strength"
-    told = (
-        f"At scale {strengths[best]:g} the model keeps {kept[best]:.0%} of the task's gain, and general text costs "
-        f"{_signed(cost[best])} nats a token against the base ({full})"
-    )
+    full = strengths.index(1.0)
+    best = next(i for i in by_cost(strengths, cost) if kept.get(i, 0.0) >= keep - 1e-9)
     if within is not None and cost[best] > within:
-        fits = [i for i in range(len(cost)) if cost[i] <= within]
+        fits = [i for i in kept if cost[i] <= within]
         most = max(fits, key=lambda i: kept[i])
         return Chosen(
             None,
-            f"No scale keeps {keep:.0%} of the task's gain within {within:g} nats of the base: at "
-            f"{strengths[best]:g} general text costs {_signed(cost[best])}, and within {within:g} at most "
-            f"{kept[most]:.0%} of the gain is kept, at {strengths[most]:g}.",
+            f"No scale keeps {keep:.0%} of {of} within {within:g} nats of the base: at {strengths[best]:g} general "
+            f"text costs {_signed(cost[best])}, and within {within:g} at most {kept[most]:.0%} of the gain is kept, "
+            f"at {strengths[most]:g}.",
         )
-    return Chosen(strengths[best], f"{told}.")
+    return Chosen(
+        strengths[best],
+        f"At scale {strengths[best]:g} the model keeps {kept[best]:.0%} of {of}, and general text costs "
+        f"{_signed(cost[best])} nats a token against the base ({_signed(cost[full])} at full strength).",
+    )
 
 
 def _signed(x: float) -> str:
     return f"{'+' if x >= 0 else '−'}{abs(x):.3f}"
+
+
+class _Gain:
+    """The shares of a gain that strengths keep, with intervals.
+
+    Attributes:
+        kept: index of a strength -> the share, of those that were measured.
+        intervals: the same with an interval.
+    """
+
+    def __init__(self, strengths: Sequence[float], means: Callable[[Sequence[float]], statistics.Means]):
+        """Take (strengths) -> the means on the task of those."""
+        self.strengths, self.means = strengths, means
+        self.kept: dict[int, float] = {}
+        self.intervals: dict[int, Interval] = {}
+
+    def share(self, index: int) -> float:
+        """The share that a strength keeps."""
+        if index not in self.kept:
+            found = self.means([*ENDS, self.strengths[index]])
+            (before, after, here), (d0, d1, d) = found.whole, found.draws.T
+            self.kept[index] = float((here - before) / (after - before))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                drawn = (d - d0) / (d1 - d0)
+            self.intervals[index] = statistics.interval_of(self.kept[index], drawn[np.isfinite(drawn)])
+        return self.kept[index]
 
 
 def frontier(
@@ -138,11 +136,12 @@ def frontier(
     say: Callable[[str], None] = print,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure loss on the task and on general text at each strength of the tuning.
+    """Measure the task and loss on general text by the strength of the tuning, and choose a strength.
 
     Args:
         source: from `infer.source.find`.
-        options: `data` are rows of the task; None: what the run held out. `rows` limits both.
+        options: `data` are rows of the task; None: what the run held out. `rows` limits both. The first of `metrics`
+            is what the gain is counted by, "loss" too; None: see `strengths.Scores`.
         general: files outside the tuning data; None: the held-out part of mixed-in sources.
         out: folder for eval.json and eval/; None: nothing is written.
         keep: see `choose`.
@@ -164,19 +163,21 @@ def frontier(
         raise UserError(f"--keep={keep:g} is a share above 0, up to 1, and --within nats a token, 0 or more.")
     prepare_jax()
     cfg = run_config(source)
-    task = Answers(source, cfg, replace(options, metrics=["loss"]))
+    asked = options.metrics and [name for name in options.metrics[:1] if name not in LOSSES]
+    task = Answers(source, cfg, options if options.metrics is None else replace(options, metrics=asked or ["loss"]))
     other = General(source, cfg, Options(data=general, metrics=["loss"], rows=options.rows), "--frontier")
     for line in (*task.lines, *other.lines):
         say(line)
-    models = pair(source, "--frontier", dtype_of(cfg))
+    tuning = Tuning(pair(source, "--frontier", dtype_of(cfg)))
     found = {}
     with Kept(out and out / "eval" / "kept.jsonl") as kept:
         for name, evaluator in (("task", task), ("general", other)):
             done = progress(f"{name}: loss at {len(strengths)} strengths", len(evaluator.rows))
-            nats = nats_by_strength(models, evaluator.rows, strengths, kept, done)
-            counts = np.array([sum(row.mask) for row in evaluator.rows], float)
-            found[name] = [statistics.interval(np.stack([n, counts], 1)) for n in nats.T]
-    chosen = choose(strengths, *([i.value for i in found[name]] for name in ("task", "general")), keep, within)
+            nats = tuning.losses(evaluator.rows, strengths, kept, done)
+            found[name] = statistics.means(nats, np.array([sum(row.mask) for row in evaluator.rows], float))
+        cost = found["general"].whole - found["general"].whole[strengths.index(0.0)]
+        scores = Scores(tuning, task, asked, kept, progress)
+        chosen, gain = _chosen(strengths, found["task"], scores, cost, keep, within)
     report = {
         "target": str(source.run or source.adapter),
         "data": task.names,
@@ -184,14 +185,76 @@ def frontier(
         "rows": len(task.rows),
         "general_rows": len(other.rows),
         "strengths": list(strengths),
-        "losses": {name: [interval._asdict() for interval in intervals] for name, intervals in found.items()},
+        "losses": {name: [i._asdict() for i in means.intervals()] for name, means in found.items()},
+        "kept": [i._asdict() if (i := gain.intervals.get(k)) else None for k in range(len(strengths))],
         "keep": keep,
         "within": within,
         "chosen": chosen.strength,
         "why": chosen.why,
-        "notes": list(dict.fromkeys([*task.notes, *other.notes])),
+        "notes": list(dict.fromkeys([*task.notes, *other.notes, *sampled(task.rows, other.rows)])),
         "seconds": round(time.time() - began, 2),
     }
+    if scores.name is not None:
+        report["score"] = _score(strengths, scores)
     if out is not None:
         write_part(source, out, "frontier", report, step)
     return report
+
+
+def _chosen(
+    strengths: Sequence[float],
+    losses: statistics.Means,
+    scores: Scores,
+    cost: Sequence[float],
+    keep: float,
+    within: float | None,
+) -> tuple[Chosen, _Gain]:
+    """The strength, by scores where answers got better; and what is kept at those that were measured."""
+    order, whole = by_cost(strengths, cost), range(len(strengths))
+    if scores.name is None:
+        gain = _Gain(strengths, lambda some: losses.columns([strengths.index(s) for s in some]))
+        if losses.whole[strengths.index(1.0)] >= losses.whole[strengths.index(0.0)]:
+            why = "The tuned model is not better on the task than its base, at no cost worth paying."
+            return Chosen(None, why), gain
+        for i in whole:
+            gain.share(i)
+        return choose(strengths, gain.kept, cost, keep, within, "the task's gain in loss"), gain
+
+    def means(some: Sequence[float]) -> statistics.Means:
+        values = np.stack([scores.at_strength(s) for s in some], 1)
+        return statistics.means(values, np.ones(len(values)))
+
+    gain = _Gain(strengths, means)
+    ends = [strengths.index(s) for s in ENDS]
+    for i in ends:
+        gain.share(i)
+    before, after = means(ENDS).whole
+    if after <= before:
+        why = f"The tuned model is not better than its base by {scores.column.label}, at no cost worth paying."
+        return Chosen(None, why), gain
+    best = bisect(order, gain.share, keep)
+    if within is not None and cost[best] > within:  # how much can be kept
+        gain.share(max((i for i in whole if cost[i] <= within), key=lambda i: cost[i]))
+    return choose(strengths, gain.kept, cost, keep, within, f"the task's gain ({scores.column.label})"), gain
+
+
+def _score(strengths: Sequence[float], scores: Scores) -> dict[str, Any]:
+    """The scores at the strengths that were measured, and of how many rows; None elsewhere."""
+    values: list[dict[str, float | None] | None] = []
+    for strength in strengths:
+        own = scores.found.get(strength)
+        if own is None:
+            values.append(None)
+            continue
+        (found,) = statistics.means(own[:, None], np.ones(len(own))).intervals()
+        if scores.column.share:
+            found = statistics.exact_at_the_edge(found, scores.measured[strength])
+        values.append(found._asdict())
+    rows = [scores.measured.get(strength) for strength in strengths]
+    return {
+        "metric": scores.name,
+        "label": scores.column.label,
+        "share": scores.column.share,
+        "values": values,
+        "rows": rows,
+    }

@@ -1,5 +1,7 @@
 """The metrics that tasks log at evaluations, as pages and tables name them."""
 
+from collections.abc import Mapping, Sequence
+
 LOSS = "held-out loss"
 SURENESS = {  # confidence of an answer
     "mean": "mean token probability",
@@ -35,3 +37,31 @@ KNOWN = {  # metric that an evaluation logs -> label, what is better, whether it
     "json_valid": ("valid JSON", 1, True),
     "json_exact": ("every field right", 1, True),
 }
+
+
+def sure_from(ps: Mapping[int, Sequence[float]], level: float = 0.05) -> int | None:
+    """The step from whose evaluation on, until the last, one of its tests is sure at a level for all of them together.
+
+    Args:
+        ps: step -> p-values.
+        level: of all tests, by Bonferroni.
+    """
+    tests, first = sum(map(len, ps.values())), None
+    for step in sorted(ps):
+        sure = any(p * tests < level for p in ps[step])
+        first = (step if first is None else first) if sure else None
+    return first
+
+
+def memory_from(metrics: Sequence[Mapping[str, float]]) -> dict[str, int | None]:
+    """From which step the rows of evaluate.memory are told apart: by what goes on word for word, and by their losses.
+
+    Args:
+        metrics: the lines that a run logged.
+    """
+    lines = {m["step"]: m for m in metrics if "phase" not in m}
+    found = {}
+    for name in ("verbatim", "auc"):
+        key = f"eval/memory/{name}_p"
+        found[name] = sure_from({step: [m[key]] for step, m in lines.items() if isinstance(m.get(key), int | float)})
+    return found

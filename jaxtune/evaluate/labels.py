@@ -4,6 +4,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from jaxtune.evaluate import statistics
+
 
 def accuracy(true: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:
     """Share of predictions that are right."""
@@ -60,6 +62,12 @@ def ece_by_chance(confidence: Sequence[float], bins: int = 10, draws: int = 400,
     confidence = np.asarray(confidence, float)
     right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
     return float(np.mean([ece(confidence, draw, bins) for draw in right]))
+
+
+def ece_interval(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> statistics.Interval:
+    """The calibration error with its interval, see `statistics.gaps_interval`."""
+    parts = np.stack([gap_bins([c], [r], bins) for c, r in zip(confidence, right, strict=True)])
+    return statistics.gaps_interval(parts, len(parts))
 
 
 def gap_bins(confidence: Sequence[float], right: Sequence[bool], bins: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from jaxtune.evaluate import statistics
 from jaxtune.evaluate.answers import Answers, losses
 from jaxtune.evaluate.evaluation import Options, Progress, last_step, run_config, silent, tuning_rows, write_part
 from jaxtune.evaluate.kept import Kept, in_batches, key_of
+from jaxtune.evaluate.known import memory_from, sure_from
 from jaxtune.evaluate.rows import Row, as_row
 from jaxtune.evaluate.systems import System
 from jaxtune.infer.continuations import scorer
@@ -222,6 +223,7 @@ def _steps(run: Path, times: Sequence[int]) -> dict[str, int | None]:
         "last": max(losses, default=None),
         "lowest": min(losses, key=losses.__getitem__, default=None),
         "since": since(exposed) if any(times) else None,
+        **memory_from(metrics),
     }
 
 
@@ -231,12 +233,7 @@ def since(exposed: Mapping[int, Sequence[float]]) -> int | None:
     Args:
         exposed: step -> the mean exposure of the `EACH` canaries of each number of repetitions.
     """
-    tests = sum(map(len, exposed.values()))  # Bonferroni
-    first = None
-    for step in sorted(exposed):
-        sure = any(by_chance([bits] * EACH) * tests < LEVEL for bits in exposed[step])
-        first = (step if first is None else first) if sure else None
-    return first
+    return sure_from({step: [by_chance([bits] * EACH) for bits in means] for step, means in exposed.items()}, LEVEL)
 
 
 def _membership(nats: dict[str, np.ndarray], members: int) -> dict[str, Any]:
@@ -293,7 +290,8 @@ def conclusion(report: dict[str, Any]) -> dict[str, Any]:
         )
     if told:
         at = report["steps"]
-        when = f" from step {at['since']:,} on" if at["since"] is not None else ""
+        first = min((at[key] for key in ("since", "verbatim") if at[key] is not None), default=None)
+        when = "" if first is None else f" from step {first:,} on"
         later = ""
         if at["last"] and at["lowest"] < at["last"]:
             later = f" Its held-out loss was lowest at step {at['lowest']:,} of {at['last']:,}."
@@ -302,8 +300,10 @@ def conclusion(report: dict[str, Any]) -> dict[str, Any]:
     said = f"membership AUC {auc['value']:.2f}"
     said += f" [{auc['low']:.2f}, {auc['high']:.2f}]" if auc["low"] is not None else ""
     if auc["low"] is not None and auc["low"] > 0.5:
+        when = "" if (first := report["steps"]["auc"]) is None else f", from step {first:,} on"
         why = (
-            f"No row was memorised word for word, but the model fits training rows closer than held-out ones ({said})."
+            f"No row was memorised word for word, but the model fits training rows closer than held-out ones "
+            f"({said}){when}."
         )
         return {"memorised": "closer", "why": why}
     return {"memorised": "no", "why": f"No sign that the model memorised its training rows ({said}; 0.5 is chance)."}

@@ -56,6 +56,41 @@ def interval(values: np.ndarray, statistic: Statistic = mean, *, resamples: int 
     return _interval(_whole(statistic, values), drawn)
 
 
+class Means(NamedTuple):
+    """Weighted means of columns, and the same of resampled rows.
+
+    Attributes:
+        whole: f64[K].
+        draws: f64[R, K]; R is 0 with fewer than two rows.
+    """
+
+    whole: np.ndarray
+    draws: np.ndarray
+
+    def columns(self, index: Sequence[int]) -> "Means":
+        """Some of the columns."""
+        return Means(self.whole[list(index)], self.draws[:, list(index)])
+
+    def intervals(self) -> list[Interval]:
+        """Each mean with its bootstrap interval."""
+        return [interval_of(float(value), draws) for value, draws in zip(self.whole, self.draws.T, strict=True)]
+
+
+def means(values: np.ndarray, weights: np.ndarray, resamples: int = RESAMPLES) -> Means:
+    """The sums of values [N, K] by that of weights [N], over the resamples of `interval`, all columns in one pass."""
+    n, drawn = len(values), [np.zeros((0, values.shape[1]))]
+    for rows in _resampled(n, resamples, 0):
+        times = np.bincount((rows + n * np.arange(len(rows))[:, None]).ravel(), minlength=n * len(rows))
+        times = times.reshape(len(rows), n).astype(np.float64)
+        drawn.append(times @ values / (times @ weights)[:, None])
+    return Means(values.sum(0) / weights.sum(), np.concatenate(drawn))
+
+
+def interval_of(value: float, drawn: np.ndarray) -> Interval:
+    """A value with the percentiles of its resamples [R]; None without any."""
+    return _interval(value, [drawn] if len(drawn) else [])
+
+
 def paired(
     base: np.ndarray,
     tuned: np.ndarray,
@@ -115,6 +150,44 @@ def _interval(value: float, drawn: Sequence[np.ndarray]) -> Interval:
         return Interval(value, None, None)
     low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
+
+
+def gaps_interval(parts: np.ndarray, total: float) -> Interval:
+    """The sum of gaps |sum of parts / total| with an interval: of a calibration error, whose gaps are those of bins.
+
+    Chance adds to every gap, so that the sum lies above the true one, and that of resamples above it again. The test is
+    therefore inverted: the interval holds the sums under which one as large, or as small, as the measured has a chance
+    of 2.5% or more. Of all true gaps those in the proportions of the measured ones stand for the others; each spreads
+    by the variance over rows, and no less than shares of one right and one wrong answer more would.
+
+    Args:
+        parts: what each row adds to each gap, f64[N, K]; 0 where it is in another bin.
+        total: what the sums are divided by.
+    """
+    n = len(parts)
+    gaps, within = parts.sum(0) / total, np.count_nonzero(parts, axis=0)
+    value = float(np.abs(gaps).sum())
+    if n < FEWEST:
+        return Interval(value, None, None)
+    if value == 0:
+        return exact_at_the_edge(Interval(0.0, 0.0, 0.0), n)
+    least = within * (within + 1) / (within + 2) ** 2
+    spread = np.sqrt(np.maximum(n * parts.var(0, ddof=1), least)) / total
+    noise = np.random.default_rng([0, 4]).normal(size=(RESAMPLES, parts.shape[1])) * spread
+    rare = (1 - LEVEL) / 2
+
+    def sums(scale: float) -> np.ndarray:
+        return np.abs(scale * gaps + noise).sum(1)
+
+    def edge(beyond: Callable[[float], bool], low: float, high: float) -> float:
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if beyond(middle) else (middle, high)
+        return low
+
+    low = edge(lambda scale: (sums(scale) >= value).mean() >= rare, 0.0, 1.0)
+    high = edge(lambda scale: (sums(scale) <= value).mean() < rare, 1.0, 4.0)
+    return Interval(value, low * value, high * value)
 
 
 def exact_at_the_edge(interval: Interval, n: int) -> Interval:
@@ -204,6 +277,25 @@ def auc(members: np.ndarray, others: np.ndarray) -> Interval:
     return Interval(value, float(low), float(high))
 
 
+def higher(members: np.ndarray, others: np.ndarray) -> float:
+    """How likely members score so much higher than others by chance: the one-sided test of Mann and Whitney 1947.
+
+    By its normal approximation with ties, as of scipy.stats.mannwhitneyu, without correction for continuity.
+
+    Args:
+        members: their scores, f64[M].
+        others: theirs, f64[N].
+    """
+    m, n = len(members), len(others)
+    total = m + n
+    _, ties = np.unique(np.concatenate([members, others]), return_counts=True)
+    spread = m * n / 12 * (total + 1 - float((ties.astype(np.float64) ** 3 - ties).sum()) / (total * (total - 1)))
+    if spread <= 0:  # all are equal
+        return 1.0
+    above = float(_below(members, others).sum()) * n
+    return NormalDist().cdf(-(above - m * n / 2) / math.sqrt(spread))
+
+
 def _below(scores: np.ndarray, among: np.ndarray) -> np.ndarray:
     """For each score the share of `among` that is lower, ties by half."""
     among = np.sort(among)
@@ -228,6 +320,24 @@ def mcnemar(base: np.ndarray, tuned: np.ndarray) -> Flips:
     base, tuned = np.asarray(base, bool), np.asarray(tuned, bool)
     lost, gained = int((base & ~tuned).sum()), int((~base & tuned).sum())
     return Flips(lost, gained, float(min(1.0, 2 * bdtr(min(lost, gained), lost + gained, 0.5))))
+
+
+def spread_out(known: np.ndarray, sample: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Values of all rows, [N, K], where some were measured: their mean estimates that of all, and is spread as it is.
+
+    A value is predicted from what is known of its row, by least squares over the measured ones, and the measured rows
+    carry what they lie beside their prediction, for as many rows as they stand for. This is the generalised regression
+    estimator of survey sampling (Cassel, Särndal and Wretman 1976, Biometrika 63: 615-620), written row by row.
+
+    Args:
+        known: of every row, f64[N, F].
+        sample: indices of the measured rows, drawn by chance, [n].
+        measured: their values, f64[n, K].
+    """
+    slopes = np.linalg.lstsq(known[sample], measured, rcond=None)[0]
+    values = known @ slopes
+    values[sample] += (measured - values[sample]) * (len(known) / len(sample))
+    return values
 
 
 def more_often(found: int, of: int, others: int, of_others: int) -> float:

@@ -73,6 +73,7 @@ def _check_frontier(part: Any) -> None:
         if not all(math.isfinite(i["value"]) for i in losses[name]):
             raise ValueError("a loss is not finite")
     part["strengths"].index(0.0), part["strengths"].index(1.0)
+    strengths(part)
 
 
 def _check_memory(part: Any) -> None:
@@ -256,28 +257,32 @@ def flips(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [entry | {"badge": BADGES[entry["verdict"]], "how_sure": _p(entry)} for entry in found]
 
 
-def strengths(part: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
-    """Rows of a table of a frontier: scale, both losses, the gain kept, the cost, and "chosen" or ""."""
-    scales, losses = part["strengths"], part["losses"]
-    base, tuned = scales.index(0.0), scales.index(1.0)
-    task, general = ([i["value"] for i in losses[name]] for name in ("task", "general"))
-    gain = task[base] - task[tuned]
-    rows = []
-    for i, scale in enumerate(scales):
-        share = f"{100 * (task[base] - task[i]) / gain:.0f}%" if gain > 0 else ""
-        cost = general[i] - general[base]
-        signed = f"{'+' if cost >= 0 else '−'}{number(abs(cost))}"
-        shown = (_with_interval(losses[name][i], number) for name in ("task", "general"))
-        rows.append((f"{scale:g}", *shown, share, signed, "chosen" if scale == part["chosen"] else ""))
-    return rows
-
-
 class Counted(NamedTuple):
     """A table in words: what stands over its first column, over the others, and its rows."""
 
     title: str
     heads: list[str]
     rows: list[list[str]]
+
+
+def strengths(part: Mapping[str, Any]) -> Counted:
+    """A frontier as a table; its last column is "chosen" or ""."""
+    scales, losses, score = part["strengths"], part["losses"], part.get("score")
+    general = [i["value"] for i in losses["general"]]
+    cost = [loss - general[scales.index(0.0)] for loss in general]
+    heads = ["loss on the task", "loss on general text", "gain kept", "general text against the base", ""]
+    rows = []
+    for i, scale in enumerate(scales):
+        row = [f"{scale:g}"]
+        if score:
+            found = score["values"][i]
+            row.append("" if found is None else value({"at": found, "share": score["share"]}, "at"))
+        row += [_with_interval(losses[name][i], number) for name in ("task", "general")]
+        kept = part.get("kept", [None] * len(scales))[i]
+        row.append("" if kept is None else _with_interval(kept, lambda x: f"{100 * x:.0f}", "%"))
+        row.append(f"{'+' if cost[i] >= 0 else '−'}{number(abs(cost[i]))}")
+        rows.append([*row, "chosen" if scale == part["chosen"] else ""])
+    return Counted("scale", [score["label"], *heads] if score else heads, rows)
 
 
 MEMBERSHIP = {

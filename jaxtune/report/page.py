@@ -61,7 +61,7 @@ def run_page(run: RunRecord) -> str:
         memory=run.evaluation.get("memory"),
         memory_tables=evaluation.memory_tables(run.evaluation["memory"]) if "memory" in run.evaluation else [],
         frontier=run.evaluation.get("frontier"),
-        strengths=evaluation.strengths(run.evaluation["frontier"]) if "frontier" in run.evaluation else [],
+        strengths=evaluation.strengths(run.evaluation["frontier"]) if "frontier" in run.evaluation else None,
         frontier_charts=frontier_charts(run.evaluation.get("frontier")),
         flips=evaluation.flips(forgetting or {}),
         tasks=evaluation.task_rows(run.evaluation["tasks"]) if "tasks" in run.evaluation else None,
@@ -111,7 +111,7 @@ def curves(run: RunRecord) -> list[Chart]:
 
 
 def _remembered(run: RunRecord) -> list[Chart | None]:
-    """Exposure of canaries, and right answers by what the base knew of them."""
+    """What training rows, canaries and questions by what the base knew of them say of a run's memory."""
     times = run.settings["data.canaries"] or ()
     exposed = [
         Series(
@@ -119,7 +119,16 @@ def _remembered(run: RunRecord) -> list[Chart | None]:
         )
         for i, n in enumerate(sorted(times))
     ]
-    charts = [chart("Exposure of canaries, bits", exposed, zero=True)]
+    apart = [Series("AUC", run.series("eval/memory/auc"), 1, "dots")]
+    same = [
+        Series("training rows", run.series("eval/memory/verbatim"), 1, "dots"),
+        Series("held-out rows", run.series("eval/memory/verbatim_held_out"), 2, "dots"),
+    ]
+    charts = [
+        chart("Training rows told from held-out ones by their loss (0.5: not at all)", apart),
+        chart("Rows that go on word for word", same, zero=True),
+        chart("Exposure of canaries, bits", exposed, zero=True),
+    ]
     for side, title in (("train", "trained rows"), ("held_out", "other rows")):
         lines = [
             Series(name, run.series(f"eval/known/{side}/{name}"), colour, "dots")
@@ -155,6 +164,10 @@ def frontier_charts(part: Mapping[str, Any] | None) -> list[Chart]:
     at = None if chosen is None else general[scales.index(chosen)]
     path = Series("scales 0 to 1.2", [Measured(x, y) for x, y in zip(general, task)], 1, "dots", mark=at)
     found = [chart("Loss on the task over loss on general text", [path], by="loss on general text", wide=True)]
+    if score := part.get("score"):
+        points = [Measured(x, i["value"]) for x, i in zip(scales, score["values"]) if i is not None]
+        title = f"{score['label'].capitalize()} by scale"
+        found.append(chart(title, [Series(score["label"], points, 2, "dots", mark=chosen)], by="scale", zero=True))
     for name, values, colour in (("Loss on the task", task, 1), ("Loss on general text", general, 3)):
         points = [Measured(scale, value) for scale, value in zip(scales, values)]
         found.append(chart(name, [Series(name, points, colour, "dots", mark=chosen)], by="scale"))

@@ -112,7 +112,7 @@ def _cost(run: RunRecord) -> str:
 
 
 SIZES = ("tokens", "rows", "seconds")  # of an evaluation, not results
-CURVES = ("canaries", "known")  # shown over the steps alone
+CURVES = ("canaries", "known", "memory")  # shown over the steps alone
 
 
 def measured(run: RunRecord) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune.evaluate.known import memory_from
 from jaxtune.files import atomic_write_text, updating
 from jaxtune.objectives.task import TASKS
 from jaxtune.report import evaluation
@@ -95,8 +96,13 @@ def _lost(run: RunRecord) -> tuple[bool | None, str]:
         told += list(_forgotten(forgetting))
     elif _continues(run):
         missing.append(f"what it cost outside the task is not measured ({_command(run, '--forgetting=FILE')} does)")
+    seen = memory_from(run.metrics)
     if memory and memory["memorised"] == "yes":
         told.append(f"the {memory['why'].removeprefix('The ').rstrip('.')}")
+    elif not memory and (seen["verbatim"], seen["auc"]) != (None, None):
+        told.append(_watched(seen))
+    elif not memory and _watches(run):
+        pass  # and saw nothing
     elif not memory and _continues(run):
         missing.append(f"nor is what it memorised ({_command(run, '--memory')})" if missing else
                        f"what it memorised is not measured ({_command(run, '--memory')} does)")  # fmt: skip
@@ -108,6 +114,18 @@ def _lost(run: RunRecord) -> tuple[bool | None, str]:
         parts = [f"Worse than the base: nothing{where}, as far as the tests can tell"]
     text = "; ".join([*parts, *missing])
     return (True if told else None if missing else False), f"{text[:1].upper()}{text[1:]}."
+
+
+def _watched(seen: Mapping[str, int | None]) -> str:
+    """What the evaluations of a run said of its memory."""
+    if seen["verbatim"] is not None:
+        return f"the model memorised from step {seen['verbatim']:,} on: training rows go on word for word"
+    return f"the model fits training rows closer than held-out ones from step {seen['auc']:,} on"
+
+
+def _watches(run: RunRecord) -> bool:
+    """Whether its evaluations looked for memory."""
+    return any("eval/memory/auc" in line for line in run.metrics)
 
 
 def _wider(part: Mapping[str, Any]) -> Iterator[str]:
@@ -143,7 +161,7 @@ def _advice(run: RunRecord, gained: bool | None, lost: bool | None) -> str:
     folder = shlex.quote(str(run.folder))
     if gained is False:
         return "Keep the base: look at the data (jaxtune data), the learning rate, or train longer."
-    if memory and memory["memorised"] == "yes":
+    if memory["memorised"] == "yes" if memory else memory_from(run.metrics)["verbatim"] is not None:
         return (
             "Do not publish it where its data is private: take repeated rows out (jaxtune data --write-clean), and "
             "train for fewer passes or with a lower rate."

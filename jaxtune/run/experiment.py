@@ -133,7 +133,8 @@ class Data:
         length: the most tokens of a row, with the virtual tokens before it.
         general: text outside the training data, as evaluate.general names it; None: there is none.
         known: questions by what the base knew, as evaluate.known names them; None: there are none.
-        notes: what became of both.
+        told_apart: the rows of evaluate.memory; None: it is 0.
+        notes: what became of these.
         streamed: with data.streaming, the rows of each source on disk.
     """
 
@@ -146,6 +147,7 @@ class Data:
     form: data.LabelForm | None = None
     general: data.Rows | None = None
     known: watched.Known | None = None
+    told_apart: watched.Sides | None = None
     notes: Sequence[str] = ()
     streamed: Sequence[data.Streamed] | None = None
 
@@ -169,7 +171,8 @@ class Data:
     @cached_property
     def glance(self) -> DataReport:
         """Findings on the rows, from their tokens."""
-        return glance(self.tokenizer, self.train, self.eval, self.report, self.form)
+        train = [canaries.without(rows) for rows in self.train]
+        return glance(self.tokenizer, train, self.eval, self.report, self.form)
 
     @property
     def sets(self) -> list[Sequence[data.Rows]]:
@@ -200,7 +203,8 @@ def open_data(experiment: Experiment) -> Data:
         train = [part.block(int(np.argmax(part.kept > 0))) for part in train]
     text, notes = general.read(experiment, tokenizer, train)
     known, told = watched.read_known(experiment, tokenizer, train)
-    notes += told
+    apart, more = watched.read_sides(experiment, tokenizer, train, held_out)
+    notes += [*told, *more]
     if d.canaries:
         secret = canaries.rows(tokenizer, d.canaries, length - len(prefix))
         notes.append(f"data.canaries: {len(secret):,} rows with made-up secrets are among the training rows.")
@@ -212,7 +216,7 @@ def open_data(experiment: Experiment) -> Data:
             f"share with other data, are of the first {seen:,}."
         )
     form = experiment.task.form
-    return Data(tokenizer, train, held_out, report, length, prefix, form, text, known, notes, rows_on_disk)
+    return Data(tokenizer, train, held_out, report, length, prefix, form, text, known, apart, notes, rows_on_disk)
 
 
 def data_lines(experiment: Experiment, rows: Data) -> list[str]:

@@ -3,6 +3,10 @@
 eval/canaries/N                exposure of the secrets that stand N times in the data, in bits (data.canaries)
 eval/known/train/Unknown       right answers to the rows of evaluate.known that it is trained on, by what the base
 eval/known/held_out/Unknown    knew of them (`jaxtune data --known`), and to those that it is not
+eval/memory/auc                how well training rows are told from held-out ones by how much training lowered their
+                               loss (evaluate.memory): 0.5 is chance; auc_p: how likely so much is by chance
+eval/memory/verbatim           share of training rows that go on word for word, and verbatim_held_out of the others;
+                               verbatim_p: how likely so many more are by chance
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +24,7 @@ from jaxtune.evaluate.rows import Row, as_row, data_names, group_values, tokenis
 
 SECRETS = 127  # to which a canary is compared at an evaluation: an exposure is at most 7 bits
 COLUMN = "known"
+FEWEST = 5  # rows on either side of evaluate.memory
 
 Measure = Callable[[Any], dict[str, float]]  # parameters -> values to log
 
@@ -92,14 +97,85 @@ def read_known(experiment: Any, tokenizer: Any, train: Sequence[data.Rows]) -> t
     return Known(rows, groups), [line]
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Rows that a run is trained on, and as many of the same kind that it is not: `trained` first, then the others."""
+
+    rows: list[Row]
+    trained: int
+
+
+def read_sides(
+    experiment: Any, tokenizer: Any, train: Sequence[data.Rows], held_out: data.Rows | None
+) -> tuple[Sides | None, list[str]]:
+    """The rows of evaluate.memory, drawn by a hash of their content, and a sentence on them.
+
+    Raises:
+        UserError: there are too few.
+    """
+    most = experiment.evaluate.memory
+    if not most:
+        return None, []
+    prefix, found = len(Encoder(tokenizer).prefix), []
+    for rows in (data.Rows.concatenate(list(train)), held_out):
+        _, first = np.unique(rows.digest, return_index=True)  # each text once
+        found.append([as_row(rows, int(i), tokenizer, prefix) for i in first[:most]])
+    counts = [len(rows) for rows in found]
+    if min(counts) < FEWEST:
+        raise UserError(
+            f"evaluate.memory tells training rows from held-out ones, and there are {counts[0]:,} and {counts[1]:,} "
+            f"different ones; it needs {FEWEST} of either."
+        )
+    line = (
+        f"evaluate.memory: {counts[0]:,} training and {counts[1]:,} held-out rows are told apart at every evaluation, "
+        "by their losses and by what goes on word for word."
+    )
+    return Sides([*found[0], *found[1]], counts[0]), [line]
+
+
 def measures(job: Any) -> list[Measure]:
-    """What is measured of a run's parameters at every evaluation."""
+    """What is measured of a run's parameters at every evaluation; to be called before its first step."""
+    from jaxtune.infer.generation import prepare
+
     rows, times, found = job.rows, job.experiment.data.canaries, []
-    if times:
+    if times and job.experiment.evaluate.canaries:
         found.append(partial(secrets, job.module, rows.tokenizer, times))
     if rows.known is not None:
         found.append(partial(right, job.module, rows.tokenizer, rows.known, rows.stops))
+    if rows.told_apart is not None:
+        start = prepare(job.module, job.params(job.alone(job.state, 0, job.members[0])))
+        before = nats(job.module, rows.told_apart, start)
+        found.append(partial(remembered, job.module, rows.told_apart, len(rows.prefix), before))
     return found
+
+
+def nats(module: Any, sides: Sides, params: Any) -> np.ndarray:
+    """The loss of each row, f64[N]; `params` are ready to decode, so that equal ones give equal bits."""
+    from jaxtune.evaluate.answers import losses
+    from jaxtune.evaluate.kept import Kept
+    from jaxtune.evaluate.systems import System
+
+    found = losses(System("run", module, params, ""), sides.rows, Kept())
+    return np.array(found) / np.maximum(1, [sum(row.mask) for row in sides.rows])
+
+
+def remembered(module: Any, sides: Sides, virtual: int, before: np.ndarray, params: Any) -> dict[str, float]:
+    """How well the two sides are told apart, and what goes on word for word; see the top of the module."""
+    from jaxtune.evaluate import statistics
+    from jaxtune.evaluate.kept import Kept
+    from jaxtune.evaluate.memory import reproduced
+    from jaxtune.evaluate.systems import System
+    from jaxtune.infer.generation import prepare
+
+    n, system = sides.trained, System("run", module, prepare(module, params), "")
+    gain = before - nats(module, sides, system.params)
+    found = {"auc": statistics.auc(gain[:n], gain[n:]).value, "auc_p": statistics.higher(gain[:n], gain[n:])}
+    same = reproduced(system, sides.rows, virtual, len(sides.rows), Kept())
+    trained, others = ([s for s in part if s is not None] for part in (same[:n], same[n:]))
+    if trained and others:
+        found |= {"verbatim": float(np.mean(trained)), "verbatim_held_out": float(np.mean(others))}
+        found["verbatim_p"] = statistics.more_often(sum(trained), len(trained), sum(others), len(others))
+    return {f"eval/memory/{name}": value for name, value in found.items()}
 
 
 def secrets(module: Any, tokenizer: Any, times: Sequence[int], params: Any) -> dict[str, float]:
