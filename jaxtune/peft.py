@@ -51,6 +51,8 @@ class PeftConfig:
         if not self.table or "target_modules" in self.settings:
             return self.settings
         family = module.spec.hf_config["model_type"]
+        if family not in self.table and self.settings.get("target_parameters"):  # as in peft, these alone
+            return self.settings | {"target_modules": ()}
         if family not in self.table:
             raise UserError(
                 f"{type(self).__name__}: peft has no default targets for {family!r}; give target_modules, names of "

@@ -30,7 +30,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BERT = ["query", "key", "value", "intermediate.dense"]
 # Elsewhere "all-linear": that reaches experts in peft, not here, and in an encoder the pooler, which is a label head.
 TARGETS = {
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), ATTENTION),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), ATTENTION),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
     "distilbert": ["q_lin", "v_lin", "out_lin", "lin1", "lin2"],
     "modernbert": ["Wqkv", "Wo", "Wi"],

@@ -87,7 +87,7 @@ def test_matrices_are_split_and_layers_ranks_vectors_and_factors_are_not(kind):
 
 
 def test_experts_are_split_over_model():
-    names = {"gate_experts": (None, "model", "fsdp", None), "router": ()}
+    names = {"gate_up_experts": (None, "model", "fsdp", None), "router": ()}
     for name, want in names.items():
         shape = (3, 4, 16, 24) if want else (3, 16, 4)
         assert tuple(spec_of(f"segment_0/block_0/mlp/{name}", shape, None, SIZES)) == want

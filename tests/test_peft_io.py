@@ -156,6 +156,7 @@ def test_defaults_are_pefts():
         assert json.loads(json.dumps(theirs, default=str)) | {"peft_version": None} == ours | {"peft_version": None}
 
 
+EXPERTS = ("mlp.experts.gate_up_proj", "experts.down_proj")
 OUT = {
     "all-linear": ("llama", {"r": 4}),
     "list": ("llama", {"target_modules": ("q_proj", "v_proj"), "lora_alpha": 12, "r": 3}),
@@ -189,11 +190,16 @@ OUT = {
     "norms saved": ("gpt2", {"target_modules": ("c_attn",), "modules_to_save": ("ln_f", "ln_1")}),
     "tokens, tied head": ("qwen3", {"target_modules": ("q_proj",), "trainable_token_indices": (7, 3, 90)}),
     "tokens": ("llama", {"target_modules": ("q_proj",), "trainable_token_indices": (1, 9)}),
+    "experts beside linear modules": (
+        "mixtral",
+        {"target_parameters": EXPERTS, "r": 3, "rank_pattern": (("down_proj", 2), ("1.mlp.experts.gate_up_proj", 1))},
+    ),
+    "experts alone": ("qwen3_moe-sparse-step", {"target_modules": (), "target_parameters": EXPERTS[1:]}),
 }
 
 
 # Of what came with LoRA's relatives, all else is slow.
-QUICK = {("patterns", True), ("dora", True), ("tokens, tied head", True)}
+QUICK = {("patterns", True), ("dora", True), ("tokens, tied head", True), ("experts beside linear modules", True)}
 LATER = list(OUT)[list(OUT).index("patterns") :]
 BOTH = [
     pytest.param(case, given, marks=[pytest.mark.slow] if case in LATER and (case, given) not in QUICK else [])
@@ -280,6 +286,14 @@ IN = {
     "lora on gpt_neox's head": ("gpt_neox", {"target_modules": ["query_key_value", "lm_head"]}),
     "ia3 and the head saved": ("qwen3", {"kind": "IA3Config", "modules_to_save": ["lm_head"]}),
     "gate of a shared expert": ("qwen2_moe", {"target_modules": ["shared_expert_gate", "q_proj"]}),
+    "experts": (
+        "qwen2_moe",
+        {"target_modules": ["shared_expert.up_proj"], "target_parameters": list(EXPERTS), "use_rslora": True},
+    ),
+    "experts of one layer alone": (
+        "olmoe",
+        {"target_modules": [], "target_parameters": ["1.mlp.experts.down_proj"], "alpha_pattern": {"down_proj": 3}},
+    ),
 }
 
 

@@ -94,6 +94,7 @@ STARCODER2 = {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "tie_w
     "norm_epsilon": 1e-4,
 }
 MIXTRAL = LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}
+GPT_OSS = MIXTRAL | {"head_dim": 8, "sliding_window": 6, "pad_token_id": 0, "swiglu_limit": 1.5}
 QWEN2_MOE = LLAMA | {
     "num_experts": 5,
     "num_experts_per_tok": 2,
@@ -386,6 +387,19 @@ ZOO: dict[str, tuple[str, dict]] = {
         "olmoe",
         OLMOE | {"num_key_value_heads": 4, "attention_bias": True, "norm_topk_prob": True, "num_experts_per_tok": 3},
     ),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss-mqa-tied": (
+        "gpt_oss",
+        GPT_OSS
+        | {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True, "attention_bias": False}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "num_experts_per_tok": 1},
+    ),
+    "gpt_oss-mha": (
+        "gpt_oss",
+        GPT_OSS
+        | {"num_key_value_heads": 4, "num_hidden_layers": 4, "num_experts_per_tok": 3, "swiglu_alpha": 1.1}
+        | rope("default"),
+    ),
     "olmoe-mqa": ("olmoe", OLMOE | {"num_key_value_heads": 1, "tie_word_embeddings": True, "num_experts_per_tok": 1}),
 }
 
@@ -407,7 +421,7 @@ def build(name: str, seed: int = 0, **changes: Any) -> Any:
     with torch.no_grad():
         model = AutoModelForCausalLM.from_config(config(name, **changes), attn_implementation="eager").float().eval()
         for parameter_name, p in model.named_parameters():
-            if p.ndim >= 2:
+            if p.ndim >= 2 and not parameter_name.endswith("bias"):
                 # Activations of size 1 at this width; a residual stream small enough for the norms' epsilon to matter.
                 p *= 1 if "embed" in parameter_name or ".wte" in parameter_name else 16
             else:

@@ -114,6 +114,8 @@ def _mapping(value: Any) -> dict[str, str]:
 
 def _targets(value: Any) -> str | tuple[str, ...]:
     """Names become a tuple, even a single one, which as a regex would have to match a module's full name."""
+    if value in ("", (), []):  # target_parameters alone
+        return ()
     if not isinstance(value, str):
         return _sequence(value, _text)
     if re.fullmatch(r"[\w.]+(,[\w.]+)*", value):

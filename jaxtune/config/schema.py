@@ -133,8 +133,8 @@ SETTINGS = (
         "model.quantization",
         str,
         "none",
-        "frozen weights are stored so; fp8_matmul: products are in fp8 too (Ada, Hopper and later)",
-        ("none", "nf4", "int8", "fp8", "fp8_matmul"),
+        "frozen weights are stored so; fp8_matmul: products in fp8 too (Ada, Hopper and later); mxfp4: experts only",
+        ("none", "nf4", "int8", "fp8", "fp8_matmul", "mxfp4"),
     ),
     #
     Setting("tune.method", str, "lora", "which weights are trained (head: with the final norm)", METHODS),
@@ -153,6 +153,9 @@ SETTINGS = (
         "tune.lora.exclude_modules", Targets, None, "modules to leave out: names or a regex; wins over target_modules"
     ),
     Setting("tune.lora.modules_to_save", Names, None, "modules to train in full, such as embed_tokens,lm_head"),
+    Setting(
+        "tune.lora.target_parameters", Names, None, "experts to adapt, such as experts.gate_up_proj,experts.down_proj"
+    ),
     Setting("tune.lora.trainable_token_indices", Integers, None, "token ids whose rows of the embedding are trained"),
     Setting("tune.hira.r", int, 32, "rank", range=AT_LEAST_1),
     Setting("tune.hira.hira_dropout", float, 0.0, "dropout on the updates' input", range=BELOW_1),

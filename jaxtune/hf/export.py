@@ -137,7 +137,7 @@ def hf_tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.
         leaf = jax.tree.map(lambda x: x[tensor.index], leaf)
     if isinstance(leaf, Adapter):
         leaf = dataclasses.replace(leaf, w=merge_leaf(leaf.w).astype(jnp.float32))  # merged in float32, cast once
-    array = np.asarray(merge_leaf(leaf)).astype(dtype)
+    array = tensor._replace(index=None).within(np.asarray(merge_leaf(leaf))).astype(dtype)
     return array.T if tensor.transpose else array
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxtune import models
 from jaxtune.errors import UserError
-from jaxtune.hf import tensors
+from jaxtune.hf import mxfp4, tensors
 from jaxtune.models.names import NameTable, Tensor
 from jaxtune.tree import flatten
 from jaxtune.weights.packed import packs
@@ -171,7 +171,7 @@ def plan(
     `drawn`: paths that are initialised instead of read, whatever the checkpoint has there.
     """
     shapes = {path: leaf.shape for path, leaf in flatten(wanted).items()}
-    entries = {table.modern(name): entry for name, entry in entries.items()}
+    entries = {table.modern(name): entry for name, entry in mxfp4.paired(entries).items()}
     if not any(name.startswith(table.prefix) for name in entries):
         entries = {name if name in table.top else table.prefix + name: e for name, e in entries.items()}
     tied = {hf for hf, path in table.top.items() if path == "lm_head/kernel" and module.spec.tied}
@@ -223,6 +223,9 @@ def read_tree(
     sources = {path: [] for path in shapes if path not in leaves}
     for tensor, entry in places:
         sources[tensor.path].append((tensor, entry))
+    for pairs in sources.values():  # the halves of a place one after the other
+        if any(tensor.half is not None for tensor, _ in pairs):
+            pairs.sort(key=lambda pair: (pair[0].index, pair[0].half))
     dtypes = {
         path: np.dtype(dtype or functools.reduce(np.promote_types, (entry.dtype for _, entry in pairs)))
         for path, pairs in sources.items()
@@ -242,7 +245,7 @@ def _in_place(sources: Sources, shapes, dtypes, done: Callable[[int], None]) -> 
     hosts = {path: _aligned(shapes[path], dtypes[path]) for path in sources}
 
     def place(tensor: Tensor) -> np.ndarray:
-        part = hosts[tensor.path][() if tensor.index is None else tensor.index]
+        part = tensor.within(hosts[tensor.path])
         return part.T if tensor.transpose else part
 
     tensors.read_all([(entry, place(t)) for pairs in sources.values() for t, entry in pairs], done=done)
@@ -278,26 +281,32 @@ def _on_device(
     Host memory holds about one layer of tensors at a time, a device its part of the tree and of one tensor.
     """
     leaves: dict[str, Any] = {}
+    halves: list[jax.Array] = []
     where: dict[str, tuple[Any, ...] | None] = dict.fromkeys(sources)
     order = [pair for pairs in sources.values() for pair in pairs]
     ahead = tensors.read_ahead([entry for _, entry in order], limit=_layer_bytes(order))
     for (tensor, entry), raw in zip(order, ahead, strict=True):
         path = tensor.path
+        if lay:
+            [plain] = jax.tree.leaves(lay({path: jax.ShapeDtypeStruct(shapes[path], dtypes[path])}))
+            lead = 0 if tensor.index is None else np.size(tensor.index)
+            raw = jax.device_put(raw, _of_layer(plain, lead, raw.ndim, tensor.transpose))
+        done(entry.nbytes)
+        halves.append(raw)
+        if tensor.half == 0:
+            continue
+        raws, halves = tuple(halves), []
         fields = {"transpose": tensor.transpose, "dtype": dtypes[path], "pack": pack.get(path)}
         at = () if tensor.index is None else tuple(np.atleast_1d(tensor.index).tolist())
         if path not in leaves:
             lead = shapes[path][: len(at)]
-            one = jax.eval_shape(functools.partial(_laid, **fields), raw)
+            one = jax.eval_shape(functools.partial(_laid, **fields), raws)
             whole = jax.tree.map(lambda x, lead=lead: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), one)
             where[path] = lay and tuple(jax.tree.leaves(lay({path: whole})))
             leaves[path] = _zeros(whole, where[path]) if at else None
-        if lay:
-            [plain] = jax.tree.leaves(lay({path: jax.ShapeDtypeStruct(shapes[path], dtypes[path])}))
-            raw = jax.device_put(raw, _of_layer(plain, len(at), raw.ndim, tensor.transpose))
         leaves[path] = (
-            _put(leaves[path], raw, at, **fields, where=where[path]) if at else _lay(raw, **fields, where=where[path])
+            _put(leaves[path], raws, at, **fields, where=where[path]) if at else _lay(raws, **fields, where=where[path])
         )
-        done(entry.nbytes)
     return leaves
 
 
@@ -340,8 +349,10 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
-def _laid(raw: jax.Array, transpose: bool, dtype: np.dtype, pack: Pack | None) -> Any:
-    plain = (raw.T if transpose else raw).astype(dtype)
+def _laid(raws: tuple[jax.Array, ...], transpose: bool, dtype: np.dtype, pack: Pack | None) -> Any:
+    """One layer's leaf of its tensor, or of the two halves of its columns."""
+    parts = [(raw.T if transpose else raw).astype(dtype) for raw in raws]
+    plain = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
     return plain if pack is None else pack(plain)
 
 
@@ -357,15 +368,19 @@ def _stay(leaf: Any, where: tuple[Any, ...] | None) -> Any:
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _lay(
-    raw: jax.Array, transpose: bool, dtype: np.dtype, pack: Pack | None, where: tuple[Any, ...] | None = None
+    raws: tuple[jax.Array, ...],
+    transpose: bool,
+    dtype: np.dtype,
+    pack: Pack | None,
+    where: tuple[Any, ...] | None = None,
 ) -> Any:
-    return _stay(_laid(raw, transpose, dtype, pack), where)
+    return _stay(_laid(raws, transpose, dtype, pack), where)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=0)
 def _put(
     stack: Any,
-    raw: jax.Array,
+    raws: tuple[jax.Array, ...],
     at: tuple[int, ...],
     transpose: bool,
     dtype: np.dtype,
@@ -373,7 +388,7 @@ def _put(
     where: tuple[Any, ...] | None = None,
 ) -> Any:
     """Write one layer (of one expert) into its place in a stacked leaf, which lies as `where` says of its arrays."""
-    one = _laid(raw, transpose, dtype, pack)
+    one = _laid(raws, transpose, dtype, pack)
 
     def put(s, x):
         return jax.lax.dynamic_update_slice(s, x.reshape((1,) * len(at) + x.shape), (*at, *(0,) * x.ndim))

@@ -68,13 +68,23 @@ _PREFIX = "base_model.model."
 
 
 class Spot(NamedTuple):
-    """One tensor of an adapter: its place in the parameter tree, and its shape in the file."""
+    """One tensor of an adapter: its place in the parameter tree, and how it lies in the file."""
 
     path: str
     index: int | None
     field: str  # of the adapted leaf, "a"; "" where the leaf is a plain array
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one matrix
     turn: bool = True  # whether a matrix in the file is the transpose of the one in the tree
+    experts: int = 0  # whose matrices lie side by side in the file; 0: one matrix
+    outer: bool = True  # whether its first axis is [experts, rank]; else its second one is [rank, experts]
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape in the file."""
+        if not self.experts:
+            return self.shape
+        rows, columns = self.shape
+        return (self.experts * rows, columns) if self.outer else (rows, columns * self.experts)
 
 
 TABLES = (TABLE, HEAD)
@@ -90,10 +100,13 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
     """
     leaves = weights_by_path(params)
     chosen = chosen_by(config, places(params, module))
-    spots = {}
+    spots, adapted = {}, []
     for place in places(params, module):
         if isinstance(leaves[place.path], Adapter) and is_adapted(leaves[place.path], place):
-            spots |= _adapter_spots(leaves[place.path], place, chosen[place].rank if place in chosen else None)
+            adapted.append(place)
+    for place in adapted:
+        rank = chosen[place].rank if place in chosen else None
+        spots |= _adapter_spots(leaves[place.path], place, _wrapped(place, adapted), rank)
     bias, saved = config.get("bias", "none"), config.get("modules_to_save")
     names = {place.name for place in chosen}
     for t in models.names(module).tensors(module.spec, set(leaves)):
@@ -112,8 +125,23 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
     return spots
 
 
-def _adapter_spots(leaf: Adapter, place: Place, rank: int | None) -> dict[str, Spot]:
-    """The tensors of one module's adapter, as its class declares them; `rank` cuts off a stack's padding."""
+def _wrapped(place: Place, adapted: list[Place]) -> str:
+    """The name of the module that has a place's adapter in peft.
+
+    Of several parameters of one module, the first one's wrapper lies within that of the second.
+    """
+    if not place.parameter:
+        return place.name
+    owner = place.name.rpartition(".")[0]
+    beside = [p for p in adapted if p.parameter and p.name.rpartition(".")[0] == owner]
+    return owner + ".base_layer" * (len(beside) - 1 - beside.index(place))
+
+
+def _adapter_spots(leaf: Adapter, place: Place, module: str, rank: int | None) -> dict[str, Spot]:
+    """The tensors of the adapter of a `module`, as its class declares them; `rank` cuts off a stack's padding.
+
+    Those of experts are written as one: [E r, K] and [N, r E].
+    """
     k, n = plain(leaf).shape[-2:]
     spots = {}
     for name, field in leaf.fields().items():
@@ -125,20 +153,26 @@ def _adapter_spots(leaf: Adapter, place: Place, rank: int | None) -> dict[str, S
         sizes |= {} if rank is None else {"r": rank}
         key = stored.key if place.linear or stored.table is None else stored.table
         shape, turn = tuple(sizes[axis] for axis in axes), len(own) == 2 and axes == own[::-1]
-        spots[key.format(f"{_PREFIX}{place.name}")] = Spot(place.path, place.index, name, shape, turn)
+        experts = array.shape[array.ndim - len(own) - 1] if place.parameter else 0
+        spots[key.format(f"{_PREFIX}{module}")] = Spot(
+            place.path, place.index, name, shape, turn, experts, axes[0] == "r"
+        )
     return spots
 
 
 def _view(host: np.ndarray, spot: Spot) -> np.ndarray:
-    """The part of a leaf's field that is one tensor of the file, in the file's layout."""
+    """The part of a leaf's field that is one tensor of the file, in the file's layout; of experts with an axis more."""
     array = host if spot.index is None else host[spot.index]
+    if spot.experts:
+        matrices = array.swapaxes(1, 2)[:, : spot.shape[0], : spot.shape[1]]
+        return matrices if spot.outer else np.moveaxis(matrices, 0, 2)
     if array.ndim == 1:
         return array.reshape(spot.shape)
     return (array.T if spot.turn else array)[tuple(slice(n) for n in spot.shape)]
 
 
 def _hf_shape(t: Any, leaf: Any) -> tuple[int, ...]:
-    shape = plain(leaf).shape[t.index is not None :]
+    shape = t.part(plain(leaf).shape)
     return shape[::-1] if t.transpose else shape
 
 
@@ -430,12 +464,12 @@ def _without_tables(
 
 
 def _compare(spots: Mapping[str, Spot], entries: Mapping[str, tensors.Entry]) -> list[str]:
-    lines = [f"missing      {key} {list(spot.shape)}" for key, spot in spots.items() if key not in entries]
+    lines = [f"missing      {key} {list(spot.stored)}" for key, spot in spots.items() if key not in entries]
     lines += [f"extra        {key} {list(entry.shape)}" for key, entry in entries.items() if key not in spots]
     return lines + [
-        f"misshapen    {key} {list(entries[key].shape)}, expected {list(spot.shape)}"
+        f"misshapen    {key} {list(entries[key].shape)}, expected {list(spot.stored)}"
         for key, spot in spots.items()
-        if key in entries and entries[key].shape != spot.shape
+        if key in entries and entries[key].shape != spot.stored
     ]
 
 
@@ -443,13 +477,17 @@ def _fill(params: Any, spots: Mapping[str, Spot], entries: Mapping) -> Any:
     """Read the tensors into the leaves. Padding of lower ranks is not in the file: it is zero, and stays so."""
     arrays: dict[str, dict[str, np.ndarray]] = {}
     leaves = weights_by_path(params)
-    jobs = []
+    jobs, together = [], []
     for key, spot in spots.items():
         leaf = leaves[spot.path]
         shape = (getattr(leaf, spot.field) if spot.field else leaf).shape
         host = arrays.setdefault(spot.path, {}).setdefault(spot.field, np.zeros(shape, np.float32))
-        jobs.append((entries[key], _view(host, spot)))
+        view = _view(host, spot)
+        jobs.append((entries[key], np.empty(spot.stored, np.float32) if spot.experts else view))
+        together += [(view, jobs[-1][1])] * bool(spot.experts)
     tensors.read_all(jobs)
+    for view, read in together:
+        view[...] = read.reshape(view.shape)
     for key, spot in spots.items():
         if not np.isfinite(_view(arrays[spot.path][spot.field], spot)).all():
             raise UserError(f"{entries[key].file}: the tensor {key!r} has numbers that are not finite; it is damaged.")
@@ -618,7 +656,7 @@ def _arrays(params: Any, spots: Mapping[str, Spot]) -> dict[str, np.ndarray]:
         if (spot.path, spot.field) not in host:
             leaf = leaves[spot.path]
             host[spot.path, spot.field] = np.asarray(getattr(leaf, spot.field) if spot.field else leaf, np.float32)
-    return {key: _view(host[spot.path, spot.field], spot) for key, spot in spots.items()}
+    return {key: _view(host[spot.path, spot.field], spot).reshape(spot.stored) for key, spot in spots.items()}
 
 
 def _baked(
@@ -631,10 +669,14 @@ def _baked(
     most, out = max(f.rank for f in chosen.values()), dict(arrays)
     for place, (rank, scale) in chosen.items():
         for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-            a, b = f"{_PREFIX}{place.name}.{a}", f"{_PREFIX}{place.name}.{b}"
+            module = f"{_PREFIX}{_wrapped(place, list(chosen))}"
+            a, b = f"{module}.{a}", f"{module}.{b}"
             if a in arrays:
-                out[a] = np.pad(arrays[a], ((0, most - rank), (0, 0)))
-                out[b] = np.pad(np.float32(scale) * arrays[b], ((0, 0), (0, most - rank)))
+                k, n = arrays[a].shape[1], arrays[b].shape[0]
+                low = arrays[a].reshape(-1, rank, k)  # [E, r, K], one expert where there is none
+                up = np.float32(scale) * arrays[b].reshape(n, rank, -1)  # [N, r, E]
+                out[a] = np.pad(low, ((0, 0), (0, most - rank), (0, 0))).reshape(-1, k)
+                out[b] = np.pad(up, ((0, 0), (0, most - rank), (0, 0))).reshape(n, -1)
     flat = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     return out, config | flat
 

@@ -252,7 +252,11 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
             lambda v: v is None or whole(v) or (isinstance(v, list) and all(map(whole, v))),
         ),
         "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-        "target_modules": ("a list of names or a regex", lambda v: (isinstance(v, str) or named(v)) and v),
+        "target_modules": (
+            "a list of names or a regex",
+            lambda v: (v and (isinstance(v, str) or named(v))) or (not v and config.get("target_parameters")),
+        ),
+        "target_parameters": names,
         "rank_pattern": ("an object with whole numbers above 0", pattern(rank)),
         "alpha_pattern": ("an object with numbers", pattern(alpha)),
         "modules_to_save": names,
@@ -290,10 +294,10 @@ def lora_settings(config: Mapping[str, Any], candidates: list[Place]) -> Lora:
     return dataclasses.replace(settings, target_modules=matching(config["target_modules"], candidates))
 
 
-def matching(targets: str | list[str], candidates: list[Place]) -> str | list[str]:
+def matching(targets: str | list[str] | None, candidates: list[Place]) -> str | list[str]:
     """The targets that this model has; if it has none, all of them, for the error message."""
-    if isinstance(targets, str):
-        return targets
+    if isinstance(targets, str) or not targets:
+        return targets or []
     return [t for t in targets if any(is_or_ends(p.name, t) for p in candidates)] or targets
 
 
@@ -334,7 +338,8 @@ def _lora_config(module: Any, params: Any, mask: Any, given: dict[str, Any]) -> 
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
         "lora_dropout": max(_dropout(leaf) for leaf in leaves.values()),
-        "target_modules": _shortest([p.name for p in tree], _modules(module, params)),
+        "target_modules": _shortest([p.name for p in tree if not p.parameter], _modules(module, params)) or None,
+        "target_parameters": _shortest_parameters(module, params, tree),
         "bias": _trained_biases(mask, tree, saved),
         "fan_in_fan_out": models.names(module).conv1d,
         "use_dora": any(isinstance(leaf, DoraWeight) for leaf in leaves.values()),
@@ -414,20 +419,21 @@ def tree_factors(module: Any, params: Any) -> dict[Place, Factors]:
             used[path] = components
     for place in places(params, module):
         if place.path in used and (scale := scale_of(leaves[place.path], place)):
-            columns = np.flatnonzero(used[place.path][() if place.index is None else place.index])
+            columns = used[place.path][() if place.index is None else place.index]
+            columns = np.flatnonzero(columns.reshape(-1, columns.shape[-1]).any(0))  # of all experts
             found[place] = Factors(int(columns[-1]) + 1 if len(columns) else 1, scale)
     return found
 
 
 def scale_of(leaf: Any, place: Place) -> float:
     """The scale of one module in its leaf; 0 where it is not adapted."""
-    return float(np.asarray(leaf.scale)[() if place.index is None else place.index])
+    return float(np.ravel(np.asarray(leaf.scale)[() if place.index is None else place.index])[0])  # experts have one
 
 
 def is_adapted(leaf: Adapter, place: Place) -> bool:
     """Whether an adapter has an effect on one module of its stack."""
     layers = leaf.layers_adapted()
-    return layers is None or bool(np.asarray(layers)[() if place.index is None else place.index])
+    return layers is None or bool(np.any(np.asarray(layers)[() if place.index is None else place.index]))
 
 
 def trained_head(module: Any, params: Any, mask: Any) -> list[str]:
@@ -482,6 +488,14 @@ def _shortest(chosen: list[str], modules: list[str]) -> list[str]:
     return sorted(short) if {m for m in modules if m.rpartition(".")[2] in short} == set(chosen) else chosen
 
 
+def _shortest_parameters(module: Any, params: Any, tree: Mapping[Place, Factors]) -> list[str] | None:
+    """Name adapted experts by the last three parts of their names, if no others have these, else in full; or None."""
+    chosen = [p.name for p in tree if p.parameter]
+    short = sorted({".".join(name.split(".")[-3:]) for name in chosen})
+    every = [p.name for p in places(params, module) if p.parameter and any(is_or_ends(p.name, s) for s in short)]
+    return (short if set(every) == set(chosen) else chosen) or None
+
+
 def _shortest_saved(module: Any, params: Any, saved: Mapping[str, str]) -> list[str]:
     """As `_shortest`, by the ends of names that peft compares for modules_to_save."""
     short = sorted({name.rpartition(".")[2] for name in saved})
@@ -512,7 +526,7 @@ def _round(x: float) -> float | int:
 def _attach_lora(
     module: Any, params: Any, config: Mapping[str, Any], change: Callable[[LoraWeight], Adapter] | None = None
 ) -> tuple[Any, Any]:
-    params = untied_for(config["target_modules"], params, module)
+    params = untied_for(config["target_modules"] or [], params, module)
     candidates, saved = places(params, module), _known(config["modules_to_save"], params, module)
     settings = dataclasses.replace(lora_settings(config, candidates), modules_to_save=saved, init_lora_weights=True)
     return attach(params, jax.random.key(0), chosen_by(config, candidates), settings, module, change=change)

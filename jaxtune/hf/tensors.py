@@ -191,6 +191,8 @@ def read(entry: Entry, out: np.ndarray | None = None) -> np.ndarray:
 
     With `out`, the numbers are cast into that array, which may be a transposed or strided view.
     """
+    if not isinstance(entry, Entry):  # one that is stored in another way
+        return entry.read(out)
     if out is None:
         out = np.empty(entry.shape, entry.dtype)
     fd = os.open(entry.file, os.O_RDONLY)

@@ -23,6 +23,8 @@ class Place(NamedTuple):
         index: row of the stacked leaf; None: the whole leaf.
         linear: it is multiplied, not looked up.
         old: its HF name in files and older versions of transformers, if different.
+        parameter: it is no module but the matrices of a layer's experts, a parameter that `target_parameters` names:
+            "model.layers.3.mlp.experts.gate_up_proj".
     """
 
     name: str
@@ -30,6 +32,12 @@ class Place(NamedTuple):
     index: int | None
     linear: bool = True
     old: str | None = None
+    parameter: bool = False
+
+    @property
+    def row(self) -> int | None:
+        """The first number of `index`, also where a parameter's has a second one, of an expert."""
+        return self.index[0] if isinstance(self.index, tuple) else self.index
 
 
 class Factors(NamedTuple):
@@ -40,7 +48,10 @@ class Factors(NamedTuple):
 
 
 def places(params: PyTree, module: Any = None, layouts: Mapping[str, MatrixLayout] | None = None) -> list[Place]:
-    """List the linear and embedding modules of a tree: by HF names for a zoo module, else by the tree's own paths."""
+    """List the linear and embedding modules of a tree: by HF names for a zoo module, else by the tree's own paths.
+
+    The experts of a zoo module follow, as the parameters that they are in transformers.
+    """
     if layouts is not None:
         return [Place(_dotted(path), path, None, not layout.lookup) for path, layout in layouts.items()]
     leaves = weights_by_path(params)
@@ -55,7 +66,21 @@ def places(params: PyTree, module: Any = None, layouts: Mapping[str, MatrixLayou
     return [
         Place(p.name.rpartition(".")[0], p.path, p.index, p.path.endswith("kernel"), p.old and p.old.rpartition(".")[0])
         for p in found
-    ]
+    ] + _experts(params, module)
+
+
+EXPERTS = "_experts"  # the end of a leaf's path
+
+
+def _experts(params: PyTree, module: Any) -> list[Place]:
+    """The matrices of each layer's experts, one place for all experts of a layer."""
+    found = {}
+    for p in parameters(params, module):
+        if p.path.endswith(EXPERTS):
+            name = p.path.rpartition("/")[2].removesuffix(EXPERTS)
+            name = re.match(r".*\.experts\.", p.name)[0] + f"{name}_proj"
+            found[name] = Place(name, p.path, p.row, parameter=True)
+    return list(found.values())
 
 
 def _dotted(path: str) -> str:
@@ -105,7 +130,7 @@ def renamed(settings: Mapping[str, Any], modules: Sequence[Place]) -> dict[str, 
 
 def is_bias(path: str) -> bool:
     """Whether a parameter is a bias, as Linen, NNX and Haiku name them."""
-    return re.search(r"(^|/)(bias|b)(/value)?$", path) is not None
+    return re.search(r"(^|/)((\w+_)?bias|b)(/value)?$", path) is not None
 
 
 def owner(path: str) -> str:
@@ -146,6 +171,7 @@ def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]
     Raises:
         UserError: a target matches nothing.
     """
+    candidates = [p for p in candidates if not p.parameter]
     names = sorted({p.name.rpartition(".")[2] for p in candidates})
     if target_modules == "all-linear":
         heads = [p for p in candidates if "lm_head" in (p.name.rpartition(".")[2], p.path.rpartition("/")[0])]
@@ -165,6 +191,8 @@ def resolve_targets(target_modules: str | Sequence[str], candidates: list[Place]
                 f"name, such as {candidates[0].name!r}. Modules: {', '.join(names)}."
             )
         return chosen
+    if not target_modules:
+        raise UserError("target_modules is empty, which goes with target_parameters only.")
     hits = {t: [p for p in candidates if is_or_ends(p.name, t)] for t in target_modules}
     if lost := [t for t, found in hits.items() if not found]:
         raise UserError(
@@ -191,7 +219,8 @@ def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dic
     if s.modules_to_save:  # modules_to_save takes precedence
         every, candidates = candidates, [p for p in candidates if not is_saved(p.name, s.modules_to_save)]
         target_modules = beside_saved(target_modules, candidates, every)
-    chosen = resolve_targets(target_modules, candidates)
+    wanted = target_experts(s, candidates, strict=strict)
+    chosen = resolve_targets(target_modules, candidates) if target_modules or not wanted else []
     ranks, alphas = dict(s.rank_pattern or ()), dict(s.alpha_pattern or ())
     for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
         for key in pattern:
@@ -215,8 +244,14 @@ def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dic
         found = [p for p in found if known[p] in layers]
         if strict and (lost := sorted(set(layers) - set(known.values()))):
             raise UserError(f"layers_to_transform: no target in layer(s) {', '.join(map(str, lost))}.")
-    if not found:
+    if strict and layers and wanted:
+        raise UserError(
+            "layers_to_transform does not choose among target_parameters, as in peft; name them with their layer: "
+            f"{wanted[0].name!r}."
+        )
+    if not found and not wanted:
         raise UserError("exclude_modules and layers_to_transform leave no module to adapt.")
+    found += wanted
     if strict:
         for label, pattern in {"rank_pattern": ranks, "alpha_pattern": alphas}.items():
             lost = [key for key in pattern if not any(_by_pattern({key: True}, p.name, False) for p in found)]
@@ -232,6 +267,37 @@ def lora_places(candidates: list[Place], s: Lora, *, strict: bool = True) -> dic
             raise UserError(f"{place.name}: r={rank} and lora_alpha={alpha:g}; expected at least 1, and above 0.")
         factors[place] = Factors(rank, alpha / (math.sqrt(rank) if s.use_rslora else rank))
     return factors
+
+
+def target_experts(s: Lora, candidates: list[Place], *, strict: bool = True) -> list[Place]:
+    """Choose the experts' matrices that `target_parameters` names: whole names or their ends after a dot.
+
+    `strict`: every name has to match; otherwise one suffices.
+
+    Raises:
+        UserError: a name matches no such matrices, or the settings ask for what peft does not do with parameters.
+    """
+    if not s.target_parameters:
+        return []
+    if isinstance(s.target_parameters, str):
+        raise UserError(f"target_parameters={s.target_parameters!r}: expected a list of names.")
+    for asked, words in (
+        (s.use_dora, "use_dora=True"),
+        (s.lora_dropout > 0, f"lora_dropout={s.lora_dropout:g}"),
+        (s.init_lora_weights == "pissa", "init_lora_weights='pissa'"),
+    ):
+        if asked:
+            raise UserError(f"target_parameters: experts take plain LoRA only, as in peft, not {words}.")
+    known = [p for p in candidates if p.parameter]
+    hits = {t: [p for p in known if is_or_ends(p.name, t)] for t in s.target_parameters}
+    lost = [t for t, found in hits.items() if not found]
+    if lost and (strict or len(lost) == len(hits)):
+        names = sorted({re.sub(r".*\.(\w+\.experts\.)", r"\1", p.name) for p in known})
+        there = f"which are {', '.join(names)}; a router stays frozen.{nearest(lost[0], names)}"
+        there = there if names else "and this model has none."
+        raise UserError(f"target_parameters: {lost[0]!r} names no experts' matrices, {there}")
+    chosen = {p for found in hits.values() for p in found}
+    return [p for p in known if p in chosen]
 
 
 def beside_saved(targets: str | Sequence[str], left: list[Place], every: list[Place]) -> str | list[str]:

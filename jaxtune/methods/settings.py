@@ -37,6 +37,8 @@ class Lora:
         modules_to_save: ends of names of modules to train in full. A tied head or embedding named here is untied.
         trainable_token_indices: rows of the token embedding that are trained, absolute values; a tied head follows. Or
             {module's name: ids}, for rows of the output head as well.
+        target_parameters: ends of names of experts' matrices, which are no modules: "mlp.experts.gate_up_proj". Each
+            expert has factors of its own. With it `target_modules` may be ().
     """
 
     r: int = 8
@@ -54,6 +56,7 @@ class Lora:
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    target_parameters: Sequence[str] | None = None
 
     def as_lora(self) -> "Lora":
         """These settings."""

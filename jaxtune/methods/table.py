@@ -187,7 +187,7 @@ def _low_rank_adapts(method: str, module: Any, settings: Mapping[str, Any]) -> C
     chosen = {(p.path, p.index) for p in lora_places(candidates, settings)}
     every_bias, saved = settings.bias == "all", settings.modules_to_save
     return lambda p: (
-        (p.path, p.index) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
+        (p.path, p.row) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
     )
 
 
@@ -217,7 +217,7 @@ def cut(method: str, module: Any, settings: Mapping[str, Any]) -> Any:
     chosen: dict[tuple[str, int], set[str]] = {}
     for place in parameters(module.abstract_params(), module):
         if place.index is not None:
-            row = chosen.setdefault((place.path.partition("/")[0], place.index), set())
+            row = chosen.setdefault((place.path.partition("/")[0], place.row), set())
             if choose(place):
                 row.add(place.path)
     first = 0

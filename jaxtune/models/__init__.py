@@ -11,7 +11,20 @@ from jaxtune.models.spec import Config
 
 _NAMES = (
     *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2"),
-    *("gpt_neox", "gptj", "granite", "helium", "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "olmoe"),
+    *(
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "helium",
+        "llama",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+    ),
     *("opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
     *("starcoder2", "vaultgemma"),
     *("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert", "modernbert", "vit"),
@@ -84,6 +97,8 @@ def build(config: dict, **settings: Any) -> Any:
 
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        if method == "mxfp4":  # experts, which are read as the numbers that they stand for
+            return build({key: value for key, value in config.items() if key != "quantization_config"}, **settings)
         raise UserError(
             f"config.json: the weights are quantised (quantization_config, {method!r}), which is not supported; "
             "give the model that was quantised."

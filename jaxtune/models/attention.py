@@ -41,6 +41,7 @@ def choose(
     softcap: float | None = None,
     segmented: bool = False,
     most_segments: int = 0,
+    sinks: bool = False,
 ) -> str:
     """Resolve "auto" for a backend, so that no [T, T] of a long row is ever in memory.
 
@@ -57,6 +58,7 @@ def choose(
         softcap: see `attend_tokens`.
         segmented: rows are packed (causal) or padded, as segments tell.
         most_segments: of a packed row, where that is known.
+        sinks: whether heads have them, see `attend_tokens`.
     """
     if name != "auto":
         return name
@@ -64,7 +66,7 @@ def choose(
     if backend == "cpu":
         return "xla" if is_short(tokens, causal) else "mapped"
     form = cudnn_form(1.0, causal, window, segmented, most_segments)
-    if backend == "gpu" and softcap is None and form is not None and cudnn.takes(dtype, head_dim, form):
+    if backend == "gpu" and softcap is None and not sinks and form is not None and cudnn.takes(dtype, head_dim, form):
         return "cudnn"
     return "xla" if tokens <= SMALL else "blocks"
 
@@ -98,6 +100,8 @@ def _no_cudnn(block: Any, dtype: Any, several: bool, segments: int, backend: str
         return "has no float32; set model.dtype=bfloat16"
     if block.softcap is not None:
         return "has no softcap on scores, as this model has"
+    if block.sinks:
+        return "has no sinks, as this model has"
     if block.head_dim % 8 or block.head_dim > heads:
         return f"takes heads of a multiple of 8 up to {heads} channels, not this model's {block.head_dim}"
     if block.window is not None and not block.causal:
@@ -151,6 +155,7 @@ def attend_tokens(
     implementation: str,
     causal: bool = True,
     softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Attention of T tokens over themselves.
 
@@ -165,6 +170,8 @@ def attend_tokens(
         implementation: "mapped", "blocks", "xla", "cudnn" or "auto".
         causal: whether a token sees only earlier ones; otherwise it sees as far ahead as back.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None: they stay.
+        sinks: f32[H], a score of each head that stands beside those of the keys and has no value (gpt-oss,
+            arXiv:2508.10925, section 2.2); None: none.
 
     Returns:
         [B, T, H, C] in q's dtype. What a remat policy has to keep is tagged "attention" (`checkpoint_name`).
@@ -175,18 +182,21 @@ def attend_tokens(
     known = segments if segments is None or isinstance(segments, Segments) else Segments(segments)
     ids, most = (None, 0) if known is None else (known.ids, known.most)
     rows = {"causal": causal, "window": window, "segmented": ids is not None, "most_segments": most}
-    name = choose(implementation, q.dtype, q.shape[-1], tokens=q.shape[1], softcap=softcap, **rows)
+    more = {"softcap": softcap, "sinks": sinks is not None}
+    name = choose(implementation, q.dtype, q.shape[-1], tokens=q.shape[1], **rows, **more)
     if name == "mapped":
-        return _fused(q, k, v, ids, scale, window, causal, softcap, together=False)
+        return _fused(q, k, v, ids, scale, window, causal, softcap, sinks, together=False)
     if name == "blocks":
-        return _fused(q, k, v, ids, scale, window, causal, softcap, together=True)
+        return _fused(q, k, v, ids, scale, window, causal, softcap, sinks, together=True)
     if name == "xla":
         mask = _token_mask(q.shape[1], ids, window, causal)
-        return checkpoint_name(_by_head(q, k, v, mask, scale, softcap), "attention")
+        return checkpoint_name(_by_head(q, k, v, mask, scale, softcap, sinks), "attention")
     if name == "cudnn":
         form = cudnn_form(scale, causal, window, ids is not None, most)
         if softcap is not None:
             raise ValueError("attention='cudnn' has no softcap on scores; use 'blocks' or 'auto'.")
+        if sinks is not None:
+            raise ValueError("attention='cudnn' has no sinks; use 'blocks' or 'auto'.")
         if window is not None and not causal:
             raise ValueError("attention='cudnn' has no window in both directions; use 'blocks' or 'auto'.")
         if form is None:
@@ -203,7 +213,7 @@ def trial(module: Any) -> str | None:
     """On a GPU, try the kernel that `module` would use once, on its heads; elsewhere do nothing.
 
     Returns:
-        None where all is well; a sentence where attention is computed in another way.
+        None where all is well or no kernel is used; a sentence where attention is computed in another way.
 
     Raises:
         UserError: the kernel's numbers are wrong.
@@ -211,6 +221,8 @@ def trial(module: Any) -> str | None:
     if jax.default_backend() != "gpu" or module.attention not in ("auto", "cudnn"):
         return None
     block = module.spec.segments[0].pattern[0]
+    if block.sinks:
+        return None
 
     def plain(q, k, v, segments, form):
         known = None if segments is None else Segments(segments, most=form.segments)
@@ -222,7 +234,15 @@ def trial(module: Any) -> str | None:
 
 
 def attend_cache(
-    q: Array, k: Array, v: Array, positions: Array, *, scale: float, window: int | None, softcap: float | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Attention of q [B, T, H, C] at `positions` i32[B, T] over cache slots k, v [B, S, G, C].
 
@@ -233,15 +253,15 @@ def attend_cache(
     if window is not None:
         mask &= slots > positions[..., None] - window
     if q.shape[1] > 1 and jax.default_backend() == "cpu":
-        return _row_by_row(q, k, v, mask, scale, softcap)
-    return _masked(q, k, v, mask, scale, softcap)
+        return _row_by_row(q, k, v, mask, scale, softcap, sinks)
+    return _masked(q, k, v, mask, scale, softcap, sinks)
 
 
-def _row_by_row(q, k, v, mask, scale, softcap):
+def _row_by_row(q, k, v, mask, scale, softcap, sinks):
     """`_masked` in a loop over rows, whose scores stay in cache; one product of all rows took four times as long."""
 
     def one(row):
-        return _masked(*(x[None] for x in row), scale, softcap)[0]
+        return _masked(*(x[None] for x in row), scale, softcap, sinks)[0]
 
     return jax.lax.map(one, (q, k, v, mask))
 
@@ -269,32 +289,36 @@ def _near(rows: np.ndarray, cols: np.ndarray, window: int | None, causal: bool) 
     return mask if window is None else mask & (abs(rows - cols) < window)
 
 
-def _masked(q, k, v, mask, scale, softcap):
+def _masked(q, k, v, mask, scale, softcap, sinks):
     """Plain attention; mask: bool[B or 1, T, S]."""
     b, t, h, c = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, c)
     scores = jnp.einsum("btgnc,bsgc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
-    return jnp.einsum("bgnts,bsgc->btgnc", _softmax(scores, mask, softcap, v.dtype), v).reshape(b, t, h, c)
+    return jnp.einsum("bgnts,bsgc->btgnc", _softmax(scores, mask, softcap, sinks, v.dtype), v).reshape(b, t, h, c)
 
 
-def _by_head(q, k, v, mask, scale, softcap):
+def _by_head(q, k, v, mask, scale, softcap, sinks):
     """`_masked` with the heads laid first, once for both passes: XLA's products on a CPU would copy in each."""
     b, t, h, c = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4)
     q, k, v = (checkpoint_name(x, "heads") for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
     scores = jnp.einsum("bgntc,bgsc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
-    out = jnp.einsum("bgnts,bgsc->bgntc", _softmax(scores, mask, softcap, v.dtype), v)
+    out = jnp.einsum("bgnts,bgsc->bgntc", _softmax(scores, mask, softcap, sinks, v.dtype), v)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
-def _softmax(scores, mask, softcap, dtype):
-    """Weights in float32, then `dtype`, of scores [B, G, H/G, T, S]."""
+def _softmax(scores, mask, softcap, sinks, dtype):
+    """Weights in float32, then `dtype`, of scores [B, G, H/G, T, S]; with sinks [H] they do not sum to 1."""
     scores = checkpoint_name(scores, "scores")
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG), axis=-1).astype(dtype)
+    scores = jnp.where(mask[:, None, None], scores, NEG)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks.reshape(*scores.shape[1:3], 1, 1), (*scores.shape[:-1], 1))
+        return jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1), axis=-1)[..., :-1].astype(dtype)
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
 
 
 class _Block(NamedTuple):
@@ -321,7 +345,7 @@ def _blocks(t: int, form: "_Form") -> list[_Block]:
 ROOM = 2**28  # bytes of float32 scores that exist at once where all heads are computed together
 
 
-def _fused(q, k, v, segments, scale, window, causal, softcap, *, together: bool):
+def _fused(q, k, v, segments, scale, window, causal, softcap, sinks, *, together: bool):
     """Attention whose scores exist for a block of queries at a time, and are computed again backward.
 
     FlashAttention-2's equations (Dao 2023, arXiv:2307.08691, algorithms 1 and 2) with whole rows of scores: the
@@ -338,7 +362,9 @@ def _fused(q, k, v, segments, scale, window, causal, softcap, *, together: bool)
     qkv = (qs, flat(k.transpose(0, 2, 1, 3)), flat(v.transpose(0, 2, 1, 3)))
     queries = min(max(ROOM // (4 * b * h * t) // 16 * 16, 16), 512) if together else None
     form = _Form(segments is not None, window, causal, scale, softcap, queries)
-    out = _heads(form, *(checkpoint_name(x, "heads") for x in qkv), jnp.repeat(segs, g, axis=0))
+    if sinks is not None:
+        sinks = jnp.tile(sinks.reshape(g, h // g), (b, 1))
+    out = _heads(form, *(checkpoint_name(x, "heads") for x in qkv), jnp.repeat(segs, g, axis=0), sinks)
     return out.reshape(b, g, h // g, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
@@ -407,13 +433,22 @@ def _whole(x: Array, block: _Block, axis: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _heads(form: _Form, q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """q [M, N, T, C], k, v [M, T, C], segments i32[M, T] -> [M, N, T, C]: N query heads share a key-value head."""
-    return _heads_forward(form, q, k, v, segments)[0]
+def _heads(form: _Form, q: Array, k: Array, v: Array, segments: Array, sinks: Array | None) -> Array:
+    """q [M, N, T, C], k, v [M, T, C], segments i32[M, T], sinks f32[M, N] -> [M, N, T, C]: N query heads share a
+    key-value head.
+    """
+    return _heads_forward(form, q, k, v, segments, sinks)[0]
 
 
-def _heads_forward(form, q, k, v, segments):
-    def one(places, q, k, v, seg):
+def _sinks_of(sinks: tuple[Array, ...], rows: int) -> Array | None:
+    """f32[n * rows, 1]: the sinks [n] of heads, if there are any, for each of their queries."""
+    return jnp.repeat(sinks[0], rows)[:, None] if sinks else None
+
+
+def _heads_forward(form, q, k, v, segments, sinks):
+    extra = () if sinks is None else (sinks,)
+
+    def one(places, q, k, v, seg, *sinks):
         t = q.shape[1]
         parts = []
         for block in _blocks(t, form):
@@ -424,8 +459,12 @@ def _heads_forward(form, q, k, v, segments):
                 shape = q.shape[:2]
                 scores, _ = form.scores(q, ks, seg, rows, own, block)
                 top = scores.max(-1, keepdims=True)
+                if (sink := _sinks_of(sinks, shape[1])) is not None:
+                    top = jnp.maximum(top, sink)
                 weights = jnp.exp(scores - top)
                 total = weights.sum(-1, keepdims=True)
+                if sink is not None:
+                    total += jnp.exp(sink - top)
                 out = jnp.dot(weights.astype(vs.dtype), vs, preferred_element_type=jnp.float32) / total
                 return out.astype(vs.dtype).reshape(*shape, -1), top.reshape(shape), total.reshape(shape)
 
@@ -438,17 +477,20 @@ def _heads_forward(form, q, k, v, segments):
                 parts.append([_whole(x, block, 1) for x in jax.lax.map(some, args)])
         return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
-    out, *softmax = form.each(one, q, k, v, segments)
-    return checkpoint_name(out, "attention"), (q, k, v, segments, *(checkpoint_name(x, "attention") for x in softmax))
+    out, *softmax = form.each(one, q, k, v, segments, *extra)
+    softmax = (checkpoint_name(x, "attention") for x in softmax)
+    return checkpoint_name(out, "attention"), ((q, k, v, segments, *softmax), extra)
 
 
 def _heads_backward(form, kept, grad):
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    kept, extra = kept
 
-    def one(places, q, k, v, seg, top, total, grad):
+    def one(places, q, k, v, seg, top, total, grad, *sinks):
         t, c = k.shape
         # Transposed: XLA's fast product on a CPU takes a large right side as it lies, not a large left side transposed.
         dq, dk, dv = [], jnp.zeros((c, t), jnp.float32), jnp.zeros((c, t), jnp.float32)
+        dsinks = [jnp.zeros_like(x) for x in sinks]
         for block in _blocks(t, form):
             cols = slice(block.first, block.last)
             ks, vs = k[cols], v[cols]
@@ -466,13 +508,17 @@ def _heads_backward(form, kept, grad):
                 inner = (weights * dweights).sum(-1, keepdims=True)
                 ds = (weights * (dweights - inner) * slope).astype(q.dtype)
                 own_dq = dot(ds, ks).astype(q.dtype).reshape(q.shape)
-                return own_dq, dot(q.reshape(size, c).T, ds), dot(g.T, weights.astype(vs.dtype))
+                of_keys = dot(q.reshape(size, c).T, ds), dot(g.T, weights.astype(vs.dtype))
+                if (sink := _sinks_of(sinks, q.shape[1])) is None:
+                    return own_dq, *of_keys
+                weight = jnp.exp(sink - top.reshape(size, 1)) / total.reshape(size, 1)
+                return own_dq, *of_keys, -(weight * inner).reshape(q.shape[:2]).sum(1)
 
             pieces = form.pieces(block)
             if pieces is None:
                 here = slice(block.start, block.stop)
                 of = (q[:, here], places[here], seg[here], top[:, here], total[:, here], grad[:, here])
-                of_q, of_k, of_v = some(of)
+                of_q, of_k, of_v, *of_sinks = some(of)
             else:
                 of = (
                     *(_parts(q, block, pieces, 1), _parts(places, block, pieces), _parts(seg, block, pieces)),
@@ -485,13 +531,16 @@ def _heads_backward(form, kept, grad):
                     return jax.tree.map(jnp.add, sums, tuple(of_kv)), of_q
 
                 none = jnp.zeros((c, block.last - block.first), jnp.float32)
-                (of_k, of_v), of_q = jax.lax.scan(add, (none, none), of)
+                start = (none, none, *map(jnp.zeros_like, sinks))
+                (of_k, of_v, *of_sinks), of_q = jax.lax.scan(add, start, of)
                 of_q = _whole(of_q, block, 1)
             dq.append(of_q)
             dk, dv = dk.at[:, cols].add(of_k), dv.at[:, cols].add(of_v)
-        return jnp.concatenate(dq, axis=1), dk.T.astype(k.dtype), dv.T.astype(v.dtype)
+            dsinks = [x + own for x, own in zip(dsinks, of_sinks, strict=True)]
+        return jnp.concatenate(dq, axis=1), dk.T.astype(k.dtype), dv.T.astype(v.dtype), *dsinks
 
-    return *form.each(one, *kept, grad), None
+    dq, dk, dv, *dsinks = form.each(one, *kept, grad, *extra)
+    return dq, dk, dv, None, dsinks[0] if dsinks else None
 
 
 _heads.defvjp(_heads_forward, _heads_backward)

@@ -180,6 +180,7 @@ class Body(nn.Module):
         for block in {b for s in self.spec.segments for b in s.pattern}:
             rows = {"causal": block.causal, "window": block.window, "segmented": True}
             rows |= {"softcap": block.softcap, "tokens": ids.shape[1], "most_segments": self.most_segments}
+            rows |= {"sinks": block.sinks}
             if choose(self.attention, self.dtype, block.head_dim, **rows) == "cudnn":
                 return segments_of(ids, block.causal, self.most_segments)
         return Segments(ids, most=self.most_segments)

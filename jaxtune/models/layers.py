@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.attention import Segments, attend_cache, attend_tokens
 from jaxtune.models.spec import BlockSpec, NormKind
-from jaxtune.weights.leaf import Array, Keys, dot, fold, gathered
+from jaxtune.weights.leaf import Array, Keys, dot, fold, gathered, grouped_dot
 
 
 def gelu(x: Array) -> Array:
@@ -139,6 +139,9 @@ class Attention(nn.Module):
             q, k = (rotate(x, table, s.rope.interleaved) for x in (q, k))
             q = q if heat is None else q * heat.astype(q.dtype)
         scores = {"scale": s.head_dim**-0.5 if s.scale is None else s.scale, "softcap": s.softcap, "window": s.window}
+        if s.sinks:
+            init = nn.initializers.normal(self.std)
+            scores["sinks"] = leaf(self, "sinks", init, (s.heads,)).astype(jnp.float32)
         if cache is not None:
             cache = write_cache(cache, k, v, ctx.positions, layer)
         if cache is None or ctx.positions is None:
@@ -215,32 +218,14 @@ class Mlp(nn.Module):
         return Linear(x.shape[-1], s.mlp_bias, self.std, name="down_proj")(h, keys)
 
 
-# jax batches a grouped product only if both matrices are batched; members of a sweep share one, so they run in turn.
-_product = jax.custom_batching.sequential_vmap(jax.lax.ragged_dot)
-
-
-@jax.custom_batching.sequential_vmap
-def _product_slope(rows: Array, w: Array, sizes: Array, g: Array) -> Array:
-    return jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), w)[1](g)[0]
-
-
-@jax.custom_vjp
-def grouped_dot(rows: Array, w: Array, sizes: Array) -> Array:
-    """rows [N, K] times w [E, K, M] -> [N, M]: the first sizes[0] rows by w[0], the next sizes[1] by w[1], ..."""
-    return _product(rows, w, sizes)
-
-
-grouped_dot.defvjp(
-    lambda rows, w, sizes: (_product(rows, w, sizes), (rows, w, sizes)),
-    lambda kept, g: (_product(g, kept[1].swapaxes(1, 2), kept[2]), _product_slope(*kept, g), None),
-)
-
-
 class Experts(nn.Module):
     """Mixture of experts (Jiang et al. 2024, arXiv:2401.04088, section 2.1): a token's likeliest, weighted.
 
-    Tokens are sorted by expert, so that each projection is one grouped product. No adapter targets these matrices: they
-    are trained in full or not at all.
+    Tokens are sorted by expert, so that each projection is one grouped product. The matrices may be polymorphic leaves
+    with an axis of experts after that of the layers; the router is a plain array.
+
+    Where the spec has `pairs` (a, most), gates g and ups u are clamped (g from above, u on both sides) and give
+    (u + 1) g sigmoid(a g), as in gpt-oss.
     """
 
     spec: BlockSpec
@@ -252,6 +237,8 @@ class Experts(nn.Module):
         init = nn.initializers.normal(self.std)
         tokens = x.reshape(-1, d)
         scores = checkpoint_name(tokens @ leaf(self, "router", init, (d, s.experts)).astype(x.dtype), "mlp")
+        if s.experts_bias:
+            scores += leaf(self, "router_bias", nn.initializers.zeros, (s.experts,)).astype(x.dtype)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), s.experts_per_token)
         if s.norm_topk:
             weights /= weights.sum(-1, keepdims=True)
@@ -259,11 +246,14 @@ class Experts(nn.Module):
         sizes = jnp.bincount(chosen.reshape(-1), length=s.experts)
 
         def grouped(h, name, width):
-            w = leaf(self, name, init, (s.experts, h.shape[-1], width)).astype(h.dtype)
-            return checkpoint_name(grouped_dot(h, w, sizes), "mlp")
+            w = leaf(self, name, init, (s.experts, h.shape[-1], width))
+            y = checkpoint_name(grouped_dot(h, w, sizes), "mlp")
+            if s.experts_bias:
+                biases = leaf(self, f"{name}_bias", nn.initializers.zeros, (s.experts, width)).astype(h.dtype)
+                y += biases[chosen.reshape(-1)[order]]
+            return y
 
-        h = tokens[order // s.experts_per_token]
-        h = ACTIVATIONS[s.act](grouped(h, "gate_experts", s.mlp)) * grouped(h, "up_experts", s.mlp)
+        h = self._gated(grouped(tokens[order // s.experts_per_token], "gate_up_experts", 2 * s.mlp))
         h = grouped(h, "down_experts", d)[jnp.argsort(order)].reshape(*chosen.shape, d)
         out = (h * weights[..., None].astype(x.dtype)).sum(1).reshape(x.shape)
         if s.shared:
@@ -271,6 +261,17 @@ class Experts(nn.Module):
             shared = checkpoint_name(Mlp(s, self.std, s.shared, name="shared")(x, keys), "mlp")
             out += jax.nn.sigmoid(gate) * shared
         return out
+
+    def _gated(self, gate_up: Array) -> Array:
+        """[N, 2 I] -> [N, I]."""
+        s = self.spec
+        if s.pairs is None:
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+            return ACTIVATIONS[s.act](gate) * up
+        slope, most = s.pairs
+        gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+        gate, up = jnp.minimum(gate, most), jnp.clip(up, -most, most)
+        return (up + 1) * gate * jax.nn.sigmoid(slope * gate)
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ One table serves load, export, adapter keys and the resolution of targets, so th
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Tensor(NamedTuple):
         index: row of the stacked leaf; two numbers if each layer's part is stacked, too; None if nothing is.
         transpose: whether HF stores the matrix as (out, in), as torch's Linear; here matrices are (in, out).
         name: its name in a loaded model, where transformers renames tensors; targets and adapters use it.
+        half: 0 or 1 if it is that half of the columns of the place, which two tensors fill; None: all of it.
     """
 
     hf: str
@@ -29,6 +30,7 @@ class Tensor(NamedTuple):
     index: int | tuple[int, int] | None
     transpose: bool
     name: str
+    half: int | None = None
 
     @property
     def module(self) -> str:
@@ -37,7 +39,13 @@ class Tensor(NamedTuple):
 
     def part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of its place in a leaf of `shape`."""
-        return shape[0 if self.index is None else np.size(self.index) :]
+        shape = shape[0 if self.index is None else np.size(self.index) :]
+        return shape if self.half is None else (*shape[:-1], shape[-1] // 2)
+
+    def within(self, array: Any) -> Any:
+        """Its place in a leaf's array, a view of a NumPy array."""
+        place = array[() if self.index is None else self.index]
+        return place if self.half is None else np.split(place, 2, axis=-1)[self.half]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,8 @@ class NameTable:
     Attributes:
         top: HF name -> path, for what is not in a block.
         block: HF name within a layer -> path within a block. A field of `BlockSpec` in braces stands for the numbers
-            below it: that many tensors are stacked on an axis after that of the layers.
+            below it: that many tensors are stacked on an axis after that of the layers. "[0]" or "[1]" at the end of a
+            path: the tensor is the first or the second half of the leaf's columns.
         layer: prefix of a layer's names, with {} for its number.
         prefix: what HF puts before the names of the body; checkpoints saved from the bare body lack it.
         conv1d: matrices are stored (in, out), as GPT-2's Conv1D does (peft's fan_in_fan_out).
@@ -73,8 +82,8 @@ class NameTable:
         def known(path):
             return paths is None or path in paths
 
-        def tensor(hf, *fields):
-            return Tensor(hf, *fields, self.loaded(hf))
+        def tensor(hf, *fields, half=None):
+            return Tensor(hf, *fields, self.loaded(hf), half)
 
         for hf, path in self.top.items():
             if known(path):
@@ -84,14 +93,18 @@ class NameTable:
             for repeat in range(segment.repeats):
                 for j in range(len(segment.pattern)):
                     for hf, path in self.block.items():
+                        path, _, half = path.removesuffix("]").partition("[")
+                        half = int(half) if half else None
                         full = f"segment_{i}/block_{j}/{path}"
                         if not known(full):
                             continue
-                        turn = path.rpartition("/")[2] not in ("scale", "bias") and not self.conv1d
+                        counted, last = re.search(r"{(\w+)}", hf), path.rpartition("/")[2]
+                        turn = not (self.conv1d or last in ("scale", "bias") or last.endswith("_bias"))
+                        turn &= counted is not None or not last.endswith("_experts")  # stacked: (in, out)
                         name = self.layer.format(number) + hf
-                        if counted := re.search(r"{(\w+)}", hf):
+                        if counted:
                             for k in range(getattr(segment.pattern[j], counted[1])):
-                                yield tensor(name.replace(counted[0], str(k)), full, (repeat, k), turn)
+                                yield tensor(name.replace(counted[0], str(k)), full, (repeat, k), turn, half=half)
                         else:
                             yield tensor(name, full, repeat, turn)
                     number += 1

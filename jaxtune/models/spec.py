@@ -35,6 +35,8 @@ class BlockSpec:
     experts: int = 0  # feed-forward parts of width `mlp` that each token is routed to; 0: one for all tokens
     experts_per_token: int = 0
     norm_topk: bool = False  # whether the chosen experts' weights sum to 1
+    experts_bias: bool = False  # of experts and router
+    pairs: tuple[float, float] | None = None  # experts' gates and ups lie side by side; (a, most), see `layers.Experts`
     shared: int = 0  # hidden width of a gated expert for all tokens beside them
     qk_norm: Literal["", "head", "width", "heads"] = ""  # over a head, all heads, or a head with scales of its own
     qkv_bias: bool = False
@@ -44,6 +46,7 @@ class BlockSpec:
     causal: bool = True
     scale: float | None = None  # multiplies q.k; default: head_dim ** -0.5
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: bool = False  # a trained score a head that stands beside those of the keys and has no value
 
 
 @dataclasses.dataclass(frozen=True)

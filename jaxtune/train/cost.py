@@ -369,7 +369,7 @@ def _chosen(recipe: Recipe, backend: str, policy: str, counted: bool) -> Any:
     block = module.spec.segments[0].pattern[0]
     segmented = recipe.batch.packed or not block.causal  # an encoder tells padding by segments
     rows = {"tokens": recipe.batch.length, "causal": block.causal, "softcap": block.softcap, "segmented": segmented}
-    rows |= {"window": block.window, "most_segments": module.most_segments}
+    rows |= {"window": block.window, "most_segments": module.most_segments, "sinks": block.sinks}
     attention = choose(module.attention, module.dtype, block.head_dim, backend, **rows)
     if counted and attention in ("cudnn", "blocks"):
         attention = "mapped"

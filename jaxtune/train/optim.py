@@ -48,7 +48,7 @@ def _is_matrix(path: str, array: Any, field: Field | None) -> bool:
     """Whether an array is a matrix: stacked norms, biases and fields that a leaf declares as vectors are not."""
     if field is not None:
         return field.ndim >= 2
-    return array.ndim >= 2 and not re.search(r"(^|/)(scale|bias)(/value)?$", path)
+    return array.ndim >= 2 and not re.search(r"(^|/)(scale|(\w+_)?bias|sinks)(/value)?$", path)
 
 
 def decay_mask(params: Any) -> Any:

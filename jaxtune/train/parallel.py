@@ -108,7 +108,7 @@ def check_model(spec: Any, parts: int) -> None:
             found = [
                 ("self_attn/q_proj", block.heads, "query heads"),
                 ("self_attn/k_proj", block.kv_heads, "key-value heads"),
-                ("mlp/up_experts", block.experts, "experts"),
+                ("mlp/gate_up_experts", block.experts, "experts"),
                 ("mlp/up_proj", 0 if block.experts else block.mlp, "channels of the feed-forward part"),
             ]
             for name, size, what in found:

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import UserError
 from jaxtune.tree import Stored
+from jaxtune.weights import grouped
 from jaxtune.weights.leaf import (
     Adapter,
     Array,
@@ -23,6 +24,7 @@ from jaxtune.weights.leaf import (
     drop,
     embed,
     fixed,
+    frozen_grouped_dot,
     is_weight,
     leaf_type,
     matmul,
@@ -79,6 +81,12 @@ class LoraWeight(Adapter):
     def transposed_dot(self, x, product):
         a, b = self.factors()
         return transposed_dot(x, self.w, product) + self._update(product(x, b.T.astype(x.dtype)), a.T)
+
+    def grouped_dot(self, rows, sizes):
+        a, b = self.factors()
+        b = b * self.scale[:, None, None]  # of each expert
+        low = checkpoint_name(grouped.grouped_dot(rows, a.astype(rows.dtype), sizes), "low")
+        return frozen_grouped_dot(rows, self.w, sizes) + grouped.grouped_dot(low, b.astype(low.dtype), sizes)
 
     def _update(self, low: Array, up: Array) -> Array:
         """scale * low up. The scale multiplies the narrow factor of width r, forward and backward, not the output."""

@@ -31,6 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import UserError
 from jaxtune.tree import FROZEN, MEMBER, TRAIN, Field, Node, filled, path_str
+from jaxtune.weights import grouped
 
 Array = jax.Array
 Keys = Array | None  # one PRNG key a row, [B]; None: no dropout
@@ -88,6 +89,10 @@ class Weight(Node):
 
     def transposed_dot(self, x: Array, product: Product) -> Array:
         """x [..., N] -> [..., K], times the transposed matrix that `merge` gives."""
+        raise NotImplementedError
+
+    def grouped_dot(self, rows: Array, sizes: Array) -> Array:
+        """rows [N, K] -> [N, M] by matrices [E, K, M] of experts; see `grouped.grouped_dot`."""
         raise NotImplementedError
 
     def embed(self, ids: Array) -> Array:
@@ -205,6 +210,16 @@ def matmul(x: Array, w: Array) -> Array:
 def dot(x: Array, w: Array | Weight, keys: Keys = None, product: Product = matmul) -> Array:
     """x [..., K] times w [K, N] in x's dtype -> [..., N]. `keys` [B], one a row of x, switch dropout on."""
     return w.dot(x, keys, product) if is_weight(w) else product(x, w.astype(x.dtype))
+
+
+def grouped_dot(rows: Array, w: Array | Weight, sizes: Array) -> Array:
+    """rows [N, K] times w [E, K, M] in the rows' dtype -> [N, M]: the first sizes[0] rows by w[0], and so on."""
+    return w.grouped_dot(rows, sizes) if is_weight(w) else grouped.grouped_dot(rows, w.astype(rows.dtype), sizes)
+
+
+def frozen_grouped_dot(rows: Array, w: Array | Weight, sizes: Array) -> Array:
+    """`grouped_dot` by the frozen base of an adapter."""
+    return w.grouped_dot(rows, sizes) if is_weight(w) else grouped.frozen_grouped_dot(rows, w.astype(rows.dtype), sizes)
 
 
 def transposed_dot(x: Array, w: Array | Weight, product: Product = matmul) -> Array:

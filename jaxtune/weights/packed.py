@@ -1,4 +1,4 @@
-"""Quantised leaves for a frozen base: NF4 with double quantisation, int8, fp8, stored or multiplied.
+"""Quantised leaves for a frozen base: NF4 with double quantisation, MXFP4, int8, fp8, stored or multiplied.
 
 They sit under a `LoraWeight` (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A product builds the plain matrix of one
 layer in x's dtype, multiplies, and drops it; the backward pass builds it again.
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtune.errors import UserError, nearest
 from jaxtune.tree import PyTree, flatten, path_str
+from jaxtune.weights import grouped
 from jaxtune.weights.foreign import MatrixLayout, matrices
 from jaxtune.weights.leaf import Adapter, Array, Weight, leaf_type, matmul, packed, rebuilt, weights_by_path
 
@@ -43,6 +44,13 @@ def _share(size: int, most: int, even: bool = False) -> int:
 
 class Packed(Weight):
     """A frozen leaf in fewer bits than its numbers need."""
+
+    def grouped_dot(self, rows, sizes):
+        # One layer's experts are unpacked for the product, and again backward.
+        def product(rows, w):
+            return grouped.frozen_grouped_dot(rows, w.merge().astype(rows.dtype), sizes)
+
+        return rebuilt(product, rows, self)
 
 
 @leaf_type
@@ -83,8 +91,31 @@ class QuantWeight(Packed):
         return self.q.astype(jnp.float32) * self.scale
 
 
+class Codes(Packed):
+    """A packed leaf whose products build its plain matrix, one layer's at a time."""
+
+    def dense(self, dtype: Any) -> jax.Array:
+        """The plain array [*L, K, N]."""
+        raise NotImplementedError
+
+    def dot(self, x, keys, product):
+        return rebuilt(lambda x, w: product(x, w.dense(x.dtype)), x, self)
+
+    def transposed_dot(self, x, product):
+        return rebuilt(lambda x, w: product(x, w.dense(x.dtype).T), x, self)
+
+    def embed(self, ids):
+        return self.dense(jnp.float32)[ids]
+
+    def attend(self, x):
+        return self.transposed_dot(x, matmul)
+
+    def merge(self):
+        return self.dense(jnp.float32)
+
+
 @leaf_type
-class Nf4Weight(Packed):
+class Nf4Weight(Codes):
     """4-bit NormalFloat with double quantisation (arXiv:2305.14314, equations 4 to 6): 4.13 bits a weight.
 
     Blocks of 64 weights of one output column (fewer, where K is no multiple) share an absolute maximum; 256 of these
@@ -131,27 +162,52 @@ class Nf4Weight(Packed):
         grouped = self.absmax.reshape(*lead, blocks, self.scale.shape[-1], -1).astype(jnp.float32)
         return (grouped * self.scale[..., None]).reshape(self.absmax.shape) + self.offset[..., None, None]
 
-    def dense(self, dtype: Any) -> jax.Array:
-        """The plain array [*L, K, N]."""
+    def dense(self, dtype):
         *lead, half, n = self.codes.shape
         codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-2)
         values = jnp.asarray(NF4)[codes].reshape(*lead, self.absmax.shape[-2], -1, n)
         return (values * self._absmax()[..., None, :]).astype(dtype).reshape(*lead, 2 * half, n)
 
-    def dot(self, x, keys, product):
-        return rebuilt(lambda x, w: product(x, w.dense(x.dtype)), x, self)
 
-    def transposed_dot(self, x, product):
-        return rebuilt(lambda x, w: product(x, w.dense(x.dtype).T), x, self)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # with a sign, the 16 values of 4-bit floats
+MX_BLOCK = 32  # weights that share a power of two
 
-    def embed(self, ids):
-        return self.dense(jnp.float32)[ids]
 
-    def attend(self, x):
-        return self.transposed_dot(x, matmul)
+@leaf_type
+class Mxfp4Weight(Codes):
+    """4-bit floats; 32 of an output column share a power of two (OCP Microscaling Formats 1.0, section 5.3), 4.25 bits.
 
-    def merge(self):
-        return self.dense(jnp.float32)
+    Weights that were published in MXFP4, as gpt-oss's experts are, stay what they are. Blocks are shorter where K is no
+    multiple of 32.
+
+    Attributes:
+        codes: uint8[*L, K / 2, N]; rows 2i and 2i + 1 of the matrix in the low and the high half of a byte.
+        exponent: int8[*L, K / block, N].
+    """
+
+    codes: jax.Array = packed("K/2 N", parameters=2)
+    exponent: jax.Array = packed("K/block N")
+
+    @classmethod
+    def quantize(cls, w: jax.Array) -> "Mxfp4Weight":
+        """Round a plain array [*L, K, N] of an even K, as section 6.3 of the standard does."""
+        *layers, k, n = w.shape
+        block = _share(k, MX_BLOCK, even=True)
+        blocks = w.astype(jnp.float32).reshape(*layers, k // block, block, n)
+        exponent = jnp.clip(
+            jnp.frexp(jnp.abs(blocks).max(-2))[1] - 3, -127, 127
+        )  # the largest is from 4 to 8, at most 6
+        unit = jnp.ldexp(blocks, -exponent[..., None, :])
+        codes = jnp.searchsorted(jnp.asarray((E2M1[1:] + E2M1[:-1]) / 2), jnp.abs(unit)).astype(jnp.uint8)
+        pairs = (codes | jnp.where(unit < 0, 8, 0).astype(jnp.uint8)).reshape(*layers, k // 2, 2, n)
+        return cls(pairs[..., 1, :] << 4 | pairs[..., 0, :], exponent.astype(jnp.int8))
+
+    def dense(self, dtype):
+        *lead, half, n = self.codes.shape
+        codes = jnp.stack([self.codes & 15, self.codes >> 4], axis=-2)
+        values = jnp.asarray(np.concatenate([E2M1, -E2M1]))[codes].reshape(*lead, self.exponent.shape[-2], -1, n)
+        scaled = jnp.ldexp(values, self.exponent[..., None, :].astype(jnp.int32))
+        return scaled.astype(dtype).reshape(*lead, 2 * half, n)
 
 
 @leaf_type
@@ -201,12 +257,15 @@ KINDS: dict[str, Callable[[jax.Array], Weight]] = {
     "int8": QuantWeight.quantize,
     "fp8": lambda w: QuantWeight.quantize(w, jnp.float8_e4m3fn),
     "fp8_matmul": lambda w: Fp8Weight.quantize(w, jnp.float8_e4m3fn),
+    "mxfp4": Mxfp4Weight.quantize,
 }
 
-BODY = r"segment_\d+/.*kernel"  # linear modules of jaxtune's decoders and encoders; tables and heads stay as they are
+# Linear modules and experts of jaxtune's decoders and encoders; tables, heads and routers stay as they are.
+BODY = r"segment_\d+/.*(kernel|_experts)"
+PATTERNS = {"mxfp4": r"segment_\d+/.*_experts"}  # the kinds that by default are for less
 
 
-def packs(params: PyTree, kind: str, pattern: str = BODY) -> dict[str, Callable[[jax.Array], Weight]]:
+def packs(params: PyTree, kind: str, pattern: str | None = None) -> dict[str, Callable[[jax.Array], Weight]]:
     """Return {path: quantising function} for the matrices of a tree (which may be abstract) whose paths match a regex.
 
     Raises:
@@ -214,33 +273,36 @@ def packs(params: PyTree, kind: str, pattern: str = BODY) -> dict[str, Callable[
     """
     if kind not in KINDS:
         raise UserError(f"quantization={kind!r} is not one of {', '.join(map(repr, KINDS))}.{nearest(kind, KINDS)}")
+    pattern = PATTERNS.get(kind, BODY) if pattern is None else pattern
     leaves = {path: leaf for path, leaf in flatten(params).items() if len(leaf.shape) >= 2}
     chosen = [path for path in leaves if re.fullmatch(pattern, path)]
+    if not chosen and pattern == PATTERNS.get(kind):
+        raise UserError(f"quantization={kind!r} is for experts, and this model has none; use 'nf4'.")
     if not chosen:
         raise UserError(f"No matrix is named {pattern!r}; there are {', '.join(sorted(leaves)[:8])}, ...")
     for path in chosen:
-        if kind == "nf4" and leaves[path].shape[-2] % 2:
+        if kind in ("nf4", "mxfp4") and leaves[path].shape[-2] % 2:
             raise UserError(
-                f"{path} has {leaves[path].shape[-2]} rows; NF4 packs two in a byte. Use int8, or leave it out."
+                f"{path} has {leaves[path].shape[-2]} rows; {kind} packs two in a byte. Use int8, or leave it out."
             )
     return dict.fromkeys(chosen, KINDS[kind])
 
 
 def quantize(
-    params: PyTree, kind: str, pattern: str = BODY, layouts: Mapping[str, MatrixLayout] | None = None
+    params: PyTree, kind: str, pattern: str | None = None, layouts: Mapping[str, MatrixLayout] | None = None
 ) -> PyTree:
     """Quantise the matrices of a tree.
 
     Args:
         params: plain arrays.
-        kind: "nf4", "int8", "fp8" (e4m3, for storage) or "fp8_matmul" (products in fp8 too).
-        pattern: regex over whole paths "a/b/kernel"; by default the body of jaxtune's own models.
+        kind: "nf4", "int8", "fp8" (e4m3, for storage), "fp8_matmul" (products in fp8 too) or "mxfp4" (experts).
+        pattern: regex over whole paths "a/b/kernel"; by default the body of our own models, or its experts (mxfp4).
         layouts: how the arrays of a foreign model are matrices, from `adapt(apply_fn).layouts`.
 
     Raises:
         UserError: as `packs`.
     """
-    chosen = {path: layouts[path] for path in layouts if re.fullmatch(pattern, path)} if layouts else {}
+    chosen = {path: layouts[path] for path in layouts if re.fullmatch(pattern or BODY, path)} if layouts else {}
     params, restore = matrices(params, chosen)
     pack = packs(params, kind, pattern)
 

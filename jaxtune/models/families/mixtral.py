@@ -11,8 +11,8 @@ NAMES = dataclasses.replace(
     block={hf: path for hf, path in LLAMA.block.items() if not hf.startswith("mlp")}
     | {
         "block_sparse_moe.gate.weight": "mlp/router",
-        "block_sparse_moe.experts.{experts}.w1.weight": "mlp/gate_experts",
-        "block_sparse_moe.experts.{experts}.w3.weight": "mlp/up_experts",
+        "block_sparse_moe.experts.{experts}.w1.weight": "mlp/gate_up_experts[0]",
+        "block_sparse_moe.experts.{experts}.w3.weight": "mlp/gate_up_experts[1]",
         "block_sparse_moe.experts.{experts}.w2.weight": "mlp/down_experts",
     },
     in_memory=((r"block_sparse_moe", "mlp"),),

@@ -10,8 +10,8 @@ from jaxtune.models.spec import Config, DecoderSpec, by_layer
 
 EXPERTS = {
     "mlp.gate.weight": "mlp/router",
-    "mlp.experts.{experts}.gate_proj.weight": "mlp/gate_experts",
-    "mlp.experts.{experts}.up_proj.weight": "mlp/up_experts",
+    "mlp.experts.{experts}.gate_proj.weight": "mlp/gate_up_experts[0]",
+    "mlp.experts.{experts}.up_proj.weight": "mlp/gate_up_experts[1]",
     "mlp.experts.{experts}.down_proj.weight": "mlp/down_experts",
 }
 _SHARED = {f"mlp.shared_expert.{name}": f"mlp/shared/{name}" for name in ("gate_proj", "up_proj", "down_proj")}
