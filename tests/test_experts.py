@@ -10,6 +10,7 @@ import pytest
 import small
 import zoo
 
+from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf.load import load
 from jaxtune.methods.adapters import lora
@@ -199,6 +200,17 @@ def test_experts_in_mxfp4_are_read_as_transformers_reads_them(published):
     assert sum(x.nbytes for x in jax.tree.leaves(leaf)) == want.size * 17 / 32
     assert zoo.apart(logits(module, kept, tokens), zoo.torch_logits(model, tokens)) < 1e-4
     assert "quantization_config" not in module.spec.hf_config
+
+
+def test_mixtral_8x7b_in_nf4_takes_under_28_gib():
+    """Its published shapes; nothing is allocated."""
+    published = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    published |= {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
+    module = models.build(zoo.config("mixtral").to_dict() | published | {"head_dim": None})
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), module.abstract_params())
+    assert sum(x.size for x in jax.tree.leaves(plain)) == 46_702_792_704
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda p: quantize(p, "nf4"), plain)))
+    assert held < 23 * 2**30
 
 
 REFUSED = {

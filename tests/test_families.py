@@ -28,9 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of what it corre
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BERT = ["query", "key", "value", "intermediate.dense"]
-# Elsewhere "all-linear": that reaches experts in peft, not here, and in an encoder the pooler, which is a label head.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Elsewhere "all-linear": that reaches routers in peft, not here, and in an encoder the pooler, which is a label head.
 TARGETS = {
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), ATTENTION),
+    **dict.fromkeys(MIXTURES, ATTENTION),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
     "distilbert": ["q_lin", "v_lin", "out_lin", "lin1", "lin2"],
     "modernbert": ["Wqkv", "Wo", "Wi"],
@@ -90,6 +92,7 @@ def theirs(name: str) -> Theirs:
     torch.manual_seed(0)
     model, directory, _, _ = base(name)
     settings = {"task_type": "SEQ_CLS" if name in ENCODERS else "CAUSAL_LM", "r": 2, "lora_alpha": 3}
+    settings |= {"target_parameters": EXPERTS} if name in MIXTURES else {}
     targets = TARGETS.get(name, "all-linear")
     model = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=targets, **settings)).eval()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -142,10 +145,16 @@ def test_an_adapter_of_peft_gives_its_logits_and_gradients(name):
     assert len(want.gradients) == 2 * len(tree_factors(module, params))
     gradient = {path: leaf for path, leaf in flatten(gradient).items() if leaf is not None}
     for place in places(params, module):
+        of = place.name
+        if place.parameter:  # the wrapper of the first lies within that of the second
+            of = of.replace(".gate_up_proj", ".base_layer").replace(".down_proj", "")
         for field, key in (("a", "lora_A"), ("b", "lora_B")):
-            slope = want.gradients.get(f"base_model.model.{place.name}.{key}.default.weight")
+            slope = want.gradients.get(f"base_model.model.{of}.{key}.default.weight")
             if slope is not None:
-                assert zoo.apart(gradient[f"{place.path}/{field}"][place.index].T, slope) < TOLERANCE
+                got = gradient[f"{place.path}/{field}"][place.index].swapaxes(-1, -2)
+                if place.parameter:  # [E r, K] and [N, r E]
+                    got = (got if field == "a" else np.moveaxis(got, 0, 2)).reshape(slope.shape)
+                assert zoo.apart(got, slope) < TOLERANCE
 
 
 def moved(params: Any, mask: Any) -> Any:

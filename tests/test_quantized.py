@@ -70,7 +70,9 @@ def test_nf4_takes_4_bits_and_an_eighth():
 def test_products_are_those_of_the_matrix_it_stands_for(kind):
     w = KINDS[kind](matrix(64, 24))
     plain = merge_leaf(w)
-    assert 0 < float(jnp.abs(plain - matrix(64, 24)).max()) < {"nf4": 0.6, "int8": 0.02, "fp8": 0.15}[kind]
+    assert (
+        0 < float(jnp.abs(plain - matrix(64, 24)).max()) < {"nf4": 0.6, "int8": 0.02, "fp8": 0.15, "mxfp4": 1.0}[kind]
+    )
     x, y, ids = matrix(3, 5, 64), matrix(3, 5, 24), jnp.array([[0, 63], [7, 7]])
     for ours, theirs in (
         (dot(x, w), x @ plain),
@@ -206,10 +208,14 @@ def test_a_model_that_is_not_ours_is_quantised_by_its_layouts():
 
 
 def test_what_cannot_be_quantised_is_said():
-    with pytest.raises(UserError, match=r"is not one of 'nf4', 'int8', 'fp8', 'fp8_matmul'\. Did you mean 'nf4'"):
+    with pytest.raises(
+        UserError, match=r"is not one of 'nf4', 'int8', 'fp8', 'fp8_matmul', 'mxfp4'\. Did you mean 'nf4'"
+    ):
         packs(weights(), "nf44")
     with pytest.raises(UserError, match="No matrix is named"):
         packs(weights(), "nf4", "layers.*")
+    with pytest.raises(UserError, match="is for experts, and this model has none"):
+        packs(weights(), "mxfp4")
     with pytest.raises(UserError, match="has 7 rows"):
         packs({"odd": {"kernel": jnp.ones((7, 4))}}, "nf4", ".*")
 

@@ -40,7 +40,7 @@ from jaxtune.hf.peft_config import (
 )
 from jaxtune.hf.stops import stop_ids, write_generation_config
 from jaxtune.methods.adapters import HEAD, TABLE, tokens_of
-from jaxtune.methods.places import DENSE, Place, in_label_head, is_saved, parameters, places, renamed
+from jaxtune.methods.places import DENSE, Place, in_label_head, is_bias, is_saved, parameters, places, renamed
 from jaxtune.methods.vocabulary import resize
 from jaxtune.models.body import Body
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
@@ -120,8 +120,8 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
             spots[f"{_PREFIX}{t.module}{middle}.weight"] = Spot(t.path, t.index, field, shape, turn=t.transpose)
         elif t.path.endswith("/bias") and t.module in names and bias != "none":
             spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
-        elif t.path.endswith("/bias") and bias == "all":
-            spots[f"{_PREFIX}{t.name}"] = Spot(t.path, t.index, "", shape)
+        elif is_bias(t.path) and bias == "all":
+            spots[f"{_PREFIX}{t.name}"] = Spot(t.path, t.index, "", shape, turn=t.transpose)
     return spots
 
 
@@ -562,6 +562,11 @@ def export_adapter(
     if bake:
         arrays, config = _baked(arrays, config, places(params, module))
         notes = _refused_by_vllm(config)
+    if config.get("target_parameters"):
+        notes.append(
+            "Experts are adapted: vLLM leaves such factors out without a word, baked or not. Serve the merged model, "
+            "which `jaxtune export` writes without --adapter."
+        )
     with atomic_dir(out, overwrite=overwrite) as folder:
         tensors.write(folder, arrays, "adapter_model", shard_bytes=2**63)  # peft reads one file
         text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"

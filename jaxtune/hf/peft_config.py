@@ -21,6 +21,7 @@ from jaxtune.methods.places import (
     Factors,
     Place,
     in_label_head,
+    is_bias,
     is_or_ends,
     is_saved,
     lora_places,
@@ -461,7 +462,7 @@ def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
             roles.get(t.path) is TRAIN
             and not in_label_head(t.path)
             and not is_weight(leaves[t.path])
-            and not t.path.endswith("/bias")
+            and not is_bias(t.path)
         ):
             found[t.module] = t.path
     return found
@@ -469,7 +470,7 @@ def _trained_modules(module: Any, params: Any, mask: Any) -> dict[str, str]:
 
 def _trained_biases(mask: Any, tree: Mapping[Place, Factors], saved: Mapping[str, str]) -> str:
     """The value of `bias`: which biases were trained, besides those of modules that were trained in full."""
-    trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("/bias")}
+    trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith(("/bias", "_bias"))}
     trained = {path for path in trained if not (in_label_head(path) or path.startswith(f"{DENSE}/"))}
     trained -= {re.sub(r"[^/]+$", "bias", path) for path in saved.values()}
     beside = {re.sub(r"[^/]+$", "bias", place.path) for place in tree}
