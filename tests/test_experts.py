@@ -22,8 +22,8 @@ from jaxtune.train.optim import optimizer
 from jaxtune.train.stacked import make_sweep_step, stack, unstack
 from jaxtune.train.step import init_state, make_train_step
 from jaxtune.tree import combine, count, partition
-from jaxtune.weights.leaf import Packed, merge, weights_by_path
-from jaxtune.weights.packed import quantize
+from jaxtune.weights.leaf import merge, weights_by_path
+from jaxtune.weights.packed import Packed, quantize
 
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 T = 24
