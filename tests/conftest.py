@@ -57,6 +57,28 @@ def keeping(request):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if runs else 1e6)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def contexts():
+    """Build many programs in one MLIR context: making one takes as long as lowering an operation in it twice.
+
+    A new one now and then gives back what the constants of its programs took.
+    """
+    from jax._src.interpreters import mlir
+
+    make, kept = mlir.make_ir_context, []
+
+    def shared():
+        if len(kept) == PROGRAMS:
+            kept.clear()
+        kept.append(kept[0] if kept else make())
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", shared)
+        yield
+
+
+PROGRAMS = 64  # of a context
 _left = [0]  # bytes after the last time: some of them stay, such as torch's models
 
 

@@ -75,12 +75,24 @@ def few(command):
     return [word for word in words if word.partition("=")[0] not in replaced] + [*more]
 
 
-def shell(command):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where the first page with the quickstart leaves a copy of its run, for the others."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+def shell(command, trained):
     if command.startswith(NEVER):
         return
     words = few(command)
     assert words[0] == "jaxtune", f"{command}: only jaxtune is run; say why others are not"
+    quickstart = re.fullmatch(rf"jaxtune train {QUICKSTART} --workdir=(\S+)", command)
+    if quickstart and trained.exists():
+        shutil.copytree(trained, quickstart[1])
+        return
     assert cli.main(words[1:]) == 0, command
+    if quickstart:
+        shutil.copytree(quickstart[1], trained)
 
 
 @pytest.fixture
@@ -93,7 +105,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(page):
+def run(page, trained):
     """Run a page's blocks; return what its Python has named after each of its Python blocks."""
     names: dict = {"__name__": page.stem}
     after = []
@@ -101,11 +113,11 @@ def run(page):
         if i:
             shutil.copytree(PREPARED[page.stem][0], name)
         else:
-            shell(f"jaxtune train --config=configs/quickstart.py --workdir={name}")
+            shell(f"jaxtune train {QUICKSTART} --workdir={name}", trained)
     for language, code, note in blocks(page):
         if language == "sh":
             for command in commands(code):
-                shell(command)
+                shell(command, trained)
             continue
         exec(compile(code, str(page), "exec"), names)
         after.append(dict(names))
@@ -160,8 +172,8 @@ def test_readme_is_a_page():
     ids=lambda page: page.stem,
 )
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft of transformers
-def test_page_runs(page, checkout, capsys):
-    after = run(page)
+def test_page_runs(page, checkout, trained, capsys):
+    after = run(page, trained)
     if proof := PROOFS.get(page.stem):
         proof(after, checkout, capsys.readouterr().out)
 

@@ -65,7 +65,7 @@ def test_losses_and_gradients_are_those_of_sentence_transformers(name, missing):
 
     texts, label, told, theirs, settings = CASES[name]
     v = vectors(texts, label, missing=missing)
-    value, grad = jax.value_and_grad(lambda x: ours(name)(v._replace(texts=x), told))(v.texts)
+    value, grad = jax.jit(jax.value_and_grad(lambda x: ours(name)(v._replace(texts=x), told)))(v.texts)
     x = [torch.tensor(v.texts[:N, i], requires_grad=True) for i in range(texts)]
     wanted = torch.tensor(v.label[:N] if name not in ("batch_hard",) else v.label[:N, 0])
     wanted = wanted[:, 0] if wanted.ndim > 1 and wanted.shape[1] == 1 else wanted
@@ -83,7 +83,8 @@ def test_matryoshka_is_that_of_sentence_transformers():
     from torch.nn.functional import normalize
 
     v, widths = vectors(2), (4, 8, 12)
-    value, grad = jax.value_and_grad(lambda x: matryoshka(infonce, widths)(v._replace(texts=x), Told(0.05)))(v.texts)
+    both = jax.value_and_grad(lambda x: matryoshka(infonce, widths)(v._replace(texts=x), Told(0.05)))
+    value, grad = jax.jit(both)(v.texts)
     x = [torch.tensor(v.texts[:, i], requires_grad=True) for i in range(2)]
     loss = losses.MultipleNegativesRankingLoss(None)
     total = sum(loss.compute_loss_from_embeddings([normalize(t[:, :w], dim=-1) for t in x], None) for w in widths)

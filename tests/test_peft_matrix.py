@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,9 +18,18 @@ from test_models import FIRST
 
 import jaxtune
 from jaxtune.errors import UserError
+from jaxtune.methods.adapters import HEAD, TABLE
 from jaxtune.methods.places import places
-from jaxtune.weights.adapters import LoraWeight, virtual_tokens
-from jaxtune.weights.leaf import map_weights
+from jaxtune.weights.adapters import (
+    DoraWeight,
+    HeadTokensWeight,
+    Ia3Weight,
+    LoraWeight,
+    PromptWeight,
+    TokensWeight,
+    virtual_tokens,
+)
+from jaxtune.weights.leaf import is_weight, map_paths, weights_by_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TOKENS = zoo.tokens(2, 10)
@@ -111,10 +121,6 @@ REFUSED = {
     "resized": r"extra +base_model\.model\.lm_head\.bias",
     "resized, tokens": r"extra +base_model\.model\.lm_head\.bias",
 }
-# Whose leaves a program of their own runs: each kind of leaf in each place. LoRA of the others is folded into the base
-# here, so that one program of a family does for all of them.
-OWN = ("all-linear", "dora", "the head", "the table", "the table in both", "tokens", "tokens, named")
-OWN += ("tokens of both", "resized, tokens", "ia3", "ia3, named", "ia3, saved", "prompt")
 
 
 def theirs(name: str, config: dict[str, Any], folder: Any) -> tuple[Any, np.ndarray] | None:
@@ -141,15 +147,48 @@ def theirs(name: str, config: dict[str, Any], folder: Any) -> tuple[Any, np.ndar
 
 
 def folded(params: Any) -> Any:
-    """Plain matrices in place of LoRA's leaves: w + scale a b."""
+    """Plain arrays in place of leaves, by the equations of their papers: one program of a family does for all.
 
-    def fold(leaf):
-        if type(leaf) is not LoraWeight:
-            return leaf
-        w, a, b, scale = (np.asarray(x, np.float32) for x in (leaf.w, leaf.a, leaf.b, leaf.scale))
-        return jax.device_put(w + scale[..., None, None] * (a @ b))
+    A soft prompt stays, which no table is, and LoRA of a table that is the head, too: there it counts in one place.
+    """
+    tied = HEAD not in weights_by_path(params)
 
-    return map_weights(fold, params)
+    def walk(tree, path):
+        if isinstance(tree, Mapping):
+            out = {name: walk(child, f"{path}/{name}") for name, child in tree.items()}
+            if getattr(tree.get("kernel"), "bias", None) is not None:  # (IA)^3 scales it
+                kernel = tree["kernel"]
+                out["bias"] = jax.device_put(np.asarray(tree["bias"]) * adapted(kernel, kernel.out))
+            return out
+        if not is_weight(tree) or isinstance(tree, PromptWeight) or (tied and lora_at(tree, path.strip("/"))):
+            return tree
+        return jax.device_put(plain_array(tree))
+
+    return walk(params, "")
+
+
+def lora_at(leaf: Any, path: str) -> bool:
+    return isinstance(leaf, LoraWeight) and path == TABLE
+
+
+def adapted(leaf: Any, vector: Any) -> np.ndarray:
+    """A vector of each layer, ones where a layer is not adapted."""
+    return np.where(np.asarray(leaf.scale)[..., None] != 0, np.asarray(vector), np.float32(1))
+
+
+def plain_array(leaf: Any) -> np.ndarray:
+    w = np.asarray(leaf.w, np.float32)
+    if isinstance(leaf, LoraWeight):
+        a, b, scale = (np.asarray(x, np.float32) for x in (leaf.a, leaf.b, leaf.scale))
+        w = w + scale[..., None, None] * (a @ b)
+        if isinstance(leaf, DoraWeight):
+            w = w * adapted(leaf, leaf.magnitude / np.sqrt(np.square(w).sum(-2)))[..., None, :]
+    elif isinstance(leaf, Ia3Weight):
+        w = w * (adapted(leaf, leaf.out)[..., None, :] if leaf.inp is None else adapted(leaf, leaf.inp)[..., None])
+    else:
+        w = w.copy()  # some rows of a table, or columns of a head
+        (w.T if isinstance(leaf, HeadTokensWeight) else w)[list(leaf.ids)] = np.asarray(leaf.rows)
+    return w
 
 
 def logits(module: Any, params: Any) -> np.ndarray:
@@ -181,10 +220,50 @@ def test_an_adapter_of_peft_comes_in_and_goes_out(name, case, tmp_path):
     except UserError as error:
         assert case in REFUSED and re.search(REFUSED[case], str(error)), error
         pytest.skip(f"refused: {REFUSED[case]}")
-    assert zoo.apart(logits(module, params if case in OWN else folded(params)), expected) < 1e-4
+    assert zoo.apart(logits(module, params if case == "all-linear" else folded(params)), expected) < 1e-4
     jaxtune.export_adapter(module, params, tmp_path / "ours", base=zoo.directory(name), config=config, mask=mask)
     model = copy.deepcopy(zoo.model(name))
     if module.spec.vocab != zoo.VOCAB:
         model.resize_token_embeddings(module.spec.vocab)
     again = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).eval()
     assert zoo.apart(zoo.torch_logits(again, TOKENS), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_leaves_compute_what_they_stand_for(name):
+    """Each kind of leaf in each place of a family, two programs for all; one layer is not adapted."""
+    module, params = zoo.ours(name)
+    rng = np.random.default_rng(0)
+    bodies = {p.path for p in places(params, module) if p.linear and p.index is not None}
+    leaves = weights_by_path(params)
+
+    def draw(*shape, around=0.0):
+        return jax.device_put(np.float32(around + 0.3 * rng.standard_normal(shape)))
+
+    def low_rank(w, kind=LoraWeight, **more):
+        *layers, k, n = w.shape
+        scale = jax.device_put(np.float32(0.5 * (np.arange(layers[0]) != 1)) if layers else np.float32(0.5))
+        return kind(w, draw(*layers, k, 2), draw(*layers, 2, n), scale, **more)
+
+    def first(path, w):
+        if path in bodies:
+            return low_rank(w, DoraWeight, magnitude=draw(*w.shape[:-2], w.shape[-1], around=2.0))
+        return low_rank(w) if path == HEAD or (path == TABLE and HEAD in leaves) else w
+
+    def second(path, w):
+        if path in bodies:
+            *layers, k, n = w.shape
+            scale = jax.device_put(np.float32(np.arange(layers[0]) != 1))
+            if sorted(bodies).index(path) % 2:
+                return Ia3Weight(w, scale, inp=draw(*layers, k, around=1.0))
+            bias = leaves.get(path.removesuffix("kernel") + "bias")
+            return Ia3Weight(w, scale, out=draw(*layers, n, around=1.0), bias=bias)
+        kind = {TABLE: TokensWeight, HEAD: HeadTokensWeight}.get(path)
+        return w if kind is None else kind(w, draw(2, zoo.LLAMA["hidden_size"]), (3, 1))
+
+    bare = logits(module, params)
+    for change in (first, second):
+        tree = map_paths(change, params)
+        got = logits(module, tree)
+        assert zoo.apart(got, logits(module, folded(tree))) < 1e-4
+        assert zoo.apart(got, bare) > 0.01

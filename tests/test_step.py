@@ -114,8 +114,7 @@ def test_other_losses_do_not_depend_on_devices(eight, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("shape", eight_devices.SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "method"), eight_devices.MESHED, ids=str)
 def test_gradients_do_not_depend_on_the_mesh(meshes, shape, method):
     want = one_device(1, method)
     assert_same([meshes[f"{shape}/{method}/{i}"] for i in range(len(want))], want)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxtune import models
@@ -530,7 +529,7 @@ def _attach_lora(
     params = untied_for(config["target_modules"] or [], params, module)
     candidates, saved = places(params, module), _known(config["modules_to_save"], params, module)
     settings = dataclasses.replace(lora_settings(config, candidates), modules_to_save=saved, init_lora_weights=True)
-    return attach(params, jax.random.key(0), chosen_by(config, candidates), settings, module, change=change)
+    return attach(params, None, chosen_by(config, candidates), settings, module, change=change)
 
 
 def _known(modules: list[str] | None, params: Any, module: Any) -> list[str]:
@@ -551,7 +550,7 @@ def _attach_ia3(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[An
 
 
 def _attach_prompt(module: Any, params: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    return prompt_tuning(params, jax.random.key(0), config["num_virtual_tokens"])
+    return prompt_tuning(params, None, config["num_virtual_tokens"])
 
 
 class Kind(NamedTuple):

@@ -203,14 +203,17 @@ def _head(module: Any) -> Any:
 
 def attach(
     params: PyTree,
-    key: jax.Array,
+    key: jax.Array | None,
     chosen: Mapping[Place, Factors],
     settings: Lora,
     module: Any = None,
     layouts: Mapping[str, MatrixLayout] | None = None,
     change: Callable[[LoraWeight, str], Adapter] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """`lora` on modules that have been chosen; `change` makes its leaves those of a method for linear modules."""
+    """`lora` on modules that have been chosen; `change` makes its leaves those of a method for linear modules.
+
+    Without a key nothing is drawn: what is trained is zero, to be filled from a file.
+    """
     if change is not None and (tables := [p.name for p in chosen if not p.linear]):
         raise UserError(f"target_modules: {tables[0]} is no linear module; this method adapts linear modules only.")
     bias, init = settings.bias, settings.init_lora_weights
@@ -226,10 +229,9 @@ def attach(
 
     def adapt(path, leaf):
         if path in tokens:
-            ids = tokens[path]
-            if path == HEAD:
-                return HeadTokensWeight(leaf, merge_leaf(leaf).T[jnp.asarray(ids)].astype(jnp.float32), ids)
-            return TokensWeight(leaf, leaf_rows(leaf, ids), ids)
+            ids, width = tokens[path], plain(leaf).shape[path != HEAD]
+            kind, drawn = (HeadTokensWeight, _columns) if path == HEAD else (TokensWeight, leaf_rows)
+            return kind(leaf, zeros(len(ids), width) if key is None else drawn(leaf, np.array(ids)), ids)
         if path not in rows:
             return leaf
         factors = {place: f for place, f in chosen.items() if place.path == path}
@@ -336,12 +338,30 @@ def _to_train_tokens(
     return untie(params), tokens
 
 
-def leaf_rows(table: Any, ids: Sequence[int]) -> jax.Array:
+def zeros(*shape: int) -> jax.Array:
+    """float32 zeros; `jnp.zeros` compiles a program for each shape."""
+    return jax.device_put(np.zeros(shape, np.float32))
+
+
+def _ones(*shape: int) -> jax.Array:
+    return jax.device_put(np.ones(shape, np.float32))
+
+
+@jax.jit
+def leaf_rows(table: Any, ids: Any) -> jax.Array:
     """Rows f32[n, D] of a table."""
     return merge_leaf(table)[jnp.asarray(ids)].astype(jnp.float32)
 
 
-def _lora_leaf(key: jax.Array, path: str, leaf: Any, factors: Mapping[Place, Factors], settings: Lora) -> LoraWeight:
+@jax.jit
+def _columns(head: Any, ids: Any) -> jax.Array:
+    """Columns of an output head, as rows f32[n, D]."""
+    return merge_leaf(head).T[ids].astype(jnp.float32)
+
+
+def _lora_leaf(
+    key: jax.Array | None, path: str, leaf: Any, factors: Mapping[Place, Factors], settings: Lora
+) -> LoraWeight:
     """Wrap one leaf; `factors` of its places. Rows of lower rank, and rows not chosen, are padded with zeros."""
     *axes, k, n = plain(leaf).shape
     init, dropout = settings.init_lora_weights, settings.lora_dropout
@@ -355,6 +375,11 @@ def _lora_leaf(key: jax.Array, path: str, leaf: Any, factors: Mapping[Place, Fac
         at = ... if place.index is None else place.index
         ranks[at], scale[at] = rank, s
     is_table, most = not place.linear, int(ranks.max())
+    # Scales on the host, so that `tree.count` knows which rows are adapted while the rest is abstract.
+    rate = np.float32(dropout) * (ranks > 0).astype(np.float32) if dropout else None
+    if key is None:
+        fields = (leaf, zeros(*axes, k, most), zeros(*axes, most, n), scale, rate)
+        return DoraWeight(*fields, magnitude=zeros(*axes, n)) if settings.use_dora else LoraWeight(*fields)
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     if init == "pissa":
         if is_table:
@@ -373,13 +398,11 @@ def _lora_leaf(key: jax.Array, path: str, leaf: Any, factors: Mapping[Place, Fac
     if (ranks == most).all():  # nothing to pad; each operation below would be a program for each shape
         a, b = parts[most]
     else:
-        a, b = jnp.zeros((*axes, k, most)), jnp.zeros((*axes, most, n))
+        a, b = zeros(*axes, k, most), zeros(*axes, most, n)
         for rank, (own_a, own_b) in parts.items():
             here, pad = (ranks == rank)[..., None, None], [(0, 0)] * len(axes)
             a = jnp.where(here, jnp.pad(own_a, [*pad, (0, 0), (0, most - rank)]), a)
             b = jnp.where(here, jnp.pad(own_b, [*pad, (0, most - rank), (0, 0)]), b)
-    # Scales on the host, so that `tree.count` knows which rows are adapted while the rest is abstract.
-    rate = np.float32(dropout) * (ranks > 0).astype(np.float32) if dropout else None
     start = (jnp.copy(a), jnp.copy(b)) if init == "pissa" else (None, None)
     fields = (leaf, a, b, scale, rate, *start)
     return DoraWeight(*fields, column_norm(leaf) * (ranks > 0)[..., None]) if settings.use_dora else LoraWeight(*fields)
@@ -390,11 +413,11 @@ def _factors(
 ) -> tuple[jax.Array, jax.Array]:
     """peft's initial factors: a ~ U(+-1/sqrt(k)) or N(0, 1/r^2), b = 0; for an embedding a = 0, b ~ N(0, 1)."""
     if is_table:
-        return jnp.zeros((*axes, k, r)), jax.random.normal(key, (*axes, r, n))
+        return zeros(*axes, k, r), jax.random.normal(key, (*axes, r, n))
     if init == "gaussian":
-        return jax.random.normal(key, (*axes, k, r)) / r, jnp.zeros((*axes, r, n))
+        return jax.random.normal(key, (*axes, k, r)) / r, zeros(*axes, r, n)
     bound = 1 / math.sqrt(k)
-    return jax.random.uniform(key, (*axes, k, r), minval=-bound, maxval=bound), jnp.zeros((*axes, r, n))
+    return jax.random.uniform(key, (*axes, k, r), minval=-bound, maxval=bound), zeros(*axes, r, n)
 
 
 # ------------------------------------------------------------------------------------------- vectors, a soft prompt
@@ -447,8 +470,8 @@ def ia3(
         scale = np.zeros(axes, np.float32)
         scale[... if rows[path] is None else rows[path]] = 1.0
         if inputs[path] == {True}:
-            return Ia3Weight(leaf, scale, inp=jnp.ones((*axes, k)))
-        return Ia3Weight(leaf, scale, out=jnp.ones((*axes, n)), bias=leaves.get(re.sub(r"[^/]+$", "bias", path)))
+            return Ia3Weight(leaf, scale, inp=_ones(*axes, k))
+        return Ia3Weight(leaf, scale, out=_ones(*axes, n), bias=leaves.get(re.sub(r"[^/]+$", "bias", path)))
 
     head = filter(in_label_head, leaves) if getattr(module, "label_head", False) else ()
     return with_new_tokens(adapters_only(map_paths(adapt, params), {*saved, *head}), module)
@@ -504,7 +527,7 @@ def ia3_places(
 
 def prompt_tuning(
     params: PyTree,
-    key: jax.Array,
+    key: jax.Array | None,
     num_virtual_tokens: int = PromptTuning.num_virtual_tokens,
     init: str = PromptTuning.init,
     module: Any = None,
@@ -515,7 +538,7 @@ def prompt_tuning(
 
     Args:
         params: of a zoo model.
-        key: draws the vectors.
+        key: draws the vectors; None: they are zero, to be filled from a file.
         num_virtual_tokens: how many vectors.
         init: "vocab", rows of the table drawn at random, or "random", N(0, 1) as peft's RANDOM.
         module: the zoo module, for families that scale their embeddings, and for added tokens.
@@ -531,7 +554,9 @@ def prompt_tuning(
         raise UserError(f"num_virtual_tokens={num_virtual_tokens}: nothing is left to train; give 1 or more.")
     table = params["embed_tokens"]["embedding"]
     size, width = plain(table).shape
-    if init == "vocab":
+    if key is None:
+        prompt = zeros(num_virtual_tokens, width)
+    elif init == "vocab":
         prompt = leaf_rows(table, jax.random.randint(key, (num_virtual_tokens,), 0, size))
         if not getattr(getattr(module, "spec", None), "scales_prompt", True):
             prompt *= module.spec.embed_scale  # the vectors replace the output of the embedding module, which scales
