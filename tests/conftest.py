@@ -42,6 +42,7 @@ def memory():
     if "jax" in sys.modules and _resident() > max(1536 * 2**20, _left[0] + 256 * 2**20):
         sys.modules["jax"].clear_caches()
         gc.collect()
+        gc.freeze()  # what is left is torch, transformers and fixtures: the next time need not look through them
         if platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)
         _left[0] = _resident()

@@ -68,6 +68,7 @@ def batch(**changes):
     return {k: v[0] for k, v in small.batch(**changes).items()}
 
 
+@partial(jax.jit, static_argnames=("strength", "packed"))
 def at_once(params, b, strength, packed=False):
     """The same loss from the logits of the whole batch."""
     where = b["positions"], b["segments"] if packed else None
@@ -96,32 +97,33 @@ def test_loss_and_gradient_are_those_of_whole_logits(strength, packed):
     assert float(value) == pytest.approx(float(want), rel=1e-5)
     assert small.apart(grads, its) < 1e-5
     assert float(weight) == b["weights"].sum()
-    plain = at_once(small.weights(), b, d.Strength(temperature=strength.temperature), packed)
+    plain = at_once(small.weights(), b, d.Strength(temperature=strength.temperature), packed=packed)
     assert float(means["kl"][0]) == pytest.approx(float(plain), rel=1e-5)
     assert float(means["ce"][0]) == pytest.approx(
-        float(at_once(small.weights(), b, d.Strength(ce_weight=1.0), packed)), rel=1e-5
+        float(at_once(small.weights(), b, d.Strength(ce_weight=1.0), packed=packed)), rel=1e-5
     )
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     loss_fn = d.distillation(small.decoder(), d.Teacher(None, small.decoder(), small.VOCAB), d.Strength())
     b = batch()
-    value, grads = jax.value_and_grad(lambda p: loss_fn(Beside(p, small.weights()), b, None)[0][0])(small.weights())
+    both = jax.value_and_grad(lambda p: loss_fn(Beside(p, small.weights()), b, None)[0][0])
+    value, grads = jax.jit(both)(small.weights())
     assert abs(float(value)) < 1e-4
-    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-4
+    assert max(np.abs(np.asarray(g)).max() for g in jax.tree.leaves(grads)) < 1e-4
 
 
 def test_members_under_vmap_are_as_alone():
-    stack = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), small.weights())
+    stack = jax.tree.map(lambda x: np.stack([x, np.float32(0.5) * x]), jax.device_get(small.weights()))
     b = batch()
 
     def one(params, members):
         loss_fn = d.distillation(small.decoder(), teacher(), STRENGTHS["mixed"], members=members)
         return jax.value_and_grad(lambda p: loss_fn(Beside(p, ITS), b, None)[0][0])(params)
 
-    both = jax.jit(jax.vmap(partial(one, members=2)))(stack)
+    both, by_itself = jax.jit(jax.vmap(partial(one, members=2)))(stack), jax.jit(partial(one, members=1))
     for i in range(2):
-        alone = one(jax.tree.map(lambda x, i=i: x[i], stack), 1)
+        alone = by_itself(jax.tree.map(lambda x, i=i: x[i], stack))
         assert small.apart(jax.tree.map(lambda x, i=i: x[i], both), alone) < 1e-5
 
 
@@ -220,18 +222,24 @@ def test_what_is_kept_comes_back(vocab):
     np.testing.assert_allclose(np.exp(found)[:, 8], 1 - p.sum(-1), atol=1e-2)
 
 
+@partial(jax.jit, static_argnums=1)
+def some_and_whole(logits, k):
+    """The divergences of every kind, of k tokens told apart and of all."""
+    log_p, log_q = jax.nn.log_softmax(logits, -1)
+    _, ids = jax.lax.top_k(log_p, k)
+    few = d.coarse(log_p, ids), d.coarse(log_q, ids)
+    return [(d.divergence(*few, kind), d.divergence(log_p, log_q, kind)) for kind in sorted(KINDS)]
+
+
 @settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 19), st.sampled_from(sorted(KINDS)))
-def test_tokens_taken_together_bound_the_divergence_from_below(seed, k, kind):
+@given(st.integers(0, 2**32 - 1), st.sampled_from((1, 2, 7, 18, 19)))
+def test_tokens_taken_together_bound_the_divergence_from_below(seed, k):
     """The data-processing inequality; equal where every token but one is told apart."""
     rng = np.random.default_rng(seed)
-    log_p, log_q = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 3.0, (2, 3, 20)), jnp.float32), -1)
-    _, ids = jax.lax.top_k(log_p, k)
-    some = d.divergence(d.coarse(log_p, ids), d.coarse(log_q, ids), kind)
-    whole = d.divergence(log_p, log_q, kind)
-    assert (some <= whole + 1e-5).all() and (some >= -1e-5).all()
-    if k == 19:
-        np.testing.assert_allclose(some, whole, rtol=1e-3, atol=1e-5)
+    for some, whole in jax.device_get(some_and_whole(rng.normal(0, 3.0, (2, 3, 20)).astype(np.float32), k)):
+        assert (some <= whole + 1e-5).all() and (some >= -1e-5).all()
+        if k == 19:
+            np.testing.assert_allclose(some, whole, rtol=1e-3, atol=1e-5)
 
 
 def test_loss_over_what_is_kept_is_near_that_in_the_step():

@@ -106,30 +106,32 @@ def free(name, strength, logps, mask):
 TOLD = {"beta": jnp.float32(0.1), "gamma": jnp.float32(0.5), "label_smoothing": jnp.float32(0.0)}
 
 
+@jax.jit
+def log_softmax(params, ids, positions=None):
+    return jax.nn.log_softmax(small.decoder().apply({"params": params}, ids, positions))
+
+
 def test_the_loss_on_chosen_answers_is_a_mean_of_means():
     """Of ORPO and CPO; over a decoder's whole logits, in numpy."""
     b = {k: v[0] for k, v in small.pairs().items()}
     params = small.weights() | {OBJECTIVE: TOLD}
-    value = {
-        sft: float(preference(small.decoder(), {"orpo": 1.0}, sft=sft)(params, b, None)[0][0]) for sft in (0.0, 2.0)
-    }
-    logits = small.decoder().apply({"params": small.weights()}, b["tokens"][:, 0], b["positions"][:, 0])
-    logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), b["targets"][:, 0, :, None], -1)[..., 0]
+    losses = {sft: preference(small.decoder(), {"orpo": 1.0}, sft=sft) for sft in (0.0, 2.0)}
+    value = jax.jit(lambda p: {sft: loss_fn(p, b, None)[0][0] for sft, loss_fn in losses.items()})(params)
+    logits = log_softmax(small.weights(), b["tokens"][:, 0], b["positions"][:, 0])
+    logp = np.take_along_axis(np.asarray(logits), b["targets"][:, 0, :, None], -1)[..., 0]
     where = b["answer"][:, 0]
     each = -(logp * where).sum(-1) / np.maximum(where.sum(-1), 1)
-    assert value[2.0] - value[0.0] == pytest.approx(2 * float((b["weights"] * each).sum()), rel=1e-5)
+    assert float(value[2.0]) - float(value[0.0]) == pytest.approx(2 * float((b["weights"] * each).sum()), rel=1e-5)
 
 
 def test_the_kl_to_the_base_is_that_of_whole_logits():
     part, _ = small.tuned(r=2)
     params, b = small.combine(*part), {k: v[0] for k, v in small.pairs().items()}
     loss_fn = preference(small.decoder(), {"sigmoid": 1.0}, reference="live")
-    found, answers = loss_fn(params | {OBJECTIVE: TOLD}, b, None)[1]["means"]["kl"]
-    log_p, log_q = (
-        jax.nn.log_softmax(small.decoder().apply({"params": tree}, b["tokens"].reshape(-1, small.T)))
-        for tree in (params, small.weights())
-    )
-    each = (jnp.exp(log_p) * (log_p - log_q)).sum(-1).reshape(b["answer"].shape)
+    found, answers = jax.jit(lambda p: loss_fn(p, b, None)[1]["means"]["kl"])(params | {OBJECTIVE: TOLD})
+    ids = b["tokens"].reshape(-1, small.T)
+    log_p, log_q = (np.asarray(log_softmax(tree, ids)) for tree in (params, small.weights()))
+    each = (np.exp(log_p) * (log_p - log_q)).sum(-1).reshape(b["answer"].shape)
     assert float(found) == pytest.approx(float((each * b["answer"]).sum()), rel=1e-5)
     assert float(answers) == 2 * b["weights"].sum()
 
