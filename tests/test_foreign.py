@@ -291,9 +291,9 @@ def test_parameters_that_are_no_matrices_have_no_layout():
         return (x + params["positions"]) @ params["kernel"] @ params["kernel"][:, ::-1]
 
     shapes = {"positions": (1, 3, 4), "kernel": (4, 4)}
-    assert adapt(apply).layouts(_tree(jax.random.key(0), shapes), jnp.ones((2, 3, 4))) == {}
+    assert adapt(apply).layouts(_tree(shapes), jnp.ones((2, 3, 4))) == {}
     with pytest.raises(UserError, match="found no linear module"):
-        lora(_tree(jax.random.key(0), shapes), jax.random.key(0), layouts={})
+        lora(_tree(shapes), jax.random.key(0), layouts={})
 
 
 # ------------------------------------------------------------------------------------------------- inside the product

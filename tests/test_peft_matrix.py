@@ -182,7 +182,7 @@ def plain_array(leaf: Any) -> np.ndarray:
         a, b, scale = (np.asarray(x, np.float32) for x in (leaf.a, leaf.b, leaf.scale))
         w = w + scale[..., None, None] * (a @ b)
         if isinstance(leaf, DoraWeight):
-            w = w * adapted(leaf, leaf.magnitude / np.sqrt(np.square(w).sum(-2)))[..., None, :]
+            w = w * adapted(leaf, np.asarray(leaf.magnitude) / np.sqrt(np.square(w).sum(-2)))[..., None, :]
     elif isinstance(leaf, Ia3Weight):
         w = w * (adapted(leaf, leaf.out)[..., None, :] if leaf.inp is None else adapted(leaf, leaf.inp)[..., None])
     else:
