@@ -30,7 +30,7 @@ from jaxtune.hf import load as hf
 from jaxtune.infer.logprobs import worth_a_compile
 from jaxtune.objectives.task import DEFAULT_LENGTH
 
-VERSION = 1  # raise it when a candidate is measured otherwise
+VERSION = 2  # raise it when a candidate is measured otherwise
 KINDS = ("prompts", "random", "similar", "balanced", "labels", "neighbours", "lora", "head", "soft-prompt")
 MOST_HELD_OUT = 1 / 3  # of the rows, where data.eval_fraction is not set
 VOTES = 8  # training rows that answer together

@@ -16,6 +16,7 @@ from jaxtune.evaluate.rows import Row, row_of
 from jaxtune.reading import read_text
 
 INPUT = "{input}"  # in an instruction: where the row's own prompt stands
+CUE = "\nLabel:"  # between a text and its label
 BETWEEN = "\n\n"  # examples, and after an instruction
 FEWEST_OF_A_LABEL = 4  # rows of each answer, on average, from which answers are labels
 MOST_LABELS = 200
@@ -31,6 +32,7 @@ class Ask(NamedTuple):
         text: what is asked; texts are compared by it.
         answer: what is expected.
         example: what is asked and expected as a model reads it.
+        cue: what stands between the text and the answer, where no instruction says how the text is put.
     """
 
     where: str
@@ -39,6 +41,7 @@ class Ask(NamedTuple):
     text: str
     answer: str
     example: Example
+    cue: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ def read_labelled(sources: str | Sequence[str], form: Any, chat: bool) -> list[A
                 turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
                 example: Example = Conversation(turns)
             else:
-                example = Document(((f"{text}\nLabel:", False), (f" {answer}", True)))
-            found.append(Ask(where, row, reader.digest(row), text, answer, example))
+                example = Document(((text + CUE, False), (f" {answer}", True)))
+            found.append(Ask(where, row, reader.digest(row), text, answer, example, "" if chat else CUE))
     return found
 
 
@@ -158,10 +161,14 @@ def put(ask: Ask, instruction: Instruction, shots: Sequence[Ask] = ()) -> Exampl
     """
     if isinstance(ask.example, Conversation):
         return _conversation(ask.example, instruction, [shot.example for shot in shots])
-    parts = [_joined(instruction.around(shot.text), shot.answer) for shot in shots]
+    parts = [_joined(_asked(shot, instruction), shot.answer) for shot in shots]
     before = instruction.before + "".join(part + BETWEEN for part in parts)
-    prompt = instruction.around(ask.text)
+    prompt = _asked(ask, instruction)
     return Document(((before + prompt, False), (_seam(prompt) + ask.answer, True)))
+
+
+def _asked(ask: Ask, instruction: Instruction) -> str:
+    return instruction.around(ask.text) if INPUT in instruction.text else ask.text + ask.cue
 
 
 def _conversation(own: Conversation, instruction: Instruction, shots: Sequence[Conversation]) -> Conversation:
