@@ -330,7 +330,7 @@ def test_a_prompt_that_is_too_long_is_named(orders, tmp_path, capsys):
     assert not (tmp_path / "out/candidates.jsonl").exists()
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labelled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_answers_that_are_labels(tmp_path, labelled):
     """Rows with a prompt and an answer, and rows with a text and a label, which a decoder's own task may be."""
     import torch
