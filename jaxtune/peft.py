@@ -25,7 +25,7 @@ class PeftConfig:
     """A config of peft's with the options that jaxtune supports; any other option is an error.
 
     Keyword args and their defaults are those of the method's settings (`jaxtune.methods.settings`); `task_type` must be
-    "CAUSAL_LM" or None.
+    "CAUSAL_LM", "SEQ_2_SEQ_LM" or None.
     """
 
     method: str
@@ -38,8 +38,10 @@ class PeftConfig:
             raise UserError(
                 f"{name}: {unknown[0]!r} is not supported.{nearest(unknown[0], own)} Known: {', '.join(sorted(own))}."
             )
-        if task_type not in (None, "CAUSAL_LM"):
-            raise UserError(f"{name}: task_type={task_type!r} is not supported; supported: 'CAUSAL_LM'.")
+        if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise UserError(
+                f"{name}: task_type={task_type!r} is not supported; supported: 'CAUSAL_LM', 'SEQ_2_SEQ_LM'."
+            )
         self.settings = settings
 
     def settings_for(self, module: Any) -> dict[str, Any]:

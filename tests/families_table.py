@@ -1,7 +1,7 @@
 """The table in docs/families.md: which parity tests ran and passed, family by family.
 
     pytest -n 0 -m "slow or not slow" tests/test_models.py tests/test_encoders.py tests/test_families.py \\
-        tests/test_gguf.py --families-table=docs/families.md
+        tests/test_gguf.py tests/test_seq2seq.py --families-table=docs/families.md
 
 A test says what it proves by `@pytest.mark.parity(column, ...)` and of which model by its parameter `name`. A cell is
 checked where at least one such test ran and none failed.
@@ -33,11 +33,12 @@ _passed: dict[tuple[str, str], bool] = {}
 def family_of(name: str) -> str | None:
     """The model_type of a model of the tests."""
     import test_encoders
+    import test_seq2seq
     import zoo
 
     if name in test_encoders.IMAGES:
         return "vit"
-    return (zoo.ZOO | test_encoders.ZOO).get(name, (None,))[0]
+    return (zoo.ZOO | test_encoders.ZOO | test_seq2seq.ZOO).get(name, (None,))[0]
 
 
 def claims(*modules) -> set[tuple[str, str]]:

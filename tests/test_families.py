@@ -13,6 +13,7 @@ import pytest
 import test_encoders
 import test_gguf
 import test_models
+import test_seq2seq
 import zoo
 from safetensors.numpy import load_file
 from test_models import FIRST, TOLERANCE
@@ -221,7 +222,7 @@ def test_the_table_of_families_is_what_the_tests_claim():
     assert all(tuple(row) == families_table.COLUMNS for row in table.values())
     checked = {(family, column) for family, row in table.items() for column, cell in row.items() if cell == "✓"}
     here = __import__(__name__)
-    assert checked == families_table.claims(test_models, test_encoders, test_gguf, here)
+    assert checked == families_table.claims(test_models, test_encoders, test_gguf, test_seq2seq, here)
     assert {cell for row in table.values() for cell in row.values()} <= {"✓", "", "–"}
 
 

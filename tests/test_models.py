@@ -717,8 +717,8 @@ def test_unsupported_configs_are_refused_by_name(case):
 
 # Of transformers' own default configs: the nearest architecture that is named, and what is missing.
 UNSUPPORTED = {
-    "t5": ("", "a decoder that attends to an encoder, relative positions"),
-    "bart": ("", "a decoder that attends to an encoder"),
+    "umt5": ("t5", "relative positions"),
+    "bart": ("", ""),
     "deepseek_v3": ("mixtral", "latent attention, a router by groups"),
     "qwen3_next": ("qwen3", "linear attention"),
     "qwen3_5_text": ("qwen3", "linear attention"),

@@ -22,7 +22,6 @@ FLAGS = {
     "columns": Flag("which columns to use: prompt=THEIRS,completion=THEIRS; default: by their names", Columns),
 }
 
-WHOLE = 2**31 - 1  # a length that no row exceeds
 OF_FLAGS = {"model.path": "model", "model.tokenizer": "tokenizer", "data.train": "data", "data.columns": "columns"}
 
 
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
     from jaxtune.models.classifier import read_labels
     from jaxtune.models.spec import Config, DecoderSpec
     from jaxtune.run import propose
-    from jaxtune.run.recognise import fitted, open_source, reading, recognise
+    from jaxtune.run.recognise import WHOLE, fitted, open_source, reading, recognise, recognise_targets
 
     out, name = options.out, str(options.data)
     if out.suffix != ".py":
@@ -47,8 +46,9 @@ def main(argv: list[str]) -> None:
     config, shapes, narrowest = read_model(options.model)
     spec = models.family(config).spec(Config(config))
     source = open_source(name)
-    layout = recognise(source, options.columns, reading(given))
-    if layout.is_text:
+    writes_targets = getattr(spec, "encoder", None) is not None
+    layout = (recognise_targets if writes_targets else recognise)(source, options.columns, reading(given))
+    if layout.is_text and not writes_targets:
         check_generates(options.model, config, spec)
     elif layout.labels is not None:
         layout = fitted(layout, source, read_labels(config))
@@ -69,6 +69,8 @@ def main(argv: list[str]) -> None:
     form = layout.labels or layout.form
     settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if form is None else {}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
+    if form is not None:
+        form.seen(whole)
     proposal = propose.propose(name, layout, whole.longest if form is None else form.lengths(whole), model).changed(
         options.settings
     )

@@ -208,6 +208,7 @@ SETTINGS = (
     Setting(
         "data.max_segments", int, None, "most rows in a sequence; up to 32, a Hopper can use cuDNN", range=AT_LEAST_1
     ),
+    Setting("data.max_target_length", int, 128, "tokens of a target at most (seq2seq)", range=TOKENS),
     Setting("data.group_by_length", bool, False, "batch rows of similar length: less padding, a little less random"),
     Setting("data.canaries", Integers, None, "made-up secrets among the training rows, by how often each is repeated"),
     Setting("data.cache", bool, True, "keep tokenised rows on disk"),

@@ -17,7 +17,7 @@ EVEN = (0.75, 2.0)  # within this there is nothing to do
 
 def answer_checks(form: RowForm | None) -> list[Any]:
     """Return the checks for rows of this form, fresh."""
-    if form is None or not form.text:
+    if form is None or not form.judged:
         return []
     return [PairChecks(form)] if form.pairs else [Verdicts()]
 

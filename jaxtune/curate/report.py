@@ -213,7 +213,7 @@ def examine(
     checks: list[Check] = [
         *(label_row_checks(tokenizer, labels) if labelled else row_checks(tokenizer)),
         NothingLeft(overlength),
-        *set_checks(labelled=labelled, judged=labels is not None and (labels.text or labels.belongs)),
+        *set_checks(labelled=labelled, judged=labels is not None and (labels.judged or labels.belongs)),
         *answer_checks(labels),
         *text_checks(labels, rows_a_batch),
         *([NearDuplicates(near)] if near else []),

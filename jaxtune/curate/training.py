@@ -42,7 +42,7 @@ def glance(
     train = [_whole(rows) for rows in train]
     ledger = Ledger([], report.sources[0].max_length)
     plain = form is None and all(source.format == "text" for source in report.sources)
-    judged = form is not None and form.text
+    judged = form is not None and form.judged
     for rows in train:
         _add(ledger, rows, TRAIN, form, plain)
     if held_out is not None:
@@ -54,7 +54,7 @@ def glance(
         *(finding for source in report.sources for finding in _left_out(source)),
         *(
             finding
-            for check in set_checks(labelled=form is not None and not judged, judged=judged)
+            for check in set_checks(labelled=form is not None and not form.text, judged=judged)
             for finding in check.findings(ledger)
         ),
         *(of_rows(form, train, token_hashes) if judged else ()),

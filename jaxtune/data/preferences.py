@@ -96,7 +96,7 @@ class _Answers(RowForm):
     allow_left_out: Sequence[str] = ()
     chat: bool | None = None
 
-    text = True
+    text = judged = True
 
     @classmethod
     def of(cls, data: Mapping[str, Any], **more: Any) -> Any:

@@ -19,6 +19,7 @@ class RowForm:
         per_token: marks name a label for each word.
         several: a row may have several classes, or none.
         text: the marks are those of text: 1 at a token that is trained (`jaxtune.data.tokenize.Encoder`).
+        judged: answers are judged, as pairs or each as good or bad.
         pairs: a row is two texts, of which the first is better.
         texts: a row is texts that are compared with one another (`jaxtune.data.embeddings`).
         belongs: a row is texts that belong together, without a label: a text may belong to several others.
@@ -28,6 +29,7 @@ class RowForm:
     per_token: bool = False
     several: bool = False
     text: bool = False
+    judged: bool = False
     pairs: bool = False
     texts: bool = False
     belongs: bool = False
@@ -78,6 +80,9 @@ class RowForm:
 
     def check(self, rows: Sequence[Rows]) -> None:
         """Raise UserError if nothing can be learnt from the training rows of all sources."""
+
+    def seen(self, rows: Rows) -> None:
+        """Take from all rows, whole, the lengths of its own that `jaxtune init` proposes."""
 
     def proposes(self) -> Sequence[tuple[str, Any, str]]:
         """Return what `jaxtune init` proposes for such rows: (setting, value, why), in the order of the schema."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -398,6 +398,7 @@ class Answers:
         settings, sources, fraction = evaluation.sources(self.source, cfg, options)
         module = models.build(read_config(self.source.model))
         added = 0 if self.source.adapter is None else rows_in(self.source.adapter, module)
+        form = _form(self.source, settings, module)
         read_as = data.reading(settings.data)
         allowed = read_as.pop("allow_left_out")
         read_as["format"] = options.format or read_as["format"]
@@ -406,7 +407,9 @@ class Answers:
         if given is not None or options.format is not None:
             read_as["template"] = None
         self.names = data_names(sources)
-        if options.data and cfg is not None and given is None and options.format is None:
+        if form is not None:
+            form = replace(form, **{name: read_as[name] for name in ("format", "columns", "template")})
+        elif options.data and cfg is not None and given is None and options.format is None:
             chat = bool(self.tokenizer.chat_template) and read_as["template"] is None
             check_format(data_names(cfg.data.train)[0], self.names, read_as | {"chat": chat})
         self.rows, self.lines = read_rows(
@@ -415,7 +418,8 @@ class Answers:
             group_by=options.group_by,
             limit=options.rows,
             eval_fraction=fraction,
-            max_length=row_length(settings.data.max_length, module) - virtual,
+            max_length=form.longest if form else row_length(settings.data.max_length, module) - virtual,
+            labels=form,
             overlength=settings.data.overlength,
             vocab_size=max(module.spec.vocab, added),
             cache=settings.data.cache,
@@ -438,6 +442,17 @@ class Answers:
 
     def confusion(self, measured: Mapping[str, Measured]) -> dict[str, Any] | None:
         return confusions(self.rows, measured) if self.request.labels else None
+
+
+def _form(source: Tuned, settings: Any, module: Any) -> Any:
+    """How rows of an encoder-decoder are read; None: as text to continue."""
+    from jaxtune.config import replaced
+    from jaxtune.config.recipe import open_model
+
+    if not module.reads_source:
+        return None
+    settings = replaced(settings, {"objective.name": "seq2seq", "model.path": source.model, "tune.method": "full"})
+    return open_model(settings, source.model)[1].form
 
 
 def _virtual(source: Tuned) -> int:

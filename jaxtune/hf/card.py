@@ -106,6 +106,7 @@ _ADAPTERS = {
 }
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModel": "feature-extraction",

@@ -7,6 +7,8 @@ a padding slot is overwritten by the token decoded for it before any query sees 
     row 0       a b c d x y .        x, y: decoded; last = 5
     row 1       e f u v . .          last = 3
 
+An encoder-decoder reads prompts with its encoder, once; its rows begin with the token that targets begin with.
+
 Shapes are rounded up, and lengths, limits and temperatures are arguments of the programs, so that few are compiled.
 """
 
@@ -82,7 +84,7 @@ def generate(
     """Continue prompts of any lengths.
 
     Args:
-        module: a decoder.
+        module: a decoder, or an encoder-decoder, whose answers to the prompts are written.
         params: its parameters; leaves may be polymorphic: LoRA factors are merged, a soft prompt is put first.
         prompts: token ids, at least one a prompt.
         max_new_tokens: how many tokens are decoded at most.
@@ -189,10 +191,14 @@ def _append(module, params, state: State, hidden: Array, sampling: Sampling, mod
 
 
 @partial(jax.jit, static_argnames=("module", "slots", "mode"))
-def _prefill(module, params, tokens, lengths, done, sampling, *, slots: int, mode: str) -> State:
-    """Read prompts i32[B, P] of `lengths` i32[B] and decode the first token of each."""
+def _prefill(module, params, tokens, lengths, done, sampling, source=None, *, slots: int, mode: str) -> State:
+    """Read prompts i32[B, P] of `lengths` i32[B] and decode the first token of each; `source` as for `hidden`."""
     size, width = tokens.shape
-    hidden, cache = module.apply({"params": params}, tokens, cache=module.init_cache(size, slots), method="hidden")
+    if source is None:
+        read, cache = {}, module.init_cache(size, slots)
+    else:
+        read, cache = {"source": source}, module.init_cache(size, slots, source[0].shape[1])
+    hidden, cache = module.apply({"params": params}, tokens, cache=cache, **read, method="hidden")
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - width)))
     state = State(tokens, lengths - 1, done, jnp.int32(0), cache)
     return _append(module, params, state, hidden[jnp.arange(size), lengths - 1], sampling, mode)
@@ -211,16 +217,29 @@ def _decode(module, params, state: State, sampling: Sampling, limit: Array, *, m
     return jax.lax.while_loop(lambda s: (s.new < limit) & ~s.done.all(), step, state)
 
 
+def _padded(
+    rows: Sequence[Sequence[int]], size: int, rounded: Callable[[int], int], most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded on the right to `size` of them, i32[B, P], and their lengths i32[B], 1 where there is no row."""
+    lengths = np.array([len(row) for row in rows] + [1] * (size - len(rows)), np.int32)
+    width = rounded(int(lengths.max()))
+    tokens = np.zeros((size, width if most is None else min(width, most)), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, lengths
+
+
 def _continue(module, params, prompts, size: int, sampling, mode: str, limit: int, watch, every: int):
     """Return the new tokens of one batch of prompts, padded to `size` rows."""
-    count = len(prompts)
-    lengths = np.array([len(p) for p in prompts] + [1] * (size - count), np.int32)
-    tokens = np.zeros((size, min(bucket(int(lengths.max())), module.spec.positions)), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
+    count, source = len(prompts), None
+    if module.reads_source:
+        tokens, lengths = _padded(prompts, size, bucket)
+        source = tokens, (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+        prompts = [[module.spec.start]] * count
+    tokens, lengths = _padded(prompts, size, int if module.reads_source else bucket, module.spec.positions)
     done = np.arange(size) >= count
     slots = bucket(int(lengths.max()) + limit)
-    state = _prefill(module, params, tokens, lengths, done, sampling, slots=slots, mode=mode)
+    state = _prefill(module, params, tokens, lengths, done, sampling, source, slots=slots, mode=mode)
     while True:
         upto = limit if watch is None else min(limit, int(state.new) + every)
         state = _decode(module, params, state, sampling, jnp.int32(upto), mode=mode)
@@ -305,7 +324,7 @@ def generate_text(
         eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     added = tokenizer.get_added_vocab()  # decoded text contains no special tokens
     eos_ids = [*eos_ids, *(added[token] for token in stop if token in added)]
-    ids = encode_prompts(tokenizer, prompts, chat)
+    ids = encode_prompts(tokenizer, prompts, chat, module.reads_source)
 
     def watch(i: int, new: list[int]) -> bool:
         text, stopped = cut(decode_new(tokenizer, ids[i], new), stop)
@@ -322,10 +341,22 @@ def generate_text(
     return texts
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: bool = False) -> list[list[int]]:
-    """Tokenise prompts as training does: a text after the tokenizer's BOS if it has one, a conversation as rendered."""
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], chat: bool = False, source: bool = False
+) -> list[list[int]]:
+    """Tokenise prompts as training does: a text after the tokenizer's BOS if it has one, a conversation as rendered;
+    with `source`, for an encoder, with all that the tokenizer puts around a text.
+
+    Raises:
+        UserError: a conversation that the template refuses, or any for an encoder.
+    """
+    from jaxtune.data.embeddings import Tokenize
     from jaxtune.data.tokenize import Encoder
 
+    if source:
+        if chat:
+            raise UserError("An encoder-decoder reads a text and no conversation: leave out --chat.")
+        return [ids for ids, _ in Tokenize(tokenizer)(list(prompts))]
     encoder = Encoder(tokenizer)
     texts = [_render(tokenizer, i, prompt) for i, prompt in enumerate(prompts, 1)] if chat else prompts
     ids = [encoding.ids for encoding in encoder.backend.encode_batch_fast(list(texts), add_special_tokens=False)]

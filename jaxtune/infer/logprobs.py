@@ -27,13 +27,20 @@ class Shape(NamedTuple):
 
 @partial(jax.jit, static_argnames="module")
 def token_logprobs(
-    module: Any, params: Any, tokens: Array, targets: Array, where: Array | None = None
+    module: Any,
+    params: Any,
+    tokens: Array,
+    targets: Array,
+    where: Array | None = None,
+    source: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """For tokens i32[B, T]: (log-probability of the target after each f32[B, T], is it the most probable bool[B, T]).
 
     `targets`: i32[B, T]. Rows are padded on the right. Where `where` [B, T] is False the result is 0; None: nowhere.
+    `source`: of an encoder-decoder, as for `hidden`.
     """
-    hidden = module.apply({"params": params}, tokens, method="hidden")
+    read = {} if source is None else {"source": source}
+    hidden = module.apply({"params": params}, tokens, **read, method="hidden")
     return head_logprobs(module, params, hidden, targets, where)
 
 
@@ -116,6 +123,8 @@ def score_batch(
     Raises:
         UserError: a row is longer than the model's positions.
     """
+    if module.reads_source:
+        return _score_targets(module, params, rows, masks)
     prefix = virtual_tokens(params)
     longest = len(prefix) + max(len(row) - 1 for row in rows)
     _check_length(longest, len(prefix), module)
@@ -129,6 +138,29 @@ def score_batch(
         where[i, spans[-1]] = True if masks is None else masks[i]
     logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets, where))
     return [(logprobs[i, span].astype(np.float64), greedy[i, span]) for i, span in enumerate(spans)]
+
+
+def _score_targets(
+    module: Any, params: Any, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`score_batch` of rows whose scored tokens are the target, behind the source that an encoder reads."""
+    at = [int(np.argmax(mask)) + 1 for mask in masks]
+    size = 1 << (len(rows) - 1).bit_length()
+    longest = max(at), max(len(row) - start for row, start in zip(rows, at, strict=True))
+    source, read = np.zeros((2, size, bucket(longest[0])), np.int32)
+    tokens, targets, where = np.zeros((3, size, bucket(longest[1])), np.int32)
+    tokens[:, 0], read[:, 0] = module.spec.start, 1
+    for i, (row, start) in enumerate(zip(rows, at, strict=True)):
+        n = len(row) - start
+        source[i, :start], read[i, :start], targets[i, :n], where[i, :n] = row[:start], 1, row[start:], 1
+        tokens[i, 1:n] = row[start:-1]
+    scored = token_logprobs(module, params, tokens, targets, where > 0, (source, read))
+    logprobs, greedy = (np.asarray(x) for x in scored)
+    found = []
+    for i, (row, start) in enumerate(zip(rows, at, strict=True)):
+        before, n = np.zeros(start - 1), len(row) - start
+        found.append((np.concatenate([before, logprobs[i, :n]]), np.concatenate([before > 0, greedy[i, :n]])))
+    return found
 
 
 # ------------------------------------------------------------------------------------------- one model against another

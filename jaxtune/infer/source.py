@@ -200,7 +200,7 @@ def check_continues(source: Tuned) -> None:
     """Raise UserError for a classifier or an encoder, which predict no next token."""
     config = read_config(source.model)
     task = None if source.adapter is None else read_adapter_config(source.adapter)["task_type"]
-    if task not in (None, "CAUSAL_LM"):
+    if task not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise UserError(f"{source.adapter} is for {task} and does not continue text.")
     if not open_module(config, source.model).continues:
         what = ", ".join(config.get("architectures") or [config["model_type"]])

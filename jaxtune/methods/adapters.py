@@ -569,5 +569,11 @@ def prompt_tuning(
 
 
 def virtual_ids(module: Any, settings: Mapping[str, Any]) -> list[int]:
-    """The ids that a method with these settings puts before each row; see `weights.PromptWeight`."""
+    """The ids that a method with these settings puts before each row; see `weights.PromptWeight`.
+
+    Raises:
+        UserError: the model is an encoder-decoder, which reads no soft prompt.
+    """
+    if "num_virtual_tokens" in settings and module.reads_source:
+        raise UserError("tune.method=prompt_tuning is for decoders; for an encoder-decoder use lora, ia3, head, ...")
     return [module.spec.vocab + i for i in range(settings.get("num_virtual_tokens", 0))]

@@ -26,7 +26,7 @@ _NAMES = (
         "olmoe",
     ),
     *("opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
-    *("starcoder2", "vaultgemma"),
+    *("starcoder2", "vaultgemma", "t5", "mt5"),
     *("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert", "modernbert", "vit"),
 )
 FAMILIES = {name: f"jaxtune.models.families.{name.replace('-', '_')}" for name in _NAMES}
@@ -68,7 +68,6 @@ _LIKE = {
 }
 # Keys of a config.json -> what a model with one of them has and no family here. A key counts unless null, 0 or false.
 _PARTS = {
-    r"is_encoder_decoder": "a decoder that attends to an encoder",
     r"(q|kv)_lora_rank": "latent attention",
     r"linear_(key|value)_head_dim|linear_conv_kernel_dim|linear_attn_config": "linear attention",
     r"(mamba|ssm)_\w+|conv_L_cache|time_step_rank": "state-space or convolution layers",
@@ -94,6 +93,7 @@ def build(config: dict, **settings: Any) -> Any:
     from jaxtune.models.classifier import read_labels, with_labels
     from jaxtune.models.decoder import Decoder
     from jaxtune.models.encoder import Encoder, EncoderSpec
+    from jaxtune.models.seq2seq import Seq2Seq
 
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -117,7 +117,8 @@ def build(config: dict, **settings: Any) -> Any:
         raise UserError(
             f"config.json ({config['model_type']}): a value of a wrong type or size: {type(error).__name__}: {error}."
         ) from error
-    kind = getattr(described, "MODULE", Encoder if isinstance(spec, EncoderSpec) else Decoder)
+    written = Decoder if getattr(spec, "encoder", None) is None else Seq2Seq
+    kind = getattr(described, "MODULE", Encoder if isinstance(spec, EncoderSpec) else written)
     body = kind(spec, **settings)
     return body if labels is None else with_labels(body, labels)
 
@@ -125,7 +126,7 @@ def build(config: dict, **settings: Any) -> Any:
 def _check_heads(config: Config, spec: Any) -> None:
     """Raise UserError if the heads do not divide what they share, or cannot be rotated."""
     for block in {block for segment in spec.segments for block in segment.pattern}:
-        if config.values.get("head_dim") is None and spec.width % block.heads:
+        if config.values.get("head_dim") is None and "d_kv" not in config.values and spec.width % block.heads:
             raise UserError(
                 f"config.json ({config.model_type}): {block.heads} heads do not divide the width of {spec.width}."
             )
@@ -143,4 +144,5 @@ def _check_heads(config: Config, spec: Any) -> None:
 
 def names(module: Any) -> NameTable:
     """The name table of a module's family, with its label head's names if it has one."""
-    return module.names(family(module.spec.hf_config).NAMES)
+    described = family(module.spec.hf_config)
+    return module.names(described.names(module.spec) if hasattr(described, "names") else described.NAMES)

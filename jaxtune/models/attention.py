@@ -156,6 +156,7 @@ def attend_tokens(
     causal: bool = True,
     softcap: float | None = None,
     sinks: Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
     """Attention of T tokens over themselves.
 
@@ -172,6 +173,7 @@ def attend_tokens(
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None: they stay.
         sinks: f32[H], a score of each head that stands beside those of the keys and has no value (gpt-oss,
             arXiv:2508.10925, section 2.2); None: none.
+        bias: f32[1 or B, H, T, T], added to the scores, which then exist as a whole, by plain XLA alone; None: none.
 
     Returns:
         [B, T, H, C] in q's dtype. What a remat policy has to keep is tagged "attention" (`checkpoint_name`).
@@ -184,13 +186,14 @@ def attend_tokens(
     rows = {"causal": causal, "window": window, "segmented": ids is not None, "most_segments": most}
     more = {"softcap": softcap, "sinks": sinks is not None}
     name = choose(implementation, q.dtype, q.shape[-1], tokens=q.shape[1], **rows, **more)
+    name = name if bias is None else "xla"
     if name == "mapped":
         return _fused(q, k, v, ids, scale, window, causal, softcap, sinks, together=False)
     if name == "blocks":
         return _fused(q, k, v, ids, scale, window, causal, softcap, sinks, together=True)
     if name == "xla":
         mask = _token_mask(q.shape[1], ids, window, causal)
-        return checkpoint_name(_by_head(q, k, v, mask, scale, softcap, sinks), "attention")
+        return checkpoint_name(_by_head(q, k, v, mask, scale, softcap, sinks, bias), "attention")
     if name == "cudnn":
         form = cudnn_form(scale, causal, window, ids is not None, most)
         if softcap is not None:
@@ -243,6 +246,7 @@ def attend_cache(
     window: int | None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
     """Attention of q [B, T, H, C] at `positions` i32[B, T] over cache slots k, v [B, S, G, C].
 
@@ -252,9 +256,14 @@ def attend_cache(
     mask = slots <= positions[..., None]
     if window is not None:
         mask &= slots > positions[..., None] - window
-    if q.shape[1] > 1 and jax.default_backend() == "cpu":
+    if q.shape[1] > 1 and bias is None and jax.default_backend() == "cpu":
         return _row_by_row(q, k, v, mask, scale, softcap, sinks)
-    return _masked(q, k, v, mask, scale, softcap, sinks)
+    return _masked(q, k, v, mask, scale, softcap, sinks, bias)
+
+
+def attend_source(q: Array, k: Array, v: Array, seen: Array, scale: float) -> Array:
+    """Attention of q [B, T, H, C] over keys and values [B, S, G, C] where `seen` i32[B, S] is above 0."""
+    return checkpoint_name(_by_head(q, k, v, (seen > 0)[:, None], scale, None, None), "attention")
 
 
 def _row_by_row(q, k, v, mask, scale, softcap, sinks):
@@ -289,31 +298,33 @@ def _near(rows: np.ndarray, cols: np.ndarray, window: int | None, causal: bool) 
     return mask if window is None else mask & (abs(rows - cols) < window)
 
 
-def _masked(q, k, v, mask, scale, softcap, sinks):
-    """Plain attention; mask: bool[B or 1, T, S]."""
+def _masked(q, k, v, mask, scale, softcap, sinks, bias=None):
+    """Plain attention; mask: bool[B or 1, T, S], bias: f32[B or 1, H, T, S]."""
     b, t, h, c = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, c)
     scores = jnp.einsum("btgnc,bsgc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
-    return jnp.einsum("bgnts,bsgc->btgnc", _softmax(scores, mask, softcap, sinks, v.dtype), v).reshape(b, t, h, c)
+    return jnp.einsum("bgnts,bsgc->btgnc", _softmax(scores, mask, softcap, sinks, v.dtype, bias), v).reshape(b, t, h, c)
 
 
-def _by_head(q, k, v, mask, scale, softcap, sinks):
+def _by_head(q, k, v, mask, scale, softcap, sinks, bias=None):
     """`_masked` with the heads laid first, once for both passes: XLA's products on a CPU would copy in each."""
     b, t, h, c = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4)
     q, k, v = (checkpoint_name(x, "heads") for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
     scores = jnp.einsum("bgntc,bgsc->bgnts", q, k, preferred_element_type=jnp.float32) * scale
-    out = jnp.einsum("bgnts,bgsc->bgntc", _softmax(scores, mask, softcap, sinks, v.dtype), v)
+    out = jnp.einsum("bgnts,bgsc->bgntc", _softmax(scores, mask, softcap, sinks, v.dtype, bias), v)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
-def _softmax(scores, mask, softcap, sinks, dtype):
+def _softmax(scores, mask, softcap, sinks, dtype, bias=None):
     """Weights in float32, then `dtype`, of scores [B, G, H/G, T, S]; with sinks [H] they do not sum to 1."""
     scores = checkpoint_name(scores, "scores")
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += bias.reshape(bias.shape[0], *scores.shape[1:3], *bias.shape[2:])
     scores = jnp.where(mask[:, None, None], scores, NEG)
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.reshape(*scores.shape[1:3], 1, 1), (*scores.shape[:-1], 1))

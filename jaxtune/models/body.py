@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models import rope
@@ -15,7 +16,7 @@ from jaxtune.models.attention import Segments, choose, segments_of
 from jaxtune.models.layers import Context, leaf
 from jaxtune.models.names import NameTable
 from jaxtune.models.spec import Segment
-from jaxtune.weights.leaf import Array, fold, is_sharded
+from jaxtune.weights.leaf import Array, embed, fold, is_sharded
 
 DEPTHS = "depths"  # the collection of what each block returns; `depths` reads it
 
@@ -106,6 +107,7 @@ class Body(nn.Module):
     # The interface of any model; `Decoder` and `Classifier` override what differs.
     continues = False
     is_encoder = True
+    reads_source = False  # whether an encoder reads another text than the one that is predicted
     label_head = False
     new_head = False  # whether a label head is newly initialised rather than read from a checkpoint
     label_config = None  # the HF config with the labels' names
@@ -161,6 +163,23 @@ class Body(nn.Module):
             caches.append(held)
             first += segment.layers
         return x, None if cache is None else tuple(caches)
+
+    def bias(self, tokens: int, queries: Array | None = None) -> Array | None:
+        """The bias of scores by distance, f32[1 or B, H, T, S] of S = `tokens` keys; None: the model has none.
+
+        Args:
+            tokens: keys, at positions 0, 1, ...
+            queries: positions i32[B, T] of the queries; None: those of the keys.
+        """
+        relative, block = self.spec.relative, self.spec.segments[0].pattern[0]
+        if relative is None:
+            return None
+        keys = np.arange(tokens)
+        ahead = keys - (keys[None] if queries is None else queries)[..., None]
+        most = relative.distance
+        buckets = jnp.asarray(relative.of(block.causal))[jnp.clip(ahead, -most, most) + most]
+        table = Table(relative.buckets, block.heads, self.spec.init_std, name="relative_bias")()
+        return jnp.moveaxis(embed(buckets, table).astype(jnp.float32), -1, 1)
 
     def depths(self, params: Any, *given: Any, **named: Any) -> list[Array]:
         """The residual stream [B, T, D] after each block, before the first one as well; the last one is what `hidden`

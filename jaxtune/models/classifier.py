@@ -134,6 +134,7 @@ class Classifier:
         return self.body.dtype
 
     continues = False
+    reads_source = False
     label_head = True
 
     @property
@@ -306,11 +307,16 @@ def with_labels(body: Any, labels: Labels) -> Classifier:
     The config that an export writes tells transformers its class, labels, problem and padding.
 
     Raises:
-        UserError: the pooling is unknown.
+        UserError: the pooling is unknown, or the model is an encoder-decoder.
     """
     from jaxtune.models import family  # which imports this module
 
     config = body.spec.hf_config
+    if body.reads_source:
+        raise UserError(
+            f"The model (model_type={config['model_type']!r}) is an encoder-decoder, on which jaxtune puts no label "
+            "head; it writes labels as text with objective.name=seq2seq."
+        )
     module = family(config)
     layout = getattr(module, "label_layout", decoder_layout)(Config(config), labels.kind)
     if labels.pooling not in (None, *POOLINGS):

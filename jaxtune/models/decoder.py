@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
@@ -55,6 +56,7 @@ class Decoder(Body):
         segments: Array | None = None,
         cache: Any = None,
         keys: Keys = None,
+        source: tuple[Array, Array] | None = None,
     ) -> Any:
         """tokens i32[B, T] -> the normalised residual stream [B, T, D] (and the new cache, when one is given).
 
@@ -66,14 +68,21 @@ class Decoder(Body):
                 all slots below theirs; without positions the tokens are the first ones and see each other only. A rope
                 that depends on the text's length uses the cache's size instead, so that it stays the same.
             keys: one PRNG key a row, [B]; None switches every dropout off.
+            source: of an encoder-decoder, the encoder's tokens i32[B, S], and segments i32[B, S], 1 at text and 0 at
+                padding; None: what is needed of them is in the cache.
         """
         spec = self.spec
         slots = positions
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
-        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions)
+        table = None if self.start else self.table("embed_tokens", spec.vocab)
+        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, table)
         self.sow(DEPTHS, "embedded", x)
-        x, cache = self.run(Block, x, positions, Context(slots, segments, {}, keys), cache)
+        context = Context(slots, segments, {}, keys, self._bias(tokens, slots, cache))
+        if spec.encoder is None:
+            x, cache = self.run(Block, x, positions, context, cache)
+        else:
+            x, cache = self._over_source(x, positions, context, cache, source, table)
         if self.stop is not None:
             return x
         x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
@@ -92,6 +101,10 @@ class Decoder(Body):
             return self.head(out)
         return self.head(out[0]), out[1]
 
+    def slots(self, cache: Any) -> int:
+        """The slots of a cache."""
+        return jax.tree.leaves(cache)[0].shape[2]
+
     def init_cache(self, batch: int, slots: int) -> Any:
         """Zeros for `slots` positions: a tuple over segments and pattern of {k, v} [n, B, S, G, C]."""
         return tuple(
@@ -102,9 +115,13 @@ class Decoder(Body):
             for s in self.spec.segments
         )
 
-    def _embedded(self, tokens: Array, positions: Array) -> Array:
+    def _bias(self, tokens: Array, slots: Array | None, cache: Any) -> Array | None:
+        if cache is None or slots is None:
+            return self.bias(tokens.shape[1])
+        return self.bias(self.slots(cache), slots)
+
+    def _embedded(self, tokens: Array, positions: Array, table: Any) -> Array:
         spec = self.spec
-        table = self.table("embed_tokens", spec.vocab)
         scale = spec.embed_scale
         if not spec.scales_prompt:
             scale = jnp.where(tokens < spec.vocab, scale, 1.0).astype(self.dtype)[..., None]

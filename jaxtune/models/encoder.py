@@ -10,7 +10,7 @@ The parameters are a plain nested dict:
 
 import dataclasses
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.body import DEPTHS, Body
 from jaxtune.models.layers import Attention, Context, Linear, Mlp, Norm
-from jaxtune.models.spec import BlockSpec, Segment
+from jaxtune.models.spec import BlockSpec, Relative, Segment
 from jaxtune.weights.leaf import Array, Keys, embed
 
 
@@ -61,6 +61,8 @@ class EncoderSpec:
         embed_width: channels of the tables; a matrix leads to the residual stream's. None: there are as many.
         last_norm: whether a norm follows the last block.
         tied: an encoder has no output head to tie.
+        embed_norm: whether a norm follows the embeddings.
+        relative: the bias of scores by distance; None: there is none.
     """
 
     vocab: int
@@ -78,6 +80,8 @@ class EncoderSpec:
     norm_bias: bool = True
     init_std: float = 0.02
     tied: bool = False
+    embed_norm: bool = True
+    relative: Relative | None = None
 
     @property
     def layers(self) -> int:
@@ -132,6 +136,7 @@ class Encoder(Body):
         segments: Array | None = None,
         keys: Keys = None,
         types: Array | None = None,
+        table: Any = None,
     ) -> Array:
         """tokens i32[B, T] -> the last hidden states [B, T, D].
 
@@ -142,17 +147,18 @@ class Encoder(Body):
                 packed texts do not see each other; None: all is one text.
             keys: one PRNG key a row, [B]; None switches every dropout off.
             types: i32[B, T], BERT's token types; default 0.
+            table: of the tokens, where a decoder shares its own.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
-        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types, keys)
+        x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, types, keys, table)
         self.sow(DEPTHS, "embedded", x)
         return self.blocks(x, positions, segments, keys)
 
     def blocks(self, x: Array, positions: Array, segments: Array | None, keys: Keys) -> Array:
         """Embeddings [B, T, D] -> the last hidden states [B, T, D]."""
         spec = self.spec
-        x, _ = self.run(EncoderBlock, x, positions, Context(None, segments, {}, keys))
+        x, _ = self.run(EncoderBlock, x, positions, Context(None, segments, {}, keys, self.bias(x.shape[1])))
         if not spec.last_norm or self.stop is not None:
             return x
         return Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
@@ -161,16 +167,17 @@ class Encoder(Body):
         """The same as `hidden`."""
         return self.hidden(tokens, positions, segments, keys, types)
 
-    def _embedded(self, tokens: Array, positions: Array, types: Array | None, keys: Keys) -> Array:
+    def _embedded(self, tokens: Array, positions: Array, types: Array | None, keys: Keys, table: Any = None) -> Array:
         spec = self.spec
-        x = embed(tokens, self.table("embed_tokens", spec.vocab)).astype(self.dtype)
+        x = embed(tokens, self.table("embed_tokens", spec.vocab) if table is None else table).astype(self.dtype)
         if spec.learned_positions:
             table = self.table("embed_positions", spec.first_position + spec.positions)
             x += embed(positions + spec.first_position, table).astype(self.dtype)
         if spec.types:
             table = self.table("embed_types", spec.types)
             x += embed(jnp.zeros_like(tokens) if types is None else types, table).astype(self.dtype)
-        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
+        if spec.embed_norm:
+            x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
         if spec.embed_width in (None, spec.width):
             return x
         return Linear(spec.width, True, spec.init_std, name="embed_project")(x, keys)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.models.attention import Segments, attend_cache, attend_tokens
+from jaxtune.models.attention import Segments, attend_cache, attend_source, attend_tokens
 from jaxtune.models.spec import BlockSpec, NormKind
 from jaxtune.weights.leaf import Array, Keys, dot, fold, gathered, grouped_dot
 
@@ -51,12 +51,18 @@ class Context(NamedTuple):
         ropes: {str(rope): ((cos, sin), factor)}: each of the first two [B, T, 1, dim/2] float32, the factor of queries
             [B, T, 1, 1] or None.
         keys: one PRNG key a row, [B], or None.
+        bias: added to the scores of self-attention, f32[1 or B, H, T, S]; None: nothing.
+        source: an encoder's states [B, S, D]; None: there are none, or their keys and values are in the cache.
+        seen: i32[B, S], above 0 at the states that are text.
     """
 
     positions: Array | None
     segments: Segments | Array | None
     ropes: dict[str, tuple[tuple[Array, Array], Array | None]]
     keys: Keys
+    bias: Array | None = None
+    source: Array | None = None
+    seen: Array | None = None
 
 
 def leaf(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:
@@ -138,7 +144,7 @@ class Attention(nn.Module):
             table, heat = ctx.ropes[str(s.rope)]
             q, k = (rotate(x, table, s.rope.interleaved) for x in (q, k))
             q = q if heat is None else q * heat.astype(q.dtype)
-        scores = {"scale": s.head_dim**-0.5 if s.scale is None else s.scale, "softcap": s.softcap, "window": s.window}
+        scores = {"scale": score_scale(s), "softcap": s.softcap, "window": s.window, "bias": ctx.bias}
         if s.sinks:
             init = nn.initializers.normal(self.std)
             scores["sinks"] = leaf(self, "sinks", init, (s.heads,)).astype(jnp.float32)
@@ -176,6 +182,40 @@ class Attention(nn.Module):
         return Norm(s.norm, s.eps, axes=1 + by_head, bias=s.norm_bias and not by_head, name=name)(x)
 
 
+def score_scale(spec: BlockSpec) -> float:
+    """What multiplies q.k."""
+    return spec.head_dim**-0.5 if spec.scale is None else spec.scale
+
+
+class CrossAttention(nn.Module):
+    """Attention over an encoder's states (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3).
+
+    Every token sees all of the text; nothing tells positions. Keys and values are the same for all tokens, so the cache
+    holds them from the first.
+    """
+
+    spec: BlockSpec
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array, ctx: Context, cache: Any, layer: Array) -> tuple[Array, Any]:
+        s = self.spec
+
+        def heads(y, n, name):
+            y = Linear(n * s.head_dim, s.qkv_bias, self.std, name=name)(y, ctx.keys)
+            return checkpoint_name(y.reshape(*y.shape[:2], n, s.head_dim), "qkv")
+
+        q = heads(x, s.heads, "q_proj")
+        if ctx.source is not None:
+            kv = {f"source_{n}": heads(ctx.source, s.kv_heads, f"{n}_proj") for n in ("k", "v")}
+            if cache is not None:
+                cache = cache | {n: cache[n].at[layer].set(y.astype(cache[n].dtype)) for n, y in kv.items()}
+        else:
+            kv = {n: cache[n][layer] for n in ("source_k", "source_v")}
+        out = attend_source(q, kv["source_k"], kv["source_v"], ctx.seen, score_scale(s))
+        return Linear(x.shape[-1], s.o_bias, self.std, name="o_proj")(out.reshape(*x.shape[:2], -1), ctx.keys), cache
+
+
 def write_cache(cache: dict[str, Array], k: Array, v: Array, positions: Array | None, layer: Array) -> dict[str, Array]:
     """Put k, v [B, T, G, C] into slots `positions` of cache [L, B, S, G, C]; None: into the first T slots."""
 
@@ -193,7 +233,7 @@ def write_cache(cache: dict[str, Array], k: Array, v: Array, positions: Array | 
         rows = jnp.arange(b)[:, None]
         return slots.at[layer, rows, positions].set(new)
 
-    return {"k": write(cache["k"], k), "v": write(cache["v"], v)}
+    return cache | {"k": write(cache["k"], k), "v": write(cache["v"], v)}
 
 
 class Mlp(nn.Module):
@@ -275,7 +315,9 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x), with norms and sums where the spec has them."""
+    """x + attention(norm x), then x + mlp(norm x), with norms and sums where the spec has them; between the two, in an
+    encoder-decoder, x + cross-attention(norm x).
+    """
 
     spec: BlockSpec
     implementation: str
@@ -296,6 +338,10 @@ class Block(nn.Module):
         h, cache = Attention(s, self.implementation, self.std, name="self_attn")(before, ctx, cache, layer)
         h = out_norm(h, "attention_out_norm")
         x, entry = checkpoint_name(x + h * s.residual_scale, "residual"), x
+        if s.cross:
+            h = norm(x, "cross_norm", ("before", "around"))
+            h, cache = CrossAttention(s, self.std, name="cross_attn")(h, ctx, cache, layer)
+            x = checkpoint_name(x + h, "residual")
         if s.residual == "shared":
             h = before
         else:

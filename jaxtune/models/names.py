@@ -64,6 +64,7 @@ class NameTable:
         renamed: ends of names in old checkpoints -> their current names.
         in_memory: (regex over a checkpoint's name, its replacement in a loaded model), applied in turn.
         bare: whether names in a loaded model lack the prefix.
+        encoder: the names of an encoder-decoder's encoder, whose paths are below "encoder/".
     """
 
     top: dict[str, str]
@@ -75,6 +76,7 @@ class NameTable:
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     in_memory: tuple[tuple[str, str], ...] = ()
     bare: bool = False
+    encoder: "NameTable | None" = None
 
     def tensors(self, spec: DecoderSpec, paths: set[str] | None = None) -> Iterator[Tensor]:
         """Yield every HF tensor of a model in the order of its layers; with `paths`, only those leaves that exist."""
@@ -108,6 +110,10 @@ class NameTable:
                         else:
                             yield tensor(name, full, repeat, turn)
                     number += 1
+        if self.encoder is not None:
+            own = None if paths is None else {p.removeprefix("encoder/") for p in paths if p.startswith("encoder/")}
+            for t in self.encoder.tensors(spec.encoder, own):
+                yield t._replace(path=f"encoder/{t.path}", name=self.loaded(t.hf))
 
     def modern(self, hf: str) -> str:
         """The current name of a tensor in a checkpoint."""

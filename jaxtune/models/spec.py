@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from jaxtune.errors import UserError, nearest
 from jaxtune.models.rope import Rope, check_rule
@@ -47,6 +49,7 @@ class BlockSpec:
     scale: float | None = None  # multiplies q.k; default: head_dim ** -0.5
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     sinks: bool = False  # a trained score a head that stands beside those of the keys and has no value
+    cross: bool = False  # whether attention over an encoder's states follows that over the tokens before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,31 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Relative:
+    """A learned bias of attention's scores for each head and bucket of distances, the same in all layers.
+
+    T5's (Raffel et al. 2020, arXiv:1910.10683, section 2.1): half of the buckets are single distances, the others grow
+    with their logarithm up to `distance`. Without causality, distances ahead have half of all buckets.
+    """
+
+    buckets: int = 32
+    distance: int = 128
+
+    def of(self, causal: bool) -> np.ndarray:
+        """The bucket of each distance key - query from -`distance` to `distance`, i32[2 * distance + 1]."""
+        ahead = np.arange(-self.distance, self.distance + 1)
+        count = self.buckets if causal else self.buckets // 2
+        far, exact = np.maximum(-ahead, 0) if causal else np.abs(ahead), count // 2
+        # In float32, as transformers: at some distances the last digit decides.
+        log = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
+        wide = exact + (log / np.float32(math.log(self.distance / exact)) * np.float32(count - exact)).astype(np.int32)
+        found = np.where(far < exact, far, np.minimum(wide, count - 1))
+        return (found if causal else found + (ahead > 0) * count).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """A causal language model.
+    """A causal language model, or the decoder of an encoder-decoder and its encoder.
 
     Attributes:
         vocab: rows of the embedding table.
@@ -80,6 +106,9 @@ class DecoderSpec:
         logits_divisor: divides the logits.
         logits_softcap: logits become softcap * tanh(logits / softcap).
         new_tokens: how many of the table's last rows `resize` added; they are untrained.
+        relative: the bias of scores by distance; None: there is none.
+        encoder: an `EncoderSpec` that shares the table of tokens; blocks with `cross` attend to its states. None: none.
+        start: with an encoder, the token that a target begins with, which is not predicted.
     """
 
     vocab: int
@@ -100,6 +129,9 @@ class DecoderSpec:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     new_tokens: int = 0
+    relative: Relative | None = None
+    encoder: Any = None
+    start: int = 0
 
     @property
     def layers(self) -> int:
@@ -139,7 +171,7 @@ _VALUES = [
     (re.compile(pattern), words, test)
     for pattern, words, test in (
         (
-            r"(num_hidden_layers|n_layers?)",
+            r"(num_(hidden_|decoder_)?layers|n_layers?)",
             "a whole number from 1 to 10,000",
             lambda v: type(v) is int and 0 < v <= 10_000,
         ),
@@ -151,7 +183,7 @@ _VALUES = [
         (
             r"(vocab|hidden|(moe_)?intermediate)_size|num_(attention|key_value)_heads|num_experts_per_tok|num_channels"
             r"|n_(embd|heads?|positions|inner)|dim|hidden_dim|head_dim|max_position_embeddings|local_attention|rotary_dim|ffn_dim|embedding_size"
-            r"|decoder_sparse_step|sliding_window_pattern|global_attn_every_n_layers|num_labels",
+            r"|d_(model|kv|ff)|num_heads|relative_attention_(num_buckets|max_distance)|decoder_sparse_step|sliding_window_pattern|global_attn_every_n_layers|num_labels",
             "a whole number above 0",
             lambda v: type(v) is int and 0 < v < 2**31,
         ),
@@ -165,7 +197,7 @@ _VALUES = [
             "true or false",
             lambda v: type(v) is bool,
         ),
-        (r"\w+_(act|activation)|activation\w*|model_type", "text", lambda v: isinstance(v, str)),
+        (r"\w+_(act|activation)|activation\w*|model_type|feed_forward_proj", "text", lambda v: isinstance(v, str)),
         (r"rope_(scaling|parameters)|id2label", "an object", lambda v: isinstance(v, dict)),
         (r"layer_types|architectures|mlp_only_layers|no_rope_layers", "a list", lambda v: isinstance(v, list)),
     )

@@ -69,8 +69,13 @@ def open_decoder(task: str, given: TaskInput) -> Any:
         UserError: the model does not continue text.
     """
     module = models.build(dict(given.config), **given.fields)
+    kind = given.config["model_type"]
+    if module.reads_source:
+        raise UserError(
+            f"objective.name={task} needs a decoder alone, and the model in model.path (model_type={kind!r}) is an "
+            "encoder-decoder, which reads one text and writes another: set objective.name=seq2seq."
+        )
     if not module.continues:
-        kind = given.config["model_type"]
         what = "has a label head" if read_labels(given.config) else f"(model_type={kind!r}) is an encoder"
         raise UserError(
             f"objective.name={task} needs a model that continues text, and the one in model.path {what}: set "

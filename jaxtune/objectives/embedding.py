@@ -312,6 +312,11 @@ def open_body(given: TaskInput) -> Any:
     """The model of a config.json without any head."""
     config = {**given.config, "architectures": None}
     module = models.build(config, **given.fields)
+    if module.reads_source:
+        raise UserError(
+            "objective.name=embedding needs an encoder or a decoder alone, and the model in model.path is an "
+            "encoder-decoder."
+        )
     if hasattr(module.spec, "patch"):
         raise UserError("objective.name=embedding reads texts, and the model in model.path reads images.")
     return module.without_head() if isinstance(module, Decoder) else module

@@ -166,9 +166,10 @@ class Entry(NamedTuple):
     rate: float = 1.0
 
 
+_ANSWERS = tuple(f"evaluate.{name}" for name in ("samples", "prompts", "metrics", "max_new_tokens", "rows"))
 _TURNS = (
     *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "data.ignore", "model.chat_template"),
-    "evaluate",
+    *(*_ANSWERS, "evaluate.general", "evaluate.known"),
 )
 _TEXT = (
     *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.packing"),
@@ -185,6 +186,12 @@ TASKS: dict[str, Entry] = {
         "jaxtune.objectives.causal_lm:open_task",
         (*_TEXT, "objective.z_loss"),
         evaluator="jaxtune.evaluate.answers:Answers",
+    ),
+    "seq2seq": Entry(
+        "jaxtune.objectives.seq2seq:open_task",
+        (*("data.format", "data.template", "data.ignore", "data.max_target_length", "objective.z_loss"), *_ANSWERS),
+        "AutoModelForSeq2SeqLM",
+        "jaxtune.evaluate.answers:Answers",
     ),
     "distillation": Entry(
         "jaxtune.objectives.distillation:open_task",
@@ -227,7 +234,7 @@ TASKS: dict[str, Entry] = {
     ),
     "reward": Entry(
         "jaxtune.objectives.reward:open_task",
-        ("objective.centering", *(name for name in _TURNS if name != "evaluate")),
+        ("objective.centering", *(name for name in _TURNS if not name.startswith("evaluate."))),
         "AutoModelForSequenceClassification",
     ),
     "embedding": Entry(
@@ -311,6 +318,8 @@ def of_model(config: Mapping[str, Any], task_type: str | None = None) -> str:
     """
     from jaxtune.models.classifier import TASK_TYPES, read_labels
 
+    if task_type == "SEQ_2_SEQ_LM" or (task_type is None and config.get("is_encoder_decoder")):
+        return "seq2seq"
     labels = read_labels(config)
     kind = labels and labels.kind
     if task_type is not None:

@@ -21,6 +21,7 @@ from jaxtune.data.preferences import LABELS as JUDGED
 from jaxtune.data.preferences import PROMPTS as PREFERENCE_PROMPTS
 from jaxtune.data.preferences import SIDES, JudgedForm, PairForm
 from jaxtune.data.row_form import RowForm
+from jaxtune.data.seq2seq import OURS, Seq2SeqForm
 from jaxtune.data.sources import Source, kind, read
 from jaxtune.errors import UserError
 from jaxtune.objectives.task import TASKS, located
@@ -46,6 +47,7 @@ DIALOGUES = (
 
 KINDS = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification"}
 SINGLE = "single_label_classification"
+WHOLE = 2**31 - 1  # a length that no row exceeds
 TRAINING = "the training data"  # the origin of labels that were not given by name
 
 
@@ -205,6 +207,29 @@ def recognise(
     elif marker:
         notes.append(f"{marker.strip()!r} occurs once in every text: the text after it is trained")
     return Recognised(format, columns, marker, until, notes=tuple(notes), given=given)
+
+
+def recognise_targets(
+    source: Source, columns: Mapping[str, str] | None = None, given: Mapping[str, Any] | None = None
+) -> Recognised:
+    """As `recognise`, for an encoder-decoder: which columns are the source and the target.
+
+    Raises:
+        UserError: none of them, by their names.
+    """
+    given = {name: (given or {})[name] for name in ("format", "template", "ignore") if name in (given or {})}
+    whole = {"longest": WHOLE, "target": WHOLE, **given}
+    form = Seq2SeqForm(columns=dict(columns or {}), **whole)
+    try:
+        reader = form.reader(source)
+    except UserError:
+        if columns or given:
+            raise
+        number, row = next(iter(source))
+        _, found = _match(source.where(number), row)
+        form = Seq2SeqForm(columns={name: found.get(name, name) for name in OURS.values()}, **whole)
+        reader = form.reader(source)
+    return Recognised("seq2seq", form.columns, form=form, notes=tuple(reader.notes.lines()))
 
 
 def _judged(source: Source, row: dict, columns: Mapping[str, str], given: Mapping[str, Any]) -> Recognised | None:

@@ -35,8 +35,9 @@ def prompts(experiment: Any, data: Any) -> list[Prompt]:
     if e.prompts:
         from jaxtune.infer.generation import encode_prompts
 
+        source = experiment.module.reads_source
         chat = any(source.chat for source in data.report.sources)
-        for text, ids in zip(e.prompts, encode_prompts(data.tokenizer, e.prompts, chat), strict=True):
+        for text, ids in zip(e.prompts, encode_prompts(data.tokenizer, e.prompts, chat, source), strict=True):
             if len(ids) > room:
                 raise UserError(
                     f"evaluate.prompts: {text[:40]!r} has {len(ids)} tokens, and with "

@@ -261,7 +261,7 @@ KINDS: dict[str, Callable[[jax.Array], Weight]] = {
 }
 
 # Linear modules and experts of jaxtune's decoders and encoders; tables, heads and routers stay as they are.
-BODY = r"segment_\d+/.*(kernel|_experts)"
+BODY = r"(encoder/)?segment_\d+/.*(kernel|_experts)"
 PATTERNS = {"mxfp4": r"segment_\d+/.*_experts"}  # the kinds that by default are for less
 
 
