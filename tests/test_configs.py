@@ -2,6 +2,7 @@
 
 import ast
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ def flags(tmp_path):
     def make(name: str) -> list[str]:
         if name == "quickstart":
             return []
+        if name == "seq2seq":
+            t5 = runpy.run_path(str(CONFIGS[0].parents[1] / "examples" / "tiny" / "t5.py"))
+            t5["write"](tmp_path / "t5")
+            return [f"--config.model.path={tmp_path}/t5"]
         if name == "distill":
             return [f"--config.objective.teacher={tiny.BASE}"]
         if name in LABELLED:

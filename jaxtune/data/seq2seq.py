@@ -235,7 +235,7 @@ class Seq2SeqEncoder:
 
 
 class Seq2SeqAssembler(Assembler):
-    """Lays rows into source, read (1 at the source's tokens) i32[A, B, S], targets i32[A, B, T], weights f32[A, B, T].
+    """Lays rows into source, segments (1 at its tokens) i32[A, B, S], targets i32[A, B, T], weights f32[A, B, T].
 
     `max_length` and widths are of sources. With each width goes one of targets, so that there are no more programs: a
     batch takes the first width at which both its longest source and its longest target fit.
@@ -264,11 +264,11 @@ class Seq2SeqAssembler(Assembler):
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         n, s = self.batch_size, width or self.width(plan)
         t = int(self.target_widths[min(np.searchsorted(self.widths, s), len(self.widths) - 1)])
-        source, read = np.zeros((n, s), np.int32), np.zeros((n, s), np.int32)
+        source, segments = np.zeros((n, s), np.int32), np.zeros((n, s), np.int32)
         targets, weights = np.zeros((n, t), np.int32), np.zeros((n, t), np.float32)
-        read[:, 0] = 1  # a row that is missing reads one token, so that nothing is divided by 0
+        segments[:, 0] = 1  # a row that is missing reads one token, so that nothing is divided by 0
         for b, (member,) in enumerate(plan):
             given, answer = split(*self.rows[self.source[member]][self.index[member]])
-            source[b, : len(given)], read[b, : len(given)] = given, 1
+            source[b, : len(given)], segments[b, : len(given)] = given, 1
             targets[b, : len(answer)], weights[b, : len(answer)] = answer, 1
-        return self._finished({"source": source, "read": read, "targets": targets, "weights": weights}, plan, t)
+        return self._finished({"source": source, "segments": segments, "targets": targets, "weights": weights}, plan, t)

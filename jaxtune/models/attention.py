@@ -72,13 +72,18 @@ def choose(
 
 
 def check_cudnn(module: Any, packed: bool, backend: str) -> None:
-    """Raise UserError if `module` asks for cuDNN's attention where that cannot be; nothing is compiled.
+    """Raise UserError if `module` asks for an attention, cuDNN's or another, that cannot be; nothing is compiled.
 
     Args:
         module: the model.
         packed: whether its rows hold several texts.
         backend: to run on, or to plan for; the card itself is asked only where there is one.
     """
+    if getattr(module.spec, "relative", None) is not None and module.attention not in ("auto", "xla"):
+        raise UserError(
+            f"model.attention={module.attention}: this model adds a bias to scores by distance, which plain XLA alone "
+            "does here. Leave the setting out."
+        )
     if module.attention != "cudnn":
         return
     card = cudnn.capability() if jax.default_backend() == "gpu" else (9, 0)

@@ -41,7 +41,7 @@ def seq2seq(module: Any, *, z_loss: float = 0.0, members: int = 1) -> Callable[.
 
     def loss_fn(params, batch, key):
         keys = None if key is None else row_keys(key, batch["row"])
-        tokens, source = shifted(batch["targets"], module.spec.start), (batch["source"], batch["read"])
+        tokens, source = shifted(batch["targets"], module.spec.start), (batch["source"], batch["segments"])
         x = module.apply({"params": params}, tokens, keys=keys, source=source, method="hidden")
         project = functools.partial(head_logits, spec=module.spec)
         given = x, batch["targets"], batch["weights"]
@@ -96,7 +96,7 @@ def batch_like(target: int, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct
     rows = (shape.micros, shape.rows)
     source, targets = (jax.ShapeDtypeStruct((*rows, n), jnp.int32) for n in (shape.length, target))
     return {
-        **{"source": source, "read": source, "targets": targets},
+        **{"source": source, "segments": source, "targets": targets},
         "weights": jax.ShapeDtypeStruct(targets.shape, jnp.float32),
         "row": jax.ShapeDtypeStruct(rows, jnp.int32),
     }
