@@ -717,7 +717,7 @@ def test_unsupported_configs_are_refused_by_name(case):
 
 # Of transformers' own default configs: the nearest architecture that is named, and what is missing.
 UNSUPPORTED = {
-    "umt5": ("t5", "relative positions"),
+    "umt5": ("", "relative positions"),
     "bart": ("", ""),
     "deepseek_v3": ("mixtral", "latent attention, a router by groups"),
     "qwen3_next": ("qwen3", "linear attention"),
