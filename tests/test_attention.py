@@ -35,12 +35,13 @@ SCALE = 0.4
 class Oracle:
     """Causal attention one query at a time; and its derivative, by the textbook."""
 
-    def __init__(self, q, k, v, segments=None, window=None, positions=None, softcap=None):
+    def __init__(self, q, k, v, segments=None, window=None, positions=None, softcap=None, sinks=None):
         self.q, self.k, self.v = (np.asarray(x, np.float64) for x in (q, k, v))
         b, t, h, _ = q.shape
         s, group = k.shape[1], h // k.shape[2]
         self.group = group
         self.p, self.slope = np.zeros((b, h, t, s)), np.ones((b, h, t, s))
+        self.sunk = np.zeros((b, h, t))  # the weight of each head's sink
         for row in range(b):
             for i in range(t):
                 at = i if positions is None else positions[row, i]
@@ -52,8 +53,12 @@ class Oracle:
                     if softcap is not None:
                         scores = softcap * np.tanh(scores / softcap)
                         self.slope[row, head, i, sees] = 1 - (scores / softcap) ** 2
-                    weights = np.exp(scores - scores.max())
-                    self.p[row, head, i, sees] = weights / weights.sum()
+                    sink = -np.inf if sinks is None else float(sinks[head])
+                    top = max(scores.max(), sink)
+                    weights = np.exp(scores - top)
+                    total = weights.sum() + np.exp(sink - top)
+                    self.p[row, head, i, sees] = weights / total
+                    self.sunk[row, head, i] = np.exp(sink - top) / total
         self.keys, self.values = (x.repeat(group, axis=2) for x in (self.k, self.v))
 
     @property
@@ -66,6 +71,11 @@ class Oracle:
         dp = np.einsum("bthc,bshc->bhts", g, self.values)
         ds = self.p * (dp - (dp * self.p).sum(-1, keepdims=True)) * SCALE * self.slope
         return self._gradient(ds, self.keys, self.q, g)
+
+    def of_sinks(self, g):
+        """The derivative by the sinks [H], whose own value is zero."""
+        dp = np.einsum("bthc,bshc->bhts", np.asarray(g, np.float64), self.values)
+        return -(self.sunk * (dp * self.p).sum(-1)).sum((0, 2))
 
     def summed(self, g):
         """The largest sum of absolute terms in each of the three, to which rounding is relative (Higham 2002, 3.5)."""
@@ -155,6 +165,39 @@ def test_softcaps_of_scores(form):
     oracle = Oracle(q, k, v, segments, 37, softcap=3.0)
     check(oracle, g, *forward_and_gradient(q, k, v, g, segments, 37, form, softcap=3.0))
     assert not close(forward_and_gradient(q, k, v, g, segments, 37, form)[0], oracle.out)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sinks_take_their_part_of_each_softmax(form):
+    """Packed rows and a window; one sink is below all scores, one above them. Decoding from a cache as well."""
+    q, k, v, g = inputs(2, 140, 4, 2)
+    segments, sinks = documents(140), jnp.array([-20.0, 1.0, 3.0, 20.0])
+    oracle = Oracle(q, k, v, segments, 37, sinks=sinks)
+    settings = {"segments": segments, "window": 37, "implementation": form, "scale": SCALE}
+
+    @jax.jit
+    def both(*x):
+        out, back = jax.vjp(lambda q, k, v, sinks: attend_tokens(q, k, v, sinks=sinks, **settings), *x)
+        return out, back(g)
+
+    out, (*gradient, of_sinks) = both(q, k, v, sinks)
+    check(oracle, g, out, gradient)
+    want = oracle.of_sinks(g)
+    assert (np.abs(of_sinks - want) < 1e-5 * np.abs(want).max()).all()
+    assert not close(forward_and_gradient(q, k, v, g, segments, 37, form)[0], oracle.out)
+
+
+def test_sinks_in_a_cache_and_on_a_gpu():
+    q, k, v, _ = inputs(2, 3, 4, 2, s=20)
+    positions, sinks = np.array([[4, 5, 6], [17, 18, 19]]), jnp.array([-20.0, 1.0, 3.0, 20.0])
+    out = attend_cache(q, k, v, jnp.asarray(positions), scale=SCALE, window=7, sinks=sinks)
+    assert close(out, Oracle(q, k, v, window=7, positions=positions, sinks=sinks).out)
+    with pytest.raises(ValueError, match="has no sinks"):
+        attend_tokens(q, q, q, segments=None, scale=1.0, window=None, implementation="cudnn", sinks=sinks)
+    assert choose("auto", jnp.bfloat16, 64, "gpu", tokens=512, sinks=True) == "blocks"
+    module = zoo.ours("gpt_oss")[0].clone(attention="cudnn", dtype=jnp.bfloat16)
+    with pytest.raises(UserError, match="has no sinks, as this model has"):
+        attention.check_cudnn(module, False, "gpu")
 
 
 def test_cudnn_has_no_softcap():

@@ -96,6 +96,8 @@ def run_facts(
     facts: dict[str, Any] = {"method": settings["tune.method"]}
     if settings["tune.method"] == "lora":
         facts |= {label: settings[f"tune.lora.{label}"] for label in _LORA}
+        if experts := settings.get("tune.lora.target_parameters"):
+            facts["target_parameters"] = experts
     fraction, lr = settings["data.eval_fraction"], settings["optim.lr"]
     facts |= {
         "data": _public(settings["data.train"]),

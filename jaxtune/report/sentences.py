@@ -46,7 +46,9 @@ def _what(run: RunRecord) -> str:
 
 def _lora(settings: dict[str, Any]) -> str:
     targets = settings["tune.lora.target_modules"]
-    on = "all linear layers" if targets in ("all-linear", ("all-linear",)) else setting(targets)
+    on = "all linear layers" if targets in ("all-linear", ("all-linear",)) else setting(targets) if targets else ""
+    if settings.get("tune.lora.target_parameters"):
+        on = f"{on} and experts" if on else "experts"
     kind = "DoRA" if settings["tune.lora.use_dora"] else "LoRA"
     rank, alpha = settings["tune.lora.r"], number(settings["tune.lora.lora_alpha"])
     return f"{kind} adapters (rank {rank}, alpha {alpha}, on {on}) for"
