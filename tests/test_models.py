@@ -269,7 +269,7 @@ MISREADINGS = {
     "slope of gpt_oss": ("gpt_oss", {"swiglu_alpha": 1.6}),
     "clamp of gpt_oss": ("gpt_oss", {"swiglu_limit": 1.6}),
     "window of gpt_oss": ("gpt_oss", {"sliding_window": 7}),
-    "pattern of gpt_oss": ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    "pattern of gpt_oss": ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}),
     "query scale of vaultgemma": ("vaultgemma", {"query_pre_attn_scalar": 16}),
     "eps of seed_oss": ("seed_oss", {"rms_norm_eps": 2e-5}),
     "gelu in arcee": ("arcee", {"hidden_act": "relu"}),
