@@ -3,8 +3,8 @@
     python benchmarks/preference_gains.py --model=DIR --dpo=dpo_en_demo.json --kto=kto_en_demo.json --work=DIR
 
 The files are LLaMA-Factory's. Of a prompt the last hundred characters of its last turn are kept, so that a model of 512
-positions sees most of an answer; answers are cut at its end. Rows are in one of three folds by the hash of their prompt,
-so that no prompt is on both sides; one fold is held out, three seeds train on the others in one step, and the weights
+positions sees most of an answer; answers are cut at its end. Rows are in one of three folds by the hash of their
+prompt, so that no prompt is on both sides; one fold is held out, three seeds train on the others in one step, and the weights
 of the last step are measured. Nothing is chosen by the held-out rows. Intervals are bootstraps over the rows.
 """
 
