@@ -4,8 +4,9 @@
 
 The files are LLaMA-Factory's. Of a prompt the last hundred characters of its last turn are kept, so that a model of 512
 positions sees most of an answer; answers are cut at its end. Rows are in one of three folds by the hash of their
-prompt, so that no prompt is on both sides; one fold is held out, three seeds train on the others in one step, and the weights
-of the last step are measured. Nothing is chosen by the held-out rows. Intervals are bootstraps over the rows.
+prompt, so that no prompt is on both sides; one fold is held out, three seeds train on the others in one step, and
+the weights of the last step are measured. Nothing is chosen by the held-out rows. Intervals are bootstraps over the
+rows.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import numpy as np
 
 FOLDS, SEEDS, KEPT = 3, (0, 1, 2), 100
 SHARED = {
-    **{"data.eval_fraction": 0, "data.max_length": 512, "data.overlength": "truncate", "train.best": "none"},
-    **{"train.epochs": 1, "log.tensorboard": "false", "log.progress": "false"},
+    **{"data.max_length": 512, "data.overlength": "truncate", "tune.lora.r": 16, "tune.lora.lora_alpha": 32},
+    **{"optim.schedule": "cosine", "optim.warmup": 0.03, "train.epochs": 1, "train.batch_size": 8},
+    **{"log.tensorboard": "false", "log.progress": "false"},
 }
 SETTINGS = {
-    "dpo": {"objective.loss": "sigmoid_norm", "objective.beta": 10, "optim.lr": 5e-4, "train.batch_size": 8},
-    "kto": {"objective.beta": 0.02, "optim.lr": 1e-4, "train.batch_size": 8},
+    "dpo": {"objective.name": "preference", "objective.loss": "sigmoid_norm", "objective.beta": 10, "optim.lr": 5e-4},
+    "kto": {"objective.name": "kto", "objective.beta": 0.02, "optim.lr": 1e-4},
 }
 
 
@@ -62,8 +64,7 @@ def measure(a, objective: str, rows: list[tuple[int, dict]], fold: int) -> list[
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     settings = {"model.path": a.model, "data.train": out / "train.jsonl", **SHARED, **SETTINGS[objective]}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    where = [f"--config={common.ROOT}/configs/{objective}.py", f"--workdir={out}/run"]
-    common.quiet("sweep", *where, *flags, f"--sweep.train.seed={','.join(map(str, SEEDS))}")
+    common.quiet("sweep", f"--workdir={out}/run", *flags, f"--sweep.train.seed={','.join(map(str, SEEDS))}")
     held_out, found = [row for own, row in rows if own == fold], []
     for seed in SEEDS:
         run = out / "run" / f"seed={seed}"
