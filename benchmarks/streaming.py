@@ -117,7 +117,7 @@ def main() -> None:
             work.mkdir(parents=True, exist_ok=True)
             write_rows(file, a.rows)
         cache = {"JAXTUNE_CACHE": str(work / "cache"), "RAYON_NUM_THREADS": str(a.threads)}
-        for what, steps in (("tokenise", 0), ("start from the cache", 0), ("batches", 2000), ("batches again", 2000)):
+        for what, steps in (("tokenise", 0), ("start from the cache", 0), ("batches", 500), ("batches again", 500)):
             command = [sys.executable, __file__, f"--measure={file}", f"--steps={steps}", f"--rows={a.rows}"]
             command += ["--random"] * a.random
             done = run(command, a.threads, **cache)
