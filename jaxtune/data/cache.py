@@ -101,6 +101,7 @@ def build_in_parts(
         part.mkdir(parents=True, exist_ok=True)
         with updating(part):
             if damage(folder, blocks=True) is None:
+                shutil.rmtree(part, ignore_errors=True)
                 return
             done = _done(part, kinds)
             with _Writer(part, kinds, done) as out:
