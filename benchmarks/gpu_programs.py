@@ -106,7 +106,7 @@ CASES = {
     "gemma3-1b lora packed, dots": Case("gemma3-1b", "lora", 2, 4096, "dots", packed=True),
     "bert classify full": Case("bert", "full", 32, 512, kind="classify"),
     "bert classify lora": Case("bert", "lora", 32, 512, kind="classify"),
-    "1b prefill": Case("1b", "lora", 8, 2048, kind="prefill"),
+    "1b prefill": Case("1b", "lora", 4, 4096, kind="prefill"),
     "1b decode": Case("1b", "lora", 32, 2048, kind="decode"),
 }
 
@@ -318,6 +318,14 @@ def wrong(case: Case, r: Any, text: str, plan: Any, arguments: tuple) -> list[st
         if set(map(int, found.split(","))) & heads
         and found not in (f"{layers},{case.rows}", f"{layers}")  # activations [T, D], weights
     }
+    matrices = {tuple(x.shape[-2:]) for x in jax.tree.leaves(r.module.abstract_params()) if x.ndim >= 2}
+    if t not in {size for shape in matrices for size in shape}:  # then scores can be told when their axes are merged
+        few = case.rows * block.heads * t * t
+        squares |= {
+            f"[{found},{t}]"
+            for found in re.findall(rf"(?:f32|bf16|pred)\[([\d,]+),{t}\]", text)
+            if case.kind != "decode" and math.prod(map(int, found.split(","))) * t >= few
+        }
     if t > 512 and squares:
         said.append(f"[T, T] arrays: {', '.join(sorted(squares)[:3])}")
     base = {x.shape[1:] for x in jax.tree.leaves(r.module.abstract_params()) if x.ndim == 3 and min(x.shape[1:]) > 500}

@@ -236,10 +236,13 @@ def test_bfloat16_keeps_its_type_and_softmaxes_in_float32(form):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
-def test_the_cache_sees_slots_up_to_each_query_and_nothing_later(heads, groups, window):
-    q, k, v, g = inputs(3, 4, heads, groups, s=21)
-    positions = np.array([[0, 1, 2, 3], [9, 10, 11, 12], [17, 18, 19, 20]], np.int32)
+@pytest.mark.parametrize("heads, groups, backend", [(4, 4, "cpu"), (4, 2, "cpu"), (4, 1, "cpu"), (4, 2, "gpu")])
+def test_the_cache_sees_slots_up_to_each_query_and_nothing_later(monkeypatch, heads, groups, backend, window):
+    """On a GPU two queries at a time, as if there were no room for more."""
+    monkeypatch.setattr(attention, "ROOM", 4 * 3 * heads * 21 * 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    q, k, v, g = inputs(3, 5, heads, groups, s=21)
+    positions = np.array([[0, 1, 2, 3, 4], [9, 10, 11, 12, 13], [16, 17, 18, 19, 20]], np.int32)
 
     @jax.jit
     def run(q, k, v):

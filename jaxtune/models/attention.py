@@ -257,13 +257,18 @@ def attend_cache(
 
     Slot s holds the token at position s, so a query sees the slots up to its own position.
     """
-    slots = jnp.arange(k.shape[1])
-    mask = slots <= positions[..., None]
-    if window is not None:
-        mask &= slots > positions[..., None] - window
-    if q.shape[1] > 1 and bias is None and jax.default_backend() == "cpu":
-        return _row_by_row(q, k, v, mask, scale, softcap, sinks)
-    return _masked(q, k, v, mask, scale, softcap, sinks, bias)
+    if q.shape[1] == 1 or bias is not None:
+        return _masked(q, k, v, _slot_mask(positions, k.shape[1], window), scale, softcap, sinks, bias)
+    if jax.default_backend() == "cpu":
+        return _row_by_row(q, k, v, _slot_mask(positions, k.shape[1], window), scale, softcap, sinks)
+    return _by_queries(q, k, v, positions, scale, window, softcap, sinks)
+
+
+def _slot_mask(positions: Array, slots: int, window: int | None) -> Array:
+    """bool[B, T, S] of queries at `positions` i32[B, T]."""
+    places = jnp.arange(slots)
+    mask = places <= positions[..., None]
+    return mask if window is None else mask & (places > positions[..., None] - window)
 
 
 def attend_source(q: Array, k: Array, v: Array, seen: Array, scale: float) -> Array:
@@ -278,6 +283,24 @@ def _row_by_row(q, k, v, mask, scale, softcap, sinks):
         return _masked(*(x[None] for x in row), scale, softcap, sinks)[0]
 
     return jax.lax.map(one, (q, k, v, mask))
+
+
+def _by_queries(q, k, v, positions, scale, window, softcap, sinks):
+    """`_masked` in a loop over as many queries of all rows and heads as have scores of `ROOM` bytes: no [T, S]."""
+    b, t, h, _ = q.shape
+    parts = math.ceil(t / max(1, ROOM // (4 * b * h * k.shape[1])))
+    size = math.ceil(t / parts)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, parts * size - t)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, parts, size, *x.shape[2:]), 1, 0)
+
+    def some(args):
+        q, positions = args
+        return _masked(q, k, v, _slot_mask(positions, k.shape[1], window), scale, softcap, sinks)
+
+    out = jax.lax.map(some, (cut(q), cut(positions)))
+    return jnp.moveaxis(out, 0, 1).reshape(b, parts * size, h, -1)[:, :t]
 
 
 def _token_mask(t: int, segments: Array | None, window: int | None, causal: bool) -> Array:
