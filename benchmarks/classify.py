@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Case:
         rates: the candidates, of both sides.
         weight_decay: the config's.
         grouped: whether rows of like length share a batch.
+        packed: whether jaxtune lays several rows of a batch in a line instead.
         sides: who is measured.
     """
 
@@ -59,6 +60,7 @@ class Case:
     rates: tuple[float, ...]
     weight_decay: float = 0.0
     grouped: bool = True
+    packed: bool = False
     sides: tuple[str, ...] = SIDES
 
 
@@ -191,7 +193,9 @@ def train_jaxtune(a, case: Case, file: Path, lr, seed, epochs, out: Path, steps,
     }
     if case.task == "texts":
         settings |= {"data.columns": "text=text,label=category", "objective.pooling": "mean"}
-    if case.grouped:
+    if case.packed:
+        settings["data.packing"] = "true"
+    elif case.grouped:
         settings["data.group_by_length"] = "true"
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = common.jaxtune("train", f"--config={common.ROOT}/configs/{case.config}", *flags, *more)
@@ -362,7 +366,7 @@ def report(a) -> None:
 def speed(a) -> None:
     """Steps of both sides in turn: the second half of `--steps`, when every width has been compiled."""
     (name,) = a.case
-    case = CASES[name] if not a.ungrouped else Case(**{**asdict(CASES[name]), "grouped": False})
+    case = replace(CASES[name], grouped=not a.ungrouped, packed=a.packed)
     file = a.texts / "train.csv" if case.task == "texts" else a.words / "train.conll"
 
     def side(who):
@@ -390,6 +394,7 @@ def speed(a) -> None:
         "tokens/s, jaxtune over transformers": (common.ratio(found, "tokens/s", *SIDES), ">= 1.0"),
     }
     how = "rows of like length together" if case.grouped else "rows in any order"
+    how += ", jaxtune's packed" * case.packed
     common.report(f"Steps: {name}, {case.batch} rows a step, {how}, {a.steps} steps", found, ratios, a.json)
 
 
@@ -408,6 +413,7 @@ def main() -> None:
     p.add_argument("--tmp", type=Path, help="where runs lie until they are scored")
     p.add_argument("--steps", type=int, default=60, help="of a run of the stage `speed`")
     p.add_argument("--ungrouped", action="store_true", help="speed: rows of any length in a batch")
+    p.add_argument("--packed", action="store_true", help="speed: jaxtune packs rows, in any order")
     p.add_argument("--warm", action="store_true", help="speed: fill the compilation cache first")
     a = p.parse_args()
     stages[a.stage](a)

@@ -5,9 +5,10 @@
 
 BANKING77 holds train.csv and test.csv (text, category). Pairs are made of training texts: each with the next of its
 class, in an order that the seed draws. Both sides take the same pairs once, in batches of 64: LoRA of rank 16 on every
-linear layer, all weights, or a dense layer alone (it starts as the identity), AdamW, a linear schedule with 10% warmup,
-the same rate. Queries are every other test text, documents every eighth training text, relevant those of the same
-class. What either side wrote is measured by the same code; intervals are over queries, seeds averaged.
+linear layer, all weights, or a dense layer alone (it starts as the identity), AdamW, a linear schedule with 10% warmup.
+Documents are every eighth training text, relevant those of a query's class. Each side takes, of the same RATES, the one
+that is best (MRR, first seed) on queries that are training texts in no pair; then all seeds are measured on every other
+test text. What either side wrote is measured by the same code; intervals are over queries, seeds averaged.
 
 Speed: pairs a second are of the second half of the steps, memory is the whole process's. With 512 pairs both sides cut
 the batch into parts of 64 (GradCache). Texts a second: the second of two passes over the same texts.
@@ -23,7 +24,8 @@ from pathlib import Path
 import common
 import numpy as np
 
-RATES = {"lora": 2e-3, "full": 2e-4, "dense": 5e-3}
+RATES = {"lora": (1e-4, 3e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4), "dense": (1e-4, 3e-4, 1e-3)}
+VALIDATION = slice(4, None, 16)  # training texts that are queries while a rate is chosen
 BATCH = 64
 LENGTH = 24
 AT_ONCE = 1024  # texts of which vectors are timed
@@ -52,33 +54,31 @@ def make_pairs(rows: list[tuple[str, str]], seed: int, count: int, file: Path) -
 # ------------------------------------------------------------------------------------------------------- the two sides
 
 
-def flags(model: str, pairs: Path, method: str, seed: int, batch: int) -> list[str]:
+def flags(model: str, pairs: Path, method: str, rate: float, seed: int, batch: int) -> list[str]:
     """Those of `jaxtune train` that both parts share."""
     settings = {
         **{"model.path": model, "data.train": pairs, "data.overlength": "truncate", "data.max_length": LENGTH},
         **{"objective.name": "embedding", "tune.method": {"dense": "head"}.get(method, method)},
         **({"tune.lora.r": 16, "tune.lora.lora_alpha": 32} if method == "lora" else {}),
         **{"train.batch_size": batch, "train.grad_accum": max(1, batch // BATCH), "train.seed": seed},
-        **{"optim.lr": RATES[method], "optim.schedule": "linear", "optim.warmup": 0.1},
+        **{"optim.lr": rate, "optim.schedule": "linear", "optim.warmup": 0.1},
         **{"log.progress": "false", "log.tensorboard": "false"},
     }
     return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
-def ours(a, model: str, pairs: Path, method: str, seed: int, out: Path) -> Path:
-    """Tune by the command; return the result."""
-    given = flags(model, pairs, method, seed, BATCH)
+def ours(a, model: str, pairs: Path, method: str, rate: float, seed: int, out: Path) -> None:
+    """Tune by the command."""
+    given = [*flags(model, pairs, method, rate, seed, BATCH), *a.settings]
     common.run(common.jaxtune("train", f"--workdir={out}", *given, "--config.train.epochs=1"), a.threads)
-    return out / ("adapter" if method == "lora" else "model")
 
 
-def theirs(a, model: str, pairs: Path, method: str, seed: int, out: Path) -> Path:
-    """Tune by sentence-transformers; return the result."""
-    common.run([sys.executable, __file__, "peer", model, str(pairs), method, seed, BATCH, -1, out], a.threads)
-    return out / "result"
+def theirs(a, model: str, pairs: Path, method: str, rate: float, seed: int, out: Path) -> None:
+    """Tune by sentence-transformers."""
+    common.run([sys.executable, __file__, "peer", model, str(pairs), method, rate, seed, BATCH, -1, out], a.threads)
 
 
-def peer(model: str, pairs: str, method: str, seed: str, batch: str, steps: str, out: str) -> None:
+def peer(model: str, pairs: str, method: str, rate: str, seed: str, batch: str, steps: str, out: str) -> None:
     """Train with sentence-transformers, and print its speed as JSON; with `steps` below 0 for an epoch."""
     from datasets import Dataset
     from sentence_transformers import (
@@ -112,7 +112,7 @@ def peer(model: str, pairs: str, method: str, seed: str, batch: str, steps: str,
         output_dir=out,
         max_steps=count,
         per_device_train_batch_size=int(batch),
-        learning_rate=RATES[method],
+        learning_rate=float(rate),
         lr_scheduler_type="linear",
         warmup_steps=round(0.1 * count),
         seed=int(seed),
@@ -139,25 +139,33 @@ def peer(model: str, pairs: str, method: str, seed: str, batch: str, steps: str,
 
 
 def quality(a) -> None:
-    """Train what is not there yet, measure what is not measured yet, and print the table."""
+    """Choose rates, train what is not there yet, measure what is not measured yet, and print the table."""
     train = read(a.texts / "train.csv")
+    held_out = set(range(*VALIDATION.indices(len(train))))
+    pool = [row for i, row in enumerate(train) if i not in held_out]
     bases = {method: a.model if method != "dense" else str(with_dense(a.model, a.work)) for method in a.methods}
     found: dict[str, np.ndarray] = {}
     for method, base in bases.items():
         key = "dense" if method == "dense" else "base"
-        found[f"base {method}"] = measured(a, base, a.work / f"{key}.npy")[None]
-        each: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
-        for seed in range(a.repeats):
-            pairs = make_pairs(train, seed, a.pairs, a.work / f"pairs{seed}.jsonl")
-            for side, tune in zip(SIDES, (ours, theirs)):
-                out = a.work / f"{side}-{method}-{seed}"
-                if not (out / where(side, method)).is_dir():
-                    began = time.monotonic()
-                    tune(a, base, pairs, method, seed, out)
-                    print(f"{side} {method} {seed}: tuned in {time.monotonic() - began:.0f} s", flush=True)
-                each[side].append(measured(a, out / where(side, method), out / "measured.npy"))
-                print(side, method, seed, dict(zip(NAMES, each[side][-1].mean(0).round(4))), flush=True)
-        found |= {f"{side} {method}": np.stack(values) for side, values in each.items()}
+        found[f"base {method}"] = measured(a, base, "test", a.work / f"{key}.npy")[None]
+
+        def run(side, tune, rate, seed, queries, method=method, base=base):
+            pairs = make_pairs(pool, seed, a.pairs, a.work / f"pairs{seed}.jsonl")
+            name = f"{side}{a.name if tune is ours else ''}-{method}-{rate:g}-{seed}"
+            out = a.work / name
+            if not (out / where(side, method)).is_dir():
+                began = time.monotonic()
+                tune(a, base, pairs, method, rate, seed, out)
+                print(f"{name}: tuned in {time.monotonic() - began:.0f} s", flush=True)
+            values = measured(a, out / where(side, method), queries, out / f"{queries}.npy")
+            print(name, queries, dict(zip(NAMES, values.mean(0).round(4))), flush=True)
+            return values
+
+        for side, tune in zip(SIDES, (ours, theirs)):
+            tried = {rate: run(side, tune, rate, 0, "validation")[:, 1].mean() for rate in a.rates or RATES[method]}
+            best = max(tried, key=tried.get)
+            print(f"{side} {method}: {best:g} of {', '.join(f'{r:g} ({v:.4f})' for r, v in tried.items())}", flush=True)
+            found[f"{side} {method}"] = np.stack([run(side, tune, best, seed, "test") for seed in range(a.repeats)])
     table(found, a.methods)
 
 
@@ -202,26 +210,27 @@ def with_dense(model: str, work: Path) -> Path:
     return out
 
 
-def measured(a, model: Path | str, file: Path) -> np.ndarray:
+def measured(a, model: Path | str, queries: str, file: Path) -> np.ndarray:
     """NAMES of each query by the vectors of a directory, f64[queries, names]; kept in `file`."""
     if not file.is_file():
-        common.run([sys.executable, __file__, "measure", model, a.texts, file], a.threads)
+        common.run([sys.executable, __file__, "measure", model, a.texts, queries, file], a.threads)
     return np.load(file)
 
 
-def measure(model: str, texts: str, file: str) -> None:
-    """Rank the documents for each query, and write NAMES of each."""
+def measure(model: str, texts: str, queries: str, file: str) -> None:
+    """Rank the documents for each query of "test" or "validation", and write NAMES of each."""
     from jaxtune.evaluate.retrieval import measures, rank
     from jaxtune.infer.vectors import open_embedder
 
-    documents, test = read(Path(texts) / "train.csv")[::8], read(Path(texts) / "test.csv")[::2]
+    train = read(Path(texts) / "train.csv")
+    asked, documents = train[VALIDATION] if queries == "validation" else read(Path(texts) / "test.csv")[::2], train[::8]
     embedder = open_embedder(model)
-    queries, corpus = (embedder([text for text, _ in rows]) for rows in (test, documents))
+    vectors, corpus = (embedder([text for text, _ in rows]) for rows in (asked, documents))
     members = defaultdict(dict)
     for i, (_, category) in enumerate(documents):
         members[category][i] = 1.0
-    rankings = rank(queries, corpus, np.full(len(test), -1))
-    each = [measures(ranking, members[category]) for ranking, (_, category) in zip(rankings, test)]
+    rankings = rank(vectors, corpus, np.full(len(asked), -1))
+    each = [measures(ranking, members[category]) for ranking, (_, category) in zip(rankings, asked)]
     np.save(file, np.array([[found[name] for name in NAMES] for found in each]))
 
 
@@ -238,7 +247,7 @@ def speed(a) -> None:
 
         def side_ours(batch=batch, steps=steps, pairs=pairs):
             out = a.work / f"speed-{time.monotonic_ns()}"
-            given = [*flags(a.model, pairs, "lora", 0, batch), f"--config.train.steps={steps}"]
+            given = [*flags(a.model, pairs, "lora", 3e-4, 0, batch), f"--config.train.steps={steps}"]
             given += [f"--config.log.every={steps // 2}"]
             done = common.run(common.jaxtune("train", f"--workdir={out}", *given), a.threads)
             before, last = [line for line in common.read_metrics(out) if "train/loss" in line][-2:]
@@ -248,7 +257,7 @@ def speed(a) -> None:
         def side_theirs(batch=batch, steps=steps, pairs=pairs):
             out = a.work / f"speed-{time.monotonic_ns()}"
             done = common.run(
-                [sys.executable, __file__, "peer", a.model, str(pairs), "lora", 0, batch, steps, out], a.threads
+                [sys.executable, __file__, "peer", a.model, str(pairs), "lora", 3e-4, 0, batch, steps, out], a.threads
             )
             return {**common.last_json(done.stdout), "peak MiB": done.peak_mib}
 
@@ -291,7 +300,10 @@ def main() -> None:
     p.add_argument("--texts", type=Path, required=True)
     p.add_argument("--work", type=Path, required=True, help="directory for runs; what is there is not done again")
     p.add_argument("--methods", type=lambda text: text.split(","), default=["lora", "full", "dense"])
-    p.add_argument("--pairs", type=int, default=512, help="of an epoch")
+    p.add_argument("--pairs", type=int, default=1024, help="of an epoch")
+    p.add_argument("--rates", type=lambda text: [float(x) for x in text.split(",")], help="default: RATES")
+    p.add_argument("--settings", type=str.split, default=[], help="flags of jaxtune train beside those of both sides")
+    p.add_argument("--name", default="", help="of runs with --settings")
     p.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",") if x], default=[64, 512])
     p.add_argument("--steps", type=int, default=16)
     p.add_argument("--embed", type=lambda text: text != "false", default=True)

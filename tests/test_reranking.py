@@ -55,7 +55,8 @@ def argv(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_a_run_loads_in_cross_encoder(argv, tmp_path, ranking):
-    assert main(argv(tmp_path / "run", objective__ranking=ranking, train__steps=4)) == 0
+    packing = {"data__packing": ranking == "binary"}
+    assert main(argv(tmp_path / "run", objective__ranking=ranking, train__steps=4, **packing)) == 0
     evaluations = [line for line in read(tmp_path / "run") if "eval/loss" in line]
     assert np.isfinite([line["eval/loss"] for line in evaluations]).all() and 0 <= evaluations[-1]["eval/accuracy"] <= 1
     if ranking != "binary":

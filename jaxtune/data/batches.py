@@ -90,10 +90,12 @@ class Assembler:
         features: of the data rows, counted over all sources; None: batches hold tokens.
         beside: name -> what else is kept of each row, and lies beside its tokens under that name.
         widths: what T may be; `pool` batches are sorted by length together.
+        WITHIN: with packing a batch still has `batch_size` data rows; see `data.lines`.
     """
 
     features: Features | None = None
     beside: Mapping[str, Features] = {}
+    WITHIN = False
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class Assembler:
         packing: bool,
         grain: int = GRAIN,
         pool: int = 1,
+        parts: int = 1,
     ):
         if batch_size < 1 or grad_accum < 1:
             raise UserError(f"train.batch_size={batch_size} and train.grad_accum={grad_accum} must be at least 1.")
@@ -138,6 +141,10 @@ class Assembler:
         longest = max((int(self.length[row].sum()) for row in plan), default=1)
         return int(self.widths[np.searchsorted(self.widths, longest)])
 
+    def laid(self, plan: Plan) -> int:
+        """Return the tokens of a batch of these rows, with its padding."""
+        return self.batch_size * self.width(plan)
+
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         """Return the batch of `plan`, filled up to batch_size with empty rows of weight 0."""
         n, t = self.batch_size, width or self.width(plan)
@@ -171,7 +178,7 @@ class Assembler:
             del batch["tokens"]
             batch["features"] = self._features(plan, n, t)
         batch |= {name: kept.lay(plan, n, t) for name, kept in self.beside.items()}
-        return {k: v.reshape(self.grad_accum, n // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
+        return {k: v.reshape(self.grad_accum, len(v) // self.grad_accum, *v.shape[1:]) for k, v in batch.items()}
 
     def _features(self, plan: Plan, n: int, t: int) -> np.ndarray:
         return self.features.lay(plan, n, t)
@@ -222,6 +229,7 @@ class Batches:
         group_by_length: make batches of rows of similar length, so that little is padded: each run of `GROUPED` batches
             of the permutation is sorted by length and cut into batches, which are shuffled.
         assembler: the class that puts rows into arrays.
+        parts: devices that share the rows of a micro-batch.
 
     Raises:
         UserError: no rows, or weights that do not fit them.
@@ -244,13 +252,14 @@ class Batches:
         grain: int = GRAIN,
         group_by_length: bool = False,
         assembler: type[Assembler] = Assembler,
+        parts: int = 1,
     ):
         if packing and group_by_length:
             raise ValueError("packing leaves nothing to pad: group_by_length has no effect")
         self.sources = list(sources)
         self.seed = seed
         self.batch_size = batch_size
-        self.packing, self.max_segments = packing, max_segments
+        self.packing, self.max_segments = packing and not assembler.WITHIN, max_segments
         self.group_by_length = group_by_length
         sizes = [len(s) for s in self.sources]
         if not sum(sizes):
@@ -258,7 +267,7 @@ class Batches:
         self.draws = _draws(sizes, weights)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         pool = self.GROUPED if group_by_length else 1
-        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, grain, pool)
+        self._assembler = assembler(self.sources, batch_size, grad_accum, max_length, packing, grain, pool, parts)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._ends = [0]  # _ends[e]: batch rows in all epochs before e
         self._lock = threading.Lock()  # batch() may be called by a prefetching thread and by the loop
@@ -297,7 +306,7 @@ class Batches:
         """Return the share of the first `steps` batches that is tokens; the rest is padding."""
         plans = [self._members(step) for step in range(steps)]
         tokens = sum(int(self._assembler.length[row].sum()) for plan in plans for row in plan)
-        return tokens / (self.batch_size * sum(map(self._assembler.width, plans)))
+        return tokens / sum(map(self._assembler.laid, plans))
 
     def _members(self, step: int) -> Plan:
         if step < 0:
@@ -409,11 +418,12 @@ class EvalBatches:
         max_segments: int | None = None,
         grain: int = GRAIN,
         assembler: type[Assembler] = Assembler,
+        parts: int = 1,
     ):
         if not len(rows):
             raise UserError("no evaluation rows.")
-        self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing, grain)
-        if packing:
+        self._assembler = assembler([rows], batch_size, grad_accum, max_length, packing, grain, parts=parts)
+        if packing and not assembler.WITHIN:
             self._plan = [np.asarray(b) for b in pack(self._assembler.length, max_length, max_segments)]
         else:
             self._plan = list(np.arange(len(rows))[:, None])

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.batches import Assembler, Plan
+from jaxtune.data.batches import Plan
 from jaxtune.data.files import Decoder
 from jaxtune.data.formats import Reader, own_columns
+from jaxtune.data.lines import LinesAssembler
 from jaxtune.data.messages import Notes
 from jaxtune.data.row_form import RowForm
 from jaxtune.data.rows import ROW, Rows
@@ -463,21 +464,23 @@ def texts_of(rows: Rows, i: int, number: Callable[[np.ndarray], np.ndarray] = np
     return np.split(ids, np.flatnonzero(np.diff(number(marks).astype(np.int64))) + 1)
 
 
-class TextsAssembler(Assembler):
+class TextsAssembler(LinesAssembler):
     """Lays rows of texts: tokens, positions, segments i32[A, B, S, T]; there f32[A, B, S], 1 where a row has the text;
     same i32[A, B, S], a hash of each text; label f32[A, B, L]; weights f32[A, B], 0 for rows that are missing.
 
-    S is the number of texts of the row that has the most, of all rows.
+    S is the number of texts of the row that has the most, of all rows. With packing the first three are i32[A, R, T],
+    lines that hold all texts of some rows, and `place` i32[A, B, S] tells where; see `data.lines`.
 
     Attributes:
         NUMBER: marks -> the number of each token's text, from 1.
+        TYPED: batches hold token types.
         UNKNOWN: what stands in a label where a row has no text.
         texts: S.
     """
 
     NUMBER = staticmethod(np.asarray)
     UNKNOWN = 0.0
-    texts = 1
+    TYPED = False
 
     def _lengths(self, rows: Rows) -> np.ndarray:
         each = [text_lengths(self.NUMBER(rows[i][1])) for i in range(len(rows))]
@@ -486,23 +489,40 @@ class TextsAssembler(Assembler):
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
         n, s, t = self.batch_size, self.texts, width or self.width(plan)
-        tokens, positions, segments = (np.zeros((n, s, t), np.int32) for _ in range(3))
-        segments[:, :, 0] = 1  # a text that is missing has one token, so that nothing is divided by 0
-        there, same = np.zeros((n, s), np.float32), np.zeros((n, s), np.int32)
+        lines, packs = self.lines(plan), self.packs
+        tokens, positions, segments, types = (
+            self.empty(t) if packs else np.zeros((n, s, t), np.int32) for _ in range(4)
+        )
+        if not packs:
+            segments[:, :, 0] = 1  # a text that is missing has one token, so that nothing is divided by 0
+        there, same, place = np.zeros((n, s), np.float32), np.zeros((n, s), np.int32), np.zeros((n, s), np.int32)
         wide = max(0 if rows.target is None else rows.target.shape[1] for rows in self.rows)
         label = np.full((n, wide), self.UNKNOWN, np.float32)
         weights = np.zeros(n, np.float32)
-        for b, (member,) in enumerate(plan):
-            rows, i = self.rows[self.source[member]], self.index[member]
-            for k, ids in enumerate(texts_of(rows, i, self.NUMBER)):
-                end = len(ids)
-                tokens[b, k, :end], positions[b, k, :end], segments[b, k, :end] = ids, np.arange(end), 1
-                there[b, k], same[b, k] = 1, text_hash(ids)
-            weights[b] = 1
-            if wide:
-                label[b, : rows.target.shape[1]] = rows.target[i]
+        for number, line in enumerate(lines):
+            at = 0
+            for j, b in enumerate(line):
+                rows, i = self.rows[self.source[plan[b][0]]], self.index[plan[b][0]]
+                typed, begun = self.types(rows[i][1]), at
+                for k, ids in enumerate(texts_of(rows, i, self.NUMBER)):
+                    here = np.s_[number, at : at + len(ids)] if packs else np.s_[b, k, : len(ids)]
+                    tokens[here], positions[here] = ids, np.arange(len(ids))
+                    types[here] = typed[at - begun : at - begun + len(ids)]
+                    segments[here] = 1 + s * j + k if packs else 1
+                    there[b, k], same[b, k] = 1, text_hash(ids)
+                    at += len(ids)
+                weights[b], place[b] = 1, self.place(number, 1 + s * j) + np.arange(s)
+                if wide:
+                    label[b, : rows.target.shape[1]] = rows.target[i]
         batch = {"tokens": tokens, "positions": positions, "segments": segments, "there": there, "same": same}
-        return self._finished(batch | {"label": label, "weights": weights}, plan, t)
+        batch |= {"types": types} if self.TYPED else {}
+        batch |= {"place": place} if packs else {}
+        return self.finished(batch | {"label": label, "weights": weights}, plan, lines, t)
+
+    @staticmethod
+    def types(marks: np.ndarray) -> np.ndarray:
+        """The token types in marks."""
+        return np.zeros(len(marks), np.int32)
 
 
 def text_hash(ids: np.ndarray) -> int:

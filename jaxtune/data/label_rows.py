@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtune.data.batches import Assembler, Plan
+from jaxtune.data.batches import Plan
+from jaxtune.data.lines import LinesAssembler
 from jaxtune.data.rows import ROW, Rows
 from jaxtune.data.tokenize import check_unicode
 from jaxtune.errors import UserError
@@ -159,10 +160,11 @@ def label_counts(rows: Sequence[Rows], form: "LabelForm") -> np.ndarray:
     return counts
 
 
-class LabelAssembler(Assembler):
-    """Lays labelled rows into arrays: label f32[A,B,n] and weights f32[A,B], or targets and weights [A,B,T].
+class LabelAssembler(LinesAssembler):
+    """Lays labelled rows into arrays: label f32[A,B,n] and weights f32[A,B], or targets and weights [A,R,T].
 
-    Where pairs of texts have token types, these are `types` i32[A,B,T].
+    tokens, positions, segments and, where pairs of texts have token types, `types` are i32[A,R,T]: R lines hold B rows,
+    and with packing `place` i32[A,B] tells where; see `data.lines`.
     """
 
     @functools.cached_property
@@ -170,22 +172,26 @@ class LabelAssembler(Assembler):
         return any(has_types(r) and token_types(r.mask).any() for r in self.rows)
 
     def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
-        n, t = self.batch_size, width or self.width(plan)
-        size = self.rows[0].target.shape[1]
-        tokens, positions, segments, targets, types = (np.zeros((n, t), np.int32) for _ in range(5))
-        weights = np.zeros((n,) if size else (n, t), np.float32)
-        label = np.zeros((n, size), np.float32)
-        for b, (member,) in enumerate(plan):
-            rows, i = self.rows[self.source[member]], self.index[member]
-            ids, marks = rows[i]
-            end = len(ids)
-            tokens[b, :end], positions[b, :end], segments[b, :end] = ids, np.arange(end), 1
-            if size:
-                label[b], weights[b] = rows.target[i], 1
-                types[b, :end] = token_types(marks)
-            else:
-                targets[b, :end], weights[b, :end] = np.maximum(marks, 1) - 1, marks > 0
+        lines, t = self.lines(plan), width or self.width(plan)
+        n, size = self.batch_size, self.rows[0].target.shape[1]
+        tokens, positions, segments, targets, types = (self.empty(t) for _ in range(5))
+        label, place = np.zeros((n, size), np.float32), np.zeros(n, np.int32)
+        weights = np.zeros(n if size else tokens.shape, np.float32)
+        for number, line in enumerate(lines):
+            at = 0
+            for segment, b in enumerate(line, 1):
+                rows, i = self.rows[self.source[plan[b][0]]], self.index[plan[b][0]]
+                ids, marks = rows[i]
+                here = np.s_[number, at : at + len(ids)]
+                tokens[here], positions[here], segments[here] = ids, np.arange(len(ids)), segment
+                if size:
+                    label[b], weights[b], place[b] = rows.target[i], 1, self.place(number, segment)
+                    types[here] = token_types(marks)
+                else:
+                    targets[here], weights[here] = np.maximum(marks, 1) - 1, marks > 0
+                at += len(ids)
         batch = {"tokens": tokens, "positions": positions, "segments": segments, "weights": weights}
         batch |= {"label": label} if size else {"targets": targets}
         batch |= {"types": types} if self.typed else {}
-        return self._finished(batch, plan, t)
+        batch |= {"place": place} if self.packs else {}
+        return self.finished(batch, plan, lines, t)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.data.batches import Plan
 from jaxtune.data.embeddings import LABELS, Texts, TextsAssembler, TextsEncoder, TextsForm, text_lengths
 from jaxtune.data.formats import Reader
 from jaxtune.data.messages import Notes
@@ -136,18 +135,12 @@ class RankEncoder(TextsEncoder):
 
 
 class RankAssembler(TextsAssembler):
-    """As `TextsAssembler`, with `types` i32[A, B, S, T]; S pairs a row."""
+    """As `TextsAssembler`, with `types` like `tokens`; S pairs a row."""
 
     NUMBER = staticmethod(numbers)
     UNKNOWN = -1.0
+    TYPED = True
 
-    def assemble(self, plan: Plan, width: int | None = None) -> dict[str, np.ndarray]:
-        batch = super().assemble(plan, width)
-        types = np.zeros((self.batch_size, self.texts, batch["tokens"].shape[-1]), np.int32)
-        for b, (member,) in enumerate(plan):
-            _, marks = self.rows[self.source[member]][self.index[member]]
-            own = numbers(marks)
-            for k in range(own.max()):
-                part = np.asarray(marks)[own == k + 1] // TYPE
-                types[b, k, : len(part)] = part
-        return batch | {"types": types.reshape(batch["tokens"].shape)}
+    @staticmethod
+    def types(marks: np.ndarray) -> np.ndarray:
+        return np.asarray(marks, np.int32) // TYPE

@@ -88,7 +88,7 @@ def check_cudnn(module: Any, packed: bool, backend: str) -> None:
         return
     card = cudnn.capability() if jax.default_backend() == "gpu" else (9, 0)
     for block in {b for s in module.spec.segments for b in s.pattern}:
-        if why := _no_cudnn(block, module.dtype, packed and block.causal, module.most_segments, backend, card):
+        if why := _no_cudnn(block, module.dtype, packed, module.most_segments, backend, card):
             raise UserError(
                 f"model.attention=cudnn: cuDNN's attention {why}. model.attention=auto takes the best that can be."
             )
@@ -111,6 +111,8 @@ def _no_cudnn(block: Any, dtype: Any, several: bool, segments: int, backend: str
         return f"takes heads of a multiple of 8 up to {heads} channels, not this model's {block.head_dim}"
     if block.window is not None and not block.causal:
         return "has no window in both directions, as this encoder has"
+    if several and not block.causal:
+        return "takes one text a row of an encoder; set data.packing=False"
     if several and card < (9, 0):
         return "separates packed rows from compute capability 9.0 on; set data.packing=False"
     if several and not 1 <= segments <= most:
@@ -121,8 +123,8 @@ def _no_cudnn(block: Any, dtype: Any, several: bool, segments: int, backend: str
 def cudnn_form(
     scale: float, causal: bool, window: int | None, segmented: bool, most_segments: int
 ) -> cudnn.Form | None:
-    """cuDNN's parameters; None: the number of segments in a packed row is unknown."""
-    if segmented and causal and most_segments < 1:
+    """cuDNN's parameters; None: the number of segments in a packed row is unknown, or it is packed and not causal."""
+    if segmented and (most_segments < 1 if causal else most_segments > 1):
         return None
     segments = max(2, most_segments) if segmented and causal else int(segmented)
     return cudnn.Form(scale, causal, window, segments)

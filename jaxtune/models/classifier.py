@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +186,7 @@ class Classifier:
         segments: Array | None = None,
         keys: Keys = None,
         types: Array | None = None,
+        places: "Places | None" = None,
     ) -> Array:
         """tokens i32[B, T] -> logits f32[B, C], or f32[B, T, C].
 
@@ -196,9 +197,10 @@ class Classifier:
             segments: i32[B, T], 1 where there is text and 0 in the padding, which lies on the right; None: all is text.
             keys: one PRNG key a row, [B]; None switches every dropout off.
             types: i32[B, T], the token types of pairs of texts, which a model without a table of them ignores.
+            places: where N texts lie if rows hold several; then keys are [N], and logits f32[N, C] (or f32[B, T, C]).
         """
         params = variables["params"]
-        x = tokens if self.pooled else self.pooled_body(params, tokens, positions, segments, types, keys)
+        x = tokens if self.pooled else self.pooled_body(params, tokens, positions, segments, types, keys, places)
         head = params["classifier"]
         if self.layout.act is not None:
             x = affine(x, head["dense"], fold(keys, "classifier/dense"))
@@ -208,15 +210,16 @@ class Classifier:
         return affine(x, head["out"], fold(keys, "classifier/out")).astype(jnp.float32)
 
     def pooled_body(
-        self, params: Any, tokens: Array, positions=None, segments=None, types=None, keys: Keys = None
+        self, params: Any, tokens: Array, positions=None, segments=None, types=None, keys: Keys = None, places=None
     ) -> Array:
         """The input of the head, [B, D], or [B, T, D] for a label each token. Arguments as in `apply`."""
-        seen = segments if self.is_encoder else None  # a decoder never sees the padding, which is on the right
+        body, seen = seeing(self.body, segments, places)
         typed = {"types": types} if self.is_encoder and self.spec.types > 1 else {}
-        x = self.body.apply({"params": params}, tokens, positions, seen, keys=keys, **typed, method="hidden")
+        keys = None if keys is None else keys[: len(tokens)]  # of packed rows: lines are no more than rows
+        x = body.apply({"params": params}, tokens, positions, seen, keys=keys, **typed, method="hidden")
         if self.pooling is None:
             return x
-        return pool(x, jnp.ones(tokens.shape[:2], jnp.int32) if segments is None else segments, self.pooling)
+        return pool(x, jnp.ones(tokens.shape[:2], jnp.int32) if segments is None else segments, self.pooling, places)
 
     def init_params(self, key: Array) -> Any:
         """Random float32 parameters."""
@@ -279,11 +282,41 @@ class Classifier:
         return {path: x for path, x in new.items() if path.startswith("classifier/out/") or path not in there}
 
 
-def pool(x: Array, segments: Array, how: str) -> Array:
+class Places(NamedTuple):
+    """Where texts lie in rows that hold several; see `data.lines`.
+
+    Attributes:
+        at: i32[N], row * most + the text's segment - 1.
+        most: segments of a row at most.
+    """
+
+    at: Array
+    most: int
+
+
+def seeing(body: Any, segments: Array | None, places: Places | None) -> tuple[Any, Array | None]:
+    """The body, and the segments that it has to be told."""
+    if places is not None:
+        return body.clone(most_segments=places.most), segments
+    return body, segments if body.is_encoder else None  # a decoder never sees the padding, which is on the right
+
+
+def pool(x: Array, segments: Array, how: str, places: Places | None = None) -> Array:
     """x [B, T, D] -> [B, D]: the first token, the mean over the text, or its last token.
 
-    segments i32[B, T] is above 0 where there is text.
+    segments i32[B, T] is above 0 where there is text. With `places` it is the number of a token's text, from 1, and the
+    result is [N, D]; the mean of no tokens is 0.
     """
+    if places is not None:
+        here = segments[:, None] == jnp.arange(1, places.most + 1)[:, None]  # [B, most, T]
+        if how == "mean":
+            count = jnp.maximum(here.sum(-1, keepdims=True), 1).astype(jnp.float32)
+            summed = jnp.einsum("bmt,btd->bmd", here.astype(x.dtype), x, preferred_element_type=jnp.float32)
+            found = (summed / count).astype(x.dtype)
+        else:
+            at = here.argmax(-1) if how == "cls" else jnp.max(jnp.where(here, jnp.arange(x.shape[1]), 0), axis=-1)
+            found = jnp.take_along_axis(x, at[..., None], axis=1)
+        return found.reshape(-1, x.shape[-1])[places.at]
     if how == "cls":
         return x[:, 0]
     there = segments > 0

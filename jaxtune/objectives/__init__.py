@@ -48,4 +48,4 @@ class OverVectors(NamedTuple):
         return {name: value for name, value in batch.items() if name not in TEXTS}
 
 
-TEXTS = ("tokens", "features", "positions", "segments", "types")
+TEXTS = ("tokens", "features", "positions", "segments", "types", "place")

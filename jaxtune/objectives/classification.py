@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtune.models.classifier import PROBLEMS, TOKEN
 from jaxtune.objectives import inputs
+from jaxtune.objectives.packed import places
 from jaxtune.weights.leaf import Array, row_keys
 
 SINGLE, MULTI, REGRESSION = PROBLEMS
@@ -23,7 +24,8 @@ def classification(module: Any, class_weights: Sequence[float] | None = None) ->
 
     `batch` holds tokens, positions, segments (and types, of pairs of texts) i32[B, T] and row i32[B]; for a label each
     token also targets i32[B, T] and weights f32[B, T]; else label f32[B, n] (the label's id, n = 1; or 0 and 1 for each
-    label; or the values) and weights f32[B]. Entries of weight 0 are ignored. `key` None switches dropout off.
+    label; or the values) and weights f32[B]. With packing they are [R, T], and of sequences there is `place` i32[B].
+    Entries of weight 0 are ignored. `key` None switches dropout off.
 
     For one label a row or a token, the sum is of cross-entropies in nats and the weight counts labels, each times its
     class's weight (as torch's CrossEntropyLoss). For several labels a row it is of binary cross-entropies, for values
@@ -41,7 +43,8 @@ def classification(module: Any, class_weights: Sequence[float] | None = None) ->
     def loss_fn(params, batch, key):
         keys = None if key is None else row_keys(key, batch["row"])
         given = inputs(batch), batch["positions"], batch["segments"]
-        logits = module.apply({"params": params}, *given, keys=keys, types=batch.get("types"))
+        more = {"types": batch.get("types"), "places": places(batch)}
+        logits = module.apply({"params": params}, *given, keys=keys, **more)
         weights = batch["weights"]
         if labels.problem == REGRESSION:
             errors = jnp.square(logits - batch["label"]) * weights[:, None]

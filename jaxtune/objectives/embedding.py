@@ -20,10 +20,11 @@ from jaxtune.data.embeddings import TextsAssembler, TextsForm
 from jaxtune.errors import UserError
 from jaxtune.hf.vectors import Dense, Pooled, read_dense, read_pooled
 from jaxtune.methods.places import DENSE
-from jaxtune.models.classifier import affine, pool
+from jaxtune.models.classifier import Places, affine, pool, seeing
 from jaxtune.models.decoder import Decoder
 from jaxtune.objectives import OverVectors, inputs
 from jaxtune.objectives.contrasts import CLASS, CONTRASTS, NOTHING, SCORES
+from jaxtune.objectives.packed import places
 from jaxtune.objectives.task import OBJECTIVE, BatchShape, Task, TaskInput
 from jaxtune.weights.leaf import Array, row_keys
 
@@ -250,23 +251,26 @@ def adaptive(loss: Callable[..., Array]) -> Callable[..., Array]:
 # ------------------------------------------------------------------------------------------ from a batch to vectors
 
 
-def vector(module: Any, pooled: Pooled, params: Any, tokens: Array, positions, segments, keys=None) -> Array:
-    """tokens i32[B, T], padded on the right where `segments` is 0 -> a vector of each text, f32[B, D]."""
-    seen = segments if module.is_encoder else None  # a decoder never sees the padding, which is on the right
+def vector(module: Any, pooled: Pooled, params: Any, tokens: Array, positions, segments, keys=None, places=None):
+    """tokens i32[B, T], padded on the right where `segments` is 0 -> a vector of each text, f32[B, D].
+
+    With `places` rows hold several texts, numbered from 1 by `segments`, and vectors are f32[N, D].
+    """
+    module, seen = seeing(module, segments, places)
     x = module.apply({"params": params}, tokens, positions, seen, keys=keys, method="hidden")
-    return above(pooled, params, x, segments)
+    return above(pooled, params, x, segments, places)
 
 
-def vector_of_each_layer(module: Any, pooled: Pooled, params: Any, tokens: Array, positions, segments, keys=None):
+def vector_of_each_layer(module: Any, pooled: Pooled, params: Any, tokens, positions, segments, keys=None, places=None):
     """`vector` by the states below the first block, and behind each: f32[B, L, D]."""
-    seen = segments if module.is_encoder else None
+    module, seen = seeing(module, segments, places)
     depths = module.depths(params, tokens, positions, seen, keys=keys)
-    return jnp.stack([above(pooled, params, x, segments) for x in depths], axis=1)
+    return jnp.stack([above(pooled, params, x, segments, places) for x in depths], axis=1)
 
 
-def above(pooled: Pooled, params: Any, x: Array, segments: Array) -> Array:
-    """Hidden states [B, T, D] -> a vector of each text, f32[B, D]."""
-    x = pool(x, segments, pooled.pooling).astype(jnp.float32)
+def above(pooled: Pooled, params: Any, x: Array, segments: Array, places: Places | None = None) -> Array:
+    """Hidden states [B, T, D] -> a vector of each text, f32[B, D], or of those in their places."""
+    x = pool(x, segments, pooled.pooling, places).astype(jnp.float32)
     for i, layer in enumerate(pooled.dense):
         x = ACTIVATIONS[layer.activation](affine(x, params[DENSE][str(i)]))
     return unit(x) if pooled.normalize else x
@@ -280,15 +284,15 @@ def embedding(module: Any, pooled: Pooled, loss: Callable[[Vectors, Told], Array
     one = vector_of_each_layer if layers else vector
 
     def vectors(params, batch, key):
-        rows, texts = batch["segments"].shape[:2]
+        rows, texts = batch["there"].shape
 
         def flat(x):
-            return x.reshape(rows * texts, *x.shape[2:])
+            return x.reshape(-1, x.shape[-1])
 
         number = (texts * batch["row"][:, None] + jnp.arange(texts)).reshape(-1)
-        keys = None if key is None else row_keys(key, number)
         given = (flat(inputs(batch)), flat(batch["positions"]), flat(batch["segments"]))
-        found = one(module, pooled, params, *given, keys)
+        keys = None if key is None else row_keys(key, number[: len(given[0])])
+        found = one(module, pooled, params, *given, keys, places(batch))
         return found.reshape(rows, texts, *found.shape[1:])
 
     def over(params, every, batch):

@@ -17,6 +17,7 @@ from jaxtune.models.classifier import PROBLEMS, SEQUENCE, Labels, read_labels
 from jaxtune.objectives import inputs
 from jaxtune.objectives.contrasts import Contrast
 from jaxtune.objectives.labels import put_head
+from jaxtune.objectives.packed import places
 from jaxtune.objectives.preference import means
 from jaxtune.objectives.reward import SCORE
 from jaxtune.objectives.task import BatchShape, Task, TaskInput
@@ -61,15 +62,16 @@ def reranking(module: Any, loss: Callable[[Array, Array, Array], Array]) -> Call
     per_document = loss is binary
 
     def loss_fn(params, batch, key):
-        rows, pairs = batch["segments"].shape[:2]
+        rows, pairs = batch["there"].shape
 
         def flat(x):
-            return x.reshape(rows * pairs, *x.shape[2:])
+            return x.reshape(-1, x.shape[-1])
 
         number = (pairs * batch["row"][:, None] + jnp.arange(pairs)).reshape(-1)
         keys = None if key is None else row_keys(key, number)
         given = {name: flat(batch[name]) for name in ("positions", "segments", "types")}
-        scores = module.apply({"params": params}, flat(inputs(batch)), **given, keys=keys).reshape(rows, pairs)
+        scores = module.apply({"params": params}, flat(inputs(batch)), **given, keys=keys, places=places(batch))
+        scores = scores.reshape(rows, pairs)
         there, label = batch["there"], batch["label"][:, :pairs]
         weights = batch["weights"] * (there.sum(-1) if per_document else 1.0)
         top = jnp.where(there > 0, scores, FAR).argmax(-1)

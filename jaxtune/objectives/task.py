@@ -179,7 +179,7 @@ _TEXT = (
 _PAIR_VALUES = ("objective.beta", "objective.gamma", "objective.label_smoothing")
 _KTO_VALUES = ("objective.beta", "objective.desirable_weight", "objective.undesirable_weight")
 _CONTRAST_VALUES = ("objective.temperature", "objective.margin")
-_LABELS = ("objective.labels", "objective.first_label", "objective.class_weights")
+_LABELS = ("data.packing", "objective.labels", "objective.first_label", "objective.class_weights")
 
 TASKS: dict[str, Entry] = {
     "causal_lm": Entry(
@@ -243,6 +243,7 @@ TASKS: dict[str, Entry] = {
             *("objective.contrast", "objective.pooling", "objective.normalize", "objective.matryoshka"),
             *("objective.dense", "objective.adaptive_layers"),
             *("objective.query_prefix", "objective.document_prefix", "objective.symmetric", "data.ignore"),
+            "data.packing",
             *_CONTRAST_VALUES,
         ),
         "AutoModel",
@@ -252,7 +253,7 @@ TASKS: dict[str, Entry] = {
     ),
     "reranking": Entry(
         "jaxtune.objectives.reranking:open_task",
-        ("objective.ranking", "data.ignore"),
+        ("objective.ranking", "data.ignore", "data.packing"),
         "AutoModelForSequenceClassification",
     ),
 }

@@ -236,9 +236,9 @@ def data_lines(experiment: Experiment, rows: Data) -> list[str]:
 
 
 def make_batches(
-    experiment: Experiment, rows: Data, *, grain: int = GRAIN
+    experiment: Experiment, rows: Data, *, grain: int = GRAIN, parts: int = 1
 ) -> tuple[data.Batches, data.EvalBatches | None, int]:
-    """Return the training stream, the evaluation batches and the number of steps."""
+    """Return the training stream, the evaluation batches and the number of steps; `parts` devices share the rows."""
     d, t = experiment.data, experiment.train
     shared = {
         "grain": grain,
@@ -248,6 +248,7 @@ def make_batches(
         "packing": d.packing,
         "max_segments": d.max_segments,
         "assembler": experiment.task.assembler,
+        "parts": parts,
     }
     train = [part.prefixed(rows.prefix) for part in rows.streamed or rows.train]
     if rows.streamed:

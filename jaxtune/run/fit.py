@@ -122,7 +122,8 @@ def choose_micro_batch(experiment: Experiment, backend: str, card: Card, count: 
 
 def resolve_micro_batch(experiment: Experiment, rows: Data) -> tuple[dict[str, Any], str]:
     """`choose_micro_batch` for this machine's devices and the rows that were read; nothing is loaded or compiled."""
-    length = rows.length if experiment.data.packing else min(rows.length, -(-rows.longest // 64) * 64)
+    full = experiment.data.packing and not experiment.task.assembler.WITHIN  # else lines hold no more than rows do
+    length = rows.length if full else min(rows.length, -(-rows.longest // 64) * 64)
     recipe = replace(experiment.recipe, batch=experiment.recipe.batch._replace(length=length))
     card = cost.card_of(jax.devices()[0].device_kind, free_bytes())
     return choose_micro_batch(replace(experiment, recipe=recipe), jax.default_backend(), card, jax.device_count())

@@ -19,7 +19,7 @@ from jaxtune.run.devices import open_mesh
 from jaxtune.run.experiment import Data, Experiment, batch_at, make_batches, one_order
 from jaxtune.train import processes
 from jaxtune.train.features import Extractor, Features, OncePerRow, above
-from jaxtune.train.parallel import place, shard_batch
+from jaxtune.train.parallel import place, row_parts, shard_batch
 from jaxtune.train.recipe import start_group
 from jaxtune.train.reference import Reference
 from jaxtune.train.stacked import shard_members, unstack
@@ -111,7 +111,7 @@ def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = Fals
     _check_processes(first)
     otherwise = trial(first.module)
     grain = STACKED_GRAIN if stacked else GRAIN
-    streams = {e.train.seed: make_batches(e, rows, grain=grain) for e in experiments}
+    streams = {e.train.seed: make_batches(e, rows, grain=grain, parts=row_parts(mesh.shape)) for e in experiments}
     shared = not stacked or one_order(experiments)
     batches, held_out, steps = streams[first.train.seed]
     experiments = [e.in_steps(steps) for e in experiments]
