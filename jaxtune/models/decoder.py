@@ -43,6 +43,7 @@ class Decoder(Body):
     def names(self, table: NameTable) -> NameTable:
         return table
 
+    @nn.nowrap  # it is called on an unbound module
     def without_head(self) -> "HeadlessDecoder":
         """The same decoder as one that gives hidden states."""
         fields = {name: getattr(self, name) for name in BODY_FIELDS}
