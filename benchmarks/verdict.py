@@ -7,8 +7,8 @@ A LoRA of the packaged base, and general text of so many tokens by the tiny worl
 loss of the tuned model on that text; forgetting has the base beside it and their divergence on every token; the
 frontier has 13 scales of the adapter. On the packaged task's rows the frontier scores answers too; one evaluation
 there is `jaxtune eval`, losses and answers of base and tuned model. Each is measured in this process after it was
-compiled, in turn; nothing is kept in between. Processor seconds are those of the whole command, which a busy machine changes
-less.
+compiled, in turn; nothing is kept in between. Processor seconds are those of the whole command: a busy machine
+changes them less.
 """
 
 import json
