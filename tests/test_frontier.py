@@ -21,6 +21,7 @@ from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter
 from jaxtune.infer.source import find, open_source, tokenizer_of
+from jaxtune.methods.vocabulary import untie
 from jaxtune.tree import flatten
 from jaxtune.weights.adapters import DoraWeight
 from jaxtune.weights.leaf import map_weights, merge
@@ -86,13 +87,14 @@ def test_what_is_shown(run):
     assert "Strength" in page and "loss on general text" in page and why in card
 
 
-@pytest.mark.parametrize("kind", ["full", "dora"])
+@pytest.mark.parametrize("kind", ["full", "head", "dora"])
 def test_other_kinds_are_mixed_weight_by_weight(home, tmp_path, kind):  # noqa: F811
     """W(s) = base + s (tuned - base), computed here with numpy."""
     module, base = load(home / "model")
     folder = runs.write_run(home, tmp_path / "run", eval=str(home / "eval.jsonl"))
-    if kind == "full":
+    if kind in ("full", "head"):
         keys = iter(jax.random.split(jax.random.key(1), 200))
+        base = untie(base) if kind == "head" else base  # of a tied model, the table is where its head began
         tuned = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape, x.dtype), base)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"tune": {"method": "full"}}))

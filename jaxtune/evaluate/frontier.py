@@ -225,13 +225,12 @@ def _chosen(
         return statistics.means(values, np.ones(len(values)))
 
     gain = _Gain(strengths, means)
-    ends = [strengths.index(s) for s in ENDS]
-    for i in ends:
-        gain.share(i)
     before, after = means(ENDS).whole
     if after <= before:
         why = f"The tuned model is not better than its base by {scores.column.label}, at no cost worth paying."
         return Chosen(None, why), gain
+    for s in ENDS:
+        gain.share(strengths.index(s))
     best = bisect(order, gain.share, keep)
     if within is not None and cost[best] > within:  # how much can be kept
         gain.share(max((i for i in whole if cost[i] <= within), key=lambda i: cost[i]))

@@ -12,7 +12,7 @@ from jaxtune.hf.load import load, read_config, resolve
 from jaxtune.hf.peft import grown_for, load_adapter
 from jaxtune.infer.generation import prepare
 from jaxtune.infer.source import Tuned, same_base
-from jaxtune.methods.vocabulary import resize
+from jaxtune.methods.vocabulary import resize, untie
 
 
 class System(NamedTuple):
@@ -107,10 +107,16 @@ def pair(source: Tuned, flag: str, dtype: Any = None) -> Pair:
         )
     if source.adapter is not None:
         module, base, tuned, config = adapted(source, module, base)
+        base = _with_head(base, tuned)
         return Pair(module, base, tuned, key_of(base_identity(source, dtype), identity(source.adapter)), config)
     grown, tuned = load(source.model, dtype=dtype)
     folders = identity(resolve(source.base), str(dtype)), identity(source.model, str(dtype))
-    return Pair(grown, base, tuned, key_of(*folders))
+    return Pair(grown, _with_head(base, tuned), tuned, key_of(*folders))
+
+
+def _with_head(base: Any, tuned: Any) -> Any:
+    """The base with a head of its own, which is its table transposed, where tuning gave the tied model one."""
+    return untie(base) if "lm_head" in tuned and "lm_head" not in base and "embed_tokens" in base else base
 
 
 def base_identity(source: Tuned, dtype: Any) -> str:
