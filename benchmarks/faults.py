@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py bits --n=200      flipped bits in arrays: each is found, or changes no number
     python benchmarks/faults.py kills --n=40      SIGKILL at any moment: the bytes of a run left alone
+    python benchmarks/faults.py processes --n=20  SIGKILL and SIGSTOP to one of two: the other ends; the same bytes
     python benchmarks/faults.py disk              full, read-only, forbidden (as root, on Linux): one sentence each
     python benchmarks/faults.py inputs --n=40     so many mutated files to every reader: read, or refused in one message
 
@@ -16,10 +17,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,6 +174,64 @@ def _ended(begun: tuple[multiprocessing.Process, Path]) -> tuple[int, str]:
     process, out = begun
     process.join()
     return process.exitcode, out.read_text()
+
+
+def processes(folder: Path, n: int, draw: random.Random) -> list[str]:
+    """Kill one of two processes that share a run at a random moment, or stop it for good, until the run is over.
+
+    The other one has to end by itself: how and after how long is printed. The result is compared with that of two that
+    were left alone.
+    """
+    os.environ |= environment(folder, JAX_COMPILATION_CACHE_DIR=str(folder / "xla"))
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    argv, stuck = command(folder, folder / "WORKDIR"), 60
+
+    def pair(workdir: Path) -> list[multiprocessing.Process]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            own = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num-processes=2", f"--stuck-after={stuck}"]
+        return [_begin([*argv, *own, f"--process-id={i}"], workdir)[0] for i in range(2)]
+
+    def ended(started: list[multiprocessing.Process]) -> list[int]:
+        for process in started:
+            process.join()
+        return [process.exitcode for process in started]
+
+    for name in ("first", "alone"):
+        began = time.monotonic()
+        if any(statuses := ended(pair(folder / name))):
+            raise SystemExit(f"{statuses}: {(folder / name).with_suffix('.said').read_text()}")
+        seconds = time.monotonic() - began
+    print(f"{seconds:.1f} s alone", flush=True)
+    wrong, killed, trials, ends, longest = [], 0, 0, Counter(), Counter()
+    while killed < n:
+        workdir, trials = folder / f"pair-{trials}", trials + 1
+        for _ in range(draw.choice((1, 2, 3))):
+            started, who = pair(workdir), draw.randrange(2)
+            how = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP))
+            started[who].join(draw.uniform(0.1, 1.0) * seconds)
+            if started[who].exitcode is not None:
+                ended(started)
+                continue
+            os.kill(started[who].pid, how)
+            began, killed = time.monotonic(), killed + 1
+            started[1 - who].join(2 * stuck + 60)
+            key = how.name, ("first", "second")[who], started[1 - who].exitcode
+            ends[key] += 1
+            longest[key] = max(longest[key], round(time.monotonic() - began))
+            for process in started:
+                process.kill()
+            ended(started)
+        statuses = ended(pair(workdir))
+        left = [str(p.relative_to(workdir)) for p in workdir.rglob("*") if ".tmp" in p.name or "-tmp" in p.name]
+        if any(statuses) or result(workdir) != result(folder / "alone") or left:
+            wrong.append(f"{workdir}: {statuses}, {left}: {workdir.with_suffix('.said').read_text()[-1500:]}")
+        print(f"{killed} kills in {trials} runs, {len(wrong)} wrong", flush=True)
+    for (how, who, status), count in sorted(ends.items(), key=str):
+        print(f"{how} to the {who}: the other ended with {status}, {count} times, after at most "
+              f"{longest[how, who, status]} s")  # fmt: skip
+    wrong += [f"{key}: the other did not end by itself with status 1" for key in ends if key[2] not in (0, 1, -6)]
+    return wrong
 
 
 # ----------------------------------------------------------------------------------------------------------------- bits
@@ -564,7 +625,7 @@ def _give_away(folder: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("kills", "bits", "disk", "inputs"))
+    p.add_argument("what", choices=("kills", "processes", "bits", "disk", "inputs"))
     p.add_argument("--n", type=int, default=40, help="kills, bits of each kind, or files of each")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", help="of the cases of disk: those whose name holds one of these words")
@@ -575,7 +636,9 @@ def main() -> None:
         if options.what == "disk":
             wrong = disk(folder, options.only)
         else:
-            wrong = {"kills": kills, "bits": bits, "inputs": inputs}[options.what](folder, options.n, draw)
+            wrong = {"kills": kills, "processes": processes, "bits": bits, "inputs": inputs}[options.what](
+                folder, options.n, draw
+            )
     print(f"{machine()['processor']}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
     for text in wrong:
         print(f"\n{text}")

@@ -1,18 +1,26 @@
 """What a step sends over a mesh: collectives of programs compiled for GPUs that are not there, beside `jaxtune plan`.
 
     python benchmarks/scale.py [--only=replicated] [--json=OUT]
+    python benchmarks/scale.py --speed [--repeats=3] [--json=OUT]      on two processors of this machine, with torch
 
-Needs the CUDA wheels, as `gpu_programs.py` says; nothing runs. A collective in a loop counts as often as the loop
-turns. Bytes are those that a device sends in a ring: of what is gathered or scattered (n - 1) / n, of what is summed
-twice that.
+The first needs the CUDA wheels, as `gpu_programs.py` says; nothing runs. A collective in a loop counts as often as the
+loop turns. Bytes are those that a device sends in a ring: of what is gathered or scattered (n - 1) / n, of what is
+summed twice that. The second measures a step of one device with and without a mesh, in one process, and a run of two
+processes with a processor each beside one of one process with both.
 """
 
 import argparse
 import json
 import os
 import re
+import socket
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
@@ -144,12 +152,142 @@ def compiled(over: Over, name: str = "h100") -> dict[str, Any]:
     }
 
 
+def overhead(a: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step on one device with a mesh of it and without, taking turns."""
+    import jax
+    import numpy as np
+    import optax
+
+    from jaxtune import models, tree
+    from jaxtune.methods.table import METHODS
+    from jaxtune.objectives.causal_lm import causal_lm
+    from jaxtune.train.parallel import make_mesh, place, shard_batch
+    from jaxtune.train.step import init_state, make_train_step
+
+    config = {"model_type": "llama", "vocab_size": 8192, "hidden_size": a.hidden, "intermediate_size": 2 * a.hidden}
+    config |= {"num_hidden_layers": a.layers, "num_attention_heads": a.hidden // 64, "num_key_value_heads": 4}
+    module = models.build(config | {"max_position_embeddings": 4096, "tie_word_embeddings": True})
+    params, mask = METHODS["lora"](jax.jit(module.init_params)(jax.random.key(0)), jax.random.key(1), module, {"r": 16})
+    part, tx = tree.partition(params, mask), optax.adamw(1e-3)
+    ids = np.random.default_rng(0).integers(0, 8192, (1, 4, 257), np.int32)
+    batch = {
+        "tokens": ids[..., :-1],
+        "targets": ids[..., 1:],
+        "positions": np.broadcast_to(np.arange(256), (1, 4, 256)),
+    }
+    batch |= {"segments": np.ones((1, 4, 256), np.int32), "weights": np.ones((1, 4, 256), np.float32)}
+    batch["row"] = np.arange(4, dtype=np.int32)[None]
+    sides = {}
+    for name, mesh in (("without", None), ("with", make_mesh(1))):
+        state, frozen = init_state(part.trainable, part.member, tx, jax.random.key(2)), part.frozen
+        rows = jax.device_put(batch)
+        if mesh is not None:
+            state, frozen, rows = place(state, mesh), place(frozen, mesh), shard_batch(batch, mesh)
+        step = make_train_step(causal_lm(module), tx, mesh).lower(state, frozen, rows).compile()
+        sides[name] = [step, state, frozen, rows, []]
+    for i in range(2 * a.steps):
+        for name in sorted(sides, reverse=i % 2 == 0):
+            step, state, frozen, rows, seconds = sides[name]
+            began = time.perf_counter()
+            sides[name][1] = jax.block_until_ready(step(state, frozen, rows)[0])
+            seconds.append(time.perf_counter() - began)
+    programs = {
+        name: [line.split(", metadata")[0] for line in side[0].as_text().splitlines()] for name, side in sides.items()
+    }
+    medians = {f"seconds {name}": statistics.median(side[-1][2:]) for name, side in sides.items()}
+    return medians | {f"instructions {name}": sum(" = " in line for line in lines) for name, lines in programs.items()}
+
+
+def shared(folder: Path, count: int, a: argparse.Namespace) -> dict[str, float]:
+    """Tokens/s of a run of `count` processes, each with as many of two processors as there are for it."""
+    workdir = Path(tempfile.mkdtemp(dir=folder))
+    command = common.jaxtune(
+        "train",
+        f"--config={common.ROOT}/configs/lora_sft.py",
+        f"--workdir={workdir}",
+        f"--config.model.path={folder / 'model'}",
+        f"--config.data.train={folder / 'rows.jsonl'}",
+        f"--config.data.max_length={a.length}",
+        f"--config.train.batch_size={a.batch}",
+        "--config.train.epochs=none",
+        f"--config.train.steps={a.steps}",
+        "--config.log.every=1",
+        "--config.log.progress=false",
+    )
+    processors, running = sorted(os.sched_getaffinity(0))[:2], []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for i in range(count):
+        own = [f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={i}"] if count > 1 else []
+        env = os.environ | {
+            "PYTHONPATH": str(common.ROOT),
+            "JAXTUNE_CACHE": str(folder / "cache"),
+            "JAX_PLATFORMS": "cpu",
+        }
+        mine = processors if count == 1 else [processors[i]]
+        running.append(
+            subprocess.Popen(
+                [*command, *own],
+                env=env,
+                stdout=subprocess.DEVNULL,
+                preexec_fn=lambda mine=mine: os.sched_setaffinity(0, mine),
+            )
+        )
+    if any(statuses := [process.wait() for process in running]):
+        raise SystemExit(f"exit {statuses}")
+    rows = [m for m in common.read_metrics(workdir) if "train/loss" in m]
+    seconds = [a.batch * a.length / m["train/tokens_per_second"] for m in rows][max(1, a.steps // 5) :]
+    return {"tokens/s": a.batch * a.length / statistics.median(seconds), "last loss": rows[-1]["train/loss"]}
+
+
+def speed(a: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = {"hidden_size": a.hidden, "intermediate_size": a.hidden * 43 // 16, "num_hidden_layers": a.layers}
+        heads = {"num_attention_heads": a.hidden // 64, "num_key_value_heads": a.hidden // 128}
+        common.make_llama(folder / "model", vocab_size=8192, max_position_embeddings=a.length, **sizes, **heads)
+        rows = a.batch * a.steps
+        common.make_rows(folder / "rows.jsonl", rows=rows, length=a.length, prompt=64, vocab=8192)
+        own = [f"--{name}={getattr(a, name)}" for name in ("hidden", "layers", "steps")]
+        sides = {
+            "one device": lambda: common.last_json(
+                common.run([sys.executable, __file__, "--overhead", *own], 2, JAX_PLATFORMS="cpu").stdout
+            ),
+            "1 process x 2": lambda: shared(folder, 1, a),
+            "2 processes x 1": lambda: shared(folder, 2, a),
+        }
+        found = common.alternate(sides, a.repeats)
+    alone = found["one device"]
+    ratios = {
+        "a step with a mesh of one device / without": (
+            statistics.median(alone["seconds with"]) / statistics.median(alone["seconds without"]),
+            "<= 1.01",
+        ),
+        "2 processes x 1 / 1 process x 2, tokens/s": (
+            common.ratio(found, "tokens/s", "2 processes x 1", "1 process x 2"),
+            ">= 0.85",
+        ),
+    }
+    common.report("Devices and processes", found, ratios, a.json)
+    return 0
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", help="cases whose name contains this")
     p.add_argument("--case", help="one case, in this process; prints JSON")
-    p.add_argument("--json", help="a file for the figures")
+    p.add_argument("--json", type=Path, help="a file for the figures")
+    p.add_argument("--speed", action="store_true", help="measure on this machine")
+    p.add_argument("--overhead", action="store_true", help="the step of one device alone; prints JSON")
+    for name, value in {"repeats": 3, "hidden": 512, "layers": 4, "length": 512, "batch": 4, "steps": 15}.items():
+        p.add_argument(f"--{name}", type=int, default=value)
     a = p.parse_args()
+    if a.overhead:
+        print(json.dumps(overhead(a)))
+        return 0
+    if a.speed:
+        return speed(a)
     if a.case:
         print(json.dumps(compiled(CASES[a.case])))
         return 0
@@ -160,7 +298,7 @@ def main() -> int:
         found[name] = common.last_json(common.run([sys.executable, __file__, f"--case={name}"], 2).stdout)
         print(f"{name}: {json.dumps(found[name])}", flush=True)
     if a.json:
-        common.Path(a.json).write_text(json.dumps(found, indent=1) + "\n")
+        a.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

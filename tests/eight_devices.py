@@ -1,7 +1,11 @@
 """Run by test_step.py in a process of its own, with eight simulated devices: numbers to compare, as an npz file."""
 
+import json
+import math
+import os
 import sys
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import runs
 import small
 import test_embedding
 from jax.sharding import Mesh
 
-from jaxtune.hf.load import load, read_params
+from jaxtune import models
+from jaxtune.hf import tensors
+from jaxtune.hf.load import load, open_module, read_config, read_params
+from jaxtune.hf.peft import export_adapter
+from jaxtune.infer.generation import generate
+from jaxtune.infer.logprobs import score_batch
+from jaxtune.methods.table import METHODS as MAKE
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.objectives.distillation import Strength, Teacher, distillation
 from jaxtune.objectives.preference import judged, preference
@@ -25,7 +36,7 @@ from jaxtune.train.optim import optimizer
 from jaxtune.train.parallel import make_mesh, place, replicate, shard_batch, shardings
 from jaxtune.train.stacked import make_sweep_step, stack
 from jaxtune.train.step import init_state, make_train_step, value_and_grad
-from jaxtune.tree import MEMBER, TRAIN, Beside, combine, partition
+from jaxtune.tree import MEMBER, TRAIN, Beside, combine, flatten, partition
 
 STEPS, ORACLE_STEPS = 50, 8
 LORA = {"r": 2, "lora_dropout": 0.2}
@@ -105,11 +116,14 @@ def losses(mesh: Mesh | None, method: str = "lora", steps: int = STEPS, accum: i
     return np.array(found)
 
 
-def elastic_losses(method: str) -> np.ndarray:
-    """Losses of `losses` for a run that is interrupted and goes on from its checkpoint on other devices, twice."""
+def elastic_losses(method: str) -> tuple[np.ndarray, list[str]]:
+    """Losses of `losses` for a run that is interrupted and goes on from its checkpoint on other devices, twice.
+
+    And the programs.
+    """
     part, _ = small.tuned(method, **METHODS[method])
     tx = optimizer("adamw", lr=1e-3, weight_decay=0.1, grad_clip=1.0)
-    found = []
+    found, programs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for devices, steps in ELASTIC[method]:
             mesh = make_mesh(**devices)
@@ -126,6 +140,8 @@ def elastic_losses(method: str) -> np.ndarray:
             assert bool(split) == ("fsdp" in mesh.shape)
             where = jax.tree.map(lambda x: x.sharding, state)
             step = make_train_step(causal_lm(small.decoder()), tx, mesh)
+            step = step.lower(state, frozen, shard_batch(small.batch(), mesh)).compile()
+            programs.append(step.as_text())
             for i in range(len(found), len(found) + steps):
                 state, metrics = step(state, frozen, shard_batch(small.batch(i), mesh))
                 found.append(float(metrics["loss"]))
@@ -133,7 +149,7 @@ def elastic_losses(method: str) -> np.ndarray:
             assert all(jax.tree.leaves(same))  # else the next step would be another program
             checkpoints.save(len(found), state, {"runs": []})
             checkpoints.close()
-    return np.array(found)
+    return np.array(found), programs
 
 
 def loaded(quantization: str | None) -> np.ndarray:
@@ -147,6 +163,83 @@ def loaded(quantization: str | None) -> np.ndarray:
     assert jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), got, shardings(want, mesh)))
     assert got["lm_head"]["kernel"].addressable_shards[0].data.shape == (8, 31)
     return np.array([np.abs(np.float64(a) - np.float64(b)).max() for a, b in zip(*map(jax.tree.leaves, (got, want)))])
+
+
+def used() -> dict[str, np.ndarray]:
+    """What an adapter on a base says that one device holds, and one that lies split over eight: the same."""
+    rows = [list(range(1, n)) for n in (6, 11, 4)]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        base, adapter, found = Path(name) / "base", Path(name) / "adapter", {}
+        base.mkdir()
+        runs.write_weights(base, small.CONFIG | {"tie_word_embeddings": False, "vocab_size": 64})
+        module, params = load(base)
+        tuned, mask = MAKE["lora"](params, jax.random.key(1), module, {"r": 2})
+        tuned = jax.tree.map(lambda x, role: x + 0.1 if role is TRAIN else x, tuned, mask)
+        export_adapter(module, tuned, adapter, base=base)
+        for where, room in (("one", 2**40), ("eight", 1)):
+            patch.setattr("jaxtune.hf.load.free_bytes", lambda room=room: room)
+            module, params = load(adapter)
+            split = [len(x.sharding.device_set) for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+            assert max(split) == (8 if where == "eight" else 1)
+            found[f"used/{where}/0"] = np.concatenate([scores for scores, _ in score_batch(module, params, rows)])
+            found[f"used/{where}/1"] = np.array(generate(module, params, rows, max_new_tokens=8))
+    return found
+
+
+def sparse_checkpoint(folder: Path, layers: int, width: int) -> None:
+    """A Llama of zeros in bfloat16, whose file takes no disk."""
+    config = small.CONFIG | {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    config |= {"vocab_size": 4 * width, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    module, header, at = models.build(config), {}, 0
+    shapes = {path: leaf.shape for path, leaf in flatten(module.abstract_params()).items()}
+    for t in models.names(module).tensors(module.spec, set(shapes)):
+        shape = t.part(shapes[t.path])[:: -1 if t.transpose else 1]
+        end = at + 2 * math.prod(shape)
+        header[t.hf], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + at)
+
+
+def resident() -> int:
+    """Bytes in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def reading(layers: int, width: int) -> dict[str, int]:
+    """What a process of four devices reads of a checkpoint, and its memory beyond what the devices hold: bytes."""
+    highest, over = [0], threading.Event()
+
+    def look():
+        while not over.wait(0.001):
+            highest[0] = max(highest[0], resident())
+
+    mesh = make_mesh(4, fsdp=4)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder, read, sizes = Path(name), tensors.read, []
+        sparse_checkpoint(folder, layers, width)
+        patch.setattr(tensors, "read", lambda entry, out=None: sizes.append(entry.nbytes) or read(entry, out))
+        module, entries = open_module(read_config(folder), folder), tensors.index_dir(folder)
+        before, watch = resident(), threading.Thread(target=look)
+        watch.start()
+        params = jax.block_until_ready(read_params(module, folder, lay=partial(shardings, mesh=mesh)))
+        over.set()
+        watch.join()
+    own = sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
+    return {
+        "read": sum(sizes),
+        "parameters": sum(e.nbytes for e in entries.values()),
+        "layer": sum(e.nbytes for name, e in entries.items() if ".layers.0." in name),
+        "tensor": max(e.nbytes for e in entries.values()),
+        "above": highest[0] - before - own,
+    }
+
+
+def memory(out: str) -> None:
+    """A checkpoint of 2 GB."""
+    np.savez(out, **reading(layers=18, width=2048))
 
 
 def pmap_losses(method: str) -> np.ndarray:
@@ -203,13 +296,16 @@ def main(out: str) -> None:
         found[f"pmap/{method}"] = pmap_losses(method)
     for quantization in ("none", "nf4"):
         found[f"loaded/{quantization}"] = loaded(None if quantization == "none" else quantization)
+    found |= {f"reading/{name}": size for name, size in reading(layers=16, width=640).items()}
     for method in ("full", "lora"):
-        found[f"elastic/{method}"] = elastic_losses(method)
+        found[f"elastic/{method}"], programs = elastic_losses(method)
+        found |= {f"program/{method}/{i}": np.array(text) for i, text in enumerate(programs)}
     np.savez(out, **found)
 
 
 def meshes(out: str) -> None:
-    """The same in every mesh shape of eight devices, and other steps in the one that has all axes."""
+    """The same in every mesh shape of eight devices, and other steps in the one that has all axes; losses in chunks."""
+    pytest.MonkeyPatch().setattr("jaxtune.objectives.token_nats.chunk_size", lambda *sizes: 5)
     found = {}
     for shape, method in MESHED:
         mesh = make_mesh(**dict(zip(("data", "fsdp", "model"), shape, strict=True)))
@@ -220,6 +316,7 @@ def meshes(out: str) -> None:
     for name in ANSWERS:
         found |= numbers(name, answers(mesh, name))
     found["members"] = members(mesh)
+    found |= used()
     np.savez(out, **found)
 
 
@@ -246,4 +343,4 @@ def members(mesh: Mesh | None, steps: int = 5) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    (main if len(sys.argv) == 2 else meshes)(sys.argv[1])
+    {"main": main, "meshes": meshes, "memory": memory}[(*sys.argv, "main")[2]](sys.argv[1])

@@ -401,7 +401,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     module, params = zoo.ours("llama")
-    monkeypatch.setattr("safetensors.numpy.save_file", full_disk)
+    monkeypatch.setattr("jaxtune.hf.export.hf_tensor", full_disk)
     with pytest.raises(UserError, match="No room"):
         jaxtune.export_model(module, params, tmp_path / "out", base=zoo.directory("llama"))
     assert list(tmp_path.iterdir()) == []

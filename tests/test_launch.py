@@ -486,6 +486,24 @@ def test_the_pods_of_a_job_find_one_another():
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
+@pytest.mark.parametrize("nodes", ["10.0.0.1", "10.0.0.1\n10.0.0.2"])
+def test_nodes_of_skypilot_start_one_process_each(place, nodes):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    place.plan(lr="ok 1.0")
+    count = nodes.count("\n") + 1
+    place.env |= task["envs"] | {
+        "SKYPILOT_NODE_IPS": nodes,
+        "SKYPILOT_NUM_NODES": str(count),
+        "SKYPILOT_NODE_RANK": "0",
+    }
+    place.run("bash", "-c", task["run"])
+    [call] = place.calls()
+    own = ["--coordinator=10.0.0.1:8476", f"--num-processes={count}", "--process-id=0"]
+    assert call["argv"] == ["train", *own, f"--config={task['envs']['CONFIG']}", "--workdir=/data/run"]
+    assert (LAUNCH.parent / task["envs"]["CONFIG"]).is_file()
+    assert task["envs"]["WORKDIR"].startswith(tuple(task["volumes"]))
+
+
 def test_a_job_that_ends_at_the_signal_keeps_its_status(place):
     place.slurm()
     place.env["SLURM_JOB_ID"] = "100"
@@ -505,11 +523,17 @@ def test_a_job_that_was_cancelled_stays_so(place):
     assert place.scontrol() == ["show job --oneliner 100"]
 
 
-def test_a_job_that_fails_is_not_queued_again(place):
+@pytest.mark.parametrize(
+    ("tasks", "status", "restarts", "again"),
+    [(1, 1, 0, False), (2, 1, 0, True), (2, 134, 19, True), (2, 1, 20, False), (2, 2, 0, False), (2, 0, 0, False)],
+)
+def test_a_job_that_fails_is_queued_again_where_one_of_several_tasks_may_have_died(
+    place, tasks, status, restarts, again
+):
     place.slurm()
-    place.plan(lr="exit 1")
-    place.run("sbatch", "launch/train.sbatch", "--workdir=run", status=1)
-    assert place.scontrol() == []
+    place.env |= {"SLURM_JOB_ID": "100", "SLURM_NTASKS": str(tasks), "SLURM_RESTART_COUNT": str(restarts)}
+    place.run("launch/requeue.sh", "bash", "-c", f"exit {status}", status=status)
+    assert ("requeue 100" in place.scontrol()) == again
 
 
 def test_an_array_trains_a_rate_an_index(place):

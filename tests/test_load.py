@@ -141,6 +141,34 @@ def test_what_we_write_the_safetensors_library_reads(shard_bytes, tmp_path):
         assert all(np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in arrays.items())
 
 
+def test_what_is_made_while_it_is_written_gives_the_bytes_of_the_safetensors_library(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"b": rng.normal(size=(3, 4)).astype(np.float32), "é": np.float32(3)[None], "none": np.zeros((0, 3), "f4")}
+    arrays |= {"a": rng.normal(size=(2, 5)).astype(ml_dtypes.bfloat16), "i": np.arange(6, dtype=np.int64)}
+    made = {k: tensors.Made(v.dtype, v.shape, lambda v=v: v) for k, v in arrays.items()}
+    tensors.write(tmp_path, made)
+    save_file(arrays, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "part",
+    [np.s_[2:5, :, :], np.s_[:, 3:7, :], np.s_[1:6, :, 2:3], np.s_[:, :, :], np.s_[2:2, 0:3, :], np.s_[3:7, 5:5, :]],
+)
+def test_a_part_of_a_tensor_is_read_in_few_bytes(dtype, part, tmp_path, monkeypatch):
+    array = np.random.default_rng(0).normal(size=(7, 9, 4)).astype(dtype)
+    tensors.write(tmp_path, {"w": array})
+    [entry] = tensors.index_dir(tmp_path).values()
+    real, sizes = tensors.read, []
+    monkeypatch.setattr(tensors, "read", lambda entry, out=None: sizes.append(entry.nbytes) or real(entry, out))
+    found = tensors.read_part(entry, part, block=2 * array[0].nbytes)
+    assert found.dtype == dtype and np.array_equal(found, array[part])
+    assert sum(sizes) == array[part[0]].nbytes if found.size else sum(sizes) <= array[part[0]].nbytes
+    if part[1:] != np.s_[:, :]:
+        assert max(sizes, default=0) <= 2 * array[0].nbytes
+
+
 # --- weights that do not fit
 
 

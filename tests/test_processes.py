@@ -39,24 +39,26 @@ def end(pair):
     return [process.exitcode for process in pair], said
 
 
-def wait_for_checkpoint(started, workdir):
-    while not (workdir / "checkpoints").exists() or not runs.checkpoints(workdir):
+def wait_for_checkpoint(started, workdir, after=0):
+    """The step of a checkpoint later than `after`."""
+    while not (workdir / "checkpoints").exists() or max([0, *runs.checkpoints(workdir)]) <= after:
         assert all(process.is_alive() for process in started), end(started)
         time.sleep(0.05)
+    return max(runs.checkpoints(workdir))
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_together(home, tmp_path, monkeypatch):  # noqa: F811
-    """Full fine-tuning over data 2 x fsdp 2, stopped in the middle by a signal to one, against one device."""
+    """Full fine-tuning over fsdp 4, stopped in the middle by a signal to one, against one device."""
     steps = {"train__steps": 6, "train__eval_every": 3, "train__save_every": 3, **FULL}
     assert main(runs.command(home, tmp_path / "one", **steps)) == 0
-    started = pair(monkeypatch, home, tmp_path / "two", mesh__fsdp=2, **steps)
+    started = pair(monkeypatch, home, tmp_path / "two", mesh__fsdp=4, **steps)
     wait_for_checkpoint(started, tmp_path / "two")
     os.kill(started[1].pid, signal.SIGTERM)
     codes, said = end(started)
     assert codes in ([3, 3], [0, 0]), said  # the run may have been over
     if codes == [3, 3]:
-        codes, said = end(pair(monkeypatch, home, tmp_path / "two", mesh__fsdp=2, **steps))
+        codes, said = end(pair(monkeypatch, home, tmp_path / "two", mesh__fsdp=4, **steps))
         assert codes == [0, 0], said
         assert "Resuming" in said[0]
     assert "loss" not in said[1]  # one process speaks
@@ -68,6 +70,26 @@ def test_two_processes_train_as_one_and_go_on_together(home, tmp_path, monkeypat
     assert ours.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(ours[name], want[name], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_one_that_dies_or_is_stuck_ends_the_other_and_both_go_on_to_the_same_bytes(home, tmp_path, monkeypatch):  # noqa: F811
+    steps = {"train__steps": 200, "train__save_every": 5, "train__eval_every": 100}
+    assert end(pair(monkeypatch, home, tmp_path / "alone", **steps))[0] == [0, 0]
+    saved = 0
+    for who, how in ((1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)):
+        started = pair(monkeypatch, home, tmp_path / "run", "--stuck-after=30", **steps)
+        saved = wait_for_checkpoint(started, tmp_path / "run", after=saved)
+        os.kill(started[who].pid, how)
+        other = started[1 - who]
+        other.join(90)
+        assert other.exitcode in ((1,) if who else (1, -signal.SIGABRT)), end(started)  # JAX's runtime may abort
+        started[who].kill()
+        _, said = end(started)
+        assert "The job ends. Start all processes again" in said[1 - who] or other.exitcode != 1
+    assert end(pair(monkeypatch, home, tmp_path / "run", **steps))[0] == [0, 0]
+    assert runs.read(tmp_path / "run") == runs.read(tmp_path / "alone")
+    assert runs.adapter(tmp_path / "run") == runs.adapter(tmp_path / "alone")
 
 
 def test_processes_that_differ_are_refused(home, tmp_path, monkeypatch):  # noqa: F811

@@ -17,6 +17,7 @@ import small
 from jaxtune.methods.table import METHODS
 from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.train.optim import optimizer
+from jaxtune.train.parallel import lying
 from jaxtune.train.step import init_state, make_eval_step, make_train_step
 from jaxtune.tree import partition
 
@@ -62,6 +63,16 @@ def meshes(tmp_path_factory):
     """What eight devices compute in meshes of every shape."""
     out = tmp_path_factory.mktemp("meshes") / "found.npz"
     with started(out, "meshes") as process:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+    return np.load(out)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """What a process takes to read 2 GB for its devices."""
+    out = tmp_path_factory.mktemp("memory") / "found.npz"
+    with started(out, "memory") as process:
         said, _ = process.communicate()
         assert process.returncode == 0, said
     return np.load(out)
@@ -151,6 +162,45 @@ def test_losses_are_those_of_pmap_with_optax_that_freezes(eight, method):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_weights_are_read_to_where_they_lie(eight, quantization):
     assert eight[f"loaded/{quantization}"].max() <= (1e-6 if quantization == "nf4" else 0)  # means, in another order
+
+
+@pytest.mark.slow
+def test_a_model_without_room_on_one_device_is_used_over_all(meshes):
+    np.testing.assert_allclose(meshes["used/eight/0"], meshes["used/one/0"], rtol=1e-5)
+    assert np.array_equal(meshes["used/eight/1"], meshes["used/one/1"])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_a_lora_step_sends(eight, split, monkeypatch):
+    """Over a replicated base one sum of the gradients; over a split one each matrix, forward and backward, besides."""
+    monkeypatch.syspath_prepend(str(TESTS.parent / "benchmarks"))
+    from scale import collectives
+
+    part, _ = small.tuned(r=2)
+    sent = collectives(str(eight["program/lora/2" if split else "program/lora/0"]))
+    [summed] = [c for c in sent if c.kind == "all-reduce"]
+    assert summed.times == 1
+    assert summed.bytes == 4 * (sum(x.size for x in jax.tree.leaves(part.trainable)) + 2)  # loss and weight
+    gathered = [c for c in sent if c.kind == "all-gather"]
+    assert len(gathered) + 1 == len(sent)
+    parts = [p for p in lying(part.frozen, {"fsdp": 8} if split else {}) if "fsdp" in p[2]]
+    passes = [2 if path.startswith("segment") else 1 for path, _, _ in parts]  # the table is gathered once
+    assert sum(c.times for c in gathered) == sum(4 if n == 2 else 1 for n in passes)  # of two layers
+    assert sum(c.times * c.bytes for c in gathered) == sum(
+        n * 4 * p[1].size for n, p in zip(passes, parts, strict=True)
+    )
+
+
+def test_weights_are_read_once_for_all_devices(eight):
+    found = {name: int(eight[f"reading/{name}"]) for name in ("read", "parameters", "layer", "tensor", "above")}
+    assert found["read"] == found["parameters"] > 2e8
+    assert found["above"] < found["layer"] + found["tensor"] + 32 * 2**20  # and programs
+
+
+@pytest.mark.slow
+def test_a_host_holds_a_layer_and_a_tensor_of_two_gigabytes(memory):
+    assert memory["read"] == memory["parameters"] > 2e9
+    assert memory["above"] <= memory["layer"] + memory["tensor"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

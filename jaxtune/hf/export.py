@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtune.hf.card import model_card
 from jaxtune.hf.stops import write_generation_config
 from jaxtune.models.names import Tensor
 from jaxtune.reading import is_inside, not_copied
+from jaxtune.train.processes import on_host
 from jaxtune.weights.adapters import LoraWeight
 from jaxtune.weights.leaf import Adapter, merge_leaf, mergeable, plain, weights_by_path
 
@@ -75,12 +77,11 @@ def export_model(
     """
     base, out = Path(base).expanduser(), Path(out).expanduser()
     params, notes = whole(module, params)
-    leaves = weights_by_path(params)
-    wanted = list(models.names(module).tensors(module.spec, set(leaves)))
-    dtypes = dtypes_of(wanted, leaves, models.names(module).prefix, base, dtype)
+    made = _tensors(module, params, base, dtype)
     with atomic_dir(out, overwrite=overwrite) as folder:
-        require_space(folder, sum(_size(t, leaves) * dtypes[t.hf].itemsize for t in wanted))
-        tensors.write(folder, {t.hf: hf_tensor(t, leaves, dtypes[t.hf]) for t in wanted}, shard_bytes=shard_bytes)
+        require_space(folder, sum(tensor.nbytes for tensor in made.values()))
+        tensors.write(folder, made, shard_bytes=shard_bytes)
+        dtypes = [tensor.dtype for tensor in made.values()]
         config = _config(module.spec.hf_config, "lm_head" not in params if module.continues else None, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         notes += write_generation_config(base, folder, ends)
@@ -99,6 +100,29 @@ def export_model(
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes
+
+
+def follow_export(
+    module: Any, params: Any, *, base: str | Path, dtype: Any = None, shard_bytes: int = 5 * 10**9
+) -> None:
+    """What a process does while another writes `export_model`: it gives its parts of each tensor, in the same order."""
+    made = _tensors(module, whole(module, params)[0], Path(base).expanduser(), dtype)
+    for file in tensors.files(made, shard_bytes):
+        for tensor in file.values():
+            tensor.make()
+
+
+def _tensors(module: Any, params: Any, base: Path, dtype: Any) -> dict[str, tensors.Made]:
+    """What is written of the tree that `whole` returned, made one at a time."""
+    leaves = weights_by_path(params)
+    wanted = list(models.names(module).tensors(module.spec, set(leaves)))
+    dtypes = dtypes_of(wanted, leaves, models.names(module).prefix, base, dtype)
+
+    def made(tensor):
+        shape, kept = tensor.part(plain(leaves[tensor.path]).shape), dtypes[tensor.hf]
+        return tensors.Made(kept, shape[::-1] if tensor.transpose else shape, partial(hf_tensor, tensor, leaves, kept))
+
+    return {tensor.hf: made(tensor) for tensor in wanted}
 
 
 def whole(module: Any, params: Any) -> tuple[Any, list[str]]:
@@ -126,10 +150,6 @@ def _head_to_untie(params: Any) -> jax.Array | None:
     return merge_leaf(table.w).T
 
 
-def _size(tensor: Tensor, leaves: Mapping[str, Any]) -> int:
-    return int(np.prod(tensor.part(plain(leaves[tensor.path]).shape)))
-
-
 def hf_tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     """One HF tensor. One layer at a time is merged, so no second copy of the model is made in float32."""
     leaf = leaves[tensor.path]
@@ -137,7 +157,7 @@ def hf_tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: np.dtype) -> np.
         leaf = jax.tree.map(lambda x: x[tensor.index], leaf)
     if isinstance(leaf, Adapter):
         leaf = dataclasses.replace(leaf, w=merge_leaf(leaf.w).astype(jnp.float32))  # merged in float32, cast once
-    array = tensor._replace(index=None).within(np.asarray(merge_leaf(leaf))).astype(dtype)
+    array = tensor._replace(index=None).within(on_host(merge_leaf(leaf))).astype(dtype)
     return array.T if tensor.transpose else array
 
 
@@ -157,9 +177,9 @@ def dtypes_of(
     return {t.hf: stored.get(t.hf, new) or plain(leaves[t.path]).dtype for t in wanted}
 
 
-def _config(base: Mapping[str, Any], tied: bool | None, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
+def _config(base: Mapping[str, Any], tied: bool | None, dtypes: list[np.dtype]) -> dict[str, Any]:
     """config.json: the base's, with the values that the export changed. `tied`: None if there is no output head."""
-    name = max(dtypes.values(), key=list(dtypes.values()).count).name
+    name = max(dtypes, key=dtypes.count).name
     config = {k: v for k, v in base.items() if k not in ("dtype", "torch_dtype")}
     if tied is not None:
         config["tie_word_embeddings"] = tied

@@ -15,17 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.hf import mxfp4, tensors
 from jaxtune.models.names import NameTable, Tensor
+from jaxtune.train.parallel import make_mesh, shardings
+from jaxtune.train.processes import beat
+from jaxtune.train.runtime import free_bytes
 from jaxtune.tree import flatten
 from jaxtune.weights.packed import packs
 
 Pack = Callable[[jax.Array], Any]  # one layer's array -> its leaf
 Lay = Callable[[Any], Any]  # a tree of arrays -> where each of them lies
 
+
+ROOM = 1.2  # of a model's bytes, what a device needs to use it
 
 # Files to download from a repository, without second copies of the weights in other layouts than transformers'.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -148,6 +154,8 @@ def read_params(
 ) -> Any:
     """Read the parameters of `module` from a directory; `key` draws a label head that is new. `lay`: as `read_tree`.
 
+    Without it, a model for which the first device has no room lies split over all of them.
+
     Raises:
         UserError: as `load`.
     """
@@ -155,7 +163,20 @@ def read_params(
     wanted = module.abstract_params()
     fresh = module.drawn(entries, table, key)
     places = plan(table, module, wanted, entries, folder, fresh.keys())
-    return read_tree(wanted, places, dtype, fresh, packs(wanted, quantization) if quantization else None, lay)
+    pack = packs(wanted, quantization) if quantization else {}
+    return read_tree(wanted, places, dtype, fresh, pack, lay or _where_there_is_room(wanted, places, pack, dtype))
+
+
+def _where_there_is_room(wanted: Any, places: list[tuple[Tensor, tensors.Entry]], pack: Mapping[str, Pack], dtype: Any):
+    """Where a model lies for which the first device has no room: split over all as along `model`; else None."""
+    if jax.local_device_count() == 1 or jax.process_count() > 1:
+        return None
+    dtypes = {tensor.path: np.dtype(dtype or entry.dtype) for tensor, entry in places}
+    plain = {path: jax.ShapeDtypeStruct(x.shape, dtypes.get(path, x.dtype)) for path, x in flatten(wanted).items()}
+    held = [jax.eval_shape(pack[path], x) if path in pack else x for path, x in plain.items()]
+    if ROOM * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)) < free_bytes():
+        return None
+    return functools.partial(shardings, mesh=make_mesh(data=1, model=-1))
 
 
 def plan(
@@ -278,19 +299,20 @@ def _on_device(
 ) -> dict[str, Any]:
     """Read layers ahead; transpose, cast and pack them on the devices, and put them into their stack in place.
 
-    Host memory holds about one layer of tensors at a time, a device its part of the tree and of one tensor.
+    Host memory holds about one layer of tensors at a time, a device its part of the tree and of one tensor. With `lay`
+    a process reads the parts that its own devices hold, each once.
     """
     leaves: dict[str, Any] = {}
     halves: list[jax.Array] = []
     where: dict[str, tuple[Any, ...] | None] = dict.fromkeys(sources)
     order = [pair for pairs in sources.values() for pair in pairs]
-    ahead = tensors.read_ahead([entry for _, entry in order], limit=_layer_bytes(order))
-    for (tensor, entry), raw in zip(order, ahead, strict=True):
+    places = [_file_place(lay, *pair, shapes, dtypes) if lay else None for pair in order]
+    parts = [_own_part(place, e.shape) for (_, e), place in zip(order, places, strict=True)] if lay else None
+    ahead = tensors.read_ahead([entry for _, entry in order], limit=_layer_bytes(order), parts=parts)
+    for i, ((tensor, entry), raw) in enumerate(zip(order, ahead, strict=True)):
         path = tensor.path
         if lay:
-            [plain] = jax.tree.leaves(lay({path: jax.ShapeDtypeStruct(shapes[path], dtypes[path])}))
-            lead = 0 if tensor.index is None else np.size(tensor.index)
-            raw = jax.device_put(raw, _of_layer(plain, lead, raw.ndim, tensor.transpose))
+            raw = _over_devices(raw, parts[i], entry.shape, places[i])
         done(entry.nbytes)
         halves.append(raw)
         if tensor.half == 0:
@@ -307,6 +329,10 @@ def _on_device(
         leaves[path] = (
             _put(leaves[path], raws, at, **fields, where=where[path]) if at else _lay(raws, **fields, where=where[path])
         )
+        if lay:
+            # Else the host's arrays wait for the devices. Threads read the next ones meanwhile.
+            jax.block_until_ready(leaves[path])
+            beat(f"{path} was read")
     return leaves
 
 
@@ -318,10 +344,33 @@ def _zeros(whole: Any, where: tuple[Any, ...] | None) -> Any:
     )
 
 
-def _of_layer(sharding: Any, lead: int, ndim: int, transpose: bool) -> Any:
-    """Where a file's tensor goes, which is a layer of a stack that lies as `sharding`."""
-    axes = (*sharding.spec, *[None] * (lead + ndim))[lead : lead + ndim]
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(axes[::-1] if transpose else axes)))
+def _file_place(lay: Lay, tensor: Tensor, entry: tensors.Entry, shapes, dtypes) -> NamedSharding:
+    """Where a file's tensor goes, a layer of a stack or half of its columns."""
+    shape = shapes[tensor.path]
+    [of_stack] = jax.tree.leaves(lay({tensor.path: jax.ShapeDtypeStruct(shape, dtypes[tensor.path])}))
+    axes = [*of_stack.spec, *[None] * len(shape)][: len(shape)][len(shape) - len(entry.shape) :]
+    axes = axes[::-1] if tensor.transpose else axes
+    even = [
+        axis if axis and n % of_stack.mesh.shape[axis] == 0 else None for axis, n in zip(axes, entry.shape, strict=True)
+    ]
+    return NamedSharding(of_stack.mesh, PartitionSpec(*even))
+
+
+def _own_part(place: NamedSharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of an array that this process's devices hold, and what lies between."""
+    held = place.addressable_devices_indices_map(shape).values()
+    spans = ([index[axis].indices(n) for index in held] for axis, n in enumerate(shape))
+    return tuple(slice(min(s[0] for s in of), max(s[1] for s in of)) for of in spans)
+
+
+def _over_devices(raw: np.ndarray, part: tuple[slice, ...], shape: tuple[int, ...], place: NamedSharding) -> jax.Array:
+    """The array of `shape` of which this process has a part."""
+
+    def at(index):
+        spans = [(*s.indices(n)[:2], p.start) for s, n, p in zip(index, shape, part, strict=True)]
+        return raw[tuple(slice(start - own, stop - own) for start, stop, own in spans)]
+
+    return jax.make_array_from_callback(shape, place, at)
 
 
 def _layer_bytes(order: list[tuple[Tensor, tensors.Entry]]) -> int:

@@ -31,6 +31,7 @@ DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -206,6 +207,29 @@ def read(entry: Entry, out: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
+def read_part(entry: Entry, part: Sequence[slice], block: int = 2**22) -> np.ndarray:
+    """Read a part of a tensor: of rows their own bytes alone; of columns `block` bytes of whole rows at a time.
+
+    A row's columns are too few bytes for a read of their own, and the processes of a machine share what is cached.
+    """
+    spans = [s.indices(n)[:2] for s, n in zip(part, entry.shape, strict=True)]
+    if not spans:
+        return read(entry)
+    if not isinstance(entry, Entry):  # one that is stored in another way
+        return read(entry)[tuple(part)]
+    (start, stop), *rest = spans
+    entry = _rows(entry, start, stop - start)
+    if all(b - a == n for (a, b), n in zip(rest, entry.shape[1:], strict=True)):
+        return read(entry)
+    out = np.empty([b - a for a, b in spans], entry.dtype)
+    step, bits = max(1, block * len(out) // max(1, entry.nbytes)), f"u{entry.dtype.itemsize}"
+    # As integers: numpy copies bfloat16 element by element.
+    for at in range(0, len(out), step):
+        rows = read(_rows(entry, at, step)).view(bits)
+        out.view(bits)[at : at + step] = rows[:, *(slice(*span) for span in rest)]
+    return out
+
+
 def _read_bytes(fd: int, file: Path, parts: Sequence[np.ndarray], offset: int) -> None:
     """Fill arrays of bytes, one after another."""
     views = deque(map(memoryview, parts))
@@ -262,39 +286,90 @@ def finite(array: np.ndarray) -> bool:
     return not any(((bits[i : i + 2**18] & ones) == ones).any() for i in range(0, bits.size, 2**18))
 
 
-def read_ahead(entries: Sequence[Entry], limit: int, threads: int = 4) -> Iterator[np.ndarray]:
-    """Yield tensors in order, the next of them read in threads: as many as `limit` bytes hold, at least one."""
+def read_ahead(
+    entries: Sequence[Entry], limit: int, threads: int = 4, parts: Sequence[Sequence[slice]] | None = None
+) -> Iterator[np.ndarray]:
+    """Yield tensors in order, the next of them read in threads: as many as `limit` bytes hold, at least one.
+
+    `parts`: what to read of each; default: all.
+    """
+    parts = [[slice(None)] * len(entry.shape) for entry in entries] if parts is None else parts
+    sizes = [_part_bytes(*pair) for pair in zip(entries, parts, strict=True)]
     with ThreadPoolExecutor(threads) as pool:
         under_way: deque[Future[np.ndarray]] = deque()
         nbytes, at = 0, 0
-        for entry in entries:
-            while at < len(entries) and (not under_way or nbytes + entries[at].nbytes <= limit):
-                under_way.append(pool.submit(read, entries[at]))
-                nbytes, at = nbytes + entries[at].nbytes, at + 1
+        for size in sizes:
+            while at < len(entries) and (not under_way or nbytes + sizes[at] <= limit):
+                under_way.append(pool.submit(read_part, entries[at], parts[at]))
+                nbytes, at = nbytes + sizes[at], at + 1
             yield under_way.popleft().result()
-            nbytes -= entry.nbytes
+            nbytes -= size
 
 
-def write(folder: Path, tensors: Mapping[str, np.ndarray], stem: str = "model", shard_bytes: int = 5 * 10**9) -> None:
-    """Write tensors as `{stem}.safetensors`, or as shards with an index where they exceed `shard_bytes`."""
-    from safetensors.numpy import save_file
+def _part_bytes(entry: Entry, part: Sequence[slice]) -> int:
+    return entry.dtype.itemsize * math.prod(len(range(*s.indices(n))) for s, n in zip(part, entry.shape, strict=True))
 
-    shards: list[dict[str, np.ndarray]] = [{}]
-    sizes = [0]
-    for name, array in tensors.items():
-        if sizes[-1] and sizes[-1] + array.nbytes > shard_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = np.ascontiguousarray(array)
-        sizes[-1] += array.nbytes
-    meta = {"format": "pt"}
+
+class Made(NamedTuple):
+    """A tensor that is made when it is written."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(
+    folder: Path, tensors: Mapping[str, np.ndarray | Made], stem: str = "model", shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write tensors as `{stem}.safetensors`, or as shards with an index where they exceed `shard_bytes`.
+
+    Of those that are `Made` one at a time is in memory.
+    """
+    shards = files(tensors, shard_bytes)
     if len(shards) == 1:
-        save_file(shards[0], folder / f"{stem}.safetensors", metadata=meta)
+        _write_file(folder / f"{stem}.safetensors", shards[0])
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata=meta)
+        _write_file(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
-    listing = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    listing = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2, sort_keys=True) + "\n")
+
+
+def files(tensors: Mapping[str, np.ndarray | Made], shard_bytes: int) -> list[dict[str, np.ndarray | Made]]:
+    """The tensors of each file, in the order in which they are written: wide ones first, so that each is aligned."""
+    shards: list[dict[str, np.ndarray | Made]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return [dict(sorted(shard.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))) for shard in shards]
+
+
+def _write_file(file: Path, tensors: Mapping[str, np.ndarray | Made]) -> None:
+    """What `safetensors.numpy.save_file` writes, which needs all tensors in memory at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        stop = at + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            array = tensor.make() if isinstance(tensor, Made) else tensor
+            if (array.dtype, array.shape) != (tensor.dtype, tuple(tensor.shape)):
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, not {tensor.dtype}{tensor.shape}")
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -21,6 +21,7 @@ from jaxtune.infer.logprobs import (
     shapes,
     worth_a_compile,
 )
+from jaxtune.train.processes import on_host
 from jaxtune.weights.adapters import virtual_tokens
 
 Array = jax.Array
@@ -166,7 +167,7 @@ def score_shared(module: Any, params: Any, pairs: Sequence[Pair], batch: Batch) 
             spans.append(slice(inputs - len(pairs[i][1]), inputs))
             where[row, spans[-1]] = True
     scored = shared_logprobs(module, params, contexts, owners, starts, tokens, targets, where)
-    logprobs, greedy = map(np.asarray, scored)
+    logprobs, greedy = map(on_host, scored)
     return [
         (float(logprobs[row, span].sum(dtype=np.float64)), bool(greedy[row, span].all()))
         for row, span in enumerate(spans)

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxtune.errors import UserError
 from jaxtune.limits import time_limit
+from jaxtune.train.processes import on_host
 from jaxtune.weights.adapters import LoraWeight, virtual_tokens
 from jaxtune.weights.leaf import is_weight, row_keys
 
@@ -243,7 +244,7 @@ def _continue(module, params, prompts, size: int, sampling, mode: str, limit: in
     while True:
         upto = limit if watch is None else min(limit, int(state.new) + every)
         state = _decode(module, params, state, sampling, jnp.int32(upto), mode=mode)
-        buffer, last, ended = (np.asarray(x) for x in (state.tokens, state.last, state.done))
+        buffer, last, ended = map(on_host, (state.tokens, state.last, state.done))
         new = [buffer[row, lengths[row] : last[row] + 1].tolist() for row in range(count)]
         if watch is not None:
             stopped = [not done[row] and watch(row, new[row]) for row in range(count)]

@@ -13,6 +13,7 @@ from jaxtune.errors import UserError
 from jaxtune.infer.generation import bucket
 from jaxtune.models.decoder import head_leaf, head_logits
 from jaxtune.objectives.token_nats import chunk_size, token_nats
+from jaxtune.train.processes import on_host
 from jaxtune.weights.adapters import virtual_tokens
 
 Array = jax.Array
@@ -136,7 +137,7 @@ def score_batch(
         tokens[i, : len(whole) - 1], targets[i, : len(whole) - 1] = whole[:-1], whole[1:]
         spans.append(slice(len(prefix), len(prefix) + len(row) - 1))
         where[i, spans[-1]] = True if masks is None else masks[i]
-    logprobs, greedy = map(np.asarray, token_logprobs(module, params, tokens, targets, where))
+    logprobs, greedy = map(on_host, token_logprobs(module, params, tokens, targets, where))
     return [(logprobs[i, span].astype(np.float64), greedy[i, span]) for i, span in enumerate(spans)]
 
 
@@ -155,7 +156,7 @@ def _score_targets(
         source[i, :start], read[i, :start], targets[i, :n], where[i, :n] = row[:start], 1, row[start:], 1
         tokens[i, 1:n] = row[start:-1]
     scored = token_logprobs(module, params, tokens, targets, where > 0, (source, read))
-    logprobs, greedy = (np.asarray(x) for x in scored)
+    logprobs, greedy = map(on_host, scored)
     found = []
     for i, (row, start) in enumerate(zip(rows, at, strict=True)):
         before, n = np.zeros(start - 1), len(row) - start
@@ -245,7 +246,7 @@ def beside(
             own[: sum(counts)] = np.concatenate([i * tokens.shape[1] + prefix + s for i, s in enumerate(scored)])
         at.append(own)
     found = _beside(tuple(modules), tuple(params), tuple(t for t, _ in laid), tuple(at), targets, size)
-    parts = [np.split(np.asarray(x, np.float64)[: sum(counts)], np.cumsum(counts)[:-1]) for x in found]
+    parts = [np.split(on_host(x).astype(np.float64)[: sum(counts)], np.cumsum(counts)[:-1]) for x in found]
     return [Beside(*row) for row in zip(*parts, strict=True)]
 
 

@@ -19,6 +19,7 @@ from jaxtune.infer.logprobs import batches_by_length, most_tokens
 from jaxtune.infer.source import Tuned, find, open_source, same_base, tokenizer_of
 from jaxtune.models.decoder import Decoder
 from jaxtune.objectives.embedding import vector
+from jaxtune.train.processes import on_host
 
 SHORT = 16  # tokens: widths of batches up to 64 are multiples of it
 
@@ -79,7 +80,7 @@ class Embedder(NamedTuple):
             for row, i in enumerate(batch):
                 laid[row, : len(tokens[i])], segments[row, : len(tokens[i])] = tokens[i], 1
             positions = np.broadcast_to(np.arange(wide, dtype=np.int32), laid.shape)
-            yield batch, np.asarray(run(self.params, laid, positions, segments))[: len(batch)]
+            yield batch, on_host(run(self.params, laid, positions, segments))[: len(batch)]
 
 
 _RUNS: dict[Any, Any] = {}

@@ -20,7 +20,7 @@ from jaxtune.hf.stops import added_line
 from jaxtune.methods.vocabulary import resize, with_rows
 from jaxtune.run import general, watched
 from jaxtune.train import watch
-from jaxtune.train.parallel import DATA, shardings
+from jaxtune.train.parallel import shardings
 from jaxtune.train.recipe import Recipe
 
 
@@ -54,11 +54,10 @@ class Base:
 
         Args:
             recipe: the run's.
-            mesh: of devices; each is given the parts of weights that it holds, as they are read. None, or one that
-                splits rows alone: all lie on the first.
+            mesh: of devices; each is given what it holds of the weights, as they are read. None: all lie on the first.
         """
         key = jax.random.key(recipe.seed)
-        lay = None if mesh is None or set(mesh.shape) == {DATA} else partial(shardings, mesh=mesh)
+        lay = None if mesh is None or mesh.size == 1 else partial(shardings, mesh=mesh)
         if self.init == "random":
             where = lay and lay(recipe.module.abstract_params())
             return recipe.quantized(jax.jit(recipe.module.init_params, out_shardings=where)(key))

@@ -108,6 +108,14 @@ def finish(member, place, job, params, run, clock, scored) -> None:
         print(note)
 
 
+def follow(member, job, params) -> None:
+    """What a process does while the first one writes the files of a result."""
+    from jaxtune.hf.export import follow_export
+
+    if not has_adapter(params):
+        follow_export(job.module, as_stored(job, params, member.mask), base=member.experiment.base.folder)
+
+
 def _chat_template(experiment, job) -> str | None:
     """The chat template to export, if it is not the tokenizer's own."""
     from jaxtune.data.chat import DEFAULT_TEMPLATE, without_date

@@ -256,6 +256,7 @@ def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState,
     clock("evaluate")
     processes.beat("the end of training")
     if not processes.is_first():
+        results.follow(member, job, params)
         return
     results.finish(member, place, job, params, run, clock, scored)
 

@@ -94,7 +94,7 @@ class Job:
     def params(self, state: TrainState) -> Any:
         """The parameters of a single run, without what only the loss reads."""
         params = tree.combine(state.trainable, state.member, tree.without_other(self.frozen))
-        return processes.local({name: leaf for name, leaf in params.items() if name != OBJECTIVE})
+        return {name: leaf for name, leaf in params.items() if name != OBJECTIVE}
 
 
 def build(experiments: Sequence[Experiment], rows: Data, *, stacked: bool = False) -> Job:
@@ -299,5 +299,5 @@ def as_stored(job: Job, params: Any, mask: Any) -> Any:
     """Undo the cast to the compute dtype before a whole model is written: read frozen leaves again from the base."""
     if tree.FROZEN not in jax.tree.leaves(mask):
         return params
-    stored, _ = job.experiment.recipe.tuned(job.experiment.base.load(job.experiment.recipe))
+    stored, _ = job.experiment.recipe.tuned(job.experiment.base.load(job.experiment.recipe, job.mesh))
     return jax.tree.map(lambda new, old, role: old if role is tree.FROZEN else new, params, stored, mask)

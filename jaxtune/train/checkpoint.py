@@ -97,7 +97,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, counters: dict[str, Any]) -> None:
         """Start writing; returns once the arrays are copied from the device."""
         self.wait()
-        flat = processes.local(_flat(state))
+        flat = processes.to_first(_flat(state))
         if self.manager is None or step in self.manager.all_steps():
             return
         self._counters = copy.deepcopy(counters)

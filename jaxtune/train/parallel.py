@@ -169,26 +169,31 @@ class Held(NamedTuple):
         mesh: None: one device, which sees all.
         axes: of trainable, member and frozen: for each array the axis that is split over `fsdp`, counted from the
             last, which is -1; 0: none.
+        beside: likewise over `model`.
         specs: for `shard_map`.
     """
 
     mesh: Mesh | None = None
     axes: Sequence[PyTree] = ()
+    beside: Sequence[PyTree] = ()
     specs: Sequence[PyTree] = ()
 
     @classmethod
     def of(cls, mesh: Mesh, *trees: PyTree) -> "Held":
         """What a device holds of whole trees."""
 
-        def axis(path, x, field):
-            spec = spec_of(path, x.shape, field, mesh.shape)
-            return spec.index(FSDP) - x.ndim if FSDP in spec else 0
+        def over(name):
+            def axis(path, x, field):
+                spec = spec_of(path, x.shape, field, mesh.shape)
+                return spec.index(name) - x.ndim if name in spec else 0
+
+            return [map_fields(axis, tree) for tree in trees]
 
         def spec(x, axis):
             return PartitionSpec(*[None] * (x.ndim + axis), FSDP) if axis else PartitionSpec()
 
-        axes = [map_fields(axis, tree) for tree in trees]
-        return cls(mesh, axes, [jax.tree.map(spec, *pair) for pair in zip(trees, axes, strict=True)])
+        axes = over(FSDP)
+        return cls(mesh, axes, over(MODEL), [jax.tree.map(spec, *pair) for pair in zip(trees, axes, strict=True)])
 
     @property
     def names(self) -> set[str]:
@@ -200,11 +205,11 @@ class Held(NamedTuple):
         if self.mesh is None or FSDP not in self.mesh.shape:
             return combine(*trees)
 
-        def whole(path, part, axis):
-            part = Sharded(part, axis, FSDP) if axis else part
+        def whole(path, part, axis, beside):
+            part = Sharded(part, axis, FSDP, (beside, MODEL) if beside else None) if axis else part
             return part if BODY.search(path_str(path)) else gathered(part)
 
-        return jax.tree_util.tree_map_with_path(whole, combine(*trees), combine(*self.axes))
+        return jax.tree_util.tree_map_with_path(whole, combine(*trees), combine(*self.axes), combine(*self.beside))
 
     def sum(self, tree: PyTree) -> PyTree:
         """The sum over the rows' devices."""

@@ -100,7 +100,7 @@ def from_first(value: int) -> int:
 def _gathered(value: Any) -> np.ndarray:
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(value))
+    return np.asarray(multihost_utils.process_allgather(value, tiled=isinstance(value, jax.Array)))
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -146,22 +146,29 @@ def _put(x: Any, where: Any) -> Any:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-def local(tree: Any) -> Any:
-    """The arrays of a tree as this process can read them, whole; all processes call it."""
-    if not several():
-        return tree
-    from jax.experimental import multihost_utils
+def on_host(x: Any, keep: bool = True) -> np.ndarray | None:
+    """An array as this process can read it, whole; all processes call it. Without `keep` it takes part, for None.
 
-    def whole(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return x
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(whole(jax.random.key_data(x)))
-        if x.is_fully_replicated:
-            return np.asarray(x.addressable_data(0))
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    A stack of matrices that is split over processes is gathered a matrix at a time: a device holds one of them whole.
+    """
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x) if keep else None
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0)) if keep else None
+    if x.ndim < 3:
+        found = _gathered(x)
+        return found if keep else None
+    out = np.empty(x.shape, x.dtype) if keep else None
+    for i in range(x.shape[0]):
+        part = on_host(x[i], keep)
+        if keep:
+            out[i] = part
+    return out
 
-    return jax.tree.map(whole, tree)
+
+def to_first(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays as the first process can read them, whole; None in the others. All processes call it."""
+    return {name: on_host(x, is_first()) for name, x in arrays.items()} if several() else dict(arrays)
 
 
 @contextlib.contextmanager

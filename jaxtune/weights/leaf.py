@@ -158,7 +158,7 @@ class ShapedWeight(Weight):
         return self.restore(merge_leaf(self.leaf))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axis", "over"])
+@partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axis", "over", "beside"])
 @dataclasses.dataclass(frozen=True)
 class Sharded:
     """A device's part of an array within `shard_map`. A layer gathers it when it reads its parameters.
@@ -167,15 +167,27 @@ class Sharded:
         part: the part.
         axis: which is split, counted from the last, -1; so layer axes may come and go.
         over: the mesh's axis.
+        beside: (another axis of the array, counted likewise, the mesh's axis over which XLA splits it); None: there is
+            none.
     """
 
     part: Array
     axis: int
     over: str
+    beside: tuple[int, str] | None = None
 
     def whole(self) -> Array:
         """The array. Its gradient is summed over the devices, and each gets its part."""
-        return jax.lax.all_gather(self.part, self.over, axis=self.part.ndim + self.axis, tiled=True)
+
+        def gather(part):
+            return jax.lax.all_gather(part, self.over, axis=part.ndim + self.axis, tiled=True)
+
+        if self.beside is None:
+            return gather(self.part)
+        # Left to itself, XLA's partitioner gathers the part along that axis, too, before it gathers along this one.
+        axis, over = self.beside
+        spec = jax.sharding.PartitionSpec(*[None] * (self.part.ndim + axis), over)
+        return jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names={over}, check_vma=False)(self.part)
 
 
 def is_sharded(x: Any) -> bool:
