@@ -194,7 +194,7 @@ def test_what_a_lora_step_sends(eight, split, monkeypatch):
 def test_weights_are_read_once_for_all_devices(eight):
     found = {name: int(eight[f"reading/{name}"]) for name in ("read", "parameters", "layer", "tensor", "above")}
     assert found["read"] == found["parameters"] > 2e8
-    assert found["above"] < found["layer"] + found["tensor"] + 32 * 2**20  # and programs
+    assert found["above"] < found["layer"] + found["tensor"] + 64 * 2**20  # and programs that are compiled
 
 
 @pytest.mark.slow
