@@ -198,6 +198,9 @@ def test_what_is_refused(home, tmp_path, capsys):  # noqa: F811
         assert says in capsys.readouterr().err
     assert cli.main(runs.command(home, tmp_path / "no", evaluate__memory=9, data__eval=None)) == 2
     assert "there is nothing to evaluate on" in capsys.readouterr().err
+    labels = runs.command(home, tmp_path / "no", evaluate__memory=9, objective__name="sequence_classification")
+    assert cli.main(labels) == 2
+    assert "evaluate.memory has no effect: objective.name" in capsys.readouterr().err
     few = write_jsonl(tmp_path / "few.jsonl", runs.sums(40, 43))
     assert cli.main(runs.command(home, tmp_path / "no", evaluate__memory=9, data__eval=few)) == 2
     assert "it needs 5 of either" in capsys.readouterr().err

@@ -169,11 +169,11 @@ class Entry(NamedTuple):
 _ANSWERS = tuple(f"evaluate.{name}" for name in ("samples", "prompts", "metrics", "max_new_tokens", "rows"))
 _TURNS = (
     *("data.system", "data.system_as_user", "data.roles", "data.allow_left_out", "data.ignore", "model.chat_template"),
-    *(*_ANSWERS, "evaluate.general", "evaluate.known"),
+    *(*_ANSWERS, "evaluate.general", "evaluate.known", "evaluate.memory"),
 )
 _TEXT = (
     *("data.format", "data.template", "data.completion_from", "data.prompt_from", "data.packing"),
-    *("data.max_segments", "data.canaries"),
+    *("data.max_segments", "data.canaries", "evaluate.canaries"),
     *_TURNS,
 )
 _PAIR_VALUES = ("objective.beta", "objective.gamma", "objective.label_smoothing")
