@@ -41,7 +41,7 @@ def named(name: str) -> dict[str, Any]:
     """What configurations name in a family: modules of its first layer, its table, head and a norm."""
     module, params = zoo.ours(name)
     every = places(params, module)
-    linear = [p.name for p in every if p.linear and p.index is not None]
+    linear = [p.name for p in every if p.linear and p.index is not None and not p.parameter]
     first = [n for n in linear if re.search(r"\.0\.", n)]
     ends = list(dict.fromkeys(n.rpartition(".")[2] for n in first))
     attention = first[0].rpartition(".")[2]
@@ -234,7 +234,7 @@ def test_leaves_compute_what_they_stand_for(name):
     """Each kind of leaf in each place of a family, two programs for all; one layer is not adapted."""
     module, params = zoo.ours(name)
     rng = np.random.default_rng(0)
-    bodies = {p.path for p in places(params, module) if p.linear and p.index is not None}
+    bodies = {p.path for p in places(params, module) if p.linear and p.index is not None and not p.parameter}
     leaves = weights_by_path(params)
 
     def draw(*shape, around=0.0):

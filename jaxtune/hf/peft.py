@@ -40,7 +40,7 @@ from jaxtune.hf.peft_config import (
 )
 from jaxtune.hf.stops import stop_ids, write_generation_config
 from jaxtune.methods.adapters import HEAD, TABLE, tokens_of
-from jaxtune.methods.places import DENSE, Place, in_label_head, is_bias, is_saved, parameters, places, renamed
+from jaxtune.methods.places import DENSE, Place, in_label_head, is_module_bias, is_saved, parameters, places, renamed
 from jaxtune.methods.vocabulary import resize
 from jaxtune.models.body import Body
 from jaxtune.models.classifier import PROBLEMS, TASK_TYPES, TOKEN, Labels, read_labels, with_labels
@@ -120,7 +120,7 @@ def _spots(module: Any, params: Any, config: Mapping[str, Any], whole_head: bool
             spots[f"{_PREFIX}{t.module}{middle}.weight"] = Spot(t.path, t.index, field, shape, turn=t.transpose)
         elif t.path.endswith("/bias") and t.module in names and bias != "none":
             spots[f"{_PREFIX}{t.module}.base_layer.bias"] = Spot(t.path, t.index, "", shape)
-        elif is_bias(t.path) and bias == "all":
+        elif is_module_bias(t.path) and bias == "all":
             spots[f"{_PREFIX}{t.name}"] = Spot(t.path, t.index, "", shape, turn=t.transpose)
     return spots
 

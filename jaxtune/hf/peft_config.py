@@ -298,7 +298,8 @@ def matching(targets: str | list[str] | None, candidates: list[Place]) -> str | 
     """The targets that this model has; if it has none, all of them, for the error message."""
     if isinstance(targets, str) or not targets:
         return targets or []
-    return [t for t in targets if any(is_or_ends(p.name, t) for p in candidates)] or targets
+    modules = [p.name for p in candidates if not p.parameter]
+    return [t for t in targets if any(is_or_ends(name, t) for name in modules)] or targets
 
 
 # --------------------------------------------------------------------------------------------------------- off the tree

@@ -20,6 +20,7 @@ from jaxtune.methods.places import (
     excluded,
     in_label_head,
     is_bias,
+    is_module_bias,
     is_or_ends,
     is_saved,
     is_trained_whole,
@@ -246,7 +247,7 @@ def attach(
         own = is_bias(path) and owner(path) in beside
         if own and (layers := beside[owner(path)]) is not None and len(layers) < leaf.shape[0]:
             raise UserError(f"bias='lora_only' with targets in some layers only is not supported ({path}).")
-        trained = own or (is_bias(path) and bias == "all") or is_trained_whole(path, module)
+        trained = own or (is_module_bias(path) and bias == "all") or is_trained_whole(path, module)
         return filled(leaf, TRAIN if trained else FROZEN)
 
     new = map_paths(adapt, params)

@@ -103,7 +103,8 @@ def parameters(params: PyTree, module: Any = None) -> list[Place]:
 
 def renamed(settings: Mapping[str, Any], modules: Sequence[Place]) -> dict[str, Any]:
     """The settings of a method, with old names of modules replaced by current ones."""
-    settings = dict(settings)
+    settings, every = dict(settings), modules
+    modules = [p for p in every if not p.parameter]
     if not any(p.old for p in modules):
         return settings
 
@@ -122,7 +123,7 @@ def renamed(settings: Mapping[str, Any], modules: Sequence[Place]) -> dict[str, 
                 settings[key] = [p.name for p in modules if pattern.fullmatch(p.old or p.name)] or value
     for key in ("rank_pattern", "alpha_pattern"):
         for regex, value in dict(settings.get(key) or ()).items():
-            if not any(_by_pattern({regex: True}, p.name, False) for p in modules):
+            if not any(_by_pattern({regex: True}, p.name, False) for p in every):
                 hits = {re.escape(p.name): value for p in modules if _by_pattern({regex: True}, p.old or p.name, False)}
                 settings[key] = {k: v for k, v in dict(settings[key]).items() if not (hits and k == regex)} | hits
     return settings
@@ -131,6 +132,11 @@ def renamed(settings: Mapping[str, Any], modules: Sequence[Place]) -> dict[str, 
 def is_bias(path: str) -> bool:
     """Whether a parameter is a bias, as Linen, NNX and Haiku name them."""
     return re.search(r"(^|/)((\w+_)?bias|b)(/value)?$", path) is not None
+
+
+def is_module_bias(path: str) -> bool:
+    """Whether it is the bias of a module: those of experts are parameters of their own, which peft's `bias` leaves."""
+    return is_bias(path) and not path.endswith(f"{EXPERTS}_bias")
 
 
 def owner(path: str) -> str:

@@ -18,6 +18,7 @@ from jaxtune.methods.places import (
     Place,
     compiled,
     is_bias,
+    is_module_bias,
     is_saved,
     is_trained_whole,
     lora_places,
@@ -186,9 +187,12 @@ def _low_rank_adapts(method: str, module: Any, settings: Mapping[str, Any]) -> C
     settings = Lora(**renamed(vars(read(method, ROWS[method].settings, settings).as_lora()), candidates))
     chosen = {(p.path, p.index) for p in lora_places(candidates, settings)}
     every_bias, saved = settings.bias == "all", settings.modules_to_save
-    return lambda p: (
-        (p.path, p.row) in chosen or (every_bias and is_bias(p.path)) or is_saved(p.name.rpartition(".")[0], saved)
-    )
+
+    def adapts(p: Place) -> bool:
+        module = p.name.rpartition(".")[0]
+        return (p.path, p.row) in chosen or (every_bias and is_module_bias(p.path)) or is_saved(module, saved)
+
+    return adapts
 
 
 def _ia3_adapts(module: Any, settings: Mapping[str, Any]) -> Callable[[Place], bool]:
