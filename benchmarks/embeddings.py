@@ -15,6 +15,7 @@ the batch into parts of 64 (GradCache). Texts a second: the second of two passes
 """
 
 import csv
+import dataclasses
 import json
 import sys
 import time
@@ -225,6 +226,8 @@ def measure(model: str, texts: str, queries: str, file: str) -> None:
     train = read(Path(texts) / "train.csv")
     asked, documents = train[VALIDATION] if queries == "validation" else read(Path(texts) / "test.csv")[::2], train[::8]
     embedder = open_embedder(model)
+    # All sides read whole texts: a result remembers, or not, to what its training cut them.
+    embedder = embedder._replace(pooled=dataclasses.replace(embedder.pooled, max_length=None))
     vectors, corpus = (embedder([text for text, _ in rows]) for rows in (asked, documents))
     members = defaultdict(dict)
     for i, (_, category) in enumerate(documents):

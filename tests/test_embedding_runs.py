@@ -93,6 +93,10 @@ def test_live_sentence_transformers_has_our_vectors(trained, tmp_path, form):
     np.testing.assert_allclose(ours(texts), theirs.encode(texts), atol=1e-5)
     np.testing.assert_allclose(ours(texts, "q: "), theirs.encode_query(texts), atol=1e-5)
     assert theirs.max_seq_length == 48 and read_pooled(out).prompts == {"query": "q: "}
+    if form == "merged":  # they name the length elsewhere than we do
+        theirs.max_seq_length = 6
+        theirs.save(str(tmp_path / "theirs"))
+        np.testing.assert_allclose(open_embedder(tmp_path / "theirs")(texts), theirs.encode(texts), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

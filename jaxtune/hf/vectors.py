@@ -232,7 +232,12 @@ def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
 
 
 def read_max_length(folder: Path) -> int | None:
-    """The most tokens of a text that a directory of sentence-transformers names; None: it names none."""
-    file = folder / "sentence_bert_config.json"
-    found = read_json(file).get("max_seq_length") if file.is_file() else None
-    return found if isinstance(found, int) and found > 0 else None
+    """The most tokens of a text that a directory of sentence-transformers names; None: it names none.
+
+    Recent versions of it name them in the tokenizer's file alone.
+    """
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        found = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        if isinstance(found, int) and 0 < found < 10**6:  # a tokenizer without a limit has one of 10^30
+            return found
+    return None
