@@ -718,7 +718,7 @@ def test_unsupported_configs_are_refused_by_name(case):
 # Of transformers' own default configs: the nearest architecture that is named, and what is missing.
 UNSUPPORTED = {
     "umt5": ("", "relative positions"),
-    "bart": ("", ""),
+    "pegasus": ("", ""),
     "deepseek_v3": ("mixtral", "latent attention, a router by groups"),
     "qwen3_next": ("qwen3", "linear attention"),
     "qwen3_5_text": ("qwen3", "linear attention"),

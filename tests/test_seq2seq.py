@@ -27,6 +27,12 @@ T5 = {
     **{"vocab_size": 96, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 3, "num_heads": 4},
     **{"relative_attention_num_buckets": 12, "relative_attention_max_distance": 20, "decoder_start_token_id": 0},
 }
+BART = {
+    **{"vocab_size": 96, "d_model": 32, "max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": 2},
+    **{f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in {"layers": 2, "ffn_dim": 48}.items()},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 0},
+    **{"forced_eos_token_id": None, "forced_bos_token_id": None},
+}
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", T5),
     "t5-gated-untied": ("t5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -36,9 +42,15 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mt5": ("mt5", T5),
     "mt5-relu": ("mt5", T5 | {"feed_forward_proj": "relu", "num_heads": 5, "num_decoder_layers": 4}),
+    "bart": ("bart", BART),
+    "bart-scaled": ("bart", BART | {"scale_embedding": True, "decoder_attention_heads": 2, "decoder_layers": 1}),
+    "bart-relu": ("bart", BART | {"activation_function": "relu", "encoder_layers": 1, "encoder_ffn_dim": 40}),
+    "mbart": ("mbart", BART),
+    "mbart-scaled": ("mbart", BART | {"scale_embedding": True, "encoder_attention_heads": 1, "decoder_layers": 3}),
+    "mbart-relu": ("mbart", BART | {"activation_function": "relu", "encoder_layers": 3, "decoder_ffn_dim": 24}),
     "mt5-far": ("mt5", T5 | {"d_kv": 4, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}),
 }
-FIRST = ("t5", "mt5")
+FIRST = ("t5", "mt5", "bart", "mbart")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("name", [name if name in FIRST else slow(name) for name in ZOO])
 
@@ -57,11 +69,16 @@ def theirs(name: str) -> Any:
         for parameter, p in model.named_parameters():
             if p.ndim < 2:
                 p += 0.3 * torch.randn_like(p)
+            elif "embed" in parameter:
+                p.copy_(torch.randn_like(p))
             elif "bias" in parameter:
                 p.copy_(2 * torch.randn_like(p))
             elif "shared" not in parameter and "lm_head" not in parameter:
-                # Scores are not scaled, so queries are smaller by what other families divide them by.
+                # T5's scores are not scaled, so queries are smaller by what other families divide them by.
                 p.copy_(torch.randn_like(p) * (0.3 if parameter.endswith(".q.weight") else 1.2) / p.shape[1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer += torch.randn_like(buffer)
     return model
 
 
@@ -124,7 +141,8 @@ def test_every_tensor_of_a_checkpoint_has_its_place(name):
 
     module, params = ours(name)
     stored = load_file(folder(name) / "model.safetensors")
-    shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    shared = {f"{prefix}{part}.embed_tokens.weight" for prefix in ("", "model.") for part in ("encoder", "decoder")}
+    shared |= {"lm_head.weight"}
     assert {t.hf for t in models.names(module).tensors(module.spec, set(flatten(params)))} | shared == set(
         stored
     ) | shared

@@ -127,12 +127,17 @@ def measure_answers(
 ) -> Measured:
     """What one model answers, without its losses."""
     found = Measured(tokens=[sum(row.mask) for row in rows])
-    asked = answerable(rows, system.module.spec.positions, request)
+    asked = answerable(rows, room_for(system.module), request)
     if request.labels:
         found.labels = _choose_labels(system, rows, asked, kept, progress)
     if request.metrics:
         found.answers = _answer(system, rows, asked, tokenizer, request, kept, progress)
     return found
+
+
+def room_for(module: Any) -> int:
+    """The positions that a prompt and its answer share; an encoder-decoder reads and writes them apart."""
+    return module.spec.positions * (2 if module.reads_source else 1)
 
 
 def answerable(rows: Sequence[Row], positions: int, request: Request) -> list[int]:
@@ -323,7 +328,7 @@ class AnswerScores:
         Raises:
             UserError: a metric is unknown or applies to no row, or there is no such row.
         """
-        room, prefix = module.spec.positions - virtual - max_new_tokens, len(Encoder(tokenizer).prefix)
+        room, prefix = room_for(module) - virtual - max_new_tokens, len(Encoder(tokenizer).prefix)
         found = (as_row(rows, i, tokenizer, prefix) for i in range(len(rows)))
         self.rows = list(itertools.islice((r for r in found if r.prompt and len(r.prompt) <= room), most_rows))
         if not self.rows:
@@ -426,7 +431,7 @@ class Answers:
             allow_left_out=allowed,
             **read_as,
         )
-        return module.spec.positions
+        return room_for(module)
 
     def systems(self) -> Iterator[System]:
         return systems(self.source, base=self.base, dtype=evaluation.dtype_of(self.cfg))

@@ -82,7 +82,8 @@ def export_model(
         require_space(folder, sum(tensor.nbytes for tensor in made.values()))
         tensors.write(folder, made, shard_bytes=shard_bytes)
         dtypes = [tensor.dtype for tensor in made.values()]
-        config = _config(module.spec.hf_config, "lm_head" not in params if module.continues else None, dtypes)
+        tied = "lm_head" not in params or module.spec.says_tied if module.continues else None
+        config = _config(module.spec.hf_config, tied, dtypes)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         notes += write_generation_config(base, folder, ends)
         notes += copy_tokenizer(Path(tokenizer or base), folder, chat_template)

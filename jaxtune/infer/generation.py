@@ -107,7 +107,7 @@ def generate(
             with `max_new_tokens` exceeds the model's positions.
     """
     prefix = virtual_tokens(params)
-    _check(module.spec, prompts, max_new_tokens + len(prefix), temperature, top_p, top_k, batch_size)
+    _check(module, prompts, max_new_tokens + len(prefix), temperature, top_p, top_k, batch_size)
     prompts = [[*prefix, *prompt] for prompt in prompts]
     params = prepare(module, params)
     mode = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "plain"
@@ -255,7 +255,8 @@ def _continue(module, params, prompts, size: int, sampling, mode: str, limit: in
         state = state._replace(done=jnp.asarray(done))
 
 
-def _check(spec, prompts, max_new_tokens, temperature, top_p, top_k, batch_size) -> None:
+def _check(module, prompts, max_new_tokens, temperature, top_p, top_k, batch_size) -> None:
+    spec = module.spec
     for name, value, fine, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
@@ -265,6 +266,10 @@ def _check(spec, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
     ):
         if not fine:
             raise UserError(f"{name}={value!r}: expected {expected}.")
+    if module.reads_source:  # whose target has positions of its own, one of them for the token that it begins with
+        if max_new_tokens >= spec.positions:
+            raise UserError(f"max_new_tokens={max_new_tokens}: the model's targets have {spec.positions} positions.")
+        max_new_tokens = 0
     for i, prompt in enumerate(prompts, 1):
         n = len(prompt)
         if n == 0:

@@ -7,6 +7,7 @@ LORA = {
     ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "value")),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    "bart": ("q_proj", "v_proj"),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),

@@ -26,7 +26,7 @@ _NAMES = (
         "olmoe",
     ),
     *("opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
-    *("starcoder2", "vaultgemma", "t5", "mt5"),
+    *("starcoder2", "vaultgemma", "t5", "mt5", "bart", "mbart"),
     *("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert", "modernbert", "vit"),
 )
 FAMILIES = {name: f"jaxtune.models.families.{name.replace('-', '_')}" for name in _NAMES}

@@ -78,6 +78,8 @@ class Decoder(Body):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
         table = None if self.start else self.table("embed_tokens", spec.vocab)
         x = tokens.astype(self.dtype) if self.start else self._embedded(tokens, positions, table)
+        if spec.embed_norm and not self.start:
+            x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="embed_norm")(x)
         self.sow(DEPTHS, "embedded", x)
         context = Context(slots, segments, {}, keys, self._bias(tokens, slots, cache))
         if spec.encoder is None:
@@ -86,9 +88,12 @@ class Decoder(Body):
             x, cache = self._over_source(x, positions, context, cache, source, table)
         if self.stop is not None:
             return x
-        x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
+        if spec.last_norm:
+            x = Norm(spec.norm, spec.eps, bias=spec.norm_bias, name="norm")(x)
         if self.is_initializing() and not spec.tied:
             self._head_kernel()
+        if self.is_initializing() and spec.logits_bias:
+            LogitsBias(spec.vocab, name="logits_bias")()
         return x if cache is None else (x, cache)
 
     def head(self, x: Array) -> Array:
@@ -150,9 +155,20 @@ class Kernel(nn.Module):
         return leaf(self, "kernel", nn.initializers.normal(self.std), (self.width, self.features))
 
 
+class LogitsBias(nn.Module):
+    vocab: int
+
+    @nn.compact
+    def __call__(self):
+        return leaf(self, "bias", nn.initializers.zeros, (1, self.vocab))
+
+
 def head_leaf(params: Any) -> dict[str, Any]:
-    """The output head in a tree: `{"kernel": [D,V]}`, maybe with `"bias": [V]`; `{"embedding": [V,D]}` if tied."""
-    return params["lm_head"] if "lm_head" in params else {"embedding": params["embed_tokens"]["embedding"]}
+    """The output head in a tree: `{"kernel": [D,V]}` or, if tied, `{"embedding": [V,D]}`, maybe with `"bias"`, [V] or
+    [1,V].
+    """
+    head = params["lm_head"] if "lm_head" in params else {"embedding": params["embed_tokens"]["embedding"]}
+    return head | params.get("logits_bias", {})
 
 
 def head_logits(head: dict[str, Any], x: Array, spec: DecoderSpec | None = None) -> Array:

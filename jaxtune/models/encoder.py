@@ -62,6 +62,7 @@ class EncoderSpec:
         last_norm: whether a norm follows the last block.
         tied: an encoder has no output head to tie.
         embed_norm: whether a norm follows the embeddings.
+        embed_scale: multiplies the tokens' embeddings.
         relative: the bias of scores by distance; None: there is none.
     """
 
@@ -81,6 +82,7 @@ class EncoderSpec:
     init_std: float = 0.02
     tied: bool = False
     embed_norm: bool = True
+    embed_scale: float = 1.0
     relative: Relative | None = None
 
     @property
@@ -170,6 +172,7 @@ class Encoder(Body):
     def _embedded(self, tokens: Array, positions: Array, types: Array | None, keys: Keys, table: Any = None) -> Array:
         spec = self.spec
         x = embed(tokens, self.table("embed_tokens", spec.vocab) if table is None else table).astype(self.dtype)
+        x = x if spec.embed_scale == 1.0 else x * spec.embed_scale
         if spec.learned_positions:
             table = self.table("embed_positions", spec.first_position + spec.positions)
             x += embed(positions + spec.first_position, table).astype(self.dtype)

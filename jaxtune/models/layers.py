@@ -338,14 +338,15 @@ class Block(nn.Module):
         h, cache = Attention(s, self.implementation, self.std, name="self_attn")(before, ctx, cache, layer)
         h = out_norm(h, "attention_out_norm")
         x, entry = checkpoint_name(x + h * s.residual_scale, "residual"), x
+        x = norm(x, "input_norm", ("sums",))
         if s.cross:
             h = norm(x, "cross_norm", ("before", "around"))
             h, cache = CrossAttention(s, self.std, name="cross_attn")(h, ctx, cache, layer)
-            x = checkpoint_name(x + h, "residual")
+            x = norm(checkpoint_name(x + h, "residual"), "cross_norm", ("sums",))
         if s.residual == "shared":
             h = before
         else:
             h = norm(entry if s.residual == "parallel" else x, "post_attention_norm", ("before", "around"))
         mlp = Experts(s, self.std, name="mlp") if s.experts else Mlp(s, self.std, s.mlp, name="mlp")
         h = out_norm(mlp(h, ctx.keys), "mlp_out_norm")
-        return x + h * s.residual_scale, cache
+        return norm(x + h * s.residual_scale, "post_attention_norm", ("sums",)), cache

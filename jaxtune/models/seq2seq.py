@@ -8,6 +8,7 @@ The parameters are the decoder's, with the encoder's below `encoder`; both read 
     (relative_bias/embedding, encoder/relative_bias/embedding [buckets,H])
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtune.models.decoder import Decoder
 from jaxtune.models.encoder import Encoder
 from jaxtune.models.layers import Block, Context
+from jaxtune.models.names import NameTable
 from jaxtune.weights.leaf import Array, Keys, fold
 
 
@@ -77,6 +79,11 @@ class Seq2Seq(Decoder):
         context = context._replace(source=states, seen=seen)
         x, blocks = self.run(Block, x, positions, context, None if cache is None else cache["blocks"])
         return x, None if cache is None else {"blocks": blocks, "seen": seen}
+
+    def drawn(self, entries: Mapping[str, Any], table: NameTable, key: Array | None) -> dict[str, Array]:
+        """A bias of the logits that a checkpoint lacks is 0."""
+        lost = [path for hf, path in table.top.items() if path == "logits_bias/bias" and hf not in entries]
+        return {path: jnp.zeros((1, self.spec.vocab)) for path in lost if self.spec.logits_bias}
 
     def init_params(self, key: Array) -> Any:
         """Random float32 parameters, as for pretraining."""

@@ -27,7 +27,8 @@ class BlockSpec:
     norm: NormKind = "rms"
     norm_bias: bool = True  # whether LayerNorm has one
     eps: float = 1e-6
-    norms: Literal["before", "after", "around"] = "before"  # where attention and the feed-forward part are normalised
+    # Where attention and the feed-forward part are normalised; "sums": behind each residual sum.
+    norms: Literal["before", "after", "around", "sums"] = "before"
     residual: Literal["serial", "parallel", "shared"] = "serial"  # "shared": parallel after one norm
     residual_scale: float = 1.0  # on what is added to the residual stream
     act: str = "silu"
@@ -109,6 +110,11 @@ class DecoderSpec:
         relative: the bias of scores by distance; None: there is none.
         encoder: an `EncoderSpec` that shares the table of tokens; blocks with `cross` attend to its states. None: none.
         start: with an encoder, the token that a target begins with, which is not predicted.
+        embed_norm: whether a norm follows the embeddings.
+        last_norm: whether one follows the last block.
+        logits_bias: whether a bias is added to the logits, f32[1, V], also of a tied head.
+        says_tied: config.json says that the head is tied where it is not: transformers lets weights decide, and by this
+            setting ties other tables as well.
     """
 
     vocab: int
@@ -132,6 +138,10 @@ class DecoderSpec:
     relative: Relative | None = None
     encoder: Any = None
     start: int = 0
+    embed_norm: bool = False
+    last_norm: bool = True
+    logits_bias: bool = False
+    says_tied: bool = False
 
     @property
     def layers(self) -> int:
@@ -171,7 +181,7 @@ _VALUES = [
     (re.compile(pattern), words, test)
     for pattern, words, test in (
         (
-            r"(num_(hidden_|decoder_)?layers|n_layers?)",
+            r"(num_(hidden_|decoder_)?layers|n_layers?|(en|de)coder_layers)",
             "a whole number from 1 to 10,000",
             lambda v: type(v) is int and 0 < v <= 10_000,
         ),
@@ -183,7 +193,7 @@ _VALUES = [
         (
             r"(vocab|hidden|(moe_)?intermediate)_size|num_(attention|key_value)_heads|num_experts_per_tok|num_channels"
             r"|n_(embd|heads?|positions|inner)|dim|hidden_dim|head_dim|max_position_embeddings|local_attention|rotary_dim|ffn_dim|embedding_size"
-            r"|d_(model|kv|ff)|num_heads|relative_attention_(num_buckets|max_distance)|decoder_sparse_step|sliding_window_pattern|global_attn_every_n_layers|num_labels",
+            r"|d_(model|kv|ff)|num_heads|(en|de)coder_(attention_heads|ffn_dim)|relative_attention_(num_buckets|max_distance)|decoder_sparse_step|sliding_window_pattern|global_attn_every_n_layers|num_labels",
             "a whole number above 0",
             lambda v: type(v) is int and 0 < v < 2**31,
         ),

@@ -69,6 +69,11 @@ def open_task(given: TaskInput) -> tuple[Any, Task]:
             "data.overlength=split: a target belongs to its whole source; set data.overlength to drop or truncate."
         )
     length, target, vocab = given.length(module, LENGTH), data["max_target_length"], module.spec.vocab
+    if target > module.spec.positions:
+        raise UserError(
+            f"data.max_target_length={target} exceeds the {module.spec.positions} positions that the model knows; "
+            "lower it."
+        )
     form = Seq2SeqForm(
         columns=dict(data["columns"]),
         format=data["format"],
