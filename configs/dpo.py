@@ -10,9 +10,8 @@ Expected: `eval/loss` falls from 0.693, `eval/accuracy` and `eval/margins` rise,
 
 Measured: the packaged base (model.path=jaxtune/assets/tiny/base) on the 200 pairs of docs/preferences.md, one epoch,
 optim.lr=1e-3, objective.sft_weight=1: of 20 held-out pairs accuracy 50% -> 100% [83, 100], margin of the rewards 0 ->
-9.4; all of 4 samples are a note in prose before and the short answer after. stories260k on 150 real pairs in
-three folds, cut to 512 tokens, one epoch, optim.lr=1e-4, three seeds: of the held-out pairs 50% -> 58%, 61%, 59%
-[51, 67]; margins do not rise in all folds (benchmarks/RESULTS.md).
+9.4; all of 4 samples are a note in prose before and the short answer after. stories260k on 300 real pairs:
+benchmarks/RESULTS.md (objective.loss=sigmoid_norm gains, plain DPO hardly).
 """
 
 from common import recipe
