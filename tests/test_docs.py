@@ -46,6 +46,7 @@ FEW = {  # what takes the place of a command's flags or is added to them, by wha
     "jaxtune generate": ("--max-new-tokens=4",),
     "jaxtune decide": ("--rows=8", "--candidates=prompts"),
 }
+GENERAL = "jaxtune/assets/tiny/general.jsonl"  # every eighth row of it is enough here
 PREPARED = {
     "evaluate": ("runs/quickstart", "runs/a"),
     "verdict": ("runs/quickstart",),
@@ -66,7 +67,7 @@ def commands(code):
 
 def few(command):
     """The words of the command, with the flags that make it short."""
-    words = shlex.split(command)
+    words = [word.replace(GENERAL, "general.jsonl") for word in shlex.split(command)]
     begins = [start for start in FEW if command.startswith(start)]
     if not begins or {"--help", "--dry-run"} & set(words):
         return words
@@ -100,8 +101,10 @@ def checkout(tmp_path, monkeypatch):
     for name in ("jaxtune", "configs", "examples", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    Path("general.jsonl").write_text("".join(Path(GENERAL).read_text().splitlines(keepends=True)[::8]))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("jaxtune.evaluate.memory.SECRETS", 15)  # 16 canaries times 1,023 sentences take a minute
+    monkeypatch.setattr("jaxtune.train.cost.POLICIES", ("none", "full"))  # each of them is traced
     return tmp_path
 
 

@@ -349,7 +349,8 @@ def test_init_proposes_the_objective(home, folder, tmp_path, objective):  # noqa
     assert main(["train", f"--config={out}", "--dry-run"]) == 0
 
 
-def test_it_is_planned(argv, home, tmp_path, capsys):  # noqa: F811
+def test_it_is_planned(argv, home, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("jaxtune.train.cost.POLICIES", ("none", "full"))
     for objective in ("preference", "kto"):
         file = tmp_path / f"{objective}.py"
         file.write_text(

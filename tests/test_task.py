@@ -223,7 +223,8 @@ def test_it_sweeps(argv, tmp_path, capsys):
     assert (tmp_path / "sweep" / "report.html").is_file()
 
 
-def test_it_is_planned(argv, tmp_path, capsys):
+def test_it_is_planned(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxtune.train.cost.POLICIES", ("none", "full"))
     file = tmp_path / "plan.py"
     flags = [flag.removeprefix("--config.") for flag in argv(None) if flag.startswith("--config.")]
     given = dict(flag.split("=", 1) for flag in flags)

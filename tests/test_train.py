@@ -637,21 +637,20 @@ def test_new_tokens_that_cannot_be(settings, said, run, tmp_path):
 REAL = {
     "gsm8k": {"data__train": "gsm8k/train.jsonl", "data__columns": "prompt=question,completion=answer"},
     "wikisql": {"data__train": "wikisql/train.jsonl"},
-    "toolcall": {"data__train": "toolcall/glaive_toolcall_en_demo.json"},
+    "toolcall": {"data__train": "toolcall/glaive_toolcall_en_demo.json", "data__max_length": 512},
 }
 
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("name", REAL)
 def test_held_out_loss_falls_on_real_data(name, assets, run, tmp_path):
-    settings = REAL[name] | {"data__train": assets / "data" / REAL[name]["data__train"]}
+    settings = {"data__max_length": 256} | REAL[name] | {"data__train": assets / "data" / REAL[name]["data__train"]}
     status, out, err = run(
         tmp_path / "run",
         **settings,
         model__path=assets / "models" / "stories260k",
         data__eval=None,
         data__eval_fraction=0.02,
-        data__max_length=512,
         tune__lora__r=8,
         tune__lora__lora_dropout=None,
         optim__lr=3e-3,
@@ -665,4 +664,4 @@ def test_held_out_loss_falls_on_real_data(name, assets, run, tmp_path):
     assert status == 0, err
     losses = [m["eval/loss"] for m in read(tmp_path / "run") if "eval/loss" in m]
     assert losses[-1] < 0.9 * losses[0]
-    assert "over 512 tokens dropped" in out
+    assert f"over {settings['data__max_length']} tokens dropped" in out
