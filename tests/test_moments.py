@@ -109,13 +109,39 @@ def test_in_8_bits_an_optimizer_goes_where_it_goes_in_float32(name):
     assert sizes["8bit"] < 0.26 * sizes["float32"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_the_hosts_memory_change_nothing(name):
+    """The same weights after three steps; the moments of matrices come back to the host's memory."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    start = {"kernel": draw(3, 80, 64), "scale": draw(3, 64), "embedding": draw(300, 64)}
+    gradients = jax.tree.map(lambda x: draw(3, *x.shape), start)
+    found = {}
+    for kind in ("float32", "host"):
+        tx = optimizer(name, lr=0.1, state=kind, grad_clip=1.0)
+        p, state = jax.tree.map(jnp.copy, start), tx.init(start)
+
+        @partial(jax.jit, donate_argnums=(0, 1))  # as the step does
+        def step(p, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, p)
+            return optax.apply_updates(p, updates), state
+
+        for i in range(3):
+            p, state = step(p, state, jax.tree.map(lambda g, i=i: g[i], gradients))
+        found[kind] = p
+        places = {x.ndim: x.sharding.memory_kind for x in jax.tree.leaves(state) if x.size >= 4096}
+        assert set(places.values()) == {"pinned_host" if kind == "host" else jax.devices()[0].default_memory().kind}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), found["host"], found["float32"])
+
+
 def test_moments_of_bfloat16_weights_are_in_float32():
     tx = optimizer("adamw", lr=1e-3)
     state = init_state({"w": jnp.ones((8, 8), jnp.bfloat16)}, {}, tx, jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim == 2} == {jnp.dtype("float32")}
 
 
-def test_a_run_in_8_bits_and_bfloat16_learns(tmp_path):
+@pytest.mark.parametrize("kept", ["8bit", "host"])
+def test_a_run_in_fewer_bits_or_on_the_host_learns(tmp_path, kept):
     from jaxtune import tiny
     from jaxtune.cli import main
 
@@ -125,7 +151,7 @@ def test_a_run_in_8_bits_and_bfloat16_learns(tmp_path):
         "data.max_length": 96,
         "tune.method": "full",
         "optim.lr": 1e-3,
-        "optim.state": "8bit",
+        "optim.state": kept,
         "optim.weights": "bfloat16",
         "train.steps": 6,
         "train.batch_size": 4,

@@ -286,7 +286,10 @@ SETTINGS = (
     Setting("optim.b2", float, 0.999, _of("b2", "decay of the second moment"), range=BELOW_1),
     Setting("optim.eps", float, 1e-8, _of("eps", "added before a division"), range=POSITIVE),
     Setting("optim.momentum", float, None, _of("momentum", "decay of the velocity"), range=BELOW_1),
-    Setting("optim.state", str, "float32", "how moments are kept; 8bit: by blocks of 256", ("float32", "8bit")),
+    Setting(
+        *("optim.state", str, "float32", "how moments are kept; 8bit: by blocks of 256; host: in the host's memory"),
+        choices=("float32", "8bit", "host"),
+    ),
     Setting(
         *("optim.weights", str, "float32", "how trained weights are kept; bfloat16: rounded at random"),
         choices=("float32", "bfloat16"),

@@ -135,6 +135,11 @@ class Sweep:
 
         if point.cfg.log.wandb:
             raise UserError("log.wandb: the members of a sweep share one process; switch it off, or use sweep_lr.sh")
+        if point.cfg.optim.state == "host":
+            raise UserError(
+                "optim.state=host: the members of a sweep keep their moments on the device; use 8bit, or train one run "
+                "at a time with sweep_lr.sh"
+            )
         if point.cfg.train.micro_batch == "auto":
             raise UserError(
                 "train.micro_batch=auto: the memory of a sweep decides how many runs share a step; give a number, "

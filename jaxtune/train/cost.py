@@ -26,6 +26,7 @@ from jaxtune import tree
 from jaxtune.models.attention import choose
 from jaxtune.objectives.task import Task
 from jaxtune.train import liveness
+from jaxtune.train.moments import without_host
 from jaxtune.train.parallel import BODY, DATA, FSDP, MODEL, lying
 from jaxtune.train.recipe import Recipe, Start
 from jaxtune.train.step import over_batch
@@ -96,8 +97,8 @@ class Cost:
         counts: parameters.
         fixed: bytes that do not depend on rows; the other parts are 0.
         gradients: bytes if there is one micro-batch, and if there are several, whose gradients are summed in float32.
-        kept, host, layer: (bytes without rows, bytes a row) of what is saved, on the device and in the host's memory,
-            and of a layer's backward pass.
+        kept, host, layer: (bytes without rows, bytes a row) of what is saved on the device, of what lies in the host's
+            memory, and of a layer's backward pass.
         flops: of the matrix products, a row of a micro-batch.
     """
 
@@ -234,11 +235,12 @@ def measure(recipe: Recipe, backend: str, known: Start | None = None) -> Cost:
     fixed = Bytes(
         frozen=nbytes(known.frozen),
         trainable=nbytes((trained, known.state.member)),
-        optimizer=nbytes(known.state.opt_state),
+        optimizer=nbytes(without_host(known.state.opt_state)),
         **dict.fromkeys(("gradients", "activations", "layer", "logits", "batch", "host"), 0),
     )
     one, two = (_passes(recipe, backend, known, rows) for rows in (1, 2))
     kept, host, layer = ((2 * a - b, b - a) for a, b in zip(one, two, strict=True))
+    host = host[0] + nbytes(known.state.opt_state) - fixed.optimizer, host[1]
     return Cost(
         recipe=recipe,
         backend=backend,
@@ -265,7 +267,7 @@ def on_mesh(found: Cost, known: Start, sizes: Mapping[str, int]) -> Cost:
     fixed = fixed._replace(
         frozen=held_bytes(known.frozen, sizes),
         trainable=held + nbytes(state.member),
-        optimizer=held_bytes(state.opt_state, sizes),
+        optimizer=held_bytes(without_host(state.opt_state), sizes),
     )
     gradients = tuple(n * held // max(whole, 1) for n in found.gradients)
     layer, rest = gathered_bytes((known.frozen, state.trainable), sizes)

@@ -1,4 +1,4 @@
-"""An optimizer's moments in 8 bits, and weights in bfloat16: what a full fine-tune needs to fit on one device.
+"""Moments in 8 bits or in the host's memory, and weights in bfloat16: what a full fine-tune needs to fit on one device.
 
 Moments are quantised by blocks, each with its largest absolute value as scale (Dettmers et al. 2022, arXiv:2110.02861).
 In place of that paper's table, codes stand for powers of a grid, which keeps small values apart as it does:
@@ -22,6 +22,12 @@ import optax
 BLOCK = 256  # values that share a scale
 SMALLEST = 4096  # entries of an array below which it is kept as it is
 SQUARES = "nu"  # what optax calls second moments
+
+
+class OnHost(NamedTuple):
+    """An array of a state that lies in the host's memory between the steps; `parallel.shardings` knows it by name."""
+
+    on_host: jax.Array
 
 
 class Blocks(NamedTuple):
@@ -80,12 +86,11 @@ def in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     Its large arrays are zeros at first.
     """
 
-    def small(x: Any) -> bool:
-        return x.ndim < 2 or x.size < SMALLEST or x.dtype != jnp.float32
-
     def pack(state: Any, quantize: Callable[..., Blocks] = packed) -> Any:
         def one(path, x):
-            return x if small(x) else quantize(x, squares=any(getattr(key, "name", None) == SQUARES for key in path))
+            return (
+                x if _is_small(x) else quantize(x, squares=any(getattr(key, "name", None) == SQUARES for key in path))
+            )
 
         return jax.tree_util.tree_map_with_path(one, state)
 
@@ -108,6 +113,38 @@ def in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), pack(state)
 
     return optax.GradientTransformation(init, update)
+
+
+def on_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation, whose state lies in the host's memory between its steps, but for small arrays."""
+
+    def away(state: Any) -> Any:
+        host = jax.memory.Space.Host
+        return jax.tree.map(lambda x: x if _is_small(x) else OnHost(jax.device_put(x, host)), state)
+
+    def back(x: Any) -> Any:
+        return jax.device_put(x.on_host, jax.memory.Space.Device) if isinstance(x, OnHost) else x
+
+    def update(updates, state, params=None):
+        dtypes = jax.tree.map(lambda g: g.dtype, updates)
+        updates = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        updates, state = tx.update(updates, jax.tree.map(back, state, is_leaf=_is_on_host), params)
+        return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), away(state)
+
+    return optax.GradientTransformation(lambda params: away(tx.init(params)), update)
+
+
+def without_host(state: Any) -> Any:
+    """A state without what lies in the host's memory."""
+    return jax.tree.map(lambda x: None if _is_on_host(x) else x, state, is_leaf=_is_on_host)
+
+
+def _is_on_host(x: Any) -> bool:
+    return isinstance(x, OnHost)
+
+
+def _is_small(x: Any) -> bool:
+    return x.ndim < 2 or x.size < SMALLEST or x.dtype != jnp.float32
 
 
 def state_in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune.errors import UserError, nearest
-from jaxtune.train.moments import global_norm, in_8_bits, in_place, state_in_float32
+from jaxtune.train.moments import global_norm, in_8_bits, in_place, on_host, state_in_float32
 from jaxtune.train.optimizers import OPTIMIZERS, SETTINGS
 from jaxtune.tree import Field, map_fields
 
@@ -146,7 +146,23 @@ def one_by_one(update: Callable[..., Any]) -> Callable[..., Any]:
     return mapped
 
 
-def in_parts(tx: optax.GradientTransformation, most: int = 2**24) -> optax.GradientTransformation:
+def streamed(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`one_by_one` of a state in the host's memory: entries come and go beside the work on others."""
+
+    def mapped(grads, state, weights):
+        def body(grads, given):
+            i, state, weight = given
+            update_, state = update(grads[i], state, weight)
+            return grads.at[i].set(update_.astype(grads.dtype)), state
+
+        return jax.lax.scan(body, grads, (jnp.arange(len(grads)), state, weights))
+
+    return mapped
+
+
+def in_parts(
+    tx: optax.GradientTransformation, most: int = 2**24, over: Callable[..., Any] = one_by_one
+) -> optax.GradientTransformation:
     """Apply a transformation that works entry by entry to at most so many entries of a matrix at a time."""
 
     def parts(x):
@@ -161,7 +177,7 @@ def in_parts(tx: optax.GradientTransformation, most: int = 2**24) -> optax.Gradi
     def update(grads, state, weights=None):
         if (cut := parts(grads)) is None:
             return tx.update(grads, state, weights)
-        updates, state = one_by_one(tx.update)(cut, state, weights if weights is None else parts(weights))
+        updates, state = over(tx.update)(cut, state, weights if weights is None else parts(weights))
         return updates.reshape(grads.shape), state
 
     return optax.GradientTransformation(init, update)
@@ -189,7 +205,8 @@ def optimizer(
         loraplus_lr_ratio: multiplies `lr` for LoRA's `b` (LoRA+, Hayou et al. 2024, arXiv:2402.12354) and for vectors
             that are trained beside it (as in peft: magnitudes, biases, norms), but not on an embedding, whose `b` is
             the factor that is random at first.
-        state: how moments are kept between steps, "float32" or "8bit" (`jaxtune.train.moments`).
+        state: how moments are kept between steps, "float32", "8bit" or "host": in float32 in the host's memory
+            (`jaxtune.train.moments`).
         settings: b1, b2, eps, momentum; None: the row's default. Those of other rows are ignored.
 
     Raises:
@@ -209,6 +226,10 @@ def optimizer(
         if state == "8bit":
             tx = in_8_bits(tx)
             tx = by_matrix(in_parts(tx) if row.elementwise else tx, vector, one_by_one)
+        elif state == "host":
+            # A part is larger than a layer's matrix: a table is cut, and no loop runs within another.
+            tx = on_host(tx)
+            tx = by_matrix(in_parts(tx, 2**27, streamed) if row.elementwise else tx, vector, streamed)
         elif row.by_matrix:
             tx = by_matrix(tx, vector)
         return state_in_float32(tx)

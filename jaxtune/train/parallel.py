@@ -140,7 +140,12 @@ def spec_of(path: str, shape: Sequence[int], field: Field | None, sizes: Mapping
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """Where each array of a tree lies: parameters, moments or a whole state."""
-    return map_fields(lambda path, x, field: NamedSharding(mesh, spec_of(path, x.shape, field, mesh.shape)), tree)
+
+    def one(path, x, field):
+        memory = "pinned_host" if path.endswith("/on_host") else None  # `moments.OnHost`
+        return NamedSharding(mesh, spec_of(path, x.shape, field, mesh.shape), memory_kind=memory)
+
+    return map_fields(one, tree)
 
 
 def lying(tree: PyTree, sizes: Mapping[str, int]) -> list[tuple[str, Any, PartitionSpec]]:
