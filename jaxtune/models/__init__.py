@@ -11,20 +11,8 @@ from jaxtune.models.spec import Config
 
 _NAMES = (
     *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2"),
-    *(
-        "gpt_neox",
-        "gpt_oss",
-        "gptj",
-        "granite",
-        "helium",
-        "llama",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-    ),
+    *("gpt_neox", "gpt_oss", "gptj", "granite", "helium", "llama", "ministral3", "mistral", "mixtral"),
+    *("olmo2", "olmo3", "olmoe"),
     *("opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
     *("starcoder2", "vaultgemma", "t5", "mt5", "bart", "mbart"),
     *("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert", "modernbert", "vit"),
