@@ -21,10 +21,12 @@ from jaxtune.hf.load import resolve
 from jaxtune.reading import read_json
 from jaxtune.report.card import carry_evaluation, run_facts
 from jaxtune.run.training import as_it_ran, as_stored
+from jaxtune.train import processes
 from jaxtune.train.cost import chunks, dot_flops
 from jaxtune.train.log import read_metrics
 from jaxtune.train.loop import EARLY
 from jaxtune.train.watch import findings
+from jaxtune.tree import FROZEN
 from jaxtune.weights.leaf import Adapter, is_weight
 
 
@@ -106,6 +108,13 @@ def finish(member, place, job, params, run, clock, scored) -> None:
         _show(member, rows, clock, out, page, adapter, job.module)
     for note in notes:
         print(note)
+
+
+def readable(params: Any, mask: Any) -> Any:
+    """Parameters of which an adapter's own can be read by the first of several processes; all of them call it."""
+    if not processes.several() or not has_adapter(params):
+        return params
+    return jax.tree.map(lambda x, role: x if role is FROZEN else processes.on_host(x), params, mask)
 
 
 def follow(member, job, params) -> None:

@@ -255,6 +255,7 @@ def finish(job: Job, i: int, place: RunFolder, run: loop.Run, state: TrainState,
     jax.block_until_ready(params)
     clock("evaluate")
     processes.beat("the end of training")
+    params = results.readable(params, member.mask)
     if not processes.is_first():
         results.follow(member, job, params)
         return
