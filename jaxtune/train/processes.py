@@ -24,6 +24,7 @@ import numpy as np
 from jaxtune.errors import RunFailed, UserError
 
 COME = 300  # seconds for all processes to come
+GRACE = 2  # seconds that the others have to find the same error, before JAX's runtime aborts them without the first
 STUCK = 900  # seconds without a step, an evaluation or a checkpoint before a process ends the job
 _shared: dict[Path, Path] = {}
 _beat = [time.monotonic(), "the start"]
@@ -236,4 +237,6 @@ def end(why: str, status: int = 1) -> None:
     who = f"process {jax.process_index()} of {jax.process_count()}"
     again = " Start all processes again to go on from the last checkpoint." if status == 1 else ""
     print(f"jaxtune: {who}: error: {why.rstrip('.')}. The job ends.{again}", file=sys.stderr, flush=True)
+    if is_first():
+        time.sleep(GRACE)
     os._exit(status)
