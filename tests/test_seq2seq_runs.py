@@ -129,6 +129,23 @@ def test_eval_generate_and_export_of_a_run(run, base, data, tmp_path, capsys):
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() in found
 
 
+def last(folder, name: str = "eval/loss") -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line][-1]
+
+
+def test_a_sweep_in_one_step_gives_the_run_and_a_run_goes_on(run, base, data, tmp_path):
+    arguments = [flag for flag in flags(base, data) if not flag.startswith("--config.optim.lr")]
+    done(["sweep", *arguments, "--sweep.optim.lr=0.01,0.02", f"--workdir={tmp_path}/sweep"])
+    members = [path.parent for path in sorted((tmp_path / "sweep").glob("*/metrics.jsonl"))]
+    assert len(members) == 2
+    assert min(abs(last(member) / last(run) - 1) for member in members) < 1e-4
+    shutil.copytree(run, tmp_path / "run")
+    more = {"evaluate.samples": 1, "evaluate.metrics": "exact_match,rouge_l", "evaluate.max_new_tokens": 8}
+    done(["train", *flags(base, data, **more | {"train.steps": 3}), f"--workdir={tmp_path}/run"])
+    assert last(tmp_path / "run", "step") == 3 and last(tmp_path / "run") < last(run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
