@@ -6,7 +6,8 @@ r"""Teach a small T5, from random weights, to turn a customer's message into one
 For a pretrained T5, mT5 or FLAN-T5 leave out `model.init` and give its directory or hub id as `model.path`; it takes
 `tune.method=lora` and a tenth of the rate.
 
-Expected: not measured to its end; the evaluation loss begins at 7.82.
+Expected: the evaluation loss begins at 7.82; after 150 steps the training loss is 0.72 (measured in a run of 6 epochs,
+on 2 busy CPU cores, and not to its end).
 """
 
 from importlib.resources import files
