@@ -307,6 +307,7 @@ def test_tuned_candidates_are_runs_of_their_own(orders, tmp_path, capsys):
         (["--candidates=promts"], "Did you mean 'prompts'"),
         (["--prompt=nowhere.txt"], "no such file"),
         (["--sizes=4000"], "there are 32 training rows"),
+        (["--sizes=0,16"], "--sizes=0: there are 32 training rows"),
         (["--worth=2"], "expected a share"),
         (["--metric=rouge"], "unknown metric 'rouge'"),
         (["--training-price=1 EUR per hour"], "give both in one unit"),

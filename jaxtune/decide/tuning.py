@@ -47,7 +47,8 @@ def sizes(rows: int, asked: Sequence[int] | None = None, count: int = 3) -> list
     """
     if asked is None:
         return sorted({max(min(16, rows), rows // 4**i) for i in range(count)})
-    if wrong := next((n for n in asked if not 1 <= n <= rows), None):
+    wrong = next((n for n in asked if not 1 <= n <= rows), None)
+    if wrong is not None:
         raise UserError(f"--sizes={wrong}: there are {rows:,} training rows beside the held-out ones.")
     return sorted(set(asked))
 
