@@ -53,6 +53,7 @@ class StreamedBatches(Batches):
         max_segments: int | None = None,
         grain: int = GRAIN,
         assembler: type[Assembler] = Assembler,
+        parts: int = 1,
         window: int = WINDOW,
     ):
         sources = list(sources)
@@ -62,7 +63,7 @@ class StreamedBatches(Batches):
         self.rows = [len(source) for source in sources]
         if not sum(self.rows):
             raise UserError("no training rows.")
-        self._assembler = assembler(blocks, batch_size, grad_accum, max_length, packing, grain)
+        self._assembler = assembler(blocks, batch_size, grad_accum, max_length, packing, grain, parts=parts)
         units = [source.bins(max_length, max_segments) if packing else source.kept for source in sources]
         bins = _Bins(blocks, seed, max_length, max_segments, 2 * window * lanes) if packing else None
         numbers = [np.arange(*ends) for ends in zip(blocks.first, blocks.first[1:])]
