@@ -68,6 +68,15 @@ def encoder(folder: Path, texts: Sequence[str]) -> Search:
     return search
 
 
+def check_encoder(folder: Path) -> None:
+    """Raise UserError unless the directory's config.json is an encoder's; no weights are read."""
+    from jaxtune.hf.load import open_module, read_config, resolve
+
+    where = resolve(folder)
+    if not open_module(read_config(where), where).is_encoder:
+        raise UserError(f"--encoder={folder} continues text; name an encoder, such as a sentence encoder.")
+
+
 def embedder(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     """Load an encoder: texts -> their mean-pooled states of length 1, f32[N, D]."""
     import jax
@@ -79,9 +88,8 @@ def embedder(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     from jaxtune.infer.logprobs import batches_by_length, most_tokens
     from jaxtune.models.classifier import pool
 
+    check_encoder(folder)
     module, params = load(folder, dtype=jnp.float32)
-    if not module.is_encoder:
-        raise UserError(f"--encoder={folder} continues text; name an encoder, such as a sentence encoder.")
     body, tokenizer = getattr(module, "body", module), load_tokenizer(str(resolve(folder)))
     most = module.spec.positions
 

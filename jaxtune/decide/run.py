@@ -167,6 +167,8 @@ class Decision:
         self.instructions = [Instruction(), *map(rows_as.read_instruction, options.prompts)]
         if options.prompts and not self.continues:
             raise UserError(f"--prompt has no effect: {cfg.model.path} is an encoder, which continues no text.")
+        if options.encoder is not None:
+            examples.check_encoder(options.encoder)
         self._check_general()
         self.material = self._material(task)
         for line in self.material.lines:
