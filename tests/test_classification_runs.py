@@ -247,7 +247,6 @@ SEQUENCE_ERRORS = {
         "model_type='bert') is an encoder",
     ),
     "rows in pieces": (["--config.data.overlength=split"], {}, "data.overlength=split has no meaning"),
-    "packing": (["--config.data.packing=true"], {}, "data.packing has no effect"),
 }
 
 

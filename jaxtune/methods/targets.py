@@ -21,7 +21,8 @@ IA3 = {
     **dict.fromkeys(("bert", "roberta"), (("key", "value", "output.dense"), ("output.dense",))),
     "mixtral": (("k_proj", "v_proj"), ()),
     "t5": (("k", "v", "wo"), ("wo",)),
-    "mt5": (("k", "v", "wi_1"), ("wi_1",)),
+    "mt5": (("k", "v", "wi_1"), ()),  # as peft has it
+    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
     "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
     "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
