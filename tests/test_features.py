@@ -130,7 +130,7 @@ MORE = [
       for packing in (False, True)),
     (decoder, "lora", TOP, False),
     (lambda: encoder(SEQUENCE), "last_n", {"layers": 1}, False),
-    (lambda: encoder(SEQUENCE), "lora", TOP_OF_BERT, False),
+    *((lambda: encoder(SEQUENCE), "lora", TOP_OF_BERT, packing) for packing in (False, True)),
     (lambda: encoder(TOKEN), "head", {}, False),
     (lambda: encoder(SEQUENCE, model_type="roberta", pad_token_id=0), "last_n", {"layers": 2}, False),
 ]  # fmt: skip

@@ -123,6 +123,9 @@ class LinesAssembler(Assembler):
         rows = self.batch_size if not self.packs else self.batch_size // self.group * self.count
         return np.zeros((rows, t), np.int32)
 
+    def _features(self, plan: Plan, n: int, t: int) -> np.ndarray:
+        return super()._features(plan, len(self.empty(1)), t)
+
     def place(self, line: int, segment: int) -> int:
         """Where what is computed of a segment, counted from 1, lies on its device."""
         return line % self.count * self.most + segment - 1

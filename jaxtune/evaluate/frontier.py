@@ -163,7 +163,9 @@ def frontier(
         raise UserError(f"--keep={keep:g} is a share above 0, up to 1, and --within nats a token, 0 or more.")
     prepare_jax()
     cfg = run_config(source)
-    asked = options.metrics and [name for name in options.metrics[:1] if name not in LOSSES]
+    if options.metrics is not None and len(options.metrics) > 1:
+        raise UserError(f"--frontier counts by one metric, not by {','.join(options.metrics)}; name one of them.")
+    asked = options.metrics and [name for name in options.metrics if name not in LOSSES]
     task = Answers(source, cfg, options if options.metrics is None else replace(options, metrics=asked or ["loss"]))
     other = General(source, cfg, Options(data=general, metrics=["loss"], rows=options.rows), "--frontier")
     for line in (*task.lines, *other.lines):

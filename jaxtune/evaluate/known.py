@@ -59,9 +59,9 @@ def memory_from(metrics: Sequence[Mapping[str, float]]) -> dict[str, int | None]
     Args:
         metrics: the lines that a run logged.
     """
-    lines = {m["step"]: m for m in metrics if "phase" not in m}
     found = {}
     for name in ("verbatim", "auc"):
         key = f"eval/memory/{name}_p"
-        found[name] = sure_from({step: [m[key]] for step, m in lines.items() if isinstance(m.get(key), int | float)})
+        lines = [m for m in metrics if "phase" not in m and isinstance(m.get(key), int | float)]
+        found[name] = sure_from({m["step"]: [m[key]] for m in lines})
     return found

@@ -155,7 +155,7 @@ class Scores:
         Args:
             tuning: both models.
             task: its rows, and what to measure of their answers.
-            asked: the metrics that were named, the first counts; None: the first of `FIRST` that got better counts.
+            asked: the metric that was named, none for the loss; None: the first of `FIRST` that got better counts.
             kept: results stored by an earlier, interrupted run.
             progress: see `evaluation.Progress`.
         """
@@ -164,7 +164,7 @@ class Scores:
         self.column: Column | None = None
         self.found: dict[float, np.ndarray] = {}
         self.measured: dict[float, int] = {}
-        if not (task.request.metrics or task.request.labels):
+        if asked == [] or not (task.request.metrics or task.request.labels):
             return
         before, after = (self._columns(strength, range(len(task.rows))) for strength in ENDS)
         own = [name for name in after if name not in METRICS]  # the user's, and those of labels
