@@ -21,7 +21,7 @@ from jaxtune.objectives.causal_lm import causal_lm
 from jaxtune.train.optim import optimizer
 from jaxtune.train.stacked import make_sweep_step, stack, unstack
 from jaxtune.train.step import init_state, make_train_step
-from jaxtune.tree import combine, count, partition
+from jaxtune.tree import TRAIN, combine, count, flatten, partition
 from jaxtune.weights.leaf import merge, weights_by_path
 from jaxtune.weights.packed import Packed, quantize
 
@@ -86,6 +86,13 @@ def test_what_is_adapted_counted_and_cut():
     assert [s.repeats for s in cut("lora", module, settings).spec.segments] == [1, 2]
     names = [p.name for p in places(params, module) if p.parameter]
     assert names[:2] == ["model.layers.0." + name for name in BOTH]
+
+
+def test_biases_of_targets_are_not_those_of_experts():
+    settings = {"target_modules": ("q_proj",), "target_parameters": (BOTH[0],), "bias": "lora_only"}
+    _, mask = tuned("gpt_oss", r=2, **settings)[1]
+    trained = {path for path, role in flatten(mask).items() if role is TRAIN and path.endswith("bias")}
+    assert {path.split("/", 2)[2] for path in trained} == {"self_attn/q_proj/bias"}
 
 
 def test_members_of_a_sweep_are_what_each_is_alone():

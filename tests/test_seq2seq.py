@@ -11,14 +11,17 @@ import pytest
 import zoo
 
 from jaxtune import models
+from jaxtune.errors import UserError
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load
 from jaxtune.hf.peft import export_adapter, load_adapter
+from jaxtune.infer.continuations import scorer, sharing_pays
 from jaxtune.infer.generation import generate
-from jaxtune.methods.adapters import untie
+from jaxtune.methods.adapters import lora, untie
 from jaxtune.methods.table import places
+from jaxtune.methods.vocabulary import resize
 from jaxtune.models.spec import Relative
-from jaxtune.tree import combine, flatten, partition
+from jaxtune.tree import TRAIN, combine, flatten, partition
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of what it corrects by itself
 
@@ -132,6 +135,23 @@ def test_distances_fall_into_the_buckets_of_transformers(causal, buckets, distan
     ahead = torch.arange(-distance, distance + 1)
     expected = T5Attention._relative_position_bucket(ahead, not causal, buckets, distance)
     assert np.array_equal(Relative(buckets, distance).of(causal), expected.numpy())
+
+
+def test_new_tokens_of_bart_and_its_bias_of_logits():
+    """The bias is a buffer in transformers, which grows by zeros and which peft's `bias` leaves."""
+    module, params = ours("bart")
+    source, mask, target = rows()
+    before = np.asarray(logits(module, params, target, (source, mask)))
+    wider, grown = resize(module, params, module.spec.vocab + 3)
+    after = np.asarray(logits(wider, grown, target, (source, mask)))
+    assert after.shape[-1] == 99 and zoo.apart(after[..., :96], before) < 1e-6
+    _, trained = lora(params, jax.random.key(0), module=module, bias="all", r=2)
+    roles = flatten(trained)
+    assert roles["logits_bias/bias"] is not TRAIN and roles["segment_0/block_0/mlp/up_proj/bias"] is TRAIN
+    pairs = [([5] * 40, [6, 7]), ([5] * 40, [8])]  # a source that two targets share
+    assert not sharing_pays(module, params, pairs) and len(scorer(module, params, pairs)[0]) >= 1
+    with pytest.raises(UserError, match="without its output head"):
+        module.without_head()
 
 
 @pytest.mark.parity("load")

@@ -525,7 +525,7 @@ def _round(x: float) -> float | int:
 
 
 def _attach_lora(
-    module: Any, params: Any, config: Mapping[str, Any], change: Callable[[LoraWeight], Adapter] | None = None
+    module: Any, params: Any, config: Mapping[str, Any], change: Callable[[LoraWeight, str], Adapter] | None = None
 ) -> tuple[Any, Any]:
     params = untied_for(config["target_modules"] or [], params, module)
     candidates, saved = places(params, module), _known(config["modules_to_save"], params, module)

@@ -47,7 +47,8 @@ def scorer(
     """
     prefix, most = len(virtual_tokens(params)), module.spec.positions
     lengths = [prefix + len(context) + len(new) - 1 for context, new in pairs]
-    if max(lengths, default=0) > most:
+    apart = module.reads_source  # source and target have positions of their own
+    if max((max(map(len, pair)) for pair in pairs) if apart else lengths, default=0) > most:
         raise UserError(
             f"A context and what follows it have {max(lengths) + 1:,} tokens, and the model has {most:,} positions."
         )
@@ -118,6 +119,8 @@ def shared_logprobs(
 
 def sharing_pays(module: Any, params: Any, pairs: Sequence[Pair]) -> bool:
     """Whether reading each context once saves enough tokens to outweigh its larger program."""
+    if module.reads_source:  # a context is its source
+        return False
     if any(block.rope and block.rope.kind in BY_LENGTH for s in module.spec.segments for block in s.pattern):
         return False
     whole = sum(len(context) + len(continuation) for context, continuation in pairs)

@@ -135,7 +135,7 @@ def prepare(module: Any, params: Any) -> Any:
 
     def ready(path, leaf):
         # An adapted embedding is not merged: that would change the head that is tied to it.
-        if isinstance(leaf, LoraWeight) and not is_weight(leaf.w) and path[-1].key == "kernel":
+        if isinstance(leaf, LoraWeight) and not is_weight(leaf.w) and path[-1].key.endswith(("kernel", "_experts")):
             leaf = leaf.merge()
         matrix = not is_weight(leaf) and path[-1].key not in ("scale", "bias")
         return leaf.astype(module.dtype) if matrix else leaf

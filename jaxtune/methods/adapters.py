@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxtune.errors import UserError, nearest
 from jaxtune.methods.places import (
+    EXPERTS,
     Factors,
     Place,
     check_names,
     compiled,
     excluded,
     in_label_head,
-    is_bias,
     is_module_bias,
     is_or_ends,
     is_saved,
@@ -223,7 +223,7 @@ def attach(
         raise UserError(f"bias={bias!r} is not one of 'none', 'all', 'lora_only'.")
     if init not in _INITS:
         raise UserError(f"init_lora_weights={init!r} is not one of {', '.join(map(repr, _INITS))}.")
-    beside = {owner(path): chosen for path, chosen in rows.items()} if bias == "lora_only" else {}
+    beside = {owner(p): at for p, at in rows.items() if bias == "lora_only" and not p.endswith(EXPERTS)}
     params, saved = _to_save(params, settings.modules_to_save, module)
     params, tokens = _to_train_tokens(params, settings.trainable_token_indices, saved.keys() | rows.keys(), module)
     params, restore = matrices(params, {path: layouts[path] for path in rows} if layouts else {})
@@ -244,7 +244,7 @@ def attach(
             return leaf.mask()
         if path in saved:
             return filled(leaf, TRAIN)
-        own = is_bias(path) and owner(path) in beside
+        own = is_module_bias(path) and owner(path) in beside
         if own and (layers := beside[owner(path)]) is not None and len(layers) < leaf.shape[0]:
             raise UserError(f"bias='lora_only' with targets in some layers only is not supported ({path}).")
         trained = own or (is_module_bias(path) and bias == "all") or is_trained_whole(path, module)

@@ -135,8 +135,11 @@ def is_bias(path: str) -> bool:
 
 
 def is_module_bias(path: str) -> bool:
-    """Whether it is the bias of a module: those of experts are parameters of their own, which peft's `bias` leaves."""
-    return is_bias(path) and not path.endswith(f"{EXPERTS}_bias")
+    """Whether it is the bias of a module, as peft's `bias` counts them.
+
+    Those of experts are parameters of their own, and that of an encoder-decoder's logits is a buffer.
+    """
+    return is_bias(path) and not path.endswith(f"{EXPERTS}_bias") and not path.startswith("logits_bias/")
 
 
 def owner(path: str) -> str:

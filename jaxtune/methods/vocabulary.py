@@ -39,6 +39,9 @@ def resize(module: Any, params: PyTree, vocab: int) -> tuple[Any, PyTree]:
         return jnp.concatenate([leaf, jnp.repeat(mean, vocab - leaf.shape[axis], axis)], axis)
 
     params = {**params, "embed_tokens": {"embedding": grow(table, 0)}}
+    if "logits_bias" in params:
+        bias = params["logits_bias"]["bias"]
+        params["logits_bias"] = {"bias": jnp.pad(bias, ((0, 0), (0, vocab - bias.shape[1])))}
     if head is not None:
         params["lm_head"] = {name: grow(leaf, leaf.ndim - 1) for name, leaf in params["lm_head"].items()}
     return with_rows(module, vocab), params

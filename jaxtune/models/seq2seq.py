@@ -11,8 +11,10 @@ The parameters are the decoder's, with the encoder's below `encoder`; both read 
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxtune.errors import UserError
 from jaxtune.models.decoder import Decoder
 from jaxtune.models.encoder import Encoder
 from jaxtune.models.layers import Block, Context
@@ -45,6 +47,13 @@ class Seq2Seq(Decoder):
         if cache is None:
             return self.head(out)
         return self.head(out[0]), out[1]
+
+    @nn.nowrap
+    def without_head(self) -> Any:
+        raise UserError(
+            "An encoder-decoder without its output head is not supported; give a checkpoint or an adapter of the whole "
+            "model (...ForConditionalGeneration)."
+        )
 
     def slots(self, cache: Any) -> int:
         return super().slots(cache["blocks"])
