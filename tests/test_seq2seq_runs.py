@@ -212,12 +212,50 @@ def test_what_does_not_fit_is_refused_in_one_message(base, data, refused):
     assert "prompt_tuning" in train(**{"tune.method": "prompt_tuning", "tune.lora.r": None})
     for name in ("preference", "embedding"):
         assert "encoder-decoder" in train(**{"objective.name": name, "data.max_target_length": None})
+    for flag in (
+        "--forgetting=rows",
+        "--frontier=rows",
+        "--memory",
+        "--tasks=arc_easy",
+        "--confidence --unpaired=text",
+    ):
+        assert f"{flag.partition('=')[0].split()[-1]} is not for encoder-decoders" in refused(
+            ["eval", str(base), *flag.split()]
+        )
+    assert "decide is not for encoder-decoders" in refused(["decide", f"--model={base}", f"--data={data}"])
 
 
-def test_init_recognises_the_base_and_its_config_trains(base, data, tmp_path, capsys):
+def test_rows_are_cut_on_each_side(base, tmp_path):
+    """Whatever both sides have together, neither is cut by the limit of the other; the end token stays."""
+    from jaxtune.data import load_tokenizer, prepare
+    from jaxtune.data.seq2seq import Seq2SeqForm, split
+
+    tokenizer = load_tokenizer(str(base))
+    file = write_jsonl(tmp_path / "long.jsonl", [{"source": "mugs " * n, "target": "lamps " * 30} for n in (9, 90)])
+    form = Seq2SeqForm(longest=24, target=20, cuts=True)
+    (train,), _, _ = prepare(tokenizer, [str(file)], labels=form, max_length=24, overlength="truncate", cache=False)
+    sides = [split(*train[i]) for i in range(len(train))]
+    assert [len(target) for _, target in sides] == [20, 20] and len(sides[1][0]) == 24
+    assert all(target[-1] == tokenizer.eos_token_id for _, target in sides)
+
+
+def test_init_recognises_the_base_and_its_config_trains(base, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows(200), {"document": "A lamp.", "summary": "lamps " * 30}])
     done(["init", f"--model={base}", f"--data={data}", f"--out={tmp_path}/config.py"])
     text = (tmp_path / "config.py").read_text()
     assert 'objective.name = "seq2seq"' in text and "data.max_target_length = 16" in text
+    assert "147,483" not in text
     capsys.readouterr()
     done(["train", f"--config={tmp_path}/config.py", "--dry-run"])
     assert "⟦" in capsys.readouterr().out
+    file = write_jsonl(
+        tmp_path / "asked.jsonl",
+        [{"question": "How many?", "context": row["document"], "answer": row["summary"]} for row in rows()],
+    )
+    done(["init", f"--model={base}", f"--data={file}", f"--out={tmp_path}/asked.py"])
+
+
+def test_init_names_both_sides(base, tmp_path, refused):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "hello there"}] * 9)
+    said = refused(["init", f"--model={base}", f"--data={file}", f"--out={tmp_path}/config.py"])
+    assert "--columns=source=THEIRS,target=THEIRS" in said

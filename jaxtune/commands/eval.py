@@ -75,6 +75,7 @@ FLAGS = {
     "out": Flag("directory for eval.json and answers; default: the run's", Path),
 }
 OF_TASKS = ("include-path", "limit", "num-fewshot", "chat")
+OF_ONE_TEXT = ("tasks", "forgetting", "frontier", "memory", "unpaired")  # not of a source and a target
 OF_ROWS = (
     "forgetting",
     "data",
@@ -95,11 +96,14 @@ def main(argv: list[str]) -> None:
     _check_flags(options)
     from jaxtune.files import exclusive
     from jaxtune.hf import tensors
-    from jaxtune.infer.source import find
+    from jaxtune.infer.source import check_reads_one_text, find
     from jaxtune.run.workdir import explained_disk
 
     source = find(options.target, options.base, any_base=options.allow_other_base)
     tensors.index_dir(source.model)  # missing weights are named before anything is read
+    for name in OF_ONE_TEXT:
+        if getattr(options, name):
+            check_reads_one_text(source.model, f"--{name}")
     out = options.out.expanduser() if options.out else source.run
     with ExitStack() as stack:
         if out is not None:

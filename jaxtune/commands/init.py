@@ -69,11 +69,11 @@ def main(argv: list[str]) -> None:
     form = layout.labels or layout.form
     settings |= {"allow_left_out": given.get("data.allow_left_out") or ()} if form is None else {}
     (whole,), _, _ = prepare(tokenizer, [name], max_length=WHOLE, **settings)
+    lengths = whole.longest
     if form is not None:
+        lengths = form.lengths(whole)  # before it has limits of its own
         form.seen(whole)
-    proposal = propose.propose(name, layout, whole.longest if form is None else form.lengths(whole), model).changed(
-        options.settings
-    )
+    proposal = propose.propose(name, layout, lengths, model).changed(options.settings)
     if form is not None:
         form.cut_to(proposal["data.max_length"])
     train, held_out, report = prepare(

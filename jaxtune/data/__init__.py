@@ -138,7 +138,7 @@ def prepare(
     def load_fitted(name: str) -> tuple[Rows, SourceReport]:
         whole, report, encoder = load(name)
         lengths = None if labels is None else labels.lengths(whole)
-        then = "drop" if labels is not None and labels.texts else overlength  # each text is cut where it is tokenised
+        then = "drop" if labels is not None and labels.cuts_itself else overlength
         rows = fit(whole, max_length, then, report, encoder.FIRST, lengths)
         if labels is not None:
             rows = encoder.closed(rows, max_length, whole)

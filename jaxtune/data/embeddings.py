@@ -79,7 +79,7 @@ class TextsForm(RowForm):
     ignore: Sequence[str] = ()
     wide: int = field(default=0, init=False)  # floats of the longest label
 
-    texts = True
+    cuts_itself = True
     lists = False  # labels are as long as a row has documents
     setting = "objective.contrast"
     number = staticmethod(np.asarray)

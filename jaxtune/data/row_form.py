@@ -21,7 +21,7 @@ class RowForm:
         text: the marks are those of text: 1 at a token that is trained (`jaxtune.data.tokenize.Encoder`).
         judged: answers are judged, as pairs or each as good or bad.
         pairs: a row is two texts, of which the first is better.
-        texts: a row is texts that are compared with one another (`jaxtune.data.embeddings`).
+        cuts_itself: a text that is too long is cut where it is tokenised, if at all: what is left over is left out.
         belongs: a row is texts that belong together, without a label: a text may belong to several others.
     """
 
@@ -31,7 +31,7 @@ class RowForm:
     text: bool = False
     judged: bool = False
     pairs: bool = False
-    texts: bool = False
+    cuts_itself: bool = False
     belongs: bool = False
 
     def on(self, tokenizer: Any) -> "RowForm":

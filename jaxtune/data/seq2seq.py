@@ -55,6 +55,7 @@ class Seq2SeqForm(RowForm):
     cuts: bool = False
 
     text = True
+    cuts_itself = True
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from jaxtune.evaluate.systems import System, identity
 from jaxtune.files import atomic_write_text
 from jaxtune.hf import load as hf
 from jaxtune.infer.logprobs import worth_a_compile
+from jaxtune.infer.source import check_reads_one_text
 from jaxtune.objectives.task import DEFAULT_LENGTH
 
 VERSION = 2  # raise it when a candidate is measured otherwise
@@ -155,6 +156,7 @@ class Decision:
         """
         self.cfg, self.options, self.out, self.say = cfg, options, out, say
         self.folder = hf.resolve(cfg.model.path)
+        check_reads_one_text(self.folder, "jaxtune decide")
         self.labelled = cfg.objective.name == "sequence_classification"
         if cfg.objective.name not in ("causal_lm", "sequence_classification"):
             raise UserError(f"objective.name={cfg.objective.name}: decide compares answers (causal_lm) or labels.")

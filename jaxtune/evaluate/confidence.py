@@ -16,7 +16,7 @@ import numpy as np
 from jaxtune.errors import UserError
 from jaxtune.evaluate import labels as label_scores
 from jaxtune.evaluate import statistics
-from jaxtune.evaluate.answers import Answers, answerable
+from jaxtune.evaluate.answers import Answers, answerable, room_for
 from jaxtune.evaluate.comparison import Column
 from jaxtune.evaluate.evaluation import Options, Part, Progress
 from jaxtune.evaluate.json_fields import NULL, parse_json
@@ -368,11 +368,11 @@ def _share(label: str, better: int, values: dict[str, np.ndarray], at: np.ndarra
 
 
 def source_positions(source: Any) -> int:
-    """The positions of a source's model."""
+    """The positions that a prompt and its answer share in a source's model."""
     from jaxtune import models
     from jaxtune.hf.load import read_config
 
-    return models.build(read_config(source.model)).spec.positions
+    return room_for(models.build(read_config(source.model)))
 
 
 def _is_true(value: str | None) -> bool:

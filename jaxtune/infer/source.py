@@ -196,6 +196,18 @@ def tokenizer_of(source: Tuned) -> Any:
     )
 
 
+def check_reads_one_text(folder: Path, what: str) -> None:
+    """Raise UserError for an encoder-decoder, on which `what`, a command or flag, is not measured."""
+    from jaxtune import models
+
+    config = read_config(folder)
+    if models.build(config).reads_source:
+        raise UserError(
+            f"{what} is not for encoder-decoders, which read one text and write another; {folder} is one "
+            f"(model_type={config['model_type']!r})."
+        )
+
+
 def check_continues(source: Tuned) -> None:
     """Raise UserError for a classifier or an encoder, which predict no next token."""
     config = read_config(source.model)

@@ -21,7 +21,8 @@ from jaxtune.data.preferences import LABELS as JUDGED
 from jaxtune.data.preferences import PROMPTS as PREFERENCE_PROMPTS
 from jaxtune.data.preferences import SIDES, JudgedForm, PairForm
 from jaxtune.data.row_form import RowForm
-from jaxtune.data.seq2seq import OURS, Seq2SeqForm
+from jaxtune.data.seq2seq import FORMATS as OF_TARGETS
+from jaxtune.data.seq2seq import OURS, TRANSLATION, Seq2SeqForm
 from jaxtune.data.sources import Source, kind, read
 from jaxtune.errors import UserError
 from jaxtune.objectives.task import TASKS, located
@@ -223,11 +224,21 @@ def recognise_targets(
     try:
         reader = form.reader(source)
     except UserError:
-        if columns or given:
-            raise
         number, row = next(iter(source))
-        _, found = _match(source.where(number), row)
-        form = Seq2SeqForm(columns={name: found.get(name, name) for name in OURS.values()}, **whole)
+        if columns or given or TRANSLATION in row:
+            raise
+        try:
+            format, found = _match(source.where(number), row)
+        except UserError:
+            format, found = None, {}
+        if format not in OF_TARGETS:
+            raise UserError(
+                f"{source.where(number)}: an encoder-decoder needs a source and a target, and no columns have names "
+                f"that say so. Columns found: {', '.join(row)}. Name both: --columns=source=THEIRS,target=THEIRS."
+            ) from None
+        if format == "prompt_completion":
+            found = {name: found.get(name, name) for name in OURS.values()}
+        form = Seq2SeqForm(columns=found, **whole)
         reader = form.reader(source)
     return Recognised("seq2seq", form.columns, form=form, notes=tuple(reader.notes.lines()))
 
