@@ -229,6 +229,7 @@ def test_rows_are_cut_on_each_side(base, tmp_path):
     """Whatever both sides have together, neither is cut by the limit of the other; the end token stays."""
     from jaxtune.data import load_tokenizer, prepare
     from jaxtune.data.seq2seq import Seq2SeqForm, split
+    from jaxtune.evaluate.rows import read_rows
 
     tokenizer = load_tokenizer(str(base))
     file = write_jsonl(tmp_path / "long.jsonl", [{"source": "mugs " * n, "target": "lamps " * 30} for n in (9, 90)])
@@ -237,6 +238,9 @@ def test_rows_are_cut_on_each_side(base, tmp_path):
     sides = [split(*train[i]) for i in range(len(train))]
     assert [len(target) for _, target in sides] == [20, 20] and len(sides[1][0]) == 24
     assert all(target[-1] == tokenizer.eos_token_id for _, target in sides)
+    write_jsonl(file, [{"source": "mugs " * 90, "target": "lamps " * n} for n in (2, 30)])
+    found, _ = read_rows(tokenizer, [str(file)], labels=form, max_length=24, overlength="truncate", cache=False)
+    assert [row.prompt is not None for row in found] == [True, False]  # a whole answer is compared with
 
 
 def test_init_recognises_the_base_and_its_config_trains(base, tmp_path, capsys):

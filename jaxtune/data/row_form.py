@@ -66,6 +66,10 @@ class RowForm:
         """Return how many tokens each row takes of data.max_length, i[R]."""
         return rows.longest
 
+    def incomplete(self, rows: Rows) -> np.ndarray:
+        """Return which rows may have an answer that was cut, bool[R], where the form cuts texts itself."""
+        return np.zeros(len(rows), bool)
+
     def said(self, rows: Sequence[Rows]) -> list[str]:
         """Return what is to be said of the training rows of all sources, in sentences."""
         return []

@@ -137,6 +137,9 @@ class Seq2SeqForm(RowForm):
         source, target = both_lengths(rows)
         return np.where(target > self.target, np.maximum(source, self.longest + 1), source)
 
+    def incomplete(self, rows: Rows) -> np.ndarray:
+        return (both_lengths(rows)[1] >= self.target) & self.cuts
+
     def sides(self, example: Document) -> tuple[str, str]:
         return text_sides(example)
 

@@ -126,6 +126,8 @@ def _cut(rows: data.Rows, settings: Mapping[str, Any]) -> np.ndarray:
     """Which rows may be pieces of longer ones, so that prompt or answer is incomplete."""
     if settings.get("overlength", "drop") == "drop":
         return np.zeros(len(rows), bool)
+    if (form := settings.get("labels")) is not None and form.cuts_itself:
+        return form.incomplete(rows)
     places = np.stack([rows.source.astype(np.int64), rows.origin])
     _, inverse, counts = np.unique(places, axis=1, return_inverse=True, return_counts=True)
     return (rows.length >= settings["max_length"]) | (counts[inverse.ravel()] > 1)
