@@ -477,7 +477,6 @@ def test_mined_negatives_are_those_of_sentence_transformers_and_train(argv, bert
         ({"objective__contrast": "cosent"}, "needs a number for how alike"),
         ({"objective__contrast": "triplet"}, "a column negative"),
         ({"objective__margin": 0.2}, "objective.margin has no effect"),
-        ({"data__packing": "true"}, "data.packing has no effect"),
         ({"data__overlength": "split"}, "split has no meaning"),
     ],
     ids=str,
