@@ -171,9 +171,10 @@ class Body(nn.Module):
             tokens: keys, at positions 0, 1, ...
             queries: positions i32[B, T] of the queries; None: those of the keys.
         """
-        relative, block = self.spec.relative, self.spec.segments[0].pattern[0]
+        relative = self.spec.relative
         if relative is None:
             return None
+        block = self.spec.segments[0].pattern[0]
         keys = np.arange(tokens)
         ahead = keys - (keys[None] if queries is None else queries)[..., None]
         most = relative.distance
