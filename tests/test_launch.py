@@ -181,7 +181,7 @@ SWEEP = ("launch/sweep_lr.sh", "config.py", "out")
 def test_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    scripts = sorted(str(path) for path in LAUNCH.iterdir() if path.is_file())
+    scripts = sorted(str(path) for path in LAUNCH.iterdir() if path.is_file() and path.suffix != ".yaml")
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -496,11 +496,12 @@ def test_every_setting_of_transformers_config_is_read_or_known_to_change_nothing
     common = {field.name for field in dataclasses.fields(PretrainedConfig)}
     inert = re.compile(
         r"_name_or_path|_sliding_window_pattern|\w+_token_id|model_type|output_attentions|use_cache"
-        r"|\w*dropout\w*|\w+_pdrop|initializer_\w+|router_aux_loss_coef|layerdrop"  # of training
+        r"|\w*dropout\w*|\w+_pdrop|initializer_\w+|router_aux_loss_coef|\w*layerdrop"  # of training
         r"|reorder_and_upcast_attn|summary_\w+|encoder_stride|pooler_\w+|decoder_bias|deterministic_flash_attn"
         r"|sparse_\w+|classifier_\w+|sinusoidal_pos_embds|is_decoder|add_cross_attention"  # of heads, or refused
         r"|max_window_layers|sliding_window|original_max_position_embeddings|num_experts"
         r"|tie_word_embeddings|max_position_embeddings"  # encoders have no head; theirs do not end
+        r"|dense_act_fn|is_gated_act"  # what T5's class makes of feed_forward_proj
     )
     left = {key for key in values if key not in config.values.asked | common and not inert.fullmatch(key)}
     assert not left
