@@ -43,7 +43,7 @@ def atomic_dir(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         out = out.resolve()  # the target of a link is written, and the link stays
     if not overwrite:
         refuse_existing(out)
-    with _plain_errors(out):
+    with plain_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep(out.parent, out.name)
         temporary, lock = _temporary(out, os.mkdir)
@@ -93,7 +93,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: there is no room on the disk, or nothing can be written there.
     """
     path = Path(path)
-    with _plain_errors(path):
+    with plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
         temporary, lock = _temporary(path, Path.touch)
@@ -205,7 +205,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _plain_errors(out: Path) -> Iterator[None]:
+def plain_errors(out: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, and of a place that cannot be written to, into a `DiskError` about `out`."""
     try:
         yield
     except OSError as error:
@@ -278,7 +279,7 @@ def open_lock(path: Path) -> int:
         UserError: something else stands there, or none can be made.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with _plain_errors(path):
+    with plain_errors(path):
         try:
             fd = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
@@ -337,7 +338,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def _hold(folder: Path) -> int:
     while True:
-        with _plain_errors(folder):
+        with plain_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         fd = open_lock(folder / ".lock")
         try:

@@ -200,7 +200,8 @@ def test_weights_are_read_once_for_all_devices(eight):
 @pytest.mark.slow
 def test_a_host_holds_a_layer_and_a_tensor_of_two_gigabytes(memory):
     assert memory["read"] == memory["parameters"] > 2e9
-    assert memory["above"] <= memory["layer"] + memory["tensor"]
+    # One tensor more: a device's own copy, as it is turned, which on a CPU lies in the host's memory; and programs.
+    assert memory["above"] <= memory["layer"] + 2 * memory["tensor"] + 64 * 2**20
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -130,7 +130,7 @@ def prepare(
         encoder = Encoder(tokenizer, allow_left_out) if labels is None else labels.encoder(tokenizer)
         rows, report = tokenise(source, reader, encoder, key, cache=cache, cache_dir=cache_dir)
         if vocab_size is not None:
-            check_vocabulary(rows, vocab_size, tokenizer)
+            check_vocabulary(int(rows.tokens.max(initial=0)), vocab_size, tokenizer)
         keys.append(key)
         report.lost = rows.lost
         return rows, report, encoder
@@ -160,7 +160,7 @@ def prepare(
             max_length=max_length,
             overlength=overlength,
             first=encoder.FIRST,
-            check=lambda rows: None if vocab_size is None else check_vocabulary(rows, vocab_size, tokenizer),
+            check=lambda largest: None if vocab_size is None else check_vocabulary(largest, vocab_size, tokenizer),
         )
         if not len(rows):
             raise _nothing_left(report)

@@ -82,7 +82,7 @@ def streamed(
     max_length: int,
     overlength: str,
     first: int,
-    check: Callable[[Rows], None],
+    check: Callable[[int], None],
 ) -> Streamed:
     """Count what a source has after `fit`, block by block, unless that was done before.
 
@@ -94,25 +94,26 @@ def streamed(
         max_length: tokens of a row at most.
         overlength: what happens to longer rows.
         first: the first token of a row that can be trained.
-        check: raises UserError for rows that cannot be trained.
+        check: is given the largest token; raises UserError if the model has no row for it.
     """
 
     def fitted(rows: Rows, told: SourceReport) -> Rows:
         return fit(rows, max_length, overlength, told, first)
 
     def look() -> dict[str, Any]:
-        kept, lengths = [], np.zeros(max_length + 1, np.int64)
+        kept, lengths, largest = [], np.zeros(max_length + 1, np.int64), 0
         told = SourceReport(report.name, report.format)
         for i in range(count):
             rows = read(i, True)
-            check(rows)
+            largest = max(largest, int(rows.tokens.max(initial=0)))
             rows = fitted(rows, told)
             kept.append(len(rows))
             lengths += np.bincount(rows.length, minlength=max_length + 1)
         counted = {name: value for name, value in asdict(told).items() if name in COUNTED}
-        return {"kept": kept, "lengths": lengths.tolist(), "report": counted}
+        return {"kept": kept, "lengths": lengths.tolist(), "largest": largest, "report": counted}
 
-    found = _kept(folder, ["fit", count, max_length, overlength, first], look)
+    found = _kept(folder, ["fit", count, max_length, overlength, first, "largest"], look)
+    check(found["largest"])
     for name, value in found["report"].items():
         setattr(report, name, value)
     return Streamed(folder, read, fitted, np.array(found["kept"], np.int64), np.array(found["lengths"], np.int64))

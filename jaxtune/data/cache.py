@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from jaxtune.errors import DiskError, UserError
-from jaxtune.files import atomic_dir, atomic_write_text, hash_of, updating
+from jaxtune.files import atomic_dir, atomic_write_text, hash_of, plain_errors, updating
 
 TOKENS, MASK, ROWS, NOTES, CHECKSUMS = "tokens.bin", "mask.bin", "rows.npy", "said.json", "checksums.json"
 BLOCKS, JOURNAL, RECORDS = "blocks.npy", "done.json", "rows.bin"
@@ -68,11 +68,12 @@ def build(folder: Path, kinds: Kinds, chunks: Iterable[Chunk], notes: Callable[[
     Raises:
         DiskError: it cannot be written.
     """
-    with _as_told(), atomic_dir(folder, overwrite=True) as temporary:
+    with _as_told("Set JAXTUNE_CACHE or data.cache=false."), atomic_dir(folder, overwrite=True) as temporary:
         with _Writer(temporary, kinds) as out:
             for chunk in chunks:
                 out.add(*chunk)
         _close(temporary, out, kinds[1], notes())
+        (temporary / RECORDS).unlink()
 
 
 def build_in_parts(
@@ -97,7 +98,7 @@ def build_in_parts(
         DiskError: it cannot be written.
     """
     part = folder.with_name(f"{folder.name}.part")
-    with _as_told():
+    with _as_told("Set JAXTUNE_CACHE to a disk with room."), plain_errors(part):
         part.mkdir(parents=True, exist_ok=True)
         with updating(part):
             if damage(folder, blocks=True) is None:
@@ -111,10 +112,10 @@ def build_in_parts(
                         ends = [[*map(int, b[:2]), *map(int, b[2])] for b in out.blocks]
                         atomic_write_text(part / JOURNAL, json.dumps({"blocks": ends, "notes": notes()}))
                         say(out.rows, out.tokens)
+            _close(part, out, kinds[1], notes())  # which may take minutes: what is done stays where it is
             with atomic_dir(folder, overwrite=True) as temporary:
-                for name in (TOKENS, MASK, RECORDS):
-                    os.replace(part / name, temporary / name)
-                _close(temporary, out, kinds[1], notes())
+                for name in (TOKENS, MASK, ROWS, BLOCKS, NOTES, CHECKSUMS):
+                    _lay(part / name, temporary / name)
             shutil.rmtree(part, ignore_errors=True)
 
 
@@ -188,19 +189,26 @@ def _close(folder: Path, out: _Writer, row: np.dtype, notes: dict[str, Any]) -> 
         header = {"descr": np.lib.format.dtype_to_descr(row), "fortran_order": False, "shape": (out.rows,)}
         np.lib.format.write_array_header_1_0(rows, header)
         shutil.copyfileobj(records, rows, 2**24)
-    (folder / RECORDS).unlink()
     np.save(folder / BLOCKS, np.array(out.blocks, BLOCK))
     (folder / NOTES).write_text(json.dumps(notes), encoding="utf-8")
     checksums = {name: hash_of(folder / name) for name in (TOKENS, MASK, ROWS, BLOCKS, NOTES)}
     (folder / CHECKSUMS).write_text(json.dumps(checksums))
 
 
+def _lay(file: Path, there: Path) -> None:
+    """Give a file a second name, or where the file system knows no links, another one."""
+    try:
+        os.link(file, there)
+    except OSError:
+        os.replace(file, there)
+
+
 @contextlib.contextmanager
-def _as_told() -> Iterator[None]:
+def _as_told(advice: str) -> Iterator[None]:
     try:
         yield
     except DiskError as error:
-        raise DiskError(f"The token cache: {error} Set JAXTUNE_CACHE or data.cache=false.", error.number) from None
+        raise DiskError(f"The token cache: {error} {advice}", error.number) from None
 
 
 def read(folder: Path, mark: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

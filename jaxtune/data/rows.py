@@ -261,9 +261,8 @@ def trained_counts(rows: Rows, first: int = 1) -> np.ndarray:
     return found
 
 
-def check_vocabulary(rows: Rows, vocab_size: int, tokenizer) -> None:
-    """Raise UserError if a token has no row in an embedding of `vocab_size` rows."""
-    largest = int(rows.tokens.max(initial=0))
+def check_vocabulary(largest: int, vocab_size: int, tokenizer) -> None:
+    """Raise UserError if the largest token of the data has no row in an embedding of `vocab_size` rows."""
     if largest >= vocab_size:
         raise UserError(
             f"the tokenizer ({len(tokenizer):,} tokens) is larger than the model's embedding ({vocab_size:,} rows): "

@@ -157,8 +157,9 @@ def gaps_interval(parts: np.ndarray, total: float) -> Interval:
 
     Chance adds to every gap, so that the sum lies above the true one, and that of resamples above it again. The test is
     therefore inverted: the interval holds the sums under which one as large, or as small, as the measured has a chance
-    of 2.5% or more. Of all true gaps those in the proportions of the measured ones stand for the others; each spreads
-    by the variance over rows, and no less than shares of one right and one wrong answer more would.
+    of 2.5% or more. Of all true gaps those in the proportions of the measured ones stand for the others, and for the
+    upper end also the same gap in all bins, since a measured one may have the wrong sign by chance; each spreads by the
+    variance over rows, and no less than shares of one right and one wrong answer more would.
 
     Args:
         parts: what each row adds to each gap, f64[N, K]; 0 where it is in another bin.
@@ -176,7 +177,7 @@ def gaps_interval(parts: np.ndarray, total: float) -> Interval:
     noise = np.random.default_rng([0, 4]).normal(size=(RESAMPLES, parts.shape[1])) * spread
     rare = (1 - LEVEL) / 2
 
-    def sums(scale: float) -> np.ndarray:
+    def sums(scale: float, gaps: np.ndarray = gaps) -> np.ndarray:
         return np.abs(scale * gaps + noise).sum(1)
 
     def edge(beyond: Callable[[float], bool], low: float, high: float) -> float:
@@ -186,7 +187,8 @@ def gaps_interval(parts: np.ndarray, total: float) -> Interval:
         return low
 
     low = edge(lambda scale: (sums(scale) >= value).mean() >= rare, 0.0, 1.0)
-    high = edge(lambda scale: (sums(scale) <= value).mean() < rare, 1.0, 4.0)
+    even = value * within / within.sum()
+    high = max(edge(lambda s, g=g: (sums(s, g) <= value).mean() < rare, 1.0, 4.0) for g in (gaps, even))
     return Interval(value, low * value, high * value)
 
 

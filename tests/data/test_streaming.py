@@ -1,5 +1,6 @@
 """Rows on disk: their batches, their cache, and how much of them is in memory."""
 
+import errno
 import tracemalloc
 from itertools import pairwise
 
@@ -137,6 +138,35 @@ def test_a_tokenisation_that_is_killed_goes_on_and_ends_with_the_same_bytes(
         assert len(done) == 300 - 64 * (chunks // 2)
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == wanted
         assert [p.name for p in small_blocks.iterdir()] == [folder.name]
+    folder.rename(tmp_path / "before")
+    with monkeypatch.context() as patch:  # as it is closed, which takes long for many rows
+        patch.setattr(cache, "hash_of", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            opened(home, file, streaming=True)
+    done, left[0] = [], 99
+    opened(home, file, streaming=True)
+    assert len(done) == 300 - 256 and {p.name: p.read_bytes() for p in folder.iterdir()} == wanted
+
+
+def stopped(*given):
+    raise KeyboardInterrupt
+
+
+def test_a_table_that_is_too_small_is_found_again(home, small_blocks, tmp_path):  # noqa: F811
+    """Also where the rows were counted for another model."""
+    file = write(tmp_path / "rows.jsonl", 300)
+    opened(home, file, streaming=True, vocab_size=2000)
+    for _ in range(2):
+        with pytest.raises(UserError, match="larger than the model's embedding"):
+            opened(home, file, streaming=True, vocab_size=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.os, "fsync", full_disk)
+        with pytest.raises(UserError, match=r"No room is left.*JAXTUNE_CACHE"):
+            opened(home, write(tmp_path / "more.jsonl", 301), streaming=True)
+
+
+def full_disk(*given):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_damaged_block_is_found_when_it_is_read(home, small_blocks, tmp_path):  # noqa: F811
